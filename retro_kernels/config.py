@@ -1,0 +1,177 @@
+"""What a model is, as plain data: no torch here, so reading a configuration costs nothing.
+
+Layer numbers are 1-based, as in the paper ("P = 6, 9, 12" means the sixth, ninth and twelfth layer).
+Sizes and presets: Borgeaud et al. 2021 (arXiv 2112.04426), Tables 2 and 10.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something a user gave cannot be used. The message says what was given, what is allowed and what to do."""
+
+
+@dataclass(frozen=True)
+class RetroConfig:
+    """Architecture of one model. `cca_layers=()` is the plain decoder: no encoder, no cross-attention."""
+
+    vocab_size: int = 128_000
+    """Entries of the tokenizer, and of the (tied) embedding."""
+    dim: int = 896
+    """d, width of the decoder."""
+    num_layers: int = 12
+    num_heads: int = 16
+    head_dim: int = 64
+    """num_heads * head_dim need not equal dim (it does not in the paper's smallest model)."""
+    ffn_dim: int = 3584
+    cca_layers: tuple[int, ...] = (6, 9, 12)
+    """P, 1-based decoder layers that hold chunked cross-attention."""
+    encoder_dim: int = 896
+    """d', width of the neighbour encoder."""
+    encoder_layers: int = 2
+    encoder_heads: int = 16
+    encoder_head_dim: int = 64
+    encoder_ffn_dim: int = 3584
+    encoder_cross_layers: tuple[int, ...] = (1,)
+    """P_enc, 1-based encoder layers that attend to the chunk which retrieved the neighbour."""
+    chunk_size: int = 64
+    """M, tokens in a chunk."""
+    neighbour_len: int = 128
+    """R, tokens in a neighbour with its continuation (2M in the paper)."""
+    self_attention: Literal["relative", "rotary"] = "relative"
+    """Positions in the decoder's self-attention. "relative" is the paper's (Transformer-XL)."""
+    cca_position: Literal["relative", "bias", "none"] = "relative"
+    dropout: float = 0.0
+    tie_embeddings: bool = True
+    share_encoder_embedding: bool = False
+    """One table for decoder and encoder; needs dim == encoder_dim (the paper's ablation, Table 13)."""
+    normalise_conditioning: bool = True
+    """RMSNorm on the decoder state before it becomes the encoder's cross-attention keys and values."""
+    normalise_encoder_output: bool = True
+    norm_eps: float = 1e-6
+    pad_id: int = 0
+    """Token that pads a document's last chunk and ends the document."""
+
+    def __post_init__(self) -> None:
+        for name in ("cca_layers", "encoder_cross_layers"):  # JSON gives lists
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        for name in ("vocab_size", "dim", "num_layers", "num_heads", "head_dim", "ffn_dim", "encoder_dim",
+                     "encoder_layers", "encoder_heads", "encoder_head_dim", "encoder_ffn_dim",
+                     "chunk_size", "neighbour_len"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"RetroConfig: {name} is {value!r}; it must be an integer of at least 1.")
+        for name, layers in (("cca_layers", self.num_layers), ("encoder_cross_layers", self.encoder_layers)):
+            given = getattr(self, name)
+            if any(not 1 <= p <= layers for p in given) or len(set(given)) != len(given):
+                raise InputError(f"RetroConfig: {name} is {given}; layer numbers are 1-based, "
+                                 f"distinct, and at most {layers} here.")  # fmt: skip
+        for name, allowed in (("self_attention", ("relative", "rotary")),
+                              ("cca_position", ("relative", "bias", "none"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise InputError(f"RetroConfig: {name} is {getattr(self, name)!r}; it must be one of {allowed}.")
+        if self.self_attention == "rotary" and self.head_dim % 2:
+            raise InputError(f"RetroConfig: rotary positions need an even head_dim, not {self.head_dim}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"RetroConfig: dropout is {self.dropout}; it must lie in [0, 1).")
+        if self.share_encoder_embedding and self.dim != self.encoder_dim:
+            raise InputError(f"RetroConfig: share_encoder_embedding needs dim == encoder_dim, "
+                             f"not {self.dim} and {self.encoder_dim}.")  # fmt: skip
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise InputError(f"RetroConfig: pad_id is {self.pad_id}; the vocabulary has {self.vocab_size} entries.")
+
+    def replace(self, **changes: Any) -> RetroConfig:
+        """A copy with some fields changed (checked again)."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RetroConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"RetroConfig: unknown fields {unknown}; this version knows {sorted(known)}.")
+        return cls(**values)
+
+    def body_parameters(self) -> int:
+        """Weights of all matrices but the embeddings, as the paper's Table 2 counts them.
+
+        Five matrices per attention (query, key, value, output, relative) and two per feed-forward network.
+        """
+        inner, encoder_inner = self.num_heads * self.head_dim, self.encoder_heads * self.encoder_head_dim
+        relative = int(self.self_attention == "relative")
+        decoder = self.num_layers * ((4 + relative) * self.dim * inner + 2 * self.dim * self.ffn_dim)
+        if not self.cca_layers:
+            return decoder
+        encoder = self.encoder_layers * (5 * self.encoder_dim * encoder_inner
+                                         + 2 * self.encoder_dim * self.encoder_ffn_dim)  # fmt: skip
+        cross = (3 * self.encoder_dim + 2 * self.dim) * encoder_inner
+        cca_relative = int(self.cca_position == "relative")
+        cca = ((2 + cca_relative) * self.dim + 2 * self.encoder_dim) * inner
+        return decoder + encoder + len(self.encoder_cross_layers) * cross + len(self.cca_layers) * cca
+
+
+def _every_third(last: int) -> tuple[int, ...]:
+    return tuple(range(6, last + 1, 3))
+
+
+# The four models of Table 2. P is "every third layer from 6", which is what the table's parameter counts fit
+# (Table 10 prints "from 9" for the two large ones): pass cca_layers= for the other reading.
+_PRESETS: dict[str, dict[str, Any]] = {
+    "retro_172m": dict(dim=896, ffn_dim=3584, num_heads=16, head_dim=64, num_layers=12),
+    "retro_425m": dict(dim=1536, ffn_dim=6144, num_heads=12, head_dim=128, num_layers=12),
+    "retro_1_5b": dict(dim=2048, ffn_dim=8192, num_heads=16, head_dim=128, num_layers=24),
+    "retro_7_5b": dict(dim=4096, ffn_dim=16384, num_heads=32, head_dim=128, num_layers=32),
+    # for a laptop: the same architecture, narrow
+    "retro_tiny": dict(vocab_size=4096, dim=128, ffn_dim=512, num_heads=4, head_dim=32, num_layers=4,
+                       cca_layers=(2, 4), encoder_dim=128, encoder_layers=1, encoder_heads=4,
+                       encoder_head_dim=32, encoder_ffn_dim=512),
+    "retro_small": dict(vocab_size=8192, dim=256, ffn_dim=1024, num_heads=8, head_dim=32, num_layers=6,
+                        cca_layers=(3, 6), encoder_dim=256, encoder_heads=8,
+                        encoder_head_dim=32, encoder_ffn_dim=1024),
+}  # fmt: skip
+PRESETS = tuple(_PRESETS)
+
+
+def preset(name: str, **overrides: Any) -> RetroConfig:
+    """The configuration called `name` (one of `PRESETS`), with some fields changed."""
+    if name not in _PRESETS:
+        raise InputError(f"preset: {name!r} is not one of {', '.join(PRESETS)}.")
+    values = dict(_PRESETS[name])
+    values.setdefault("cca_layers", _every_third(values["num_layers"]))
+    return RetroConfig(**{**values, **overrides})
+
+
+def retro_172m(**overrides: Any) -> RetroConfig:
+    """172M body parameters (Table 2, first row)."""
+    return preset("retro_172m", **overrides)
+
+
+def retro_425m(**overrides: Any) -> RetroConfig:
+    """425M body parameters (Table 2, second row)."""
+    return preset("retro_425m", **overrides)
+
+
+def retro_1_5b(**overrides: Any) -> RetroConfig:
+    """1,451M body parameters (Table 2, third row)."""
+    return preset("retro_1_5b", **overrides)
+
+
+def retro_7_5b(**overrides: Any) -> RetroConfig:
+    """7,532M body parameters (Table 2, fourth row)."""
+    return preset("retro_7_5b", **overrides)
+
+
+def retro_tiny(**overrides: Any) -> RetroConfig:
+    """1.3M body parameters: a test or a first look on a CPU."""
+    return preset("retro_tiny", **overrides)
+
+
+def retro_small(**overrides: Any) -> RetroConfig:
+    """7.8M body parameters: trains on a laptop."""
+    return preset("retro_small", **overrides)
