@@ -1,0 +1,79 @@
+"""Which implementation of an op runs: an argument, else `use_backend`, else the first one that can run here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+"""Triton decides when a kernel is defined whether it is compiled or interpreted, so this is read once as well."""
+
+_preferred: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Every op called inside runs on backend `name` ("reference", "torch", "triton", …); None chooses again by itself.
+
+    An op that does not have this backend, or cannot run it here, raises ValueError: an explicit choice never
+    falls back. A `backend=` argument of the op goes before this.
+    """
+    global _preferred
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def pick_backend(op: str, requested: str | None, candidates: Mapping[str, str | None]) -> str:
+    """The backend that op `op` shall run on.
+
+    `candidates` maps each backend's name, best first, to the reason why it cannot run here, or to None if it can.
+    Raises ValueError for an explicit choice that does not exist or cannot run.
+    """
+    name = requested if requested is not None else _preferred
+    if name is None:
+        for candidate, reason in candidates.items():
+            if reason is None:
+                return candidate
+        listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in candidates.items())
+        raise ValueError(f"{op}: no backend can run here. {listed}")
+    if name not in candidates:
+        raise ValueError(f'{op}: there is no backend "{name}". Choose one of {", ".join(candidates)}, or None.')
+    if candidates[name] is not None:
+        raise ValueError(f'{op}: backend "{name}" cannot run here: {candidates[name]}')
+    return name
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+_TRITON = _triton_version()
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why the Triton kernels cannot take tensors of this device and dtype, or None if they can."""
+    if _TRITON is None:
+        return "triton is not installed (pip install triton; it exists for Linux only)"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take float32, float16 and bfloat16, not {str(dtype)[6:]}"
+    if device.type == "cuda":
+        if INTERPRETING:
+            return "TRITON_INTERPRET=1 is set, which is for tests on a CPU"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "the kernels need a GPU of compute capability 8.0 (A100) or newer"
+        return None
+    if device.type == "cpu" and INTERPRETING:
+        return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
+    if device.type == "cpu":
+        return "it needs a GPU (on a CPU only Triton's slow interpreter, TRITON_INTERPRET=1, meant for tests)"
+    return f"the kernels run on CUDA devices, not on {device.type}"

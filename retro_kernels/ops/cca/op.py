@@ -1,0 +1,252 @@
+"""Chunked cross-attention and block attention: the public functions.
+
+Both are one family (its definition is `reference.py`), told apart by how query rows are cut into blocks. A backend
+other than "reference" is a module with
+
+    forward(query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
+            block, shift, repeat, scale, dropout_p) -> (out, lse)
+    backward(grad_out, out, lse, query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
+             block, shift, repeat, scale, dropout_p) -> seven gradients, in the order of the forward's tensors
+
+where query is [S, N, H, D], key and value are [G, J, TK, Hkv, D], lengths [G, J] and lse float32 [P, H, TQ].
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops.cca.reference import block_attention_reference
+
+_HAS_CPU_PATH = importlib.util.find_spec("retro_kernels.ops.cca.cpu") is not None
+
+
+def chunked_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunk_size: int = 64,
+    rel_key: Tensor | None = None,
+    content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    neighbour_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """RETRO's chunked cross-attention (Borgeaud et al. 2021, section 2.4), without projections and residual.
+
+    Token t >= M - 1 attends to the K·R tokens of the neighbours of chunk u = (t + 1) // M - 1 under one softmax, as
+    row a = (t + 1) % M of its attending chunk; the tokens before get exactly zero.
+
+    Args:
+        query: [B, N, H, D]. N need not be a multiple of M.
+        key, value: [B, L, K, R, Hkv, D] with L = N // M; Hkv divides H, head h reads key head h // (H / Hkv).
+        chunk_size: M.
+        rel_key: [H, M + R - 1, D], keys of positions; column g = a - c + R - 1 stands for distance g - (R - M).
+        content_bias: [H, D], added to the query where it meets `key`.
+        position_bias: [H, D], added to the query where it meets `rel_key`.
+        rel_bias: [H, M + R - 1], added to the logits, unscaled, by the same column.
+        neighbour_lengths: integers [B, L, K], 0..R: how many leading tokens of a neighbour are real, 0 for none at
+            all; None for all R. What lies behind them is never weighted, but has to be finite.
+        scale: of both products; 1 / sqrt(D) by default.
+        dropout_p: chance that a weight of the softmax is dropped. The seed comes from torch's generator.
+        backend: "triton", "torch", "reference", or None for the fastest that can run here.
+
+    Returns:
+        [B, N, H, D] in the query's dtype, contiguous. Rows t < M - 1 and rows with no key at all are exactly zero.
+
+    Raises:
+        ValueError: shapes, devices or numbers do not fit, or the asked backend cannot run here.
+        TypeError: a dtype does not fit.
+
+    Equivalent to:
+        logits = (einsum(query_block + u, key) + shear(einsum(query_block + v, rel_key))) * scale + shear(rel_bias)
+        out = einsum(softmax(logits.flatten(-2)), value)
+    """
+    name = "chunked_cross_attention"
+    _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
+    batch, num_tokens, num_heads, _ = query.shape
+    key_batch, num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim = key.shape
+    if chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
+    if key_batch != batch:
+        raise ValueError(f"{name}: key has a batch of {key_batch}, but query has one of {batch}.")
+    if num_chunks != num_tokens // chunk_size:
+        raise ValueError(
+            f"{name}: key has {num_chunks:,} chunks, but query has {num_tokens:,} tokens and chunk_size is "
+            f"{chunk_size} ({num_tokens // chunk_size:,} expected)."
+        )
+    if neighbour_lengths is not None:
+        _check_lengths(name, "neighbour_lengths", neighbour_lengths, (batch, num_chunks, num_neighbours), query)
+        neighbour_lengths = neighbour_lengths.reshape(-1, num_neighbours)
+    blocks = (batch * num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim)
+    return _attend(
+        name, query, key.reshape(blocks), value.reshape(blocks), rel_key, content_bias, position_bias, rel_bias,
+        neighbour_lengths, chunk_size, chunk_size - 1, 1, scale, dropout_p, backend,
+    )  # fmt: skip
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    rel_key: Tensor | None = None,
+    content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    key_repeat: int = 1,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention inside independent small blocks, with the relative positions of chunked cross-attention.
+
+    It serves RETRO's neighbour encoder (Borgeaud et al. 2021, section 2.3 and Algorithm 1): self-attention within
+    one neighbour (P = G = number of neighbours, J = 1, TQ = TK = R), and the neighbours' attention to the chunk
+    which retrieved them (TQ = R, J = 1, TK = M, key_repeat = K).
+
+    Args:
+        query: [P, TQ, H, D].
+        key, value: [G, J, TK, Hkv, D] with P = G * key_repeat; block p reads group p // key_repeat.
+        rel_key: [H, TQ + TK - 1, D]; column g = i - j + TK - 1 for query row i and key j of a block.
+        content_bias, position_bias: [H, D], as in `chunked_cross_attention`.
+        rel_bias: [H, TQ + TK - 1].
+        lengths: integers [G, J], 0..TK: how many leading keys are real; None for all.
+        key_repeat: how many consecutive query blocks share one group of keys.
+        scale, dropout_p, backend: as in `chunked_cross_attention`.
+
+    Returns:
+        [P, TQ, H, D] in the query's dtype, contiguous; rows without any key are exactly zero.
+
+    Raises:
+        ValueError, TypeError: as in `chunked_cross_attention`.
+
+    Equivalent to:
+        logits = (einsum(query + u, key) + shear(einsum(query + v, rel_key))) * scale + shear(rel_bias)
+        out = einsum(softmax(logits.flatten(-2)), value)
+    """
+    name = "block_attention"
+    _check_ranks(name, query, key, value, 5, "[G, J, TK, Hkv, D]")
+    if key_repeat < 1:
+        raise ValueError(f"{name}: key_repeat is {key_repeat}; it has to be at least 1.")
+    if query.shape[0] != key.shape[0] * key_repeat:
+        raise ValueError(
+            f"{name}: query has {query.shape[0]:,} blocks, but key has {key.shape[0]:,} groups and key_repeat is "
+            f"{key_repeat} ({key.shape[0] * key_repeat:,} expected)."
+        )
+    if lengths is not None:
+        _check_lengths(name, "lengths", lengths, tuple(key.shape[:2]), query)
+    return _attend(
+        name, query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths,
+        query.shape[1], 0, key_repeat, scale, dropout_p, backend,
+    )  # fmt: skip
+
+
+def _attend(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float | None,
+    dropout_p: float,
+    backend: str | None,
+) -> Tensor:
+    _, _, num_heads, head_dim = query.shape
+    num_keys, kv_heads = key.shape[2], key.shape[3]
+    if kv_heads < 1 or num_heads % kv_heads != 0:
+        raise ValueError(f"{name}: {kv_heads} key heads do not divide the query's {num_heads} heads.")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
+    if position_bias is not None and rel_key is None:
+        raise ValueError(f"{name}: position_bias is given without rel_key, where it has no effect. Give both.")
+    columns = block + num_keys - 1
+    for label, table, shape in (
+        ("rel_key", rel_key, (num_heads, columns, head_dim)),
+        ("content_bias", content_bias, (num_heads, head_dim)),
+        ("position_bias", position_bias, (num_heads, head_dim)),
+        ("rel_bias", rel_bias, (num_heads, columns)),
+    ):
+        if table is not None:
+            _check_table(name, label, table, shape, query)
+
+    if torch.is_autocast_enabled(query.device.type):
+        # rel_bias stays as it is: it is added to the float32 logits
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        content_bias = None if content_bias is None else content_bias.to(dtype)
+        position_bias = None if position_bias is None else position_bias.to(dtype)
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"{name}: query is {query.dtype}, key {key.dtype} and value {value.dtype}; they have to be the same "
+            "(cast them, or use torch.autocast)."
+        )
+    if rel_key is not None:
+        rel_key = rel_key.to(query.dtype)
+
+    chosen = pick_backend(name, backend, _candidates(query))
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
+    tensors = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed)
+    options = {"block": block, "shift": shift, "repeat": repeat, "scale": scale, "dropout_p": dropout_p}
+    if chosen == "reference":
+        return block_attention_reference(*tensors, **options)
+    raise NotImplementedError(chosen)
+
+
+def _candidates(query: Tensor) -> dict[str, str | None]:
+    on_cpu = query.device.type == "cpu"
+    candidates = {"triton": why_not_triton(query.device, query.dtype)}
+    if on_cpu:
+        candidates["triton"] = "not built yet"
+    candidates["reference"] = None
+    return candidates
+
+
+def _check_ranks(name: str, query: Tensor, key: Tensor, value: Tensor, rank: int, legend: str) -> None:
+    for label, tensor in (("query", query), ("key", key), ("value", value)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor.")
+    if query.dim() != 4:
+        raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [·, ·, H, D].")
+    if key.dim() != rank:
+        raise ValueError(f"{name}: key has shape {tuple(key.shape)}; expected {rank} dimensions {legend}.")
+    if value.shape != key.shape:
+        raise ValueError(f"{name}: value has shape {tuple(value.shape)}, but key has {tuple(key.shape)}.")
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(f"{name}: key has head size {key.shape[-1]}, but query has {query.shape[-1]}.")
+    if key.device != query.device or value.device != query.device:
+        raise ValueError(f"{name}: query is on {query.device}, key on {key.device} and value on {value.device}.")
+
+
+def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name}: {label} is {lengths.dtype}; it has to hold integers (a mask: use mask.sum(-1)).")
+    if lengths.shape != shape:
+        raise ValueError(f"{name}: {label} has shape {tuple(lengths.shape)}; expected {tuple(shape)}.")
+    if lengths.device != query.device:
+        raise ValueError(f"{name}: {label} is on {lengths.device}, but query on {query.device}.")
+
+
+def _check_table(name: str, label: str, table: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    if table.shape != shape:
+        raise ValueError(f"{name}: {label} has shape {tuple(table.shape)}; expected {shape}.")
+    if not table.is_floating_point():
+        raise TypeError(f"{name}: {label} is {table.dtype}; it has to be a floating-point tensor.")
+    if table.device != query.device:
+        raise ValueError(f"{name}: {label} is on {table.device}, but query on {query.device}.")

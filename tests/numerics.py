@@ -1,0 +1,31 @@
+"""The one tolerance of every kernel test (FlashAttention's): against float64, the error of ours is at most twice the
+error that plain PyTorch makes in the same dtype, plus the rounding noise of that dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_accurate(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "result") -> None:
+    """`ours` and `plain` in one dtype, `exact` the same in float64; in the largest and in the quadratic mean error.
+
+    A result that is zero everywhere proves nothing, so `exact` must not be.
+    """
+    assert ours.shape == exact.shape == plain.shape, f"{what}: {ours.shape}, {plain.shape}, {exact.shape}"
+    assert ours.dtype == plain.dtype, f"{what}: {ours.dtype} against {plain.dtype}"
+    assert exact.dtype == torch.float64, f"{what}: the exact result is {exact.dtype}"
+    exact = exact.detach()
+    assert exact.norm() > 0, f"{what}: the exact result is zero everywhere, so the comparison is empty"
+    for norm, name in ((_largest, "largest"), (_quadratic_mean, "quadratic mean")):
+        error = norm(ours.detach().double() - exact)
+        allowed = 2 * norm(plain.detach().double() - exact) + torch.finfo(ours.dtype).eps * norm(exact)
+        assert error <= allowed, f"{what}: {name} error {error:.3e}, allowed {allowed:.3e}"  # NaN fails too
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _quadratic_mean(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
