@@ -1,0 +1,239 @@
+"""Documents out of files: folders of text or source, `.txt`, `.jsonl`, either of them as `.gz` or `.xz`, and stdin.
+
+The order is the same wherever the files are the same, so document numbers mean something. What cannot be read as text
+is counted, reported once and left out; a path that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import math
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from retro_kernels.config import InputError
+
+MAX_DOCUMENT_BYTES = 1 << 30
+_log = logging.getLogger(__name__)
+_SNIFF_BYTES = 8192
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+_SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document: a file, a line of a `.jsonl`, or all of stdin."""
+
+    title: str
+    text: str
+
+
+@dataclass
+class ReadReport:
+    """What was read and what was left out, by reason, with the first example of each."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of the documents read."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def skip(self, reason: str, where: str) -> None:
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, where)
+
+    def warning(self) -> str | None:
+        """One line on what was left out; None where nothing was."""
+        if not self.skipped:
+            return None
+        reasons = [f"{count:,} {reason} (first: {self.examples[reason]})" for reason, count in self.skipped.items()]
+        return f"{self.skipped.total():,} documents were left out: " + "; ".join(reasons) + "."
+
+
+def read_documents(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    report: ReadReport | None = None,
+) -> Iterator[Document]:
+    """Yields the documents of `paths`, in the order given; a folder's files in the order of their names.
+
+    paths: files, folders and `"-"` for stdin (UTF-8 text, one document). A `.jsonl` holds one JSON object a line with
+        `text`, and `title` or `id` for its title; any other file is one document.
+    include, exclude: shell patterns (`*.py`, `tests`, `docs/*.md`) for files inside folders, matched against the name
+        and the path relative to the folder; an excluded folder is not entered. Hidden files and `__pycache__` are left
+        out.
+    report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
+
+    Left out and counted: what cannot be read or unpacked, is not UTF-8, is empty or white space, is larger than 1 GiB,
+    or is no JSON object with a text; in folders also binary files (a NUL in the first 8 KiB).
+    Raises InputError, before anything is read, for a path that does not exist and for no path at all.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    checked = [os.fspath(path) for path in paths]
+    if not checked:
+        raise InputError("No text was given: name files, folders or - for stdin.")
+    for path in checked:
+        if path != "-" and not os.path.exists(path):
+            raise InputError(f"{path} does not exist. Give a text file, a .jsonl, a folder of such, or - for stdin.")
+    return _read(checked, include, exclude, report)
+
+
+def _read(
+    paths: list[str], include: Sequence[str], exclude: Sequence[str], given: ReadReport | None
+) -> Iterator[Document]:
+    report = given or ReadReport()
+    for path in paths:
+        for document in _read_path(path, include, exclude, report):
+            report.documents += 1
+            report.text_bytes += len(document.text.encode())
+            yield document
+    if given is None and (warning := report.warning()):
+        _log.warning(warning)
+
+
+def _read_path(path: str, include: Sequence[str], exclude: Sequence[str], report: ReadReport) -> Iterator[Document]:
+    if path == "-":
+        yield from _one_document(sys.stdin.buffer, "stdin", "stdin", report)
+    elif os.path.isdir(path):
+        root = Path(path)
+        for relative in _walk(root, "", include, exclude, report):
+            yield from _read_file(root / relative, relative, report, in_folder=True)
+    else:
+        yield from _read_file(Path(path), Path(path).name, report, in_folder=False)
+
+
+def _walk(
+    root: Path, folder: str, include: Sequence[str], exclude: Sequence[str], report: ReadReport
+) -> Iterator[str]:
+    """Relative paths of the files wanted, in an order set by the names only. Links to folders are not followed."""
+    try:
+        entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+    except OSError as error:
+        report.skip("unreadable", f"{root / folder}: {error.strerror}")
+        return
+    for entry in entries:
+        relative = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.name.startswith(".") or _matches(relative, entry.name, exclude):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name not in _SKIPPED_DIRECTORIES:
+                yield from _walk(root, relative, include, exclude, report)
+        elif entry.is_file() and (not include or _matches(relative, entry.name, include)):
+            yield relative
+
+
+def _matches(relative: str, name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(text, pattern.rstrip("/")) for pattern in patterns for text in (relative, name))
+
+
+def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -> Iterator[Document]:
+    opener = _COMPRESSED.get(path.suffix.lower())
+    inner = Path(path.stem) if opener else path
+    try:
+        with opener(path, "rb") if opener else open(path, "rb") as file:
+            if inner.suffix.lower() in (".jsonl", ".ndjson"):
+                yield from _json_lines(file, str(path), report)
+            elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
+                report.skip("binary", str(path))
+            else:
+                file.seek(0)
+                yield from _one_document(file, title, str(path), report)
+    except _READ_ERRORS as error:
+        report.skip("unreadable", f"{path}: {getattr(error, 'strerror', None) or error}")
+
+
+def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadReport) -> Iterator[Document]:
+    content = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        report.skip("larger than 1 GiB", where)
+        return
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        report.skip("not UTF-8", f"{where}, byte {error.start:,}")
+        return
+    if text.strip():
+        yield Document(title, text)
+    else:
+        report.skip("empty", where)
+
+
+def _json_lines(file: IO[bytes] | Any, where: str, report: ReadReport) -> Iterator[Document]:
+    number = 0
+    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+        number += 1
+        place = f"{where}, line {number:,}"
+        if len(line) > MAX_DOCUMENT_BYTES:
+            report.skip("larger than 1 GiB", place)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_DOCUMENT_BYTES)
+        elif line.strip():
+            yield from _json_document(line, place, report)
+
+
+def _json_document(line: bytes, place: str, report: ReadReport) -> Iterator[Document]:
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+        text = entry["text"]
+        text.encode()  # JSON can spell lone surrogates
+    except UnicodeError:
+        report.skip("not UTF-8", place)
+        return
+    except (ValueError, RecursionError):
+        report.skip("not JSON", place)
+        return
+    except (TypeError, KeyError, AttributeError):
+        report.skip('without a "text" in the JSON', place)
+        return
+    if not text.strip():
+        report.skip("empty", place)
+        return
+    title = entry.get("title") or entry.get("id") or place
+    yield Document(str(title).encode(errors="replace").decode(), text)
+
+
+def document_hash(text: str) -> int:
+    """A 64-bit name for a document, the same in every corpus: BLAKE2b of its UTF-8 text, as a signed integer."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+_D = TypeVar("_D", bound=Document)
+
+
+def split_documents(documents: Iterable[_D], fraction: float, seed: int = 0) -> tuple[list[_D], list[_D]]:
+    """(kept, held out): each document is held out with probability `fraction`, by a hash of its text and the seed.
+
+    Copies of a text land on the same side, and adding documents moves none. Where that would leave a side empty (few
+    documents, 0 < fraction < 1), the text nearest to the border changes sides.
+    """
+    if not 0.0 <= fraction <= 1.0:
+        raise InputError(f"fraction is {fraction}; it is the share of documents to hold out, from 0 to 1.")
+    documents = list(documents)
+    places = [_place(document.text, seed) for document in documents]
+    border = fraction
+    if 0.0 < fraction < 1.0 and len(distinct := sorted(set(places))) > 1:
+        border = min(max(fraction, math.nextafter(distinct[0], 1.0)), distinct[-1])
+    kept = [document for document, place in zip(documents, places, strict=True) if place >= border]
+    held_out = [document for document, place in zip(documents, places, strict=True) if place < border]
+    return kept, held_out
+
+
+def _place(text: str, seed: int) -> float:
+    """A number in [0, 1), uniform over texts."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=f"held out {seed}".encode()).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2.0**53

@@ -1,0 +1,140 @@
+"""Documents come in a fixed order out of every kind of file; what is no text is counted and left out."""
+
+import gzip
+import io
+import json
+import lzma
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents, split_documents
+
+
+def read(paths, **options):
+    report = ReadReport()
+    return [(d.title, d.text) for d in read_documents(paths, report=report, **options)], report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    files = {
+        "b.py": "x = 1\n", "a.txt": "first\r\n", "sub/c.md": "third", "sub/deep/d.py": "fourth", "tests/t.py": "test",
+        ".hidden": "no", ".git/config": "no", "__pycache__/x.py": "no",
+    }  # fmt: skip
+    for name, text in files.items():
+        path = tmp_path / "corpus" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    return tmp_path / "corpus"
+
+
+def test_folders_are_read_in_order_and_line_ends_kept(folder):
+    documents, report = read(folder)
+    assert documents == [
+        ("a.txt", "first\r\n"), ("b.py", "x = 1\n"), ("sub/c.md", "third"), ("sub/deep/d.py", "fourth"),
+        ("tests/t.py", "test"),
+    ]  # fmt: skip
+    assert report.documents == 5 and report.text_bytes == sum(len(text) for _, text in documents)
+    assert report.warning() is None
+
+
+def test_patterns(folder):
+    assert [title for title, _ in read(folder, include=["*.py"], exclude=["tests"])[0]] == ["b.py", "sub/deep/d.py"]
+    assert [title for title, _ in read(folder, exclude=["sub/deep/", "*.txt"])[0]] == ["b.py", "sub/c.md", "tests/t.py"]
+
+
+def test_compressed_and_json_lines(tmp_path):
+    lines = [{"text": "one", "title": "One"}, {"text": "two", "id": 2}, {"text": "three"}]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode() + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(content))
+    (tmp_path / "d.txt.xz").write_bytes(lzma.compress("plain \u2581".encode()))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
+        documents, _ = read(tmp_path / name)
+        assert documents == [("One", "one"), ("2", "two"), (f"{tmp_path / name}, line 3", "three")]
+    assert read([tmp_path / "d.txt.xz"])[0] == [("d.txt.xz", "plain \u2581")]
+    assert len(read(tmp_path)[0]) == 10
+
+
+def test_stdin(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("\ufeffpiped".encode())))
+    assert read("-")[0] == [("stdin", "piped")]
+
+
+def test_what_is_no_text_is_counted(tmp_path, caplog):
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 10)
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "blank.txt").write_bytes(b" \n\t ")
+    (tmp_path / "library.so").write_bytes(b"\x7fELF\0\0")
+    (tmp_path / "broken.xz").write_bytes(lzma.compress(b"text" * 1000)[:-20])
+    (tmp_path / "broken.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
+    (tmp_path / "noise.gz").write_bytes(b"no gzip at all")
+    (tmp_path / "fine.txt").write_bytes(b"fine")
+    bad = [b"{", b"[1]", b'{"text": 3}', b'{"title": "none"}', b'{"text": ""}', b'{"text": "\\ud800"}', b"[" * 100_000]
+    (tmp_path / "mixed.jsonl").write_bytes(b"\n".join([*bad, b'{"text": "\xff"}', b'{"text": "good"}']))
+    documents, report = read(tmp_path)
+    assert [text for _, text in documents] == ["fine", "good"]
+    assert report.skipped == {
+        "not UTF-8": 3, "empty": 3, "binary": 1, "unreadable": 3, "not JSON": 2, 'without a "text" in the JSON': 3,
+    }  # fmt: skip
+    assert "latin.txt, byte 3" in report.warning() and "15 documents were left out" in report.warning()
+    assert len(list(read_documents(tmp_path))) == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "15 documents" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file_and_folder(folder):
+    (folder / "a.txt").chmod(0)
+    (folder / "sub").chmod(0)
+    try:
+        documents, report = read(folder)
+    finally:
+        (folder / "sub").chmod(0o755)
+    assert [title for title, _ in documents] == ["b.py", "tests/t.py"] and report.skipped["unreadable"] == 2
+
+
+def test_loops_of_links_end(folder):
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "dangling.txt").symlink_to(folder / "nowhere")
+    assert len(read(folder)[0]) == 5
+
+
+def test_paths_are_checked_before_reading(folder):
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        read_documents([folder, "/nowhere"])
+    with pytest.raises(InputError, match="No text"):
+        read_documents([])
+
+
+def test_document_hash_names_the_text():
+    assert document_hash("a") == document_hash("a") != document_hash("b")
+    assert -(2**63) <= document_hash("anything") < 2**63
+    assert len({document_hash(str(i)) for i in range(10_000)}) == 10_000
+
+
+def test_split_depends_on_text_and_seed_only(seed):
+    documents = [Document(str(i), f"text {i // 2}") for i in range(2000)]  # every text twice
+    kept, held = split_documents(documents, 0.2, seed)
+    assert 300 < len(held) < 500 and len(kept) + len(held) == 2000
+    assert not {d.text for d in kept} & {d.text for d in held}
+    again = split_documents(documents[::-1], 0.2, seed)
+    assert {d.text for d in again[1]} == {d.text for d in held}
+    assert split_documents(documents, 0.2, seed + 1)[1] != held
+    smaller = split_documents(documents, 0.1, seed)[1]
+    assert {d.text for d in smaller} < {d.text for d in held}
+
+
+def test_split_leaves_no_side_empty():
+    documents = [Document("", text) for text in "abc"]
+    for fraction in (1e-9, 0.5, 1 - 1e-9):
+        assert all(split_documents(documents, fraction))
+    assert split_documents(documents, 0.0) == (documents, [])
+    assert split_documents(documents, 1.0) == ([], documents)
+    assert sum(map(len, split_documents(documents[:1], 0.5))) == 1
+    with pytest.raises(InputError, match="0 to 1"):
+        split_documents(documents, 1.5)
