@@ -1,0 +1,173 @@
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "../ops.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#define RETRO_POSIX 1
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+#endif
+
+#if defined(__GNUC__)
+#define RETRO_PREFETCH(p) __builtin_prefetch(p)
+#else
+#define RETRO_PREFETCH(p) (void)(p)
+#endif
+
+namespace retro {
+namespace {
+
+constexpr int64_t kAhead = 12;          // rows between a row's prefetch and its copy: hides one memory latency
+constexpr int64_t kRowsPerThread = 2048;  // fewer are copied sooner than a thread starts
+constexpr int64_t kRowsPerCheck = 256;  // rows between two looks at the fault counter
+
+// Page faults of this thread that waited for a disk.
+int64_t major_faults() {
+#ifdef RETRO_POSIX
+  rusage usage;
+#ifdef RUSAGE_THREAD
+  getrusage(RUSAGE_THREAD, &usage);
+#else
+  getrusage(RUSAGE_SELF, &usage);
+#endif
+  return usage.ru_majflt;
+#else
+  return 0;
+#endif
+}
+
+template <class Token, class Out>
+struct Copier {
+  const Gather& g;
+
+  const Token* row(int64_t id) const { return static_cast<const Token*>(g.tokens) + id * g.row_stride; }
+
+  bool continues(int64_t id) const { return g.continuation[id] != 0 && id + 1 < g.num_chunks; }
+
+  void prefetch(int64_t i) const {
+    const int64_t id = g.ids[i];
+    if (id < 0) return;
+    RETRO_PREFETCH(g.continuation + id);
+    // The next chunk usually stands right behind; where it does not belong to the row, its lines cost little.
+    const char* begin = reinterpret_cast<const char*>(row(id));
+    const int64_t bytes = 2 * g.chunk_size * static_cast<int64_t>(sizeof(Token));
+    for (int64_t offset = 0; offset < std::min<int64_t>(bytes, 1024); offset += 64) RETRO_PREFETCH(begin + offset);
+  }
+
+  // Reads from disk in flight for rows [begin, end), so that they overlap instead of waiting one for another.
+  void will_need(int64_t begin, int64_t end) const {
+#ifdef RETRO_POSIX
+    static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t id = g.ids[i];
+      if (id < 0) continue;
+      const int64_t last = continues(id) ? id + 1 : id;
+      const uintptr_t from = reinterpret_cast<uintptr_t>(row(id)) & ~(page - 1);
+      const uintptr_t to = reinterpret_cast<uintptr_t>(row(last) + g.chunk_size);
+      // An advice: where it cannot be followed the copy below still reads every byte.
+      (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_WILLNEED);
+    }
+#else
+    (void)begin, (void)end;
+#endif
+  }
+
+  // Copies one chunk of `n` tokens; returns how many stand before its trailing pads.
+  int64_t copy_chunk(const Token* src, Out* dst) const {
+    for (int64_t c = 0; c < g.chunk_size; ++c) dst[c] = static_cast<Out>(src[c]);
+    int64_t length = g.chunk_size;
+    while (length > 0 && static_cast<int64_t>(src[length - 1]) == g.pad_id) --length;
+    return length;
+  }
+
+  void copy(int64_t i) const {
+    const int64_t m = g.chunk_size, id = g.ids[i];
+    Out* dst = static_cast<Out*>(g.out) + i * 2 * m;
+    const Out pad = static_cast<Out>(g.pad_id);
+    int64_t length = 0;
+    if (id < 0) {
+      std::fill_n(dst, 2 * m, pad);
+    } else {
+      length = copy_chunk(row(id), dst);
+      if (continues(id)) {
+        if (const int64_t more = copy_chunk(row(id + 1), dst + m)) length = m + more;
+      } else {
+        std::fill_n(dst + m, m, pad);
+      }
+    }
+    g.lengths[i] = static_cast<int32_t>(length);
+  }
+
+  void run(int64_t begin, int64_t end, Advise advise) const {
+    if (advise == Advise::always) will_need(begin, end);
+    bool watch = advise == Advise::when_cold;
+    int64_t faults = watch ? major_faults() : 0;
+    int64_t check = begin + 4;  // soon at first: if all is cold, every row before it waits for the disk alone
+    for (int64_t i = begin; i < std::min(begin + kAhead, end); ++i) prefetch(i);
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kAhead < end) prefetch(i + kAhead);
+      copy(i);
+      if (watch && i == check) {
+        if (major_faults() != faults) {
+          will_need(i + 1, end);
+          watch = false;
+        }
+        check += std::min<int64_t>(2 * (check - begin), kRowsPerCheck);
+      }
+    }
+  }
+};
+
+template <class Token, class Out>
+void gather(const Gather& g, int threads, Advise advise) {
+  const Copier<Token, Out> copier{g};
+  const int64_t wanted = std::min<int64_t>(std::max(threads, 1), (g.n + kRowsPerThread - 1) / kRowsPerThread);
+  const int64_t share = (g.n + wanted - 1) / wanted;
+  std::vector<std::thread> others;
+  int64_t begin = 0;
+  try {
+    for (; static_cast<int64_t>(others.size()) + 1 < wanted; begin += share)
+      others.emplace_back([&copier, begin, share, advise] { copier.run(begin, begin + share, advise); });
+  } catch (const std::system_error&) {
+    // No more threads to be had: this one does the rest.
+  }
+  copier.run(begin, g.n, advise);
+  for (std::thread& other : others) other.join();
+}
+
+void check(const Gather& g) {
+  const std::string name = "gather_neighbours: ";
+  if (g.token_bytes != 2 && g.token_bytes != 4)
+    throw std::invalid_argument(name + "tokens have " + std::to_string(g.token_bytes) + " bytes; 2 or 4 are allowed.");
+  if ((g.out_bytes != 2 && g.out_bytes != 4 && g.out_bytes != 8) || g.out_bytes < g.token_bytes)
+    throw std::invalid_argument(name + std::to_string(g.out_bytes) + " bytes do not hold a token of the store.");
+  for (int64_t i = 0; i < g.n; ++i)
+    if (g.ids[i] < -1 || g.ids[i] >= g.num_chunks)
+      throw std::invalid_argument(name + "ids has " + std::to_string(g.ids[i]) + " at flat position " +
+                                  std::to_string(i) + "; the store has " + std::to_string(g.num_chunks) +
+                                  " chunks, so ids run from 0 to " + std::to_string(g.num_chunks - 1) +
+                                  ", and -1 is none.");
+}
+
+}  // namespace
+
+void gather_neighbours_cpu(const Gather& g, int threads, Advise advise) {
+  check(g);
+  if (g.n == 0 || g.chunk_size == 0) return;
+  if (g.token_bytes == 2) {
+    if (g.out_bytes == 2) gather<uint16_t, uint16_t>(g, threads, advise);
+    if (g.out_bytes == 4) gather<uint16_t, int32_t>(g, threads, advise);
+    if (g.out_bytes == 8) gather<uint16_t, int64_t>(g, threads, advise);
+  } else {
+    if (g.out_bytes == 4) gather<int32_t, int32_t>(g, threads, advise);
+    if (g.out_bytes == 8) gather<int32_t, int64_t>(g, threads, advise);
+  }
+}
+
+}  // namespace retro

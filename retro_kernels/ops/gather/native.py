@@ -1,0 +1,80 @@
+"""The gather in C++ and CUDA (csrc/cpu/gather.cpp, csrc/cuda/gather.cu): addresses, sizes and the stream."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retro_kernels import _C
+
+Array: TypeAlias = Tensor | np.ndarray
+WITH_CUDA: bool = _C.cuda
+_ADVISE = {"never": 0, "always": 1, "when cold": 2}
+
+
+def gather_host(
+    tokens: Array,  # [C, M] uint16 or int32, in host memory or mapped from a file
+    ids: Tensor,  # [..., K] int64 on the host
+    continuation: Array,  # [C] bool, on the host
+    pad_id: int,
+    dtype: torch.dtype,
+    *,
+    threads: int | None = None,
+    advise: Literal["never", "always", "when cold"] = "when cold",
+    pin: bool = False,
+) -> tuple[Tensor, Tensor]:  # [..., K, 2M] dtype, [..., K] int32
+    """`threads`: as many as PyTorch uses by default. `advise`: whether the pages of a mapped file are asked for
+    before they are read. `pin`: allocate the results in pinned memory. Ids out of range raise ValueError."""
+    ids = ids.contiguous()
+    out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, pin_memory=pin)
+    lengths = torch.empty(ids.shape, dtype=torch.int32, pin_memory=pin)
+    job = _describe(tokens, ids, continuation, pad_id, out, lengths)
+    _C.gather_neighbours_cpu(job, threads or torch.get_num_threads(), _ADVISE[advise])
+    return out, lengths
+
+
+def gather_cuda(
+    tokens: Tensor,  # [C, M] uint16 or int32, on the GPU or in pinned host memory
+    ids: Tensor,  # [..., K] int64 on the GPU
+    continuation: Tensor,  # [C] bool, on the GPU or in pinned host memory
+    pad_id: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # [..., K, 2M] dtype, [..., K] int32
+    ids = ids.contiguous()
+    out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, device=ids.device)
+    lengths = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+    job = _describe(tokens, ids, continuation, pad_id, out, lengths)
+    with torch.cuda.device(ids.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _C.gather_neighbours_cuda(job, not tokens.is_cuda, not continuation.is_cuda, stream)
+    return out, lengths
+
+
+def _describe(
+    tokens: Array, ids: Tensor, continuation: Array, pad_id: int, out: Tensor, lengths: Tensor
+) -> _C.Gather:
+    if isinstance(tokens, np.ndarray):
+        token_bytes, row_stride = tokens.itemsize, tokens.strides[0] // tokens.itemsize
+    else:
+        token_bytes, row_stride = tokens.element_size(), tokens.stride(0)
+    return _C.Gather(
+        tokens=_address(tokens),
+        token_bytes=token_bytes,
+        row_stride=row_stride,
+        num_chunks=tokens.shape[0],
+        chunk_size=tokens.shape[1],
+        continuation=_address(continuation),
+        ids=ids.data_ptr(),
+        n=ids.numel(),
+        pad_id=pad_id,
+        out=out.data_ptr(),
+        out_bytes=out.element_size(),
+        lengths=lengths.data_ptr(),
+    )
+
+
+def _address(x: Array) -> int:
+    return x.__array_interface__["data"][0] if isinstance(x, np.ndarray) else x.data_ptr()

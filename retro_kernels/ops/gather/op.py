@@ -1,0 +1,221 @@
+"""The public gather: checks, choice of the backend, registration with torch.library."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops.gather import native
+from retro_kernels.ops.gather.native import Array
+from retro_kernels.ops.gather.reference import gather_reference
+
+NAME = "gather_neighbours"
+
+
+class NeighbourBatch(NamedTuple):
+    """The neighbours of a batch: for every chunk of every sequence K neighbours with their continuations."""
+
+    tokens: Tensor
+    """[B, L, K, R] integers; pads where there is nothing."""
+    lengths: Tensor
+    """int32 [B, L, K], 0..R: how many leading tokens are real; 0 = no such neighbour."""
+    ids: Tensor | None = None
+    """int64 [B, L, K], the neighbours' chunk ids; -1 = none."""
+    distances: Tensor | None = None
+    """float32 [B, L, K], squared L2 to the chunk's key; +inf = none."""
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> NeighbourBatch:
+        """The same batch on `device`."""
+        return NeighbourBatch(*(x if x is None else x.to(device, non_blocking=non_blocking) for x in self))
+
+
+def gather_neighbours(
+    tokens: Tensor | np.ndarray,
+    ids: Tensor,
+    *,
+    continuation: Tensor | np.ndarray,
+    pad_id: int = 0,
+    dtype: torch.dtype = torch.int64,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens of neighbours, each followed by its continuation, out of the store of all chunks
+    (Borgeaud et al. 2021, section 2.2: the value [N, F] of a key).
+
+    Args:
+        tokens: [C, M] uint16 or int32, the store: a tensor on the GPU, in pinned or ordinary host memory, or a numpy
+            array, memory-mapped or not. Rows may lie apart, the tokens of a row must be adjacent.
+        ids: int64 [B, L, K] (or any shape), chunk ids; -1 is no neighbour. On the GPU where `tokens` is.
+        continuation: bool [C], chunk i + 1 continues chunk i's document. Where it is False, and for the store's last
+            chunk, the second half of the row is pads. On the device of `tokens`.
+        pad_id: token that fills up a document's last chunk and rows without a neighbour.
+        dtype: of the gathered tokens: torch.int64, torch.int32, or torch.uint16 out of a store in uint16.
+        backend: None chooses: "triton" where the store is on the GPU; "cuda" (csrc) where the GPU reads pinned host
+            memory in place; "native" (C++ threads) where the store is in host memory or a file. With ids on the GPU and
+            a store that it cannot reach, "native" copies ids and tokens between the two and waits for the ids.
+            "torch" and "reference" are the definition in plain PyTorch, for a store on the ids' device.
+
+    Returns:
+        tokens [B, L, K, 2M] in `dtype` and lengths int32 [B, L, K] on the device of `ids`. A length counts the tokens
+        before the row's trailing pads: 2M for two full chunks, 0 for -1.
+
+    Raises:
+        ValueError: shapes, devices or `pad_id` do not fit, the backend cannot run here, or, on the host, an id lies
+            outside -1 .. C-1. On the GPU, where a check would have to wait, such an id counts as -1.
+        TypeError: a dtype does not fit.
+
+    Equivalent to:
+        tokens = torch.cat((store[ids], store[ids + 1].where(continuation[ids], pad_id)), -1)
+        lengths = 2 * M - trailing_pads(tokens)
+    """
+    _check(tokens, ids, continuation, pad_id, dtype)
+    chosen = pick_backend(NAME, backend, _candidates(tokens, ids, continuation))
+    if isinstance(tokens, np.ndarray) or isinstance(continuation, np.ndarray):
+        if chosen == "native":  # no tensor, no dispatcher: a read-only map cannot become a tensor without a warning
+            return _gather_native(tokens, ids, continuation, pad_id, dtype)
+        tokens, continuation = _as_tensor(tokens), _as_tensor(continuation)
+    return torch.ops.retro_kernels.gather_neighbours(tokens, ids, continuation, pad_id, dtype, chosen)
+
+
+def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: torch.dtype) -> None:
+    kind = _dtype(tokens)
+    if kind not in (torch.uint16, torch.int32):
+        raise TypeError(f"{NAME}: tokens are {tokens.dtype}; a store is uint16 or int32.")
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 1:
+        raise ValueError(f"{NAME}: tokens have shape {tuple(tokens.shape)}; expected [C, M], neither of them 0.")
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+        found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{NAME}: ids are {found}; expected a tensor of torch.int64.")
+    if _dtype(continuation) != torch.bool:
+        raise TypeError(f"{NAME}: continuation is {continuation.dtype}; expected bool.")
+    if tuple(continuation.shape) != (tokens.shape[0],):
+        raise ValueError(
+            f"{NAME}: continuation has shape {tuple(continuation.shape)}, but the store has {tokens.shape[0]:,} "
+            f"chunks; expected ({tokens.shape[0]},)."
+        )
+    if not _steps_by_one(tokens) or not _steps_by_one(continuation):
+        raise ValueError(f"{NAME}: the tokens of a chunk, and continuation, have to lie side by side in memory.")
+    if dtype not in (torch.int64, torch.int32, torch.uint16):
+        raise TypeError(f"{NAME}: dtype is {dtype}; choose torch.int64, torch.int32 or torch.uint16.")
+    if dtype == torch.uint16 and kind != torch.uint16:
+        raise TypeError(f"{NAME}: dtype torch.uint16 cannot hold the tokens of a store in int32.")
+    limits = (0, 2**16 - 1) if kind == torch.uint16 else (-(2**31), 2**31 - 1)
+    if not limits[0] <= pad_id <= limits[1]:
+        raise ValueError(f"{NAME}: pad_id is {pad_id}; the store's {tokens.dtype} holds {limits[0]} to {limits[1]}.")
+    on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
+    if on_gpu and ids.device != tokens.device:
+        raise ValueError(f"{NAME}: tokens are on {tokens.device}, but ids on {ids.device}. Move ids there.")
+    if on_gpu and not (isinstance(continuation, Tensor) and continuation.device == tokens.device):
+        raise ValueError(f"{NAME}: tokens are on {tokens.device}, but continuation is not. Move it there.")
+
+
+def _candidates(tokens: Array, ids: Tensor, continuation: Array) -> dict[str, str | None]:
+    """Each backend, best first, with the reason why it cannot run here, or None."""
+    in_place: str | None = None
+    if not (ids.is_cuda and _reachable(tokens) and _reachable(continuation)):
+        in_place = "tokens and continuation have to be on the GPU or in pinned host memory, and ids on the GPU"
+    elif not native.WITH_CUDA:
+        in_place = "this build of retro_kernels has no CUDA code (install it with nvcc on PATH and RETRO_CUDA=1)"
+    stored_on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
+    host = "tokens are on the GPU" if stored_on_gpu else None
+    plain: str | None = None
+    if isinstance(tokens, np.ndarray) != isinstance(continuation, np.ndarray) and not ids.is_cpu:
+        plain = "tokens, continuation and ids have to be on one device"
+    elif not stored_on_gpu and not ids.is_cpu:
+        plain = f"tokens are in host memory, but ids on {ids.device}"
+    triton = plain or why_not_triton(ids.device, torch.float32)
+    if stored_on_gpu:
+        return {"triton": triton, "cuda": in_place, "torch": plain, "reference": plain, "native": host}
+    return {"cuda": in_place, "native": host, "torch": plain, "reference": plain, "triton": triton}
+
+
+def _gather_native(
+    tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if ids.is_cpu:
+        return native.gather_host(tokens, ids, continuation, pad_id, dtype)
+    if isinstance(continuation, Tensor):
+        continuation = continuation.cpu()
+    # narrow over the bus, wide on the device
+    narrow = torch.uint16 if _dtype(tokens) == torch.uint16 else torch.int32
+    out, lengths = native.gather_host(tokens, ids.cpu(), continuation, pad_id, narrow, pin=True)
+    return (
+        out.to(ids.device, non_blocking=True).to(dtype),
+        lengths.to(ids.device, non_blocking=True),
+    )
+
+
+def _gather(
+    tokens: Tensor, ids: Tensor, continuation: Tensor, pad_id: int, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "native":
+        return _gather_native(tokens, ids, continuation, pad_id, dtype)
+    if backend == "cuda":
+        return native.gather_cuda(tokens, ids, continuation, pad_id, dtype)
+    if ids.is_cpu and ids.numel():
+        _check_range(ids, len(tokens))
+    if backend == "triton":
+        from retro_kernels.ops.gather.kernel import gather_triton  # triton exists on Linux only
+
+        return gather_triton(tokens, ids, continuation, pad_id, dtype)
+    return gather_reference(tokens, ids, continuation, pad_id, dtype)
+
+
+def _check_range(ids: Tensor, num_chunks: int) -> None:
+    low, high = ids.amin().item(), ids.amax().item()
+    if low < -1 or high >= num_chunks:
+        raise ValueError(
+            f"{NAME}: ids has {low if low < -1 else high}; the store has {num_chunks} chunks, so ids run from 0 to "
+            f"{num_chunks - 1}, and -1 is none."
+        )
+
+
+def _gather_fake(
+    tokens: Tensor, ids: Tensor, continuation: Tensor, pad_id: int, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, device=ids.device)
+    return out, torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+
+
+_library = torch.library.Library("retro_kernels", "FRAGMENT")
+_library.define(
+    f"{NAME}(Tensor tokens, Tensor ids, Tensor continuation, int pad_id, ScalarType dtype, str backend) "
+    "-> (Tensor, Tensor)"
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl(NAME, _gather, _key)
+torch.library.register_fake(f"retro_kernels::{NAME}", _gather_fake, lib=_library)
+
+
+def _dtype(x: Array) -> torch.dtype | None:
+    if isinstance(x, Tensor):
+        return x.dtype
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"{NAME}: got {type(x).__name__}; tokens and continuation are tensors or numpy arrays.")
+    if not x.dtype.isnative:
+        return None
+    return {"uint16": torch.uint16, "int32": torch.int32, "bool": torch.bool}.get(x.dtype.name)
+
+
+def _steps_by_one(x: Array) -> bool:
+    if x.shape[-1] < 2:
+        return True
+    return x.stride(-1) == 1 if isinstance(x, Tensor) else x.strides[-1] == x.itemsize
+
+
+def _reachable(x: Array) -> bool:
+    """Can the GPU read it where it is?"""
+    return isinstance(x, Tensor) and (x.is_cuda or x.is_pinned())
+
+
+def _as_tensor(x: Array) -> Tensor:
+    """A tensor over the same memory. It is read only, so a map without write access is as good."""
+    if isinstance(x, Tensor):
+        return x
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(x)

@@ -1,0 +1,387 @@
+"""The gather against a loop over single tokens, on every backend and in every kind of memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import retro_kernels
+from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours, native, op
+
+HOST_BACKENDS = ["native", "torch", "reference", "triton"]
+DTYPES = {"uint16": torch.uint16, "int32": torch.int32}
+
+
+@pytest.fixture(params=HOST_BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off: kernels run on the GPU here, in the tests marked gpu")
+    return request.param
+
+
+def slow_gather(
+    store: np.ndarray, ids: np.ndarray, continuation: np.ndarray, pad_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token by token, straight from the contract."""
+    m = store.shape[1]
+    out = np.empty((*ids.shape, 2 * m), dtype=np.int64)
+    lengths = np.empty(ids.shape, dtype=np.int32)
+    for place, i in np.ndenumerate(ids):
+        row = [int(t) for t in store[i]] if i >= 0 else []
+        if i >= 0 and i + 1 < len(store) and continuation[i]:
+            row += [int(t) for t in store[i + 1]]
+        row += [pad_id] * (2 * m - len(row))
+        out[place] = row
+        lengths[place] = max((n + 1 for n, token in enumerate(row) if token != pad_id), default=0)
+    return out, lengths
+
+
+def make_store(
+    rng: np.random.Generator, num_chunks: int, chunk_size: int, dtype: str, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of 1 to 5 chunks whose last chunk is padded; tokens over the whole range of the dtype."""
+    high = 2**16 if dtype == "uint16" else 2**17
+    store = rng.integers(1, high, (num_chunks, chunk_size)).astype(dtype)
+    store[store == pad_id] = pad_id + 1
+    continuation = np.zeros(num_chunks, dtype=bool)
+    begin = 0
+    while begin < num_chunks:
+        end = min(begin + int(rng.integers(1, 6)), num_chunks)
+        continuation[begin : end - 1] = True
+        store[end - 1, int(rng.integers(1, chunk_size + 1)) :] = pad_id
+        begin = end
+    return store, continuation
+
+
+def make_ids(rng: np.random.Generator, num_chunks: int, shape: tuple[int, ...]) -> Tensor:
+    """The first and the last chunk and -1 are always among them."""
+    ids = rng.integers(-1, num_chunks, shape)
+    ids.reshape(-1)[:3] = [-1, 0, num_chunks - 1]
+    return torch.from_numpy(ids)
+
+
+def check(result: tuple[Tensor, Tensor], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    tokens, lengths = result
+    assert lengths.dtype == torch.int32
+    np.testing.assert_array_equal(tokens.cpu().numpy().astype(np.int64), expected[0])
+    np.testing.assert_array_equal(lengths.cpu().numpy(), expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("chunk_size", "pad_id"), [(64, 0), (5, 3), (1, 0)])
+def test_equals_the_loop(backend: str, dtype: str, chunk_size: int, pad_id: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 37, chunk_size, dtype, pad_id)
+    ids = make_ids(rng, 37, (2, 3, 4))
+    expected = slow_gather(store, ids.numpy(), continuation, pad_id)
+    for out_dtype in (torch.int64, torch.int32, torch.uint16):
+        if out_dtype == torch.uint16 and dtype != "uint16":
+            continue
+        result = gather_neighbours(
+            torch.from_numpy(store), ids, continuation=torch.from_numpy(continuation), pad_id=pad_id,
+            dtype=out_dtype, backend=backend,
+        )  # fmt: skip
+        assert result[0].dtype == out_dtype
+        assert result[0].shape == (2, 3, 4, 2 * chunk_size)
+        check(result, expected)
+
+
+def test_pads_in_odd_places(backend: str, seed: int) -> None:
+    """Only trailing pads shorten a row: those inside stay, also where a whole chunk is made of them."""
+    rng = np.random.default_rng(seed)
+    store = rng.integers(0, 2, (64, 3)).astype("uint16")
+    store[5:7], store[20] = 0, 0
+    continuation = rng.integers(0, 2, 64).astype(bool)
+    ids = torch.arange(-1, 64).reshape(1, 13, 5)
+    result = gather_neighbours(store, ids, continuation=continuation, backend=backend)
+    check(result, slow_gather(store, ids.numpy(), continuation, 0))
+
+
+def test_never_crosses_a_document(backend: str) -> None:
+    store = torch.tensor([[1, 2], [3, 0], [4, 5], [6, 7]], dtype=torch.int32)
+    # a store whose flags claim that its last chunk goes on must not be read past its end either
+    continuation = torch.tensor([True, False, True, True])
+    tokens, lengths = gather_neighbours(
+        store, torch.tensor([0, 1, 2, 3, -1]), continuation=continuation, backend=backend
+    )
+    assert tokens.tolist() == [[1, 2, 3, 0], [3, 0, 0, 0], [4, 5, 6, 7], [6, 7, 0, 0], [0, 0, 0, 0]]
+    assert lengths.tolist() == [3, 1, 4, 2, 0]
+
+
+def test_default_is_native_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(native, "gather_host", lambda *a, **k: seen.append(a) or (torch.zeros(1), torch.zeros(1)))
+    gather_neighbours(torch.zeros(2, 4, dtype=torch.int32), torch.tensor([0]), continuation=torch.zeros(2) > 0)
+    assert len(seen) == 1
+
+
+def test_memory_mapped(tmp_path: Path, backend: str, seed: int) -> None:
+    """A read-only map, rows apart in a wider file, and no warning about it."""
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 50, 8, "uint16")
+    wide = rng.integers(0, 2**16, (50, 11)).astype("uint16")
+    wide[:, 2:10] = store
+    np.save(tmp_path / "chunks.npy", wide)
+    np.save(tmp_path / "continuation.npy", continuation)
+    ids = make_ids(rng, 50, (3, 2, 2))
+    mapped = np.load(tmp_path / "chunks.npy", mmap_mode="r")[:, 2:10]
+    flags = np.load(tmp_path / "continuation.npy", mmap_mode="r")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = gather_neighbours(mapped, ids, continuation=flags, backend=backend)
+    check(result, slow_gather(store, ids.numpy(), continuation, 0))
+
+
+def test_past_two_to_the_31_tokens(tmp_path: Path) -> None:
+    """Sparse, so it costs no disk: 2³² + 2⁷ tokens, of which a few rows are written."""
+    chunk_size, num_chunks = 64, 2**26 + 2
+    path = tmp_path / "chunks.bin"
+    with open(path, "wb") as file:
+        file.truncate(num_chunks * chunk_size * 2)
+    store = np.memmap(path, dtype="uint16", mode="r+", shape=(num_chunks, chunk_size))
+    flags = np.memmap(tmp_path / "flags.bin", dtype=bool, mode="w+", shape=(num_chunks,))
+    rows = [0, 2**25 - 1, 2**25, 2**26 - 1, 2**26, 2**26 + 1]
+    for i in rows:
+        store[i] = np.arange(64) + 60_000 + i % 97
+    flags[[2**25 - 1, 2**26 - 1, 2**26]] = True
+    ids = torch.tensor([*rows, -1, 2**25 + 5])
+    for backend in ("native", "reference"):
+        tokens, lengths = gather_neighbours(store, ids, continuation=flags, backend=backend)
+        assert lengths.tolist() == [64, 128, 64, 128, 128, 64, 0, 0]
+        for place, i in enumerate(rows):
+            assert tokens[place, :64].tolist() == list(range(60_000 + i % 97, 60_064 + i % 97))
+            after = list(range(60_000 + (i + 1) % 97, 60_064 + (i + 1) % 97)) if flags[i] else [0] * 64
+            assert tokens[place, 64:].tolist() == after
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("advise", ["never", "always", "when cold"])
+def test_threads_and_advice_change_nothing(tmp_path: Path, threads: int, advise: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 500, 16, "uint16")
+    np.save(tmp_path / "chunks.npy", store)
+    mapped = np.load(tmp_path / "chunks.npy", mmap_mode="r")
+    # more than a thread's share, and no multiple of anything
+    ids = make_ids(rng, 500, (9001,))
+    tokens, lengths = native.gather_host(mapped, ids, continuation, 0, torch.int64, threads=threads, advise=advise)
+    expected = op.gather_reference(torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, torch.int64)
+    assert torch.equal(tokens, expected[0])
+    assert torch.equal(lengths, expected[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise: pages cannot be dropped")
+def test_cold_pages(tmp_path: Path, seed: int) -> None:
+    """The same rows when they have to come from the disk first."""
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 20_000, 64, "uint16")
+    path = tmp_path / "chunks.npy"
+    np.save(path, store)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    ids = make_ids(rng, 20_000, (3000,))
+    result = gather_neighbours(np.load(path, mmap_mode="r"), ids, continuation=continuation)
+    expected = op.gather_reference(torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, torch.int64)
+    assert torch.equal(result[0], expected[0])
+    assert torch.equal(result[1], expected[1])
+
+
+def test_releases_the_gil() -> None:
+    """While one gather runs, Python goes on: with the lock held, no other thread would count at all."""
+    num_chunks = 4096
+    store, flags = np.ones((num_chunks, 64), dtype="uint16"), np.zeros(num_chunks, dtype=bool)
+    ids = torch.randint(num_chunks, (150_000,))
+    out, lengths = torch.zeros(len(ids), 128, dtype=torch.int64), torch.zeros(len(ids), dtype=torch.int32)
+    job = native._describe(store, ids, flags, 0, out, lengths)
+    ticks, inside, done = 0, threading.Event(), threading.Event()
+
+    def gather() -> None:
+        inside.set()
+        for _ in range(5):
+            native._C.gather_neighbours_cpu(job, 1, 0)
+        done.set()
+
+    interval = sys.getswitchinterval()
+    # a switch can then only come from the lock being given up, not from a time slice
+    sys.setswitchinterval(1000)
+    try:
+        worker = threading.Thread(target=gather)
+        worker.start()
+        inside.wait()
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.001)
+        worker.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert lengths.eq(64).all()
+    assert ticks > 10
+
+
+def test_strided_ids(backend: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 20, 4, "int32")
+    ids = make_ids(rng, 20, (3, 8, 6))[:, ::2].transpose(0, 2)
+    assert not ids.is_contiguous()
+    result = gather_neighbours(store, ids, continuation=continuation, backend=backend)
+    check(result, slow_gather(store, ids.numpy(), continuation, 0))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
+def test_no_ids(backend: str, shape: tuple[int, ...]) -> None:
+    tokens, lengths = gather_neighbours(
+        torch.ones(3, 4, dtype=torch.int32), torch.empty(shape, dtype=torch.int64),
+        continuation=torch.zeros(3, dtype=torch.bool), backend=backend,
+    )  # fmt: skip
+    assert tokens.shape == (*shape, 8)
+    assert lengths.shape == shape
+
+
+STORE = torch.ones(3, 4, dtype=torch.int32)
+FLAGS = torch.zeros(3, dtype=torch.bool)
+IDS = torch.zeros(1, 1, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("wrong", [-2, 3, 2**40, -(2**63)])
+def test_ids_out_of_range(backend: str, wrong: int) -> None:
+    ids = torch.tensor([[[0, -1], [wrong, 2]]])
+    with pytest.raises(ValueError, match=rf"ids has {wrong} .*store has 3 chunks, so ids run from 0 to 2|ids has {wrong};"):
+        gather_neighbours(STORE, ids, continuation=FLAGS, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tokens": STORE.long()}, TypeError, "tokens are torch.int64; a store is uint16 or int32"),
+        ({"tokens": np.ones((3, 4), dtype=">u2")}, TypeError, "tokens are >u2; a store is uint16 or int32"),
+        ({"tokens": [[1, 2]]}, TypeError, "got list; tokens and continuation are tensors or numpy arrays"),
+        ({"tokens": STORE[0]}, ValueError, r"tokens have shape \(4,\); expected \[C, M\]"),
+        ({"tokens": STORE[:0]}, ValueError, r"tokens have shape \(0, 4\); expected \[C, M\], neither of them 0"),
+        ({"tokens": STORE.T.contiguous().T}, ValueError, "have to lie side by side"),
+        ({"ids": IDS.int()}, TypeError, "ids are torch.int32; expected a tensor of torch.int64"),
+        ({"ids": [[[0]]]}, TypeError, "ids are list; expected a tensor of torch.int64"),
+        ({"continuation": FLAGS.int()}, TypeError, "continuation is torch.int32; expected bool"),
+        ({"continuation": FLAGS[:2]}, ValueError, r"continuation has shape \(2,\), but the store has 3 chunks"),
+        ({"dtype": torch.float32}, TypeError, "dtype is torch.float32; choose torch.int64"),
+        ({"dtype": torch.uint16}, TypeError, "torch.uint16 cannot hold the tokens of a store in int32"),
+        ({"pad_id": 2**31}, ValueError, "pad_id is 2147483648; the store's torch.int32 holds"),
+        ({"tokens": STORE.to(torch.uint16), "pad_id": -1}, ValueError, "torch.uint16 holds 0 to 65535"),
+        ({"backend": "cuda"}, ValueError, 'backend "cuda" cannot run here'),
+        ({"backend": "faiss"}, ValueError, 'there is no backend "faiss"'),
+    ],
+)  # fmt: skip
+def test_wrong_input(changes: dict, error: type[Exception], message: str) -> None:
+    arguments = {"tokens": STORE, "ids": IDS, "continuation": FLAGS, **changes}
+    with pytest.raises(error, match=message):
+        gather_neighbours(**arguments)
+
+
+@pytest.mark.parametrize("backend_name", ["native", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(backend_name: str, dtype: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 20, 4, "int32")
+    torch.library.opcheck(
+        torch.ops.retro_kernels.gather_neighbours.default,
+        (torch.from_numpy(store).to(DTYPES[dtype]), make_ids(rng, 20, (2, 3, 2)), torch.from_numpy(continuation), 0,
+         torch.int64, backend_name),
+    )  # fmt: skip
+
+
+def test_compiles_into_one_graph(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = (torch.from_numpy(x) for x in make_store(rng, 20, 4, "uint16"))
+
+    def step(ids: Tensor) -> Tensor:
+        tokens, lengths = gather_neighbours(store, ids, continuation=continuation)
+        return tokens.sum(-1) * lengths
+
+    ids = make_ids(rng, 20, (2, 3, 2))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), step(ids))
+
+
+def test_neighbour_batch_moves() -> None:
+    batch = NeighbourBatch(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1), distances=torch.ones(1, 1, 1))
+    moved = batch.to("meta")
+    assert isinstance(moved, retro_kernels.NeighbourBatch)
+    assert moved.tokens.is_meta and moved.lengths.is_meta and moved.distances.is_meta  # type: ignore[union-attr]
+    assert moved.ids is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["gpu", "pinned", "host", "mapped"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("chunk_size", "pad_id"), [(64, 0), (5, 3)])
+def test_on_the_gpu(tmp_path: Path, place: str, dtype: str, chunk_size: int, pad_id: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 997, chunk_size, dtype, pad_id)
+    ids = make_ids(rng, 997, (4, 33, 2)).cuda()
+    expected = slow_gather(store, ids.cpu().numpy(), continuation, pad_id)
+    tokens, flags = torch.from_numpy(store), torch.from_numpy(continuation)
+    backends: list[str | None] = [None, "native"]
+    if place == "gpu":
+        tokens, flags, backends = tokens.cuda(), flags.cuda(), [None, "triton", "torch"]
+    if place == "pinned":
+        tokens, flags = tokens.pin_memory(), flags.pin_memory()
+    if place in ("gpu", "pinned") and native.WITH_CUDA:
+        backends.append("cuda")
+    if place == "mapped":
+        np.save(tmp_path / "chunks.npy", store)
+        tokens, flags = np.load(tmp_path / "chunks.npy", mmap_mode="r"), continuation
+    for backend in backends:
+        for out_dtype in (torch.int64, torch.int32):
+            result = gather_neighbours(
+                tokens, ids, continuation=flags, pad_id=pad_id, dtype=out_dtype, backend=backend
+            )
+            assert result[0].is_cuda and result[1].is_cuda
+            check(result, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend_name", ["triton", "cuda"])
+def test_on_the_gpu_without_waiting(backend_name: str) -> None:
+    """No synchronisation, capturable, and ids out of range read nothing."""
+    if backend_name == "cuda" and not native.WITH_CUDA:
+        pytest.skip("built without nvcc")
+    store = torch.arange(1, 257, dtype=torch.int32, device="cuda").reshape(4, 64)
+    flags = torch.tensor([True, True, True, False], device="cuda")
+    ids = torch.tensor([3, -1, 2**40, 4, 1, -7], device="cuda")
+    arguments = {"continuation": flags, "backend": backend_name}
+    gather_neighbours(store, ids, **arguments)  # compiled before it is captured
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            tokens, lengths = gather_neighbours(store, ids, **arguments)
+        graph.replay()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert lengths.tolist() == [64, 0, 0, 0, 128, 0]
+    assert tokens[4].tolist() == list(range(65, 193))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend_name", ["triton", "cuda"])
+def test_on_the_gpu_past_two_to_the_31_tokens(backend_name: str) -> None:
+    if backend_name == "cuda" and not native.WITH_CUDA:
+        pytest.skip("built without nvcc")
+    num_chunks = 2**25 + 2**10
+    store = torch.zeros(num_chunks, 64, dtype=torch.uint16, device="cuda")
+    store[-2:] = torch.arange(60_000, 60_128, device="cuda").reshape(2, 64).to(torch.uint16)
+    flags = torch.ones(num_chunks, dtype=torch.bool, device="cuda")
+    tokens, lengths = gather_neighbours(
+        store, torch.tensor([num_chunks - 2, num_chunks - 1], device="cuda"), continuation=flags, backend=backend_name
+    )
+    assert lengths.tolist() == [128, 64]
+    assert tokens[0].tolist() == list(range(60_000, 60_128))
