@@ -1,0 +1,477 @@
+r"""Absorbed chunked cross-attention: all heads attend to the encoder states themselves; K and V never exist.
+
+    logit = (q + u)·(W_K e) = (W_Kᵀ(q + u))·e          Σ p (W_V e) = W_V (Σ p e)
+
+so the query is taken to the width E of the states before the products with them, and the mixture of states back
+afterwards (as multi-head latent attention does; DeepSeek-V2 2024, section 2.1). The positional terms stay with the
+original query. The matrix products are PyTorch's batched ones (cuBLAS on a GPU); between them stands one fused kernel,
+`absorbed_softmax.py`. `projection.py` says when this is worth it.
+
+Backward keeps the weights in the input dtype, [P, M·H, K·R], and the mixed states, [P, M·H, E]; it recomputes the query
+of width E. Content logits and relative logits are rounded to the input dtype once, as in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops.cca.op import _check_lengths, _check_table
+from retro_kernels.ops.cca.reference import block_attention_reference, dropout_keep, relative_column
+
+_SLICE = {"cuda": 2**27, "cpu": 2**21}  # logits that exist at one time where they need not be kept
+
+
+def _rows(query: Tensor, block: int, chunks: int, shift: int) -> Tensor:
+    """The rows of the attending chunks, [B, N, H, D] → [B * L * M, H, D]; what a sequence lacks is zero."""
+    rows = query[:, shift:]
+    return F.pad(rows, (0, 0, 0, 0, 0, chunks * block - rows.shape[1])).flatten(0, 1)
+
+
+def _by_head(weight: Tensor, heads: int, head_dim: int) -> Tensor:
+    """[Hkv * D, E] → [H, D, E]."""
+    return weight.unflatten(0, (-1, head_dim)).repeat_interleave(heads * head_dim // weight.shape[0], 0)
+
+
+def _per_head(rows: Tensor, weight: Tensor, out: Tensor, alpha: float = 1.0) -> Tensor:
+    """out[n, h] = alpha · rows[n, h] @ weight[h]: [n, H, X], [H, X, Y] → [n, H, Y], without transposed copies."""
+    target = out.transpose(0, 1)
+    torch.baddbmm(target, rows.transpose(0, 1), weight, beta=0, alpha=alpha, out=target)
+    return out
+
+
+def _over_rows(left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """[n, H, X], [n, H, Y] → [H, X, Y], the sum over n."""
+    left, right = left.permute(1, 2, 0), right.transpose(0, 1)
+    out = left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
+    return torch.baddbmm(out, left, right, beta=0, alpha=alpha, out=out)
+
+
+def _reversed_columns(rel_key: Tensor) -> Tensor:
+    """[H, M + R - 1, D] → [H, GP, D], largest distance first, GP a multiple of 8 so that the products stay aligned."""
+    return F.pad(rel_key.flip(1), (0, 0, 0, -rel_key.shape[1] % 8))
+
+
+def _slices(blocks: int, logits_per_block: int, device: torch.device, whole: bool) -> list[tuple[int, int]]:
+    step = blocks if whole else _SLICE.get(device.type, 2**27) // max(logits_per_block, 1)
+    step = max(step, 1)
+    return [(start, min(start + step, blocks)) for start in range(0, blocks, step)]
+
+
+def _sheared(rel: Tensor, block: int, heads: int, neighbour_len: int) -> Tensor:
+    """The view [P, M, H, R] of relative logits [P, M * H, GP] (reversed columns) that key c of row a reads."""
+    rel = rel.unflatten(1, (block, heads))
+    p, m, h, g = rel.stride()
+    offset = rel.storage_offset() + (block - 1) * g
+    return rel.as_strided((rel.shape[0], block, heads, neighbour_len), (p, m - g, h, g), offset)
+
+
+def _softmax(
+    logits: Tensor, rel: Tensor | None, bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, *,
+    first: int, block: int, heads: int, neighbour_len: int, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """`absorbed_softmax.softmax_triton` in plain PyTorch."""
+    view = logits.unflatten(1, (block, heads)).unflatten(3, (-1, neighbour_len))  # [P, M, H, K, R]
+    wide = view if view.dtype.itemsize >= 4 else view.float()
+    if rel is not None:
+        wide.add_(_sheared(rel, block, heads, neighbour_len).unsqueeze(3))
+    if bias is not None:
+        column = relative_column(block, neighbour_len, bias.device)
+        wide.add_(bias[:, column].transpose(0, 1).unsqueeze(2))
+    if lengths is not None:
+        missing = torch.arange(neighbour_len, device=lengths.device) >= lengths[:, :, None]  # [P, K, R]
+        wide.masked_fill_(missing[:, None, None], float("-inf"))
+    weights = torch.softmax(wide.flatten(3), -1)
+    if lengths is not None:
+        weights.masked_fill_((lengths <= 0).all(1)[:, None, None, None], 0.0)
+    logits.copy_(weights.flatten(1, 2))
+    return logits if seed is None else _dropped(logits, seed, block, heads, dropout_p)
+
+
+def _dropped(weights: Tensor, seed: Tensor, block: int, heads: int, dropout_p: float) -> Tensor:
+    blocks, _, keys = weights.shape
+    keep = dropout_keep(seed, (blocks, heads, block, keys), dropout_p)
+    return weights * keep.transpose(1, 2).flatten(1, 2) / (1.0 - dropout_p)
+
+
+def _softmax_backward(
+    weights: Tensor, grad: Tensor, out: Tensor, grad_out: Tensor, grad_rel: Tensor | None, seed: Tensor | None, *,
+    first: int, chunks: int, block: int, neighbour_len: int, dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """`absorbed_softmax.softmax_backward_triton` in plain PyTorch."""
+    heads = out.shape[2]
+    blocks = slice(first, first + weights.shape[0])
+    wide = torch.promote_types(out.dtype, torch.float32)
+    delta = (out.to(wide) * grad_out.to(wide)).sum(-1, keepdim=True)  # [B, N, H, 1]
+    delta = _rows(delta, block, chunks, block - 1).view(-1, block * heads, 1)[blocks]
+    dropped = weights
+    if seed is not None:
+        dropped = _dropped(weights, seed, block, heads, dropout_p)
+        grad.copy_(_dropped(grad, seed, block, heads, dropout_p))
+    if grad.dtype == wide:
+        grad.sub_(delta).mul_(weights)
+    else:
+        grad.copy_((grad - delta) * weights)
+    if grad_rel is not None:
+        by_key = grad.unflatten(1, (block, heads)).unflatten(3, (-1, neighbour_len)).sum(3, dtype=wide)
+        _sheared(grad_rel.zero_(), block, heads, neighbour_len).copy_(by_key)
+    return dropped
+
+
+def _softmax_of(fused: bool) -> tuple[Any, Any]:
+    if not fused:
+        return _softmax, _softmax_backward
+    from retro_kernels.ops.cca.absorbed_softmax import softmax_backward_triton, softmax_triton
+
+    return softmax_triton, softmax_backward_triton
+
+
+def _forward(
+    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, rel_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+    seed: Tensor | None, chunk_size: int, scale: float, dropout_p: float, fused: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns out [B, N, H, D], and what backward needs: weights [P, M * H, K * R] and mixed states [P, M * H, E]."""
+    batch, tokens, heads, head_dim = query.shape
+    _, chunks, neighbours, neighbour_len, width = states.shape
+    blocks, rows, keys = batch * chunks, chunk_size * heads, neighbours * neighbour_len
+    shift = chunk_size - 1
+    softmax, _ = _softmax_of(fused)
+    states = states.reshape(blocks, keys, width)
+    to_states = _by_head(key_weight, heads, head_dim)
+    from_states = _by_head(value_weight, heads, head_dim).transpose(1, 2)
+    q = _rows(query, chunk_size, chunks, shift)
+    content = q if content_bias is None else q + content_bias.to(q.dtype)
+    position = q if position_bias is None else q + position_bias.to(q.dtype)
+    table = None if rel_key is None else _reversed_columns(rel_key)
+    bias = None if rel_bias is None else rel_bias.flip(1).float() if fused else rel_bias
+    lengths = None if lengths is None else lengths.reshape(blocks, neighbours).int()
+
+    attended = query.new_empty((blocks * chunk_size, heads, head_dim))
+    weights = query.new_empty((blocks, rows, keys) if keep else (0,))
+    mixed = query.new_empty((blocks, rows, width) if keep else (0,))
+    for start, stop in _slices(blocks, rows * keys, query.device, whole=seed is not None and not fused):
+        part, of_part = slice(start * chunk_size, stop * chunk_size), slice(start, stop)
+        logits = weights[of_part] if keep else query.new_empty((stop - start, rows, keys))
+        absorbed = _per_head(content[part], to_states, query.new_empty((part.stop - part.start, heads, width)))
+        keys_of = states[of_part].transpose(1, 2)
+        torch.baddbmm(logits, absorbed.view(-1, rows, width), keys_of, beta=0, alpha=scale, out=logits)
+        rel = None
+        if table is not None:
+            rel = query.new_empty((part.stop - part.start, heads, table.shape[1]))
+            rel = _per_head(position[part], table.transpose(1, 2), rel, scale).view(-1, rows, table.shape[1])
+        dropped = softmax(
+            logits, rel, bias, None if lengths is None else lengths[of_part], seed,
+            first=start, block=chunk_size, heads=heads, neighbour_len=neighbour_len, dropout_p=dropout_p,
+        )  # fmt: skip
+        mix = torch.bmm(dropped, states[of_part], out=mixed[of_part] if keep else None)
+        _per_head(mix.view(-1, heads, width), from_states, attended[part])
+
+    out = query.new_empty((batch, tokens, heads, head_dim))
+    out[:, :shift] = 0.0
+    out[:, shift:] = attended.view(batch, chunks * chunk_size, heads, head_dim)[:, : max(tokens - shift, 0)]
+    return out, weights, mixed
+
+
+def _backward(
+    grad_out: Tensor, out: Tensor, weights: Tensor, mixed: Tensor, query: Tensor, states: Tensor, key_weight: Tensor,
+    value_weight: Tensor, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
+    rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
+    dropout_p: float, fused: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of query, states, both weights, rel_key and the three biases; empty where there is no such tensor."""
+    batch, tokens, heads, head_dim = query.shape
+    _, chunks, neighbours, neighbour_len, width = states.shape
+    blocks, rows, keys = batch * chunks, chunk_size * heads, neighbours * neighbour_len
+    shift, columns = chunk_size - 1, chunk_size + neighbour_len - 1
+    _, softmax_backward = _softmax_of(fused)
+    grad_out = grad_out.contiguous()
+    flat = states.reshape(blocks, keys, width)
+    to_states, from_states = (_by_head(weight, heads, head_dim) for weight in (key_weight, value_weight))
+    q, dout = (_rows(x, chunk_size, chunks, shift) for x in (query, grad_out))
+    content = q if content_bias is None else q + content_bias.to(q.dtype)
+    positions = rel_key is not None or rel_bias is not None
+
+    grad_states = flat.new_empty(flat.shape)
+    grad_absorbed = query.new_empty((blocks * chunk_size, heads, width))
+    grad_rel = query.new_empty((blocks, rows, columns + -columns % 8)) if positions else None
+    for start, stop in _slices(blocks, rows * keys, query.device, whole=seed is not None and not fused):
+        part, of_part = slice(start * chunk_size, stop * chunk_size), slice(start, stop)
+        many = part.stop - part.start
+        dmix = _per_head(dout[part], from_states, query.new_empty((many, heads, width))).view(-1, rows, width)
+        grad = torch.bmm(dmix, flat[of_part].transpose(1, 2))
+        dropped = softmax_backward(
+            weights[of_part], grad, out, grad_out, None if grad_rel is None else grad_rel[of_part], seed,
+            first=start, chunks=chunks, block=chunk_size, neighbour_len=neighbour_len, dropout_p=dropout_p,
+        )  # fmt: skip
+        torch.bmm(dropped.transpose(1, 2), dmix, out=grad_states[of_part])
+        absorbed = _per_head(content[part], to_states, query.new_empty((many, heads, width))).view(-1, rows, width)
+        torch.baddbmm(grad_states[of_part], grad.transpose(1, 2), absorbed, alpha=scale, out=grad_states[of_part])
+        dq = grad_absorbed[part].view(-1, rows, width)
+        torch.baddbmm(dq, grad, flat[of_part], beta=0, alpha=scale, out=dq)
+
+    def of_weight(per_head: Tensor, weight: Tensor) -> Tensor:
+        groups = per_head.view(weight.shape[0] // head_dim, -1, head_dim, width)
+        return groups.sum(1).reshape(weight.shape)
+
+    def over_rows(rows_of: Tensor, table: Tensor) -> Tensor:
+        return rows_of.sum(0, dtype=torch.promote_types(table.dtype, torch.float32)).to(table.dtype)
+
+    none = query.new_empty((0,))
+    dq = _per_head(grad_absorbed, to_states.transpose(1, 2), q.new_empty(q.shape))
+    grad_content_bias = none if content_bias is None else over_rows(dq, content_bias)
+    grad_key_weight = of_weight(_over_rows(content, grad_absorbed), key_weight)
+    grad_value_weight = of_weight(_over_rows(dout, mixed.view(-1, heads, width)), value_weight)
+    grad_rel_key = grad_position_bias = grad_rel_bias = none
+    if grad_rel is not None:
+        grad_rel = grad_rel.view(blocks * chunk_size, heads, -1)
+    if rel_bias is not None and grad_rel is not None:
+        grad_rel_bias = over_rows(grad_rel[..., :columns], rel_bias).flip(1)
+    if rel_key is not None and grad_rel is not None:
+        position = q if position_bias is None else q + position_bias.to(q.dtype)
+        grad_rel_key = _over_rows(grad_rel, position, scale)[:, :columns].flip(1)
+        dposition = _per_head(grad_rel, _reversed_columns(rel_key), q.new_empty(q.shape), scale)
+        grad_position_bias = none if position_bias is None else over_rows(dposition, position_bias)
+        dq = dq + dposition
+    grad_query = query.new_empty(query.shape)
+    grad_query[:, :shift] = 0.0
+    grad_query[:, shift:] = dq.view(batch, -1, heads, head_dim)[:, : max(tokens - shift, 0)]
+    return (
+        grad_query, grad_states.view(states.shape), grad_key_weight, grad_value_weight, grad_rel_key,
+        grad_content_bias, grad_position_bias, grad_rel_bias,
+    )  # fmt: skip
+
+
+_TENSORS = (
+    "Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, Tensor? rel_key, Tensor? content_bias, "
+    "Tensor? position_bias, Tensor? rel_bias, Tensor? lengths, Tensor? seed, int chunk_size, float scale, "
+    "float dropout_p, bool fused"
+)
+
+
+def _forward_fake(query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias, lengths,
+                  seed, chunk_size, scale, dropout_p, fused, keep):  # type: ignore[no-untyped-def]  # fmt: skip
+    batch, chunks, neighbours, neighbour_len, width = states.shape
+    blocks, rows = batch * chunks, chunk_size * query.shape[2]
+    return (
+        query.new_empty(query.shape),
+        query.new_empty((blocks, rows, neighbours * neighbour_len) if keep else (0,)),
+        query.new_empty((blocks, rows, width) if keep else (0,)),
+    )
+
+
+def _backward_fake(grad_out, out, weights, mixed, query, states, key_weight, value_weight, rel_key, content_bias,
+                   position_bias, rel_bias, *rest):  # type: ignore[no-untyped-def]  # fmt: skip
+    tensors = (query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias)
+    return tuple(query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tensors)
+
+
+_library = torch.library.Library("retro_kernels", "FRAGMENT")
+_library.define(f"cca_absorbed_fwd({_TENSORS}, bool keep) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"cca_absorbed_bwd(Tensor grad_out, Tensor out, Tensor weights, Tensor mixed, {_TENSORS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("cca_absorbed_fwd", _forward, _device)
+    _library.impl("cca_absorbed_bwd", _backward, _device)
+torch.library.register_fake("retro_kernels::cca_absorbed_fwd", _forward_fake, lib=_library)
+torch.library.register_fake("retro_kernels::cca_absorbed_bwd", _backward_fake, lib=_library)
+
+
+class _AbsorbedCrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> Tensor:
+        out, weights, mixed = torch.ops.retro_kernels.cca_absorbed_fwd(*args, True)
+        ctx.save_for_backward(out, weights, mixed, *args[:10], key_bias)
+        ctx.options = args[10:]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, key_bias = ctx.saved_tensors
+        grads = torch.ops.retro_kernels.cca_absorbed_bwd(grad_out, *saved, *ctx.options)
+        grads = tuple(None if tensor is None else grad for grad, tensor in zip(grads, saved[3:11]))
+        return (None if key_bias is None else torch.zeros_like(key_bias), *grads, None, None, None, None, None, None)
+
+
+def absorbed_cross_attention(
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    chunk_size: int = 64,
+    rel_key: Tensor | None = None,
+    content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    neighbour_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """`chunked_cross_attention` to linear projections of encoder states, without ever forming keys and values.
+
+    Fewer operations than projecting where D is large against E / H (see `choose_projection`), and far less memory
+    where there are many neighbours. Gradients for every floating tensor.
+
+    Args:
+        query: [B, N, H, D].
+        states: [B, L, K, R, E] with L = N // M, the encoded neighbours.
+        key_weight, value_weight: [Hkv * D, E], as of `torch.nn.Linear`; Hkv divides H.
+        key_bias, value_bias: [Hkv * D]. A key bias adds the same to every logit of a row, so the softmax takes it
+            away again: it changes nothing, and its gradient is zero.
+        backend: "triton", "torch", "reference" (which does project), or None for the fastest that can run here.
+        chunk_size, rel_key, content_bias, position_bias, rel_bias, neighbour_lengths, scale, dropout_p: as in
+            `chunked_cross_attention`; with the same seed of torch's generator, the same weights are dropped.
+
+    Returns:
+        [B, N, H, D] in the query's dtype, contiguous. Rows t < M - 1 and rows with no key at all are exactly zero.
+
+    Raises:
+        ValueError: shapes, devices or numbers do not fit, or the asked backend cannot run here.
+        TypeError: a dtype does not fit.
+
+    Equivalent to:
+        key, value = (linear(states, w, b).unflatten(-1, (-1, D)) for w, b in ((key_weight, key_bias), …))
+        out = chunked_cross_attention(query, key, value, …)
+    """
+    name = "absorbed_cross_attention"
+    options = _check(
+        name, query, states, key_weight, value_weight, key_bias, value_bias, chunk_size, rel_key, content_bias,
+        position_bias, rel_bias, neighbour_lengths, dropout_p,
+    )  # fmt: skip
+    query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias = options
+    heads, head_dim = query.shape[2:]
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    candidates = {"triton": why_not_triton(query.device, query.dtype), "torch": None, "reference": None}
+    if query.device.type == "cpu" and backend is None:
+        candidates["triton"] = candidates["triton"] or "interpreted, and slow"
+    chosen = pick_backend(name, backend, candidates)
+    seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
+    if chosen == "reference":
+        return _projected(
+            query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias,
+            rel_bias, neighbour_lengths, seed, chunk_size, scale, dropout_p,
+        )  # fmt: skip
+    if value_bias is not None and dropout_p > 0.0:
+        # the weights of a row no longer sum to one: the bias becomes one more column of the states, which is 1
+        states = F.pad(F.pad(states, (0, 1), value=1.0), (0, 7))
+        key_weight = F.pad(key_weight, (0, 8))
+        value_weight = F.pad(torch.cat((value_weight, value_bias[:, None]), 1), (0, 7))
+    args = (
+        query.contiguous(), states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias,
+        neighbour_lengths, seed, chunk_size, scale, dropout_p, chosen == "triton",
+    )  # fmt: skip
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
+        out = _AbsorbedCrossAttention.apply(key_bias, *args)
+    else:
+        out, _, _ = torch.ops.retro_kernels.cca_absorbed_fwd(*args, False)
+    if value_bias is None or dropout_p > 0.0:
+        return out
+    bias = value_bias.view(-1, 1, head_dim).expand(-1, heads * head_dim // value_bias.shape[0], -1)
+    return out + bias.reshape(heads, head_dim) * _attending(query, states, neighbour_lengths, chunk_size)
+
+
+def _attending(query: Tensor, states: Tensor, lengths: Tensor | None, chunk_size: int) -> Tensor:
+    """1 for tokens which have any key, 0 for the others: [B, N, 1, 1] in the query's dtype."""
+    tokens, shift = query.shape[1], chunk_size - 1
+    if lengths is None:
+        present = query.new_ones(states.shape[:2]) if states.shape[2] else query.new_zeros(states.shape[:2])
+    else:
+        present = (lengths > 0).any(2).to(query.dtype)
+    rows = present.repeat_interleave(chunk_size, 1)[:, : max(tokens - shift, 0)]
+    return F.pad(rows, (tokens - rows.shape[1], 0))[..., None, None]
+
+
+def _projected(
+    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None,
+    value_bias: Tensor | None, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
+    rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
+    dropout_p: float,
+) -> Tensor:  # fmt: skip
+    """The definition: project, then attend. Half precision is computed in float32 and rounded once at the end."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    key, value = (
+        F.linear(states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+        .unflatten(-1, (-1, query.shape[-1])).flatten(0, 1)
+        for weight, bias in ((key_weight, key_bias), (value_weight, value_bias))
+    )  # fmt: skip
+    return block_attention_reference(
+        query, key, value, rel_key, content_bias, position_bias, rel_bias,
+        None if lengths is None else lengths.flatten(0, 1), seed,
+        block=chunk_size, shift=chunk_size - 1, scale=scale, dropout_p=dropout_p,
+    )  # fmt: skip
+
+
+def _check(
+    name: str, query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None,
+    value_bias: Tensor | None, chunk_size: int, rel_key: Tensor | None, content_bias: Tensor | None,
+    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, dropout_p: float,
+) -> list[Any]:  # fmt: skip
+    """The tensors, cast where autocast is on."""
+    for label, tensor in (("query", query), ("states", states)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor.")
+    if query.dim() != 4:
+        raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [B, N, H, D].")
+    if states.dim() != 5:
+        raise ValueError(f"{name}: states has shape {tuple(states.shape)}; expected 5 dimensions [B, L, K, R, E].")
+    batch, tokens, heads, head_dim = query.shape
+    neighbour_len, width = states.shape[3:]
+    if chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
+    if states.shape[:2] != (batch, tokens // chunk_size):
+        raise ValueError(
+            f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has a batch of "
+            f"{batch} with {tokens:,} tokens and chunk_size is {chunk_size} ({tokens // chunk_size:,} chunks expected)."
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
+    inner = key_weight.shape[0]
+    if inner == 0 or inner % head_dim or heads * head_dim % inner:
+        raise ValueError(
+            f"{name}: key_weight has {inner} rows; they have to be Hkv * D with D = {head_dim} and Hkv a divisor of "
+            f"the query's {heads} heads."
+        )
+    if position_bias is not None and rel_key is None:
+        raise ValueError(f"{name}: position_bias is given without rel_key, where it has no effect. Give both.")
+    columns = chunk_size + neighbour_len - 1
+    for label, table, shape in (
+        ("key_weight", key_weight, (inner, width)),
+        ("value_weight", value_weight, (inner, width)),
+        ("key_bias", key_bias, (inner,)),
+        ("value_bias", value_bias, (inner,)),
+        ("rel_key", rel_key, (heads, columns, head_dim)),
+        ("content_bias", content_bias, (heads, head_dim)),
+        ("position_bias", position_bias, (heads, head_dim)),
+        ("rel_bias", rel_bias, (heads, columns)),
+    ):
+        if table is not None:
+            _check_table(name, label, table, shape, query)
+    if states.device != query.device:
+        raise ValueError(f"{name}: query is on {query.device}, but states on {states.device}.")
+    if lengths is not None:
+        _check_lengths(name, "neighbour_lengths", lengths, tuple(states.shape[:3]), query)
+
+    tensors = [query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias]
+    if torch.is_autocast_enabled(query.device.type):
+        # rel_bias stays as it is: it is added to the logits in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        tensors = [None if x is None else x.to(dtype) for x in tensors]
+    if len({x.dtype for x in tensors[:4] if x is not None}) > 1:
+        raise TypeError(
+            f"{name}: query is {query.dtype}, states {states.dtype}, key_weight {key_weight.dtype} and value_weight "
+            f"{value_weight.dtype}; they have to be the same (cast them, or use torch.autocast)."
+        )
+    if tensors[6] is not None:
+        tensors[6] = tensors[6].to(tensors[0].dtype)
+    return tensors

@@ -1,0 +1,199 @@
+r"""Forward kernel of block attention (the maths and the legend of shapes: `reference.py`).
+
+One program holds BM query rows of one block and one head and walks over key tiles, neighbours inside: the position
+term does not depend on the neighbour (Borgeaud et al. 2021, eq. 6), so its [BM, BN] tile is made once per key tile
+from (q + v) · rel_keyᵀ by a shear and stays in registers. Softmax is online and in base 2, with fp32 accumulation:
+
+    s = (q + u) · kᵀ · scale · log2 e + tile,   p = 2^(s − max),   out = Σ p v / Σ p,   lse = max + log2 Σ p
+
+A row without any finite logit has out = 0 and lse = +inf, which makes every gradient of it zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retro_kernels.ops.cca import tiles
+from retro_kernels.ops.cca.reference import dropout_threshold
+from retro_kernels.ops.cca.tiles import _add_bias, _dropout_keep, _load_tile, _store_tile, _store_zero_rows
+
+
+@triton.jit
+def _position_tile(
+    q_position, rel_key, p_rel_bias, i_head, o_i, o_c, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    W: tl.constexpr, HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """What positions add to the logits of rows o_i … and keys o_c …, in base 2; the same for every neighbour."""
+    COLUMNS: tl.constexpr = TQ + TK - 1
+    a = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    tile = tl.zeros([BM, BN], tl.float32)
+    if HAS_REL:
+        first = o_i - o_c + TK - BN
+        column = first + tl.arange(0, W)
+        inside = (column >= 0) & (column < COLUMNS)
+        b_rel = _load_tile(
+            rel_key, i_head, first, 0, COLUMNS * D, D, COLUMNS, inside, W, BD, D, True, TMA
+        )  # [W, BD]
+        b_by_distance = tl.dot(q_position, tl.trans(b_rel), input_precision=PRECISION)  # [BM, W]
+        tile = tl.gather(b_by_distance, a[:, None] - n[None, :] + (BN - 1), 1) * scale_log2
+    if HAS_BIAS:
+        column = (o_i + a)[:, None] - (o_c + n)[None, :] + (TK - 1)
+        inside = (column >= 0) & (column < COLUMNS)
+        b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
+        tile += b_bias * 1.4426950408889634
+    return tile
+
+
+@triton.jit
+def _cca_fwd_kernel(
+    query, key, value, rel_key, out, p_out, p_lse,
+    p_content_bias, p_position_bias, p_rel_bias, p_lengths, p_seed,
+    stride_qs, stride_qn, stride_kg, stride_kt, stride_vg, stride_vt,
+    num_rows, num_heads, per_seq, num_sets, scale_log2, threshold, keep_scale,
+    REPEAT: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
+    HAS_REL: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
+    MASK_KEYS: tl.constexpr = TK % BN != 0
+    pid = tl.program_id(0)
+    i_head = pid % num_heads
+    i_block = pid // num_heads // ROW_TILES
+    o_i = pid // num_heads % ROW_TILES * BM
+    i_seq = i_block // per_seq
+    o_row = i_block % per_seq * TQ + SHIFT + o_i
+    i_group = i_block // REPEAT
+    kv_col = i_head // GROUP * D
+    a = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    m_row = (o_i + a < TQ) & (o_row + a < num_rows)
+
+    b_q = _load_tile(
+        query, i_seq, o_row, i_head * D, stride_qs, stride_qn, num_rows, m_row, BM, BD, D, True, TMA
+    )  # [BM, BD]
+    b_qp = b_q
+    if HAS_POSITION:
+        b_qp = _add_bias(b_q, p_position_bias, i_head, 0, D, BD, D)
+    if HAS_CONTENT:
+        b_q = _add_bias(b_q, p_content_bias, i_head, 0, D, BD, D)
+
+    row_max = tl.full([BM], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+    for o_c in tl.range(0, TK, BN, num_stages=1):
+        if HAS_REL or HAS_BIAS:
+            b_pos = _position_tile(
+                b_qp, rel_key, p_rel_bias, i_head, o_i, o_c, scale_log2,
+                D, BD, TQ, TK, BM, BN, W, HAS_REL, HAS_BIAS, PRECISION, TMA,
+            )  # [BM, BN]  # fmt: skip
+        m_key = o_c + n < TK
+        for j in tl.range(0, num_sets, num_stages=STAGES):
+            b_k = _load_tile(
+                key, i_group * num_sets + j, o_c, kv_col, stride_kg, stride_kt, TK, m_key, BN, BD, D, MASK_KEYS, TMA
+            )  # [BN, BD]
+            s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BM, BN]
+            if HAS_REL or HAS_BIAS:
+                s += b_pos
+            if HAS_LENGTHS:
+                length = tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j)
+                s = tl.where((o_c + n < tl.minimum(length, TK))[None, :], s, float("-inf"))
+            elif MASK_KEYS:
+                s = tl.where(m_key[None, :], s, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.math.exp2(s - safe_max[:, None])
+            decay = tl.math.exp2(row_max - safe_max)
+            row_sum = row_sum * decay + tl.sum(p, 1)
+            row_max = new_max
+            if DROPOUT:
+                keep = _dropout_keep(p_seed, i_block, i_head, o_i + a, j * TK + o_c + n, threshold, False)
+                p = tl.where(keep, p, 0.0)
+            acc = acc * decay[:, None]
+            b_v = _load_tile(
+                value, i_group * num_sets + j, o_c, kv_col, stride_vg, stride_vt, TK, m_key, BN, BD, D, MASK_KEYS, TMA
+            )  # [BN, BD]
+            acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+
+    empty = row_sum == 0.0
+    total = tl.where(empty, 1.0, row_sum)
+    acc = acc * (keep_scale / total)[:, None]
+    lse = tl.where(empty | (o_row + a >= num_rows), float("inf"), row_max + tl.math.log2(total))
+    _store_tile(
+        out, acc, i_seq, o_row, i_head * D, num_rows.to(tl.int64) * num_heads * D, num_heads * D, m_row,
+        BM, BD, D, True, TMA,
+    )  # fmt: skip
+    p_row = p_lse + (i_block.to(tl.int64) * num_heads + i_head) * TQ + o_i + a
+    tl.store(p_row, lse, mask=o_i + a < TQ)
+    if SHIFT > 0:
+        if o_row == SHIFT:
+            _store_zero_rows(
+                p_out, i_seq, i_head, num_rows.to(tl.int64) * num_heads * D, num_heads * D, num_rows, D, BD, SHIFT, BM
+            )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Products of fp32 operands: three tf32 products keep fp32's accuracy; plain fp32 has no tensor cores."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+    *,
+    config: tiles.Config | None = None,
+    tma: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch: out [S, N, H, D] and lse [P, H, TQ] in base 2."""
+    g = tiles.geometry(query, key, block, repeat)
+    groups, num_sets, num_keys, kv_heads, _ = key.shape
+    arch = tiles.architecture(query.device)
+    config = config or tiles.forward_config(arch, g.padded_dim, query.dtype, g.rows)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty((g.blocks, g.num_heads, block), dtype=torch.float32)
+    q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)
+    k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
+    r = None if rel_key is None else rel_key.contiguous()
+    if tma is None:
+        tma = block % g.rows == 0 and tiles.can_use_tma(
+            arch, g.head_dim, g.padded_dim, (q, k, v) if r is None else (q, k, v, r)
+        )
+    window = triton.next_power_of_2(g.rows + config.keys - 1)
+    _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
+        tiles.descriptor(q, g.rows, g.padded_dim, tma),
+        tiles.descriptor(k, config.keys, g.padded_dim, tma),
+        tiles.descriptor(v, config.keys, g.padded_dim, tma),
+        None if r is None else tiles.descriptor(r, window, g.padded_dim, tma),
+        tiles.descriptor(o, g.rows, g.padded_dim, tma),
+        out, lse, content_bias, position_bias, rel_bias, lengths, seed,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        g.num_rows, g.num_heads, g.per_seq, num_sets,
+        scale * math.log2(math.e), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        REPEAT=repeat, GROUP=g.num_heads // kv_heads, SHIFT=shift, TQ=block, TK=num_keys,
+        D=g.head_dim, BD=g.padded_dim, BM=g.rows, BN=config.keys, W=window,
+        HAS_REL=rel_key is not None, HAS_CONTENT=content_bias is not None, HAS_POSITION=position_bias is not None,
+        HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0.0,
+        PRECISION=precision(query.dtype), TMA=tma, STAGES=config.stages,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,194 @@
+"""What the forward and the backward kernel share: tile loads and stores by TMA or by pointer, the shear between
+distance and key columns, the dropout draw, and the block sizes.
+
+Tiles: BM query rows · BN keys · BD head dimension padded to a power of two · W = window of distance columns that one
+[BM, BN] tile touches. Query row i of the block and key c meet in column i − c + TK − 1, so inside a tile that starts
+at (i0, c0) local row a and key n meet in column t = a − n + BN − 1 of a window that starts at i0 − c0 + TK − BN.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+# A source is a TMA descriptor [batch, rows, H * D] (TMA) or a pointer with two strides; TMA clips at `num_rows`.
+@triton.jit
+def _load_tile(
+    src, i_batch, o_row, o_col, stride_batch, stride_row, num_rows, m_row,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows o_row … and columns o_col … of batch i_batch; columns from LIMIT on and masked rows are zero."""
+    if TMA:
+        return tl.reshape(src.load([i_batch, o_row, o_col]), (ROWS, COLS))
+    else:
+        o_r = tl.arange(0, ROWS)
+        o_c = tl.arange(0, COLS)
+        p = src + i_batch.to(tl.int64) * stride_batch + o_col
+        p = p + (o_row + o_r).to(tl.int64)[:, None] * stride_row + o_c[None, :]
+        if MASK_ROWS and LIMIT < COLS:
+            return tl.load(p, mask=m_row[:, None] & (o_c < LIMIT)[None, :], other=0.0)
+        elif MASK_ROWS:
+            return tl.load(p, mask=m_row[:, None], other=0.0)
+        elif LIMIT < COLS:
+            return tl.load(p, mask=(o_c < LIMIT)[None, :], other=0.0)
+        else:
+            return tl.load(p)
+
+
+@triton.jit
+def _store_tile(
+    dst, x, i_batch, o_row, o_col, stride_batch, stride_row, m_row,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if TMA:
+        dst.store([i_batch, o_row, o_col], tl.reshape(x.to(dst.dtype), (1, ROWS, COLS)))
+    else:
+        o_r = tl.arange(0, ROWS)
+        o_c = tl.arange(0, COLS)
+        p = dst + i_batch.to(tl.int64) * stride_batch + o_col
+        p = p + (o_row + o_r).to(tl.int64)[:, None] * stride_row + o_c[None, :]
+        x = x.to(dst.dtype.element_ty)
+        if MASK_ROWS and LIMIT < COLS:
+            tl.store(p, x, mask=m_row[:, None] & (o_c < LIMIT)[None, :])
+        elif MASK_ROWS:
+            tl.store(p, x, mask=m_row[:, None])
+        elif LIMIT < COLS:
+            tl.store(p, x, mask=(o_c < LIMIT)[None, :])
+        else:
+            tl.store(p, x)
+
+
+@triton.jit
+def _store_zero_rows(
+    dst, i_batch, i_head, stride_batch, stride_row, num_rows,
+    D: tl.constexpr, BD: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """The rows before the first attending chunk, which belong to no block."""
+    o_r = tl.arange(0, BM)
+    o_c = tl.arange(0, BD)
+    for o_row in tl.range(0, SHIFT, BM):
+        rows = o_row + o_r
+        p = dst + i_batch.to(tl.int64) * stride_batch + i_head * D + rows.to(tl.int64)[:, None] * stride_row
+        keep = ((rows < SHIFT) & (rows < num_rows))[:, None] & (o_c < D)[None, :]
+        tl.store(p + o_c[None, :], tl.zeros([BM, BD], dst.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _add_bias(x, p_bias, i_head, o_col, D: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr):
+    """x + bias[head, o_col …], rounded once to x's dtype."""
+    o_c = tl.arange(0, COLS)
+    bias = tl.load(p_bias + i_head * D + o_col + o_c, mask=o_c < LIMIT, other=0.0).to(tl.float32)  # [COLS]
+    return (x.to(tl.float32) + bias[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _dropout_keep(p_seed, i_block, i_head, o_row, o_key, threshold, KEYS_FIRST: tl.constexpr):
+    """Philox with key `seed` and counter (key, row, head, block): the same draw whatever the tiles are."""
+    if KEYS_FIRST:
+        key = o_key[:, None] + o_row[None, :] * 0
+        row = o_key[:, None] * 0 + o_row[None, :]
+    else:
+        key = o_row[:, None] * 0 + o_key[None, :]
+        row = o_row[:, None] + o_key[None, :] * 0
+    draw, _, _, _ = tl.philox(tl.load(p_seed), key, row, key * 0 + i_head, key * 0 + i_block)
+    return draw >= tl.cast(threshold, tl.uint32)
+
+
+class Config(NamedTuple):
+    """Block sizes of one launch."""
+
+    keys: int
+    """BN"""
+    warps: int
+    stages: int
+    panels: int = 1
+    """Backward: the head dimension is worked on in so many panels, which halves the live parts of dK and dV."""
+    keys_first: bool = False
+    """Backward: logits as [BN, BM], so that 8 warps split the keys; with rows first, 4 warps split 64 rows."""
+
+
+def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int) -> Config:
+    """Thresholds compiled for sm_80, sm_90 and sm_100 (`bench/static.py`: no spill in the hot loop)."""
+    warps = 8 if rows >= 128 else 4
+    if dtype == torch.float32:
+        # tf32x3 splits every operand in two, which costs registers
+        return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 else warps, 1)
+    if padded_dim > 128:
+        return Config(32, 8, 1) if arch < 90 else Config(64, warps, 2)
+    return Config(64, warps, 2)
+
+
+def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: bool) -> Config:
+    """Like `forward_config`; `tables`: the neighbour-summed dS of a tile is kept for table gradients."""
+    warps = 8 if rows >= 128 else 4
+    if dtype == torch.float32:
+        return Config(32 if padded_dim <= 64 else 16, 8, 1)
+    if padded_dim <= 64:
+        return Config(64, warps, 2)
+    if padded_dim == 128:
+        if tables and rows == 64:
+            return Config(128, 8, 1, panels=2, keys_first=True)
+        return Config(64, warps, 1, panels=2)
+    return Config(64 if arch >= 90 else 32, 8, 1, panels=2)
+
+
+class Geometry(NamedTuple):
+    """Sizes of one call, worked out once for both directions."""
+
+    num_seqs: int
+    num_rows: int
+    num_heads: int
+    head_dim: int
+    blocks: int
+    per_seq: int
+    row_tiles: int
+    rows: int
+    """BM"""
+    padded_dim: int
+    """BD"""
+
+
+def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
+    num_seqs, num_rows, num_heads, head_dim = query.shape
+    blocks = key.shape[0] * repeat
+    rows = min(max(16, triton.next_power_of_2(block)), 128)
+    padded = max(16, triton.next_power_of_2(head_dim))
+    return Geometry(
+        num_seqs, num_rows, num_heads, head_dim, blocks, blocks // num_seqs, -(-block // rows), rows, padded
+    )
+
+
+@functools.lru_cache
+def architecture(device: torch.device) -> int:
+    """80 for sm_80 and so on; 0 in the interpreter, which takes every path."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def flat_rows(x: Tensor, batch: int) -> Tensor:
+    """[batch, rows, heads * D] with dense last axis: a view wherever the strides allow it."""
+    x = x.reshape(batch, -1, x.shape[-2] * x.shape[-1])
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def can_use_tma(arch: int, head_dim: int, padded_dim: int, tensors: tuple[Tensor, ...]) -> bool:
+    """TMA needs sm_90, 16-byte aligned bases and strides; a padded head would run into its neighbour's columns."""
+    if 0 < arch < 90 or head_dim != padded_dim:
+        return False
+    return all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2]) for x in tensors
+    )
+
+
+def descriptor(x: Tensor, rows: int, cols: int, tma: bool) -> Any:
+    """A [1, rows, cols] window into x [batch, rows, H * D], or x itself for the pointer path."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, cols]) if tma else x
