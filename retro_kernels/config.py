@@ -175,3 +175,118 @@ def retro_tiny(**overrides: Any) -> RetroConfig:
 def retro_small(**overrides: Any) -> RetroConfig:
     """7.8M body parameters: trains on a laptop."""
     return preset("retro_small", **overrides)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `set=None` trains the plain decoder. The comments under the fields are the command line's help."""
+
+    data: tuple[str, ...]
+    """folders or files of text to train on (.txt, .jsonl, sources, .gz, .xz)"""
+    out: str
+    """folder of the run: model, tokenizer, metrics, checkpoint"""
+    set: str | None = None
+    """retrieval set; without it the plain decoder is trained"""
+    preset: str = "retro_small"
+    """architecture, one of the presets"""
+    model: tuple[str, ...] = ()
+    """changes to the preset, FIELD=VALUE, e.g. dim=384 cca_layers=2,4"""
+    steps: int = 1000
+    """updates of the weights"""
+    seed: int = 0
+    """of the initial weights, the order of the data and dropout"""
+    batch_size: int = 8
+    """sequences in a forward pass"""
+    accumulate: int = 1
+    """forward passes in a step"""
+    sequence_length: int = 512
+    """tokens in a sequence, whole chunks"""
+    num_neighbours: int = 2
+    """neighbours of each chunk"""
+    learning_rate: float = 1e-3
+    """highest learning rate, after the warm-up"""
+    warmup: int | None = None
+    """steps of linear warm-up (default: a twentieth of the steps, at most 750)"""
+    weight_decay: float = 0.1
+    """of the matrices"""
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """arithmetic of the forward pass; auto takes bf16 where the device multiplies in it"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU where there is one"""
+    compile: bool = False
+    """run the model through torch.compile"""
+    neighbours: str | None = None
+    """file of precomputed neighbours (verb neighbours) instead of searching in the step"""
+    tokenizer: str | None = None
+    """tokenizer of the plain decoder (default: one is trained on the data)"""
+    vocab_size: int = 8192
+    """entries of a tokenizer trained here"""
+    retrofit: str | None = None
+    """run of a plain decoder to add retrieval to; its weights stay as they are unless unfrozen"""
+    unfreeze: bool = False
+    """train the weights of the retrofitted decoder as well"""
+    save_every: int = 500
+    """steps between checkpoints"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("steps", "batch_size", "accumulate", "sequence_length", "num_neighbours", "vocab_size",
+                     "save_every", "log_every"):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"train: {name} is {value!r}; it must be an integer of at least 1.")
+        for name, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("warmup", 0)):
+            value = getattr(self, name)
+            if value is not None and not low <= value < float("inf"):
+                raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least {low}.")
+        if not self.data:
+            raise InputError("train: no data was given; name at least one folder or file of text.")
+        if self.dtype not in ("auto", "fp32", "bf16"):
+            raise InputError(f"train: dtype is {self.dtype!r}; it must be auto, fp32 or bf16.")
+        for name in ("neighbours", "retrofit"):
+            if getattr(self, name) and not self.set:
+                raise InputError(f"train: {name} needs a retrieval set (--set).")
+        if self.unfreeze and not self.retrofit:
+            raise InputError("train: unfreeze only means something together with retrofit.")
+        if self.tokenizer and self.set:
+            raise InputError("train: the tokenizer is that of the retrieval set; give tokenizer or set, not both.")
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(self.steps // 20, 750) if self.warmup is None else self.warmup
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"TrainConfig: unknown fields {unknown}; this version knows {sorted(known)}.")
+        return cls(**values)
+
+
+def parse_overrides(changes: tuple[str, ...]) -> dict[str, Any]:
+    """`("dim=384", "cca_layers=2,4")` as keyword arguments of RetroConfig, each value of its field's type."""
+    defaults = {f.name: f.default for f in dataclasses.fields(RetroConfig)}
+    values: dict[str, Any] = {}
+    for change in changes:
+        name, equals, text = change.partition("=")
+        if not equals or name not in defaults:
+            raise InputError(f"model: {change!r} is not FIELD=VALUE with one of the fields {', '.join(defaults)}.")
+        default = defaults[name]
+        try:
+            if isinstance(default, bool):
+                values[name] = {"true": True, "false": False}[text.lower()]
+            elif isinstance(default, tuple):
+                values[name] = tuple(int(part) for part in text.split(",") if part)
+            else:
+                values[name] = type(default)(text)
+        except (KeyError, ValueError):
+            raise InputError(f"model: {text!r} is no value for {name}; its default is {default!r}.") from None
+    return values
