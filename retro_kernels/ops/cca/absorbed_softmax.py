@@ -76,10 +76,9 @@ def _cca_absorbed_softmax_kernel(
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     for j in tl.range(0, K):
-        m_key = m_tile
-        if HAS_LENGTHS:
-            m_key = m_tile & (o_c < tl.load(p_lengths + i_p64 * K + j))[None, :]
-        b_s = tl.load(p_tile + j * R, mask=m_key, other=float("-inf")).to(tl.float32) * LOG2_E + b_add  # [ROWS, BR]
+        b_s = tl.load(p_tile + j * R, mask=m_tile, other=float("-inf")).to(tl.float32) * LOG2_E + b_add  # [ROWS, BR]
+        if HAS_LENGTHS:  # not as the mask of the load, which would make it a scalar one
+            b_s = tl.where((o_c < tl.load(p_lengths + i_p64 * K + j))[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_sum = b_sum * tl.exp2(b_max - b_base) + tl.sum(tl.exp2(b_s - b_base[:, None]), 1)
@@ -88,10 +87,9 @@ def _cca_absorbed_softmax_kernel(
     b_inverse = tl.where(b_sum == 0.0, 0.0, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))  # no key at all: weights 0
 
     for j in tl.range(0, K):
-        m_key = m_tile
+        b_s = tl.load(p_tile + j * R, mask=m_tile, other=float("-inf")).to(tl.float32) * LOG2_E + b_add
         if HAS_LENGTHS:
-            m_key = m_tile & (o_c < tl.load(p_lengths + i_p64 * K + j))[None, :]
-        b_s = tl.load(p_tile + j * R, mask=m_key, other=float("-inf")).to(tl.float32) * LOG2_E + b_add
+            b_s = tl.where((o_c < tl.load(p_lengths + i_p64 * K + j))[None, :], b_s, float("-inf"))
         b_w = tl.exp2(b_s - b_base[:, None]) * b_inverse[:, None]
         tl.store(p_tile + j * R, b_w.to(p_logits.dtype.element_ty), mask=m_tile)
         if DROPOUT:

@@ -20,35 +20,14 @@ from torch import Tensor
 
 from retro_kernels.ops.cca import tiles
 from retro_kernels.ops.cca.reference import dropout_threshold
-from retro_kernels.ops.cca.tiles import _add_bias, _dropout_keep, _load_tile, _store_tile, _store_zero_rows
-
-
-@triton.jit
-def _position_tile(
-    q_position, rel_key, p_rel_bias, i_head, o_i, o_c, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    W: tl.constexpr, HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """What positions add to the logits of rows o_i … and keys o_c …, in base 2; the same for every neighbour."""
-    COLUMNS: tl.constexpr = TQ + TK - 1
-    a = tl.arange(0, BM)
-    n = tl.arange(0, BN)
-    tile = tl.zeros([BM, BN], tl.float32)
-    if HAS_REL:
-        first = o_i - o_c + TK - BN
-        column = first + tl.arange(0, W)
-        inside = (column >= 0) & (column < COLUMNS)
-        b_rel = _load_tile(
-            rel_key, i_head, first, 0, COLUMNS * D, D, COLUMNS, inside, W, BD, D, True, TMA
-        )  # [W, BD]
-        b_by_distance = tl.dot(q_position, tl.trans(b_rel), input_precision=PRECISION)  # [BM, W]
-        tile = tl.gather(b_by_distance, a[:, None] - n[None, :] + (BN - 1), 1) * scale_log2
-    if HAS_BIAS:
-        column = (o_i + a)[:, None] - (o_c + n)[None, :] + (TK - 1)
-        inside = (column >= 0) & (column < COLUMNS)
-        b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=inside, other=0.0).to(tl.float32)
-        tile += b_bias * 1.4426950408889634
-    return tile
+from retro_kernels.ops.cca.tiles import (
+    _add_bias,
+    _dropout_keep,
+    _load_tile,
+    _position_tile,
+    _store_tile,
+    _store_zero_rows,
+)
 
 
 @triton.jit
@@ -80,9 +59,6 @@ def _cca_fwd_kernel(
     b_q = _load_tile(
         query, i_seq, o_row, i_head * D, stride_qs, stride_qn, num_rows, m_row, BM, BD, D, True, TMA
     )  # [BM, BD]
-    b_qp = b_q
-    if HAS_POSITION:
-        b_qp = _add_bias(b_q, p_position_bias, i_head, 0, D, BD, D)
     if HAS_CONTENT:
         b_q = _add_bias(b_q, p_content_bias, i_head, 0, D, BD, D)
 
@@ -92,8 +68,9 @@ def _cca_fwd_kernel(
     for o_c in tl.range(0, TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
             b_pos = _position_tile(
-                b_qp, rel_key, p_rel_bias, i_head, o_i, o_c, scale_log2,
-                D, BD, TQ, TK, BM, BN, W, HAS_REL, HAS_BIAS, PRECISION, TMA,
+                query, rel_key, p_position_bias, p_rel_bias, i_seq, i_head, o_row, o_i, o_c, stride_qs, stride_qn,
+                num_rows, m_row, scale_log2, D, BD, 1, TQ, TK, BM, BN, W, HAS_REL, HAS_POSITION, HAS_BIAS, False,
+                PRECISION, TMA,
             )  # [BM, BN]  # fmt: skip
         m_key = o_c + n < TK
         for j in tl.range(0, num_sets, num_stages=STAGES):
@@ -140,11 +117,6 @@ def _cca_fwd_kernel(
             )
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Products of fp32 operands: three tf32 products keep fp32's accuracy; plain fp32 has no tensor cores."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -175,15 +147,13 @@ def forward(
     k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
     r = None if rel_key is None else rel_key.contiguous()
     if tma is None:
-        tma = block % g.rows == 0 and tiles.can_use_tma(
-            arch, g.head_dim, g.padded_dim, (q, k, v) if r is None else (q, k, v, r)
-        )
+        tma = block % g.rows == 0 and tiles.can_use_tma(arch, g.head_dim, g.padded_dim, (q, k, v))
     window = triton.next_power_of_2(g.rows + config.keys - 1)
     _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
         tiles.descriptor(q, g.rows, g.padded_dim, tma),
         tiles.descriptor(k, config.keys, g.padded_dim, tma),
         tiles.descriptor(v, config.keys, g.padded_dim, tma),
-        None if r is None else tiles.descriptor(r, window, g.padded_dim, tma),
+        r,
         tiles.descriptor(o, g.rows, g.padded_dim, tma),
         out, lse, content_bias, position_bias, rel_bias, lengths, seed,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -193,7 +163,7 @@ def forward(
         D=g.head_dim, BD=g.padded_dim, BM=g.rows, BN=config.keys, W=window,
         HAS_REL=rel_key is not None, HAS_CONTENT=content_bias is not None, HAS_POSITION=position_bias is not None,
         HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0.0,
-        PRECISION=precision(query.dtype), TMA=tma, STAGES=config.stages,
+        PRECISION=tiles.precision(query.dtype), TMA=tma, STAGES=config.stages,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out, lse

@@ -89,6 +89,62 @@ def _add_bias(x, p_bias, i_head, o_col, D: tl.constexpr, COLS: tl.constexpr, LIM
 
 
 @triton.jit
+def _position_tile(
+    query, rel_key, p_position_bias, p_rel_bias, i_seq, i_head, o_row, o_i, o_c, stride_qs, stride_qn,
+    num_rows, m_row, scale_log2,
+    D: tl.constexpr, BD: tl.constexpr, PANELS: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, W: tl.constexpr, HAS_REL: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """What positions add to the logits of query rows o_i … and keys o_c …, in base 2; the same for every neighbour.
+
+    The query is loaded again rather than kept, since its biased copy would take registers through the hot loop.
+    """
+    COLUMNS: tl.constexpr = TQ + TK - 1
+    DW: tl.constexpr = BD // PANELS
+    a = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    if HAS_REL:
+        first = o_i - o_c + TK - BN
+        m_column = (first + tl.arange(0, W) >= 0) & (first + tl.arange(0, W) < COLUMNS)
+        if KEYS_FIRST:
+            b_by_distance = tl.zeros([W, BM], tl.float32)
+        else:
+            b_by_distance = tl.zeros([BM, W], tl.float32)
+        for i in tl.static_range(PANELS):
+            b_q = _load_tile(
+                query, i_seq, o_row, i_head * D + i * DW, stride_qs, stride_qn, num_rows, m_row,
+                BM, DW, D - i * DW, True, TMA,
+            )  # [BM, DW]  # fmt: skip
+            if HAS_POSITION:
+                b_q = _add_bias(b_q, p_position_bias, i_head, i * DW, D, DW, D - i * DW)
+            b_rel = _load_tile(
+                rel_key, i_head, first, i * DW, COLUMNS * D, D, COLUMNS, m_column, W, DW, D - i * DW, True, False
+            )  # [W, DW]
+            if KEYS_FIRST:
+                b_by_distance = tl.dot(b_rel, tl.trans(b_q), b_by_distance, input_precision=PRECISION)
+            else:
+                b_by_distance = tl.dot(b_q, tl.trans(b_rel), b_by_distance, input_precision=PRECISION)
+        if KEYS_FIRST:
+            tile = tl.gather(b_by_distance, a[None, :] - n[:, None] + (BN - 1), 0) * scale_log2  # [BN, BM]
+        else:
+            tile = tl.gather(b_by_distance, a[:, None] - n[None, :] + (BN - 1), 1) * scale_log2  # [BM, BN]
+    if HAS_BIAS:
+        if KEYS_FIRST:
+            column = (o_i + a)[None, :] - (o_c + n)[:, None] + (TK - 1)
+        else:
+            column = (o_i + a)[:, None] - (o_c + n)[None, :] + (TK - 1)
+        m_column = (column >= 0) & (column < COLUMNS)
+        b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=m_column, other=0.0).to(tl.float32)
+        b_bias *= 1.4426950408889634
+        if HAS_REL:
+            tile += b_bias
+        else:
+            tile = b_bias
+    return tile
+
+
+@triton.jit
 def _dropout_keep(p_seed, i_block, i_head, o_row, o_key, threshold, KEYS_FIRST: tl.constexpr):
     """Philox with key `seed` and counter (key, row, head, block): the same draw whatever the tiles are."""
     if KEYS_FIRST:
@@ -163,6 +219,11 @@ def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
     return Geometry(
         num_seqs, num_rows, num_heads, head_dim, blocks, blocks // num_seqs, -(-block // rows), rows, padded
     )
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Products of fp32 operands: three tf32 products keep fp32's accuracy; plain fp32 has no tensor cores."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 @functools.lru_cache

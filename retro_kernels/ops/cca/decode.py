@@ -1,0 +1,348 @@
+"""Chunked cross-attention for decoding: one new token, or a few, of every sequence against its current neighbours.
+
+The sequences of a batch may stand at different rows of their attending chunks. `chunked_cross_attention_decode` reads
+cached keys and values; `absorbed_decode` reads the encoder states themselves, once for all heads (see `absorbed.py`).
+Neither has kernels for gradients: where one is needed, plain PyTorch runs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops.cca.absorbed import _by_head
+from retro_kernels.ops.cca.op import _check_lengths, _check_table
+
+_WIDEST = 2048  # states; the accumulator of 16 rows would not fit in the registers beyond
+
+
+def chunked_cross_attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    rows: Tensor,
+    rel_key: Tensor | None = None,
+    content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    neighbour_lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`chunked_cross_attention` for single rows of attending chunks.
+
+    Args:
+        query: [B, T, H, D], the new tokens.
+        key, value: [B, K, R, Hkv, D], of the neighbours that these tokens attend to; Hkv divides H.
+        rows: integers [B, T], the row a = (t + 1) % M of each token in its attending chunk, 0..M - 1; -1 where there
+            are no neighbours yet, which gives exactly zero. It is not checked, since it may be on a GPU.
+        rel_key: [H, M + R - 1, D]; column g = a - c + R - 1.
+        content_bias, position_bias: [H, D].
+        rel_bias: [H, M + R - 1].
+        neighbour_lengths: integers [B, K], 0..R; None for all R.
+        scale: 1 / sqrt(D) by default.
+        backend: "triton", "torch", "reference", or None for the fastest that can run here.
+
+    Returns:
+        [B, T, H, D] in the query's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, devices or numbers do not fit, or the asked backend cannot run here.
+        TypeError: a dtype does not fit.
+
+    Equivalent to:
+        row a of an attending chunk in `chunked_cross_attention`, for every token
+    """
+    name = "chunked_cross_attention_decode"
+    _check_floating(name, query=query, key=key, value=value)
+    _check_shape(name, "key", key, (query.shape[0], None, None, None, query.shape[-1]), "[B, K, R, Hkv, D]")
+    if value.shape != key.shape:
+        raise ValueError(f"{name}: value has shape {tuple(value.shape)}, but key has {tuple(key.shape)}.")
+    neighbours, neighbour_len, kv_heads = key.shape[1:4]
+    _check_positions(name, query, rows, neighbours, neighbour_len, rel_key, content_bias, position_bias, rel_bias,
+                     neighbour_lengths)  # fmt: skip
+    if kv_heads < 1 or query.shape[2] % kv_heads:
+        raise ValueError(f"{name}: {kv_heads} key heads do not divide the query's {query.shape[2]} heads.")
+    query, key, value, rel_key, content_bias, position_bias = _cast(
+        name, query, key, value, rel_key, content_bias, position_bias
+    )
+    assert query is not None and key is not None and value is not None
+    gradient = _needs_gradient(query, key, value, rel_key, content_bias, position_bias, rel_bias)
+    chosen = pick_backend(name, backend, _candidates(query, gradient, None))
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if chosen == "triton":
+        rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
+        lengths = None if neighbour_lengths is None else neighbour_lengths.int()
+        return torch.ops.retro_kernels.cca_decode(
+            query, key, value, rows.int(), rel, content_bias, rel_bias, lengths, scale
+        )
+
+    query, key, value, add, dtype = _plain_inputs(
+        chosen, query, key, value, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbour_len
+    )
+    content = query if content_bias is None else (query + content_bias).to(dtype).to(query.dtype)
+    batch, tokens, heads, head_dim = query.shape
+    group = heads // kv_heads
+    content = content.view(batch, tokens, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, D]
+    logits = content @ key.flatten(1, 2).permute(0, 2, 3, 1)  # [B, Hkv, T * g, K * R]
+    logits = logits.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, K * R]
+    weights = _weights(logits, add, scale).to(value.dtype)
+    weights = weights.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, K * R]
+    out = weights @ value.flatten(1, 2).transpose(1, 2)  # [B, Hkv, T * g, D]
+    return out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(batch, tokens, heads, head_dim).to(dtype)
+
+
+def absorbed_decode(
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    *,
+    rows: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    rel_key: Tensor | None = None,
+    content_bias: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    rel_bias: Tensor | None = None,
+    neighbour_lengths: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`chunked_cross_attention_decode` to projections of encoder states that are never formed.
+
+    Args:
+        query: [B, T, H, D].
+        states: [B, K, R, E], the encoded neighbours; the same for every layer that attends to them.
+        key_weight, value_weight: [Hkv * D, E], as of `torch.nn.Linear`; key_bias (which has no effect) and value_bias
+            [Hkv * D], as in `absorbed_cross_attention`.
+        rows and everything else: as in `chunked_cross_attention_decode`. The kernel takes E up to 2,048.
+
+    Returns:
+        [B, T, H, D] in the query's dtype.
+
+    Raises:
+        ValueError, TypeError: as in `chunked_cross_attention_decode`.
+
+    Equivalent to:
+        key, value = (linear(states, w, b).unflatten(-1, (-1, D)) for w, b in ((key_weight, key_bias), …))
+        out = chunked_cross_attention_decode(query, key, value, …)
+    """
+    name = "absorbed_decode"
+    _check_floating(name, query=query, states=states)
+    _check_shape(name, "states", states, (query.shape[0], None, None, None), "[B, K, R, E]")
+    neighbours, neighbour_len, width = states.shape[1:]
+    _check_positions(name, query, rows, neighbours, neighbour_len, rel_key, content_bias, position_bias, rel_bias,
+                     neighbour_lengths)  # fmt: skip
+    batch, tokens, heads, head_dim = query.shape
+    inner = key_weight.shape[0]
+    if inner == 0 or inner % head_dim or heads * head_dim % inner:
+        raise ValueError(f"{name}: key_weight has {inner} rows; they have to be Hkv * D with D = {head_dim} and Hkv a "
+                         f"divisor of the query's {heads} heads.")  # fmt: skip
+    for label, tensor, shape in (
+        ("key_weight", key_weight, (inner, width)),
+        ("value_weight", value_weight, (inner, width)),
+        ("key_bias", key_bias, (inner,)),
+        ("value_bias", value_bias, (inner,)),
+    ):
+        if tensor is not None:
+            _check_table(name, label, tensor, shape, query)
+    query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias = _cast(  # type: ignore[assignment]
+        name, query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias
+    )
+    gradient = _needs_gradient(
+        query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias, rel_bias
+    )
+    too_wide = f"states are {width:,} wide; the kernel takes up to {_WIDEST:,}" if width > _WIDEST else None
+    chosen = pick_backend(name, backend, _candidates(query, gradient, too_wide))
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if chosen == "reference":
+        key, value = (
+            F.linear(*(None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs))
+            .unflatten(-1, (-1, head_dim)).to(torch.promote_types(query.dtype, torch.float32))
+            for inputs in ((states, key_weight, key_bias), (states, value_weight, value_bias))
+        )  # fmt: skip
+        wide = key.dtype
+        return chunked_cross_attention_decode(
+            query.to(wide), key, value, rows=rows, rel_key=rel_key, content_bias=content_bias,
+            position_bias=position_bias, rel_bias=rel_bias, neighbour_lengths=neighbour_lengths, scale=scale,
+            backend="reference",
+        ).to(query.dtype)  # fmt: skip
+
+    content = query if content_bias is None else (query + content_bias).to(query.dtype)
+    absorbed = torch.einsum("bthd,hde->bthe", content, _by_head(key_weight, heads, head_dim))
+    if chosen == "triton":
+        rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
+        lengths = None if neighbour_lengths is None else neighbour_lengths.int()
+        mixed = torch.ops.retro_kernels.cca_absorbed_decode(absorbed, states, rows.int(), rel, rel_bias, lengths, scale)
+    else:
+        add = _added_logits(query, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbours,
+                            neighbour_len)  # fmt: skip
+        flat = states.flatten(1, 2)
+        logits = (absorbed.flatten(1, 2) @ flat.transpose(1, 2)).unflatten(1, (tokens, heads))  # [B, T, H, K * R]
+        mixed = (_weights(logits, add, scale).to(flat.dtype).flatten(1, 2) @ flat).unflatten(1, (tokens, heads))
+    out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
+    if value_bias is not None:
+        out = out + _by_head(value_bias[:, None], heads, head_dim)[..., 0] * _present(rows, neighbours, neighbour_lengths)
+    return out.contiguous()
+
+
+def _present(rows: Tensor, neighbours: int, lengths: Tensor | None) -> Tensor:
+    """Which tokens have any key: bool [B, T, 1, 1]."""
+    any_key = (rows >= 0) & (neighbours > 0)
+    if lengths is not None:
+        any_key = any_key & (lengths > 0).any(1, keepdim=True)
+    return any_key[..., None, None]
+
+
+def _relative_logits(query: Tensor, rel_key: Tensor, position_bias: Tensor | None) -> Tensor:
+    """Of every column: [H, B * T, M + R - 1], not scaled."""
+    position = query if position_bias is None else (query + position_bias).to(query.dtype)
+    return torch.bmm(position.flatten(0, 1).transpose(0, 1), rel_key.transpose(1, 2))
+
+
+def _added_logits(
+    query: Tensor, rows: Tensor, rel_key: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None,
+    lengths: Tensor | None, scale: float, neighbours: int, neighbour_len: int,
+) -> Tensor:  # fmt: skip
+    """What is added to the scaled content logits, -inf where there is no key: [B, T, H or 1, K, R], float32 or wider."""
+    batch, tokens, heads, _ = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys = torch.arange(neighbour_len, device=query.device)
+    column = (rows[..., None] - keys + neighbour_len - 1).clamp_(min=0)  # [B, T, R]
+    add = torch.zeros((batch, tokens, 1, neighbour_len), dtype=wide, device=query.device)
+    if rel_key is not None:
+        rel = _relative_logits(query, rel_key.to(query.dtype), position_bias).to(wide)
+        rel = rel.transpose(0, 1).unflatten(0, (batch, tokens))  # [B, T, H, G]
+        add = add + rel.gather(-1, column[:, :, None].expand(-1, -1, heads, -1)) * scale
+    if rel_bias is not None:
+        add = add + rel_bias.to(wide)[:, column].permute(1, 2, 0, 3)
+    seen = (rows >= 0)[:, :, None, None]  # [B, T, K, R]
+    if lengths is not None:
+        seen = seen & (keys < lengths[..., None])[:, None]
+    seen = seen.expand(-1, -1, neighbours, neighbour_len)[:, :, None]
+    return add[:, :, :, None].masked_fill(~seen, float("-inf"))
+
+
+def _weights(logits: Tensor, add: Tensor, scale: float) -> Tensor:
+    """One softmax over all keys, [B, T, H, K * R]; rows without any key are zero."""
+    logits = logits.to(add.dtype) * scale + add.flatten(3)
+    nothing = (logits == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+
+
+def _plain_inputs(
+    chosen: str, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, rel_key: Tensor | None,
+    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, scale: float, neighbour_len: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:  # fmt: skip
+    dtype = query.dtype
+    if chosen == "reference":  # one rounding at the end
+        wide = torch.promote_types(dtype, torch.float32)
+        position_bias = None if position_bias is None else position_bias.to(wide)
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    add = _added_logits(query, rows, rel_key, position_bias, rel_bias, lengths, scale, key.shape[1], neighbour_len)
+    return query, key, value, add, dtype
+
+
+def _candidates(query: Tensor, gradient: bool, reason: str | None) -> dict[str, str | None]:
+    if reason is None and gradient:
+        reason = "the decoding kernels have no gradient (wrap the call in torch.no_grad(), or take another backend)"
+    triton = why_not_triton(query.device, query.dtype) or reason
+    order = ("torch", "triton") if query.device.type == "cpu" else ("triton", "torch")  # interpreted it is slow
+    return {name: triton if name == "triton" else None for name in (*order, "reference")}
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _cast(name: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Under autocast in its dtype. The first is the query; those which are multiplied with it have to be of its dtype."""
+    query = tensors[0]
+    assert query is not None
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        return [None if x is None else x.to(dtype) for x in tensors]
+    for tensor in tensors[1:3]:
+        if tensor is not None and tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: query is {query.dtype}, but it meets {tensor.dtype}; they have to be the same (cast "
+                            "them, or use torch.autocast).")  # fmt: skip
+    return [None if x is None else x.to(query.dtype) for x in tensors]
+
+
+def _check_floating(name: str, **tensors: Tensor) -> None:
+    query = tensors["query"]
+    if query.dim() != 4:
+        raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [B, T, H, D].")
+    for label, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor.")
+        if tensor.device != query.device:
+            raise ValueError(f"{name}: {label} is on {tensor.device}, but query on {query.device}.")
+
+
+def _check_shape(name: str, label: str, tensor: Tensor, shape: tuple[int | None, ...], legend: str) -> None:
+    given = tuple(tensor.shape)
+    if len(given) != len(shape) or any(want is not None and want != have for want, have in zip(shape, given)):
+        fixed = ", ".join("·" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name}: {label} has shape {given}; expected {legend} = [{fixed}].")
+
+
+def _check_positions(
+    name: str, query: Tensor, rows: Tensor, neighbours: int, neighbour_len: int, rel_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+) -> None:  # fmt: skip
+    batch, tokens, heads, head_dim = query.shape
+    _check_lengths(name, "rows", rows, (batch, tokens), query)
+    if lengths is not None:
+        _check_lengths(name, "neighbour_lengths", lengths, (batch, neighbours), query)
+    if position_bias is not None and rel_key is None:
+        raise ValueError(f"{name}: position_bias is given without rel_key, where it has no effect. Give both.")
+    tables = [table.shape[1] for table in (rel_key, rel_bias) if table is not None and table.dim() > 1]
+    columns = tables[0] if tables else neighbour_len
+    if columns < neighbour_len:
+        raise ValueError(f"{name}: the position table has {columns} columns; they have to be M + R - 1 with R = "
+                         f"{neighbour_len} and M at least 1.")  # fmt: skip
+    for label, table, shape in (
+        ("rel_key", rel_key, (heads, columns, head_dim)),
+        ("content_bias", content_bias, (heads, head_dim)),
+        ("position_bias", position_bias, (heads, head_dim)),
+        ("rel_bias", rel_bias, (heads, columns)),
+    ):
+        if table is not None:
+            _check_table(name, label, table, shape, query)
+
+
+def _run_decode(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
+    from retro_kernels.ops.cca.decode_kernel import decode_triton
+
+    return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale)
+
+
+def _run_absorbed_decode(absorbed, states, rows, rel, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
+    from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
+
+    return absorbed_decode_triton(absorbed, states, rows, rel, rel_bias, lengths, scale)
+
+
+def _like_query(query: Tensor, *rest: object) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+_library = torch.library.Library("retro_kernels", "FRAGMENT")
+_library.define(
+    "cca_decode(Tensor query, Tensor key, Tensor value, Tensor rows, Tensor? rel, Tensor? content_bias, "
+    "Tensor? rel_bias, Tensor? lengths, float scale) -> Tensor"
+)
+_library.define(
+    "cca_absorbed_decode(Tensor absorbed, Tensor states, Tensor rows, Tensor? rel, Tensor? rel_bias, "
+    "Tensor? lengths, float scale) -> Tensor"
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("cca_decode", _run_decode, _device)
+    _library.impl("cca_absorbed_decode", _run_absorbed_decode, _device)
+torch.library.register_fake("retro_kernels::cca_decode", _like_query, lib=_library)
+torch.library.register_fake("retro_kernels::cca_absorbed_decode", _like_query, lib=_library)

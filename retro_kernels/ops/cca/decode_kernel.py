@@ -1,0 +1,370 @@
+r"""Chunked cross-attention of a few query rows per sequence, for decoding: one kernel over cached keys and values, one
+over the encoder states themselves, which are read once for all heads.
+
+    logit[t, h, j, c] = (q + u)[t, h]·k[j, c] · scale + T[h, t, a − c + R − 1] · scale + rel_bias[h, a − c + R − 1]
+
+with a = rows[b, t], the row of the token in its attending chunk (−1: there is none, the result is zero), and
+T = (q + v)·rel_key from one small matrix product for the whole batch. Over the states, q is the query of width E
+(`absorbed.py`) and k = v = state.
+
+The bytes of the cache are the floor, so tiles of 16 query rows are multiplied on tensor cores even where one row is
+real. K·R is split over programs where the batch alone does not fill the GPU; the parts are merged in fixed order.
+The states' width is held in up to three panels of powers of two, as 896 = 512 + 256 + 128.
+
+Shapes: B batch · T new tokens · H heads · Hkv key heads · K neighbours · R tokens each · W panel widths.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, BT, G, scale_log2, R: tl.constexpr,
+                     HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """In units of log 2: [BQ, BN]."""
+    o_g = o_a[:, None] - o_c[None, :] + (R - 1)
+    mask = m_tile & (o_g >= 0) & (o_g < G)
+    b_add = tl.zeros(o_g.shape, tl.float32)
+    if HAS_REL:
+        p_row = p_rel + (o_h.to(tl.int64) * BT + o_bt)[:, None] * G
+        b_add += tl.load(p_row + o_g, mask=mask, other=0.0).to(tl.float32) * scale_log2
+    if HAS_BIAS:
+        LOG2_E: tl.constexpr = 1.4426950408889634
+        b_add += tl.load(p_rel_bias + o_h[:, None] * G + o_g, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+    return b_add
+
+
+@triton.jit
+def _online_softmax(b_s, b_max, b_sum):
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = tl.exp2(b_s - b_base[:, None])
+    b_alpha = tl.exp2(b_max - b_base)
+    return b_p, b_alpha, b_new, b_sum * b_alpha + tl.sum(b_p, 1)
+
+
+@triton.jit
+def _finish(b_acc, b_max, b_sum, p_out, p_lse, o_flat, o_w, m_row, m_w, i_split, W, SPLITS: tl.constexpr):
+    """Normalises a part; writes the result [.., W], or for the merge [.., SPLITS, W]."""
+    b_acc = b_acc * tl.where(b_sum == 0.0, 0.0, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
+    mask = m_row[:, None] & m_w[None, :]
+    o_part = o_flat * SPLITS + i_split
+    tl.store(p_out + o_part[:, None] * W + o_w[None, :], b_acc.to(p_out.dtype.element_ty), mask=mask)
+    if SPLITS > 1:
+        b_lse = tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
+        tl.store(p_lse + o_part, b_lse, mask=m_row)
+
+
+@triton.jit
+def _cca_decode_kernel(
+    p_q,  # [B, T, H, D]
+    p_k, p_v,  # [B, K, R, Hkv, D]
+    p_rows,  # int32 [B, T]
+    p_rel,  # [H, B * T, G]
+    p_content_bias,  # [H, D]
+    p_rel_bias,  # [H, G]
+    p_lengths,  # int32 [B, K]
+    p_out,  # [B, T, H, (SPLITS,) D]
+    p_lse,  # float32 [B, T, H, SPLITS]
+    scale_log2, B, T, H, HKV, K, G,
+    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_REL: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    group = H // HKV
+    tiles = tl.cdiv(T * group, BQ)
+    pid = tl.program_id(0)
+    i_split = pid % SPLITS
+    i_tile = (pid // SPLITS) % tiles
+    i_kv = (pid // (SPLITS * tiles)) % HKV
+    i_b = pid // (SPLITS * tiles * HKV)
+    i_b64 = i_b.to(tl.int64)
+
+    o_r = i_tile * BQ + tl.arange(0, BQ)
+    m_row = o_r < T * group
+    o_bt = i_b * T + o_r // group
+    o_h = i_kv * group + o_r % group
+    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1)
+    o_flat = o_bt.to(tl.int64) * H + o_h
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    b_q = tl.load(p_q + o_flat[:, None] * D + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)  # [BQ, BD]
+    if HAS_U:
+        m_u = m_row[:, None] & m_d[None, :]
+        b_q = (b_q + tl.load(p_content_bias + o_h[:, None] * D + o_d[None, :], mask=m_u, other=0.0)).to(b_q.dtype)
+
+    TILES_R: tl.constexpr = (R + BN - 1) // BN
+    per_split = tl.cdiv(K * TILES_R, SPLITS)
+    b_max = tl.full([BQ], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BQ], tl.float32)
+    b_acc = tl.zeros([BQ, BD], tl.float32)
+    for i in tl.range(i_split * per_split, min((i_split + 1) * per_split, K * TILES_R), num_stages=STAGES):
+        j = i // TILES_R
+        o_c = (i % TILES_R) * BN + tl.arange(0, BN)
+        m_c = o_c < R
+        if HAS_LENGTHS:
+            m_c = o_c < tl.load(p_lengths + i_b * K + j)
+        o_kv = (((i_b64 * K + j) * R + o_c)[:, None] * HKV + i_kv) * D + o_d[None, :]
+        m_kv = m_c[:, None] & m_d[None, :]
+        b_k = tl.load(p_k + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
+        b_v = tl.load(p_v + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
+        m_tile = (o_a >= 0)[:, None] & m_c[None, :]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BQ, BN]
+        b_s += _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL,
+                                HAS_BIAS)  # fmt: skip
+        b_s = tl.where(m_tile, b_s, float("-inf"))
+        b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
+    _finish(b_acc, b_max, b_sum, p_out, p_lse, o_flat, o_d, m_row, m_d, i_split, D, SPLITS)
+
+
+@triton.jit
+def _cca_absorbed_decode_kernel(
+    p_q,  # [B, T, H, E]
+    p_states,  # [B, K, R, E]
+    p_rows,  # int32 [B, T]
+    p_rel,  # [H, B * T, G]
+    p_rel_bias,  # [H, G]
+    p_lengths,  # int32 [B, K]
+    p_out,  # [B, T, H, (SPLITS,) E]
+    p_lse,  # float32 [B, T, H, SPLITS]
+    scale_log2, B, T, H, K, G,
+    R: tl.constexpr, E: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(T * H, BQ)
+    pid = tl.program_id(0)
+    i_split = pid % SPLITS
+    i_tile = (pid // SPLITS) % tiles
+    i_b = pid // (SPLITS * tiles)
+    i_b64 = i_b.to(tl.int64)
+
+    o_r = i_tile * BQ + tl.arange(0, BQ)
+    m_row = o_r < T * H
+    o_bt = i_b * T + o_r // H
+    o_h = o_r % H
+    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1)
+    o_flat = i_b64 * T * H + o_r
+    p_qr = p_q + o_flat[:, None] * E
+    o_w0 = tl.arange(0, W0)
+    m_w0 = o_w0 < E
+    b_q0 = tl.load(p_qr + o_w0[None, :], mask=m_row[:, None] & m_w0[None, :], other=0.0)  # [BQ, W0]
+    b_acc0 = tl.zeros([BQ, W0], tl.float32)
+    if W1 > 0:
+        o_w1 = W0 + tl.arange(0, W1)
+        m_w1 = o_w1 < E
+        b_q1 = tl.load(p_qr + o_w1[None, :], mask=m_row[:, None] & m_w1[None, :], other=0.0)  # [BQ, W1]
+        b_acc1 = tl.zeros([BQ, W1], tl.float32)
+    if W2 > 0:
+        o_w2 = W0 + W1 + tl.arange(0, W2)
+        m_w2 = o_w2 < E
+        b_q2 = tl.load(p_qr + o_w2[None, :], mask=m_row[:, None] & m_w2[None, :], other=0.0)  # [BQ, W2]
+        b_acc2 = tl.zeros([BQ, W2], tl.float32)
+
+    TILES_R: tl.constexpr = (R + BN - 1) // BN
+    per_split = tl.cdiv(K * TILES_R, SPLITS)
+    b_max = tl.full([BQ], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BQ], tl.float32)
+    for i in tl.range(i_split * per_split, min((i_split + 1) * per_split, K * TILES_R), num_stages=STAGES):
+        j = i // TILES_R
+        o_c = (i % TILES_R) * BN + tl.arange(0, BN)
+        m_c = o_c < R
+        if HAS_LENGTHS:
+            m_c = o_c < tl.load(p_lengths + i_b * K + j)
+        p_e = p_states + ((i_b64 * K + j) * R + o_c)[:, None] * E
+        b_e0 = tl.load(p_e + o_w0[None, :], mask=m_c[:, None] & m_w0[None, :], other=0.0)  # [BN, W0]
+        b_s = tl.dot(b_q0, tl.trans(b_e0), input_precision="ieee")  # [BQ, BN]
+        if W1 > 0:
+            b_e1 = tl.load(p_e + o_w1[None, :], mask=m_c[:, None] & m_w1[None, :], other=0.0)  # [BN, W1]
+            b_s = tl.dot(b_q1, tl.trans(b_e1), b_s, input_precision="ieee")
+        if W2 > 0:
+            b_e2 = tl.load(p_e + o_w2[None, :], mask=m_c[:, None] & m_w2[None, :], other=0.0)  # [BN, W2]
+            b_s = tl.dot(b_q2, tl.trans(b_e2), b_s, input_precision="ieee")
+        m_tile = (o_a >= 0)[:, None] & m_c[None, :]
+        b_s = b_s * scale_log2 + _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2,
+                                                  R, HAS_REL, HAS_BIAS)  # fmt: skip
+        b_s = tl.where(m_tile, b_s, float("-inf"))
+        b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
+        b_p = b_p.to(b_e0.dtype)
+        b_acc0 = tl.dot(b_p, b_e0, b_acc0 * b_alpha[:, None], input_precision="ieee")
+        if W1 > 0:
+            b_acc1 = tl.dot(b_p, b_e1, b_acc1 * b_alpha[:, None], input_precision="ieee")
+        if W2 > 0:
+            b_acc2 = tl.dot(b_p, b_e2, b_acc2 * b_alpha[:, None], input_precision="ieee")
+    _finish(b_acc0, b_max, b_sum, p_out, p_lse, o_flat, o_w0, m_row, m_w0, i_split, E, SPLITS)
+    if W1 > 0:
+        _finish(b_acc1, b_max, b_sum, p_out, p_lse, o_flat, o_w1, m_row, m_w1, i_split, E, SPLITS)
+    if W2 > 0:
+        _finish(b_acc2, b_max, b_sum, p_out, p_lse, o_flat, o_w2, m_row, m_w2, i_split, E, SPLITS)
+
+
+@triton.jit
+def _cca_decode_merge_kernel(
+    p_parts,  # float32 [rows, SPLITS, W]
+    p_lse,  # float32 [rows, SPLITS]
+    p_out,  # [rows, W]
+    W, SPLITS, BW: tl.constexpr,
+):  # fmt: skip
+    """The parts in ascending order, so that the result does not depend on who finished first."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_w = tl.program_id(1) * BW + tl.arange(0, BW)
+    m_w = o_w < W
+    high = tl.load(p_lse + i_row * SPLITS)
+    for i in tl.range(1, SPLITS):
+        high = tl.maximum(high, tl.load(p_lse + i_row * SPLITS + i))
+    base = tl.where(high == float("-inf"), 0.0, high)
+    total = 0.0
+    b_acc = tl.zeros([BW], tl.float32)
+    for i in tl.range(0, SPLITS):
+        weight = tl.exp2(tl.load(p_lse + i_row * SPLITS + i) - base)
+        total += weight
+        b_acc += weight * tl.load(p_parts + (i_row * SPLITS + i) * W + o_w, mask=m_w, other=0.0)  # [BW]
+    b_acc = b_acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_out + i_row * W + o_w, b_acc.to(p_out.dtype.element_ty), mask=m_w)
+
+
+def panels(width: int) -> tuple[int, int, int] | None:
+    """Up to three powers of two that cover `width` (0: none), or None where that would not fit in the registers."""
+    if width > 2048:
+        return None
+    first = max(16, 1 << (width.bit_length() - 1))
+    rest = max(width - first, 0)
+    if rest == 0:
+        return first, 0, 0
+    second = max(16, 1 << (rest.bit_length() - 1))
+    rest = max(rest - second, 0)
+    return first, second, 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
+
+
+def decode_tile(head_dim: int, rows: int, itemsize: int) -> dict[str, int]:
+    """Sizes for the kernel over keys and values; the shared memory holds two stages of both tiles."""
+    width = max(16, triton.next_power_of_2(head_dim))
+    return {
+        "BD": width,
+        "BQ": 16 if rows <= 16 else 32,
+        "BN": 64 if width * itemsize <= 256 else 32,
+        "STAGES": 2,
+        "num_warps": 4,
+    }
+
+
+def absorbed_tile(width: int, rows: int, itemsize: int) -> dict[str, int]:
+    """Sizes for the kernel over states; the accumulator is BQ · width float32 in registers."""
+    covered = panels(width)
+    assert covered is not None
+    wide = sum(covered)
+    return {
+        "W0": covered[0],
+        "W1": covered[1],
+        "W2": covered[2],
+        "BQ": 16 if rows <= 16 or wide > 1024 else 32,
+        "BN": 32 if wide * itemsize <= 2048 else 16,
+        "STAGES": 2,
+        "num_warps": 8 if wide > 256 else 4,
+    }
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def wanted_programs(device: torch.device) -> int:
+    """Two programs on every multiprocessor fill the memory system; an interpreter runs one after another."""
+    return 2 * _multiprocessors(device.index or 0) if device.type == "cuda" else 1
+
+
+def _splits(programs: int, tiles: int, device: torch.device) -> int:
+    splits = min(max(1, triton.cdiv(wanted_programs(device), programs)), tiles)
+    return triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none is empty
+
+
+def _run(kernel: Any, launch: Callable[..., None], programs: int, tiles: int, out: Tensor) -> Tensor:
+    """Launches `kernel` for `programs` groups of rows, split over their `tiles` of keys, and merges the parts."""
+    splits = _splits(programs, tiles, out.device)
+    width, rows = out.shape[-1], out.numel() // out.shape[-1]
+    if splits == 1:
+        launch(kernel[(programs,)], out, out, 1)
+        return out
+    parts = torch.empty((rows, splits, width), dtype=torch.float32, device=out.device)
+    lse = torch.empty((rows, splits), dtype=torch.float32, device=out.device)
+    launch(kernel[(programs * splits,)], parts, lse, splits)
+    block = min(triton.next_power_of_2(width), 256)
+    _cca_decode_merge_kernel[(rows, triton.cdiv(width, block))](parts, lse, out, width, splits, BW=block, num_warps=4)
+    return out
+
+
+def decode_triton(
+    query: Tensor,  # [B, T, H, D]
+    key: Tensor,  # [B, K, R, Hkv, D]
+    value: Tensor,  # [B, K, R, Hkv, D]
+    rows: Tensor,  # int32 [B, T]
+    rel: Tensor | None,  # [H, B * T, G]
+    content_bias: Tensor | None,  # [H, D]
+    rel_bias: Tensor | None,  # [H, G]
+    lengths: Tensor | None,  # int32 [B, K]
+    scale: float,
+) -> Tensor:  # [B, T, H, D]
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    batch, tokens, heads, head_dim = query.shape
+    _, neighbours, neighbour_len, kv_heads, _ = key.shape
+    out = query.new_empty(query.shape)
+    if out.numel() == 0 or key.numel() == 0:
+        return out.zero_()
+    of_group = tokens * heads // kv_heads
+    sizes = decode_tile(head_dim, of_group, query.element_size())
+    programs = batch * kv_heads * triton.cdiv(of_group, sizes["BQ"])
+    columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
+
+    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int) -> None:
+        kernel(
+            query, key, value, rows, query if rel is None else rel, query if content_bias is None else content_bias,
+            query if rel_bias is None else rel_bias, rows if lengths is None else lengths, target, lse,
+            scale * 1.4426950408889634, batch, tokens, heads, kv_heads, neighbours, columns,
+            R=neighbour_len, D=head_dim, SPLITS=splits, HAS_REL=rel is not None, HAS_U=content_bias is not None,
+            HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, **sizes,
+        )  # fmt: skip
+
+    tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
+    return _run(_cca_decode_kernel, launch, programs, tiles, out)
+
+
+def absorbed_decode_triton(
+    absorbed: Tensor,  # [B, T, H, E]
+    states: Tensor,  # [B, K, R, E]
+    rows: Tensor,  # int32 [B, T]
+    rel: Tensor | None,  # [H, B * T, G]
+    rel_bias: Tensor | None,  # [H, G]
+    lengths: Tensor | None,  # int32 [B, K]
+    scale: float,
+) -> Tensor:  # [B, T, H, E]
+    absorbed, states = absorbed.contiguous(), states.contiguous()
+    batch, tokens, heads, width = absorbed.shape
+    _, neighbours, neighbour_len, _ = states.shape
+    out = absorbed.new_empty(absorbed.shape)
+    if out.numel() == 0 or states.numel() == 0:
+        return out.zero_()
+    sizes = absorbed_tile(width, tokens * heads, absorbed.element_size())
+    programs = batch * triton.cdiv(tokens * heads, sizes["BQ"])
+    columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
+
+    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int) -> None:
+        kernel(
+            absorbed, states, rows, absorbed if rel is None else rel, absorbed if rel_bias is None else rel_bias,
+            rows if lengths is None else lengths, target, lse,
+            scale * 1.4426950408889634, batch, tokens, heads, neighbours, columns,
+            R=neighbour_len, E=width, SPLITS=splits, HAS_REL=rel is not None, HAS_BIAS=rel_bias is not None,
+            HAS_LENGTHS=lengths is not None, **sizes,
+        )  # fmt: skip
+
+    tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
+    return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, out)
