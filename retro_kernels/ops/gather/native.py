@@ -8,10 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels import _C
+WHY_NOT: str | None = None
+"""Why the native code cannot run here, or None."""
+try:
+    from retro_kernels import _C
+except ImportError as error:  # a checkout that nobody installed still has everything that needs no compiler
+    WHY_NOT = f"retro_kernels._C cannot be loaded ({error}); build it with pip install -e ."
+WITH_CUDA: bool = WHY_NOT is None and _C.cuda
+"""Was the extension built by nvcc as well?"""
 
 Array: TypeAlias = Tensor | np.ndarray
-WITH_CUDA: bool = _C.cuda
 _ADVISE = {"never": 0, "always": 1, "when cold": 2}
 
 

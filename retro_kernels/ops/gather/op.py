@@ -31,7 +31,16 @@ class NeighbourBatch(NamedTuple):
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> NeighbourBatch:
         """The same batch on `device`."""
-        return NeighbourBatch(*(x if x is None else x.to(device, non_blocking=non_blocking) for x in self))
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=non_blocking)
+
+        return NeighbourBatch(
+            move(self.tokens),
+            move(self.lengths),
+            None if self.ids is None else move(self.ids),
+            None if self.distances is None else move(self.distances),
+        )
 
 
 def gather_neighbours(
@@ -118,10 +127,12 @@ def _candidates(tokens: Array, ids: Tensor, continuation: Array) -> dict[str, st
     in_place: str | None = None
     if not (ids.is_cuda and _reachable(tokens) and _reachable(continuation)):
         in_place = "tokens and continuation have to be on the GPU or in pinned host memory, and ids on the GPU"
+    elif native.WHY_NOT:
+        in_place = native.WHY_NOT
     elif not native.WITH_CUDA:
         in_place = "this build of retro_kernels has no CUDA code (install it with nvcc on PATH and RETRO_CUDA=1)"
     stored_on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
-    host = "tokens are on the GPU" if stored_on_gpu else None
+    host = "tokens are on the GPU" if stored_on_gpu else native.WHY_NOT
     plain: str | None = None
     if isinstance(tokens, np.ndarray) != isinstance(continuation, np.ndarray) and not ids.is_cpu:
         plain = "tokens, continuation and ids have to be on one device"
