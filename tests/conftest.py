@@ -59,6 +59,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_poisoned
 
+    # `with torch.device(…)` remembers the factory functions at its first use: it must not remember ours
+    with torch.device("meta"):
+        torch.empty(0)
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))

@@ -1,0 +1,364 @@
+"""The attention layers of RETRO. Every one is pre-norm and returns what is to be added to its input.
+
+B batch, N tokens, L chunks, M chunk size, K neighbours, R tokens per neighbour, H heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops import block_attention, chunked_cross_attention
+from .positions import DistanceTable, rotate, sinusoid
+
+if TYPE_CHECKING:
+    from .cache import SelfAttentionCache
+
+_ROWS = 256  # query rows whose logits [H, rows, N] exist at one time
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention of the decoder, distance d = i − j ≥ 0.
+
+    `position="relative"` is Transformer-XL (Dai et al. 2019) with `rel_proj`, `content_bias` and `position_bias`,
+    as the paper has it; `"rotary"` has no such parameters and runs on PyTorch's fused attention.
+    The dropout is that of the output. Parameters otherwise: `q_proj`, `k_proj`, `v_proj`, `o_proj`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        position: str = "relative",
+        dropout: float = 0.0,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(dim, num_heads, head_dim)
+        if position not in ("relative", "rotary"):
+            raise ValueError(f'SelfAttention: position is {position!r}; it must be "relative" or "rotary".')
+        self.num_heads, self.head_dim, self.position = num_heads, head_dim, position
+        inner = num_heads * head_dim
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, inner, bias=bias, **made)
+        self.k_proj = nn.Linear(dim, inner, bias=bias, **made)
+        self.v_proj = nn.Linear(dim, inner, bias=bias, **made)
+        self.o_proj = nn.Linear(inner, dim, bias=bias, **made)
+        if position == "relative":
+            self.rel_proj = nn.Linear(dim, inner, bias=False, **made)
+            self.content_bias = nn.Parameter(torch.zeros(num_heads, head_dim, **made))
+            self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim, **made))
+        self.dropout = nn.Dropout(dropout)
+
+    def relative_keys(self, sinusoids: Tensor) -> Tensor:
+        """φ of some distances [G, dim] → their keys [H, G, D]."""
+        return _heads(self.rel_proj(sinusoids.to(self.rel_proj.weight.dtype)), self.num_heads)
+
+    def forward(
+        self, x: Tensor, *, sinusoids: Tensor | None = None, cache: SelfAttentionCache | None = None
+    ) -> Tensor:
+        """`x` [B, T, dim] → [B, T, dim]. With a cache, x are the tokens after those that the cache holds.
+
+        `sinusoids` [T, dim] is `causal_sinusoids(T, dim)`, if the caller has it at hand for several layers.
+        """
+        q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        past = 0 if cache is None else cache.length
+        if self.position == "rotary":
+            q, k = rotate(q, past), rotate(k, past)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T or past + T, D]
+        if self.position == "rotary":
+            out = _rotary_attention(q, k, v)
+        else:
+            if cache is not None:
+                rel = cache.relative_keys(self)
+            else:
+                rel = self.relative_keys(causal_sinusoids(x) if sinusoids is None else sinusoids)
+            out = relative_attention(q, k, v, rel, self.content_bias, self.position_bias)
+        return self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))
+
+
+def causal_sinusoids(x: Tensor) -> Tensor:
+    """φ of the distances T − 1 … 0 in self-attention over `x` [B, T, dim]: float32 [T, dim]."""
+    return sinusoid(torch.arange(x.shape[1] - 1, -1, -1, device=x.device), x.shape[2], torch.float32)
+
+
+def _rotary_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    rows, past = q.shape[2], k.shape[2] - q.shape[2]
+    if past == 0 or rows == 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=past == 0)
+    seen = torch.ones(rows, past + rows, dtype=torch.bool, device=q.device).tril(past)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
+                       ) -> Tensor:  # fmt: skip
+    """Causal attention with relative keys. The T queries are the last T of the S tokens of `k` and `v`.
+
+    q [B, H, T, D], k and v [B, H, S, D], rel [H, S, D] with the distances S−1 … 0, both biases [H, D] → [B, H, T, D].
+    The logits exist for `_ROWS` query rows at a time; a gradient recomputes those of a longer sequence.
+    """
+    rows, past = q.shape[2], k.shape[2] - q.shape[2]
+    parts = []
+    for start in range(0, rows, _ROWS):
+        stop = min(start + _ROWS, rows)
+        block = (q[:, :, start:stop], k[:, :, : past + stop], v[:, :, : past + stop], rel[:, rows - stop :],
+                 content_bias, position_bias)  # fmt: skip
+        if rows > _ROWS and torch.is_grad_enabled():
+            parts.append(checkpoint(_relative_rows, *block, use_reentrant=False))
+        else:
+            parts.append(_relative_rows(*block))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _relative_rows(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
+                   ) -> Tensor:  # fmt: skip
+    batch, heads, rows, head_dim = q.shape
+    seen = k.shape[2]
+    scale = head_dim**-0.5
+    q_content = (q + content_bias[:, None]).to(q.dtype) * scale
+    q_position = (q + position_bias[:, None]).to(q.dtype) * scale
+    # Column c of the last row is key c. Row a, which is rows − 1 − a tokens earlier, reads rows − 1 − a columns further
+    # right; with one column of padding that shear is a reshape. What wraps around lies in the future, masked below.
+    by_distance = F.pad(q_position @ rel.to(q.dtype).transpose(1, 2), (0, 1))  # [B, H, rows, seen + 1]
+    sheared = by_distance.flatten(2)[:, :, rows - 1 : rows - 1 + rows * seen].unflatten(2, (rows, seen))
+    logits = q_content @ k.transpose(2, 3) + sheared
+    if rows > 1:
+        future = torch.ones(rows, seen, dtype=torch.bool, device=q.device).triu(seen - rows + 1)
+        logits = logits.masked_fill(future, float("-inf"))
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, -1, dtype=wide).to(v.dtype) @ v
+
+
+class ChunkedCrossAttention(nn.Module):
+    """Attention of every chunk to the neighbours of the chunk before it (Borgeaud et al. 2021, §2.4).
+
+    Token t ≥ M−1 (0-based) attends to all tokens of all neighbours of chunk u = (t+1)//M − 1 under one softmax. So
+    the *last* token of a chunk is the first that sees the chunk's own neighbours, and only that token sees
+    those of the sequence's last chunk. Use: `x = x + cca(norm(x), neighbours)`.
+
+    The result is exactly zero for t < M−1 and where a chunk has no neighbour, bias and dropout included.
+
+    dim            width of x; num_heads · head_dim (default dim // num_heads) need not equal it
+    encoder_dim    width of the encoded neighbours (default dim)
+    num_kv_heads   key/value heads (default num_heads); must divide num_heads
+    neighbour_len  R, tokens of a neighbour with its continuation
+    position       "relative": Transformer-XL with the sinusoid of the signed distance d = a − c + M − 1 (the paper);
+                   "bias": learned per head and distance; "none"
+    dropout        of the output projection
+    bias           of q_proj, k_proj, v_proj and o_proj
+
+    Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`; `rel_proj`, `content_bias`, `position_bias` [H, D] ("relative");
+    `rel_bias` [H, M+R−1] ("bias"). Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        encoder_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        chunk_size: int = 64,
+        neighbour_len: int = 128,
+        position: str = "relative",
+        dropout: float = 0.0,
+        bias: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(dim, num_heads, head_dim)
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if kv_heads < 1 or num_heads % kv_heads:
+            raise ValueError(f"ChunkedCrossAttention: num_kv_heads is {kv_heads}; it must divide "
+                             f"num_heads = {num_heads}.")  # fmt: skip
+        if position not in ("relative", "bias", "none"):
+            raise ValueError(
+                f'ChunkedCrossAttention: position is {position!r}; choose "relative", "bias" or "none".'
+            )
+        if chunk_size < 1 or neighbour_len < 1:
+            raise ValueError(f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
+                             "both must be at least 1.")  # fmt: skip
+        self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, kv_heads
+        self.chunk_size, self.neighbour_len, self.position, self.backend = (
+            chunk_size,
+            neighbour_len,
+            position,
+            backend,
+        )
+        encoder_dim = dim if encoder_dim is None else encoder_dim
+        inner, columns = num_heads * head_dim, chunk_size + neighbour_len - 1
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, inner, bias=bias, **made)
+        self.k_proj = nn.Linear(encoder_dim, kv_heads * head_dim, bias=bias, **made)
+        self.v_proj = nn.Linear(encoder_dim, kv_heads * head_dim, bias=bias, **made)
+        self.o_proj = nn.Linear(inner, dim, bias=bias, **made)
+        if position == "relative":
+            self.rel_proj = nn.Linear(dim, inner, bias=False, **made)
+            self.content_bias = nn.Parameter(torch.zeros(num_heads, head_dim, **made))
+            self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim, **made))
+            self.distances = DistanceTable(chunk_size - neighbour_len, 2 * chunk_size - 2, dim, device=device)
+        elif position == "bias":
+            self.rel_bias = nn.Parameter(torch.zeros(num_heads, columns, **made))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, neighbours: Tensor, neighbour_lengths: Tensor | None = None) -> Tensor:
+        """`x` [B, N, dim], `neighbours` [B, L, K, R, encoder_dim] with L = N // M → [B, N, dim], to be added to x.
+
+        `neighbour_lengths` int [B, L, K]: how many leading tokens are real, 0 = no such neighbour, None = all.
+        Raises ValueError for shapes that do not fit.
+        """
+        self._check(x, neighbours)
+        key, value = self.keys_and_values(neighbours)
+        out = chunked_cross_attention(
+            self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), key, value, chunk_size=self.chunk_size,
+            neighbour_lengths=neighbour_lengths, backend=self.backend, **self.position_terms(),
+        )  # fmt: skip
+        prefix = min(self.chunk_size - 1, x.shape[1])
+        out = self.dropout(self.o_proj(out[:, prefix:].flatten(2)))
+        if neighbour_lengths is not None and self.o_proj.bias is not None:
+            present = (
+                (neighbour_lengths > 0).any(-1).repeat_interleave(self.chunk_size, 1)[:, : out.shape[1], None]
+            )
+            out = torch.where(present, out, 0.0)
+        return F.pad(out, (0, 0, prefix, 0))
+
+    def keys_and_values(self, neighbours: Tensor) -> tuple[Tensor, Tensor]:
+        """`neighbours` [..., encoder_dim] → key and value, both [..., Hkv, D]."""
+        shape = (self.num_kv_heads, self.head_dim)
+        return self.k_proj(neighbours).unflatten(-1, shape), self.v_proj(neighbours).unflatten(-1, shape)
+
+    def position_terms(self) -> dict[str, Any]:
+        """The position arguments of `chunked_cross_attention`, projected."""
+        if self.position == "relative":
+            rel_key = _heads(self.rel_proj(self.distances(self.rel_proj.weight)), self.num_heads)
+            return {
+                "rel_key": rel_key,
+                "content_bias": self.content_bias,
+                "position_bias": self.position_bias,
+            }
+        return {"rel_bias": self.rel_bias} if self.position == "bias" else {}
+
+    def attend_rows(self, x: Tensor, first_row: int, key: Tensor, value: Tensor, lengths: Tensor | None,
+                    terms: dict[str, Any]) -> Tensor:  # fmt: skip
+        """A few rows of one attending chunk, for decoding.
+
+        `x` [B, T, dim] are its rows `first_row` … `first_row` + T − 1; key and value [B, K, R, Hkv, D] and
+        lengths [B, K] belong to its chunk; `terms` is `position_terms()`. Returns [B, T, dim], and costs T rows.
+        """
+        columns = slice(first_row, first_row + x.shape[1] + self.neighbour_len - 1)
+        terms = {
+            name: term[:, columns] if name in ("rel_key", "rel_bias") else term
+            for name, term in terms.items()
+        }
+        query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        out = block_attention(query, key, value, lengths=lengths, backend=self.backend, **terms)
+        out = self.dropout(self.o_proj(out.flatten(2)))
+        if lengths is not None and self.o_proj.bias is not None:
+            out = torch.where((lengths > 0).any(-1)[:, None, None], out, 0.0)
+        return out
+
+    def _check(self, x: Tensor, neighbours: Tensor) -> None:
+        if x.ndim != 3 or x.shape[2] != self.q_proj.in_features:
+            width = self.q_proj.in_features
+            raise ValueError(f"ChunkedCrossAttention: x is {list(x.shape)}; it must be [B, N, {width}].")
+        expected = [
+            x.shape[0],
+            x.shape[1] // self.chunk_size,
+            "K",
+            self.neighbour_len,
+            self.k_proj.in_features,
+        ]
+        given = list(neighbours.shape)
+        if len(given) != 5 or any(
+            want != "K" and want != have for want, have in zip(expected, given, strict=True)
+        ):
+            raise ValueError(
+                f"ChunkedCrossAttention: neighbours is {given}; with x {list(x.shape)} and chunk_size "
+                f"{self.chunk_size} it must be [B, L, K, R, encoder_dim] = [{', '.join(map(str, expected))}]."
+            )
+
+    def extra_repr(self) -> str:
+        names = ("num_heads", "head_dim", "num_kv_heads", "chunk_size", "neighbour_len", "position")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class BlockAttention(nn.Module):
+    """Attention of the neighbour encoder: `rows` neighbour tokens to `keys` tokens, both directions of distance.
+
+    The queries are always the neighbour's tokens. In self-attention the keys are the same tokens; in the
+    cross-attention they are the M states of the chunk that retrieved the neighbour (`context_dim` wide).
+    Distance d = (neighbour token) − (key), from −(keys − 1) to rows − 1 (Borgeaud et al. 2021, eq. 7).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        rows: int,
+        keys: int,
+        *,
+        head_dim: int | None = None,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(dim, num_heads, head_dim)
+        self.num_heads, self.head_dim, self.rows, self.keys, self.backend = (
+            num_heads,
+            head_dim,
+            rows,
+            keys,
+            backend,
+        )
+        inner, context_dim = num_heads * head_dim, dim if context_dim is None else context_dim
+        self.q_proj = nn.Linear(dim, inner, bias=False)
+        self.k_proj = nn.Linear(context_dim, inner, bias=False)
+        self.v_proj = nn.Linear(context_dim, inner, bias=False)
+        self.o_proj = nn.Linear(inner, dim, bias=False)
+        self.rel_proj = nn.Linear(dim, inner, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+        self.distances = DistanceTable(1 - keys, rows - 1, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """`x` [P, rows, dim]; `context` [G, keys, context_dim], each for P / G successive blocks (None: x itself);
+        `lengths` int [P], how many leading keys are real (self-attention only) → [P, rows, dim]."""
+        source = x if context is None else context
+        shape = (self.num_heads, self.head_dim)
+        out = block_attention(
+            self.q_proj(x).unflatten(-1, shape),
+            self.k_proj(source).unflatten(-1, shape)[:, None],
+            self.v_proj(source).unflatten(-1, shape)[:, None],
+            rel_key=_heads(self.rel_proj(self.distances(self.rel_proj.weight)), self.num_heads),
+            content_bias=self.content_bias,
+            position_bias=self.position_bias,
+            lengths=None if lengths is None else lengths[:, None],
+            key_repeat=x.shape[0] // max(source.shape[0], 1),
+            backend=self.backend,
+        )
+        return self.dropout(self.o_proj(out.flatten(2)))
+
+
+def _heads(table: Tensor, num_heads: int) -> Tensor:
+    return table.unflatten(-1, (num_heads, -1)).transpose(0, 1)  # [G, H·D] → [H, G, D]
+
+
+def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
+    if num_heads < 1 or (head_dim is None and dim % num_heads):
+        raise ValueError(f"attention: dim {dim} is not a multiple of num_heads {num_heads}; give head_dim.")
+    return dim // num_heads if head_dim is None else head_dim

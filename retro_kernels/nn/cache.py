@@ -1,0 +1,82 @@
+"""What decoding keeps from one call to the next, so that a token costs a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .positions import sinusoid
+
+if TYPE_CHECKING:
+    from .attention import SelfAttention
+
+
+class SelfAttentionCache:
+    """Keys and values of the tokens so far, in buffers that double when they are full; and projected distances."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Tensor | None = None  # [B, capacity, H, D]
+        self._values: Tensor | None = None
+        self._relative: Tensor | None = None  # [H, capacity, D], distances capacity − 1 … 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds [B, T, H, D] and returns all that is held, [B, length, H, D]."""
+        stop = self.length + key.shape[1]
+        if self._keys is None or self._values is None or stop > self._keys.shape[1]:
+            self._keys, self._values = (self._grown(old, new, stop) for old, new in
+                                        ((self._keys, key), (self._values, value)))  # fmt: skip
+        self._keys[:, self.length : stop] = key
+        self._values[:, self.length : stop] = value
+        self.length = stop
+        return self._keys[:, :stop], self._values[:, :stop]
+
+    def _grown(self, old: Tensor | None, new: Tensor, needed: int) -> Tensor:
+        capacity = max(64, 1 << (needed - 1).bit_length())
+        grown = new.new_empty(new.shape[0], capacity, *new.shape[2:])
+        if old is not None:
+            grown[:, : self.length] = old[:, : self.length]
+        return grown
+
+    def relative_keys(self, attention: SelfAttention) -> Tensor:
+        """Keys of the distances length − 1 … 0, [H, length, D]; projected once for as long as they suffice."""
+        if self._relative is None or self._relative.shape[1] < self.length:
+            weight = attention.rel_proj.weight
+            capacity = max(64, 1 << (self.length - 1).bit_length())
+            distances = torch.arange(capacity - 1, -1, -1, device=weight.device)
+            self._relative = attention.relative_keys(sinusoid(distances, weight.shape[1], torch.float32))
+        return self._relative[:, self._relative.shape[1] - self.length :]
+
+
+@dataclass
+class ChunkNeighbours:
+    """A chunk's encoded neighbours as one CCA layer sees them: key, value [B, K, R, Hkv, D], lengths int [B, K]."""
+
+    key: Tensor
+    value: Tensor
+    lengths: Tensor | None
+
+    def detached(self) -> ChunkNeighbours:
+        """A copy that keeps no other chunk's memory alive."""
+        lengths = None if self.lengths is None else self.lengths.clone()
+        return ChunkNeighbours(self.key.clone(), self.value.clone(), lengths)
+
+
+@dataclass
+class DecodingCache:
+    """State of `Retro.decode`. `length` tokens of `batch_size` sequences have been read.
+
+    It belongs to the weights that it was filled with: throw it away when they change.
+    """
+
+    batch_size: int
+    length: int = 0
+    self_attention: list[SelfAttentionCache] = field(default_factory=list)
+    conditioning: Tensor | None = None
+    """State that conditions the encoder, of the tokens since the last chunk boundary: [B, length % M, dim]."""
+    neighbours: dict[int, ChunkNeighbours | None] = field(default_factory=dict)
+    """Per CCA layer (1-based), the neighbours of the last whole chunk; None or absent: RETRO is off for it."""
+    position_terms: dict[int, dict[str, Any]] = field(default_factory=dict)

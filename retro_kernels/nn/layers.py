@@ -1,0 +1,40 @@
+"""The pieces that decoder and encoder share: normalisation, feed-forward network, initialisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RMSNorm = nn.RMSNorm
+"""Root-mean-square normalisation with a gain, PyTorch's own."""
+
+
+class FeedForward(nn.Module):
+    """Two matrices with a GELU between, `x` [..., dim] → [..., dim]: the paper's counts leave no room for a gate."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down_proj(F.gelu(self.up_proj(x))))
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, residual_layers: int) -> None:
+    """GPT-2's initialisation (Radford et al. 2019; the RETRO paper states none).
+
+    Matrices and embeddings from N(0, 0.02²), those that write to the residual stream divided by
+    √(2 · residual_layers); gains 1; biases, u and v 0.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(std=0.02 / (2 * residual_layers) ** 0.5 if writes else 0.02)

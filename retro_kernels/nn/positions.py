@@ -1,0 +1,60 @@
+"""Positions: sinusoids of a signed distance (Transformer-XL) and rotary angles.
+
+A relative position costs one more matrix product: (q + v)·W_R φ(d), with φ the sinusoid of the distance d and W_R
+(`rel_proj`) a matrix of every attention layer (Dai et al. 2019; RETRO's parameter counts fit no other reading).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def sinusoid(distances: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """φ(d) = concat(sin(d·f), cos(d·f)) with f_j = 10000^(−2j/dim): `distances` [G] → [G, dim].
+
+    Sine and cosine both, because the cosine alone cannot tell d from −d. An odd `dim` has one sine more.
+    """
+    steps = torch.arange(0, dim, 2, device=distances.device, dtype=torch.float64)
+    angles = distances.to(torch.float64)[:, None] * 10000.0 ** (-steps / dim)
+    table = torch.cat((angles.sin(), angles.cos()), -1)[:, :dim]
+    return table.to(dtype or torch.get_default_dtype())
+
+
+class DistanceTable(nn.Module):
+    """φ of the distances `first` … `last`, ascending, as a constant [last − first + 1, dim] that is not saved."""
+
+    table: Tensor
+
+    def __init__(self, first: int, last: int, dim: int, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.first, self.last, self.dim = first, last, dim
+        self.register_buffer(
+            "table", self._compute(torch.device(device) if device else None), persistent=False
+        )
+
+    def _compute(self, device: torch.device | None) -> Tensor:
+        return sinusoid(torch.arange(self.first, self.last + 1, device=device), self.dim, torch.float32)
+
+    def reset_parameters(self) -> None:
+        """Computes the table again on its device, as is needed after `to_empty`."""
+        self.table = self._compute(self.table.device)
+
+    def forward(self, like: Tensor) -> Tensor:
+        """The table in the dtype of `like`: [G, dim]."""
+        return self.table.to(like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.first}…{self.last}, dim={self.dim}"
+
+
+def rotate(x: Tensor, first: int = 0) -> Tensor:
+    """Rotary positions (Su et al. 2021): `x` [B, T, H, D] stands at tokens first … first + T − 1; halves are paired."""
+    half = x.shape[-1] // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = (
+        torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)[:, None] * frequencies
+    )
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, D / 2]
+    low, high = x.float().chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)

@@ -1,0 +1,239 @@
+"""The attention layers against loops written from the paper, and the properties that its text promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from retro_kernels import retro_172m
+from retro_kernels.nn import BlockAttention, ChunkedCrossAttention, SelfAttention
+from retro_kernels.nn import attention as attention_module
+from retro_kernels.nn.positions import sinusoid
+
+from .helpers import attend, cca_by_hand, phi, randomise
+
+M, R, K = 4, 8, 3
+CLOSE = dict(
+    rtol=1e-6, atol=1e-6
+)  # the module keeps its sinusoids in float32, the loops have them in float64
+
+
+def make(position: str = "relative", **options: object) -> ChunkedCrossAttention:
+    sizes = dict(head_dim=6, encoder_dim=10, chunk_size=M, neighbour_len=R)
+    return randomise(ChunkedCrossAttention(12, 4, position=position, **{**sizes, **options})).double()
+
+
+def inputs(tokens: int, batch: int = 2, count: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    chunks = tokens // M
+    return (torch.randn(batch, tokens, 12).double(), torch.randn(batch, chunks, count, R, 10).double(),
+            torch.randint(0, R + 1, (batch, chunks, count)))  # fmt: skip
+
+
+@pytest.mark.parametrize("position", ["relative", "bias", "none"])
+@pytest.mark.parametrize(
+    "tokens, kv_heads, bias", [(1, 4, True), (3, 4, True), (4, 2, False), (5, 1, True), (11, 2, True)]
+)
+def test_cca_is_the_papers(seed: int, position: str, tokens: int, kv_heads: int, bias: bool) -> None:
+    cca = make(position, num_kv_heads=kv_heads, bias=bias)
+    x, neighbours, lengths = inputs(tokens)
+    torch.testing.assert_close(cca(x, neighbours, lengths), cca_by_hand(cca, x, neighbours, lengths), **CLOSE)
+    if tokens >= M:
+        everything = torch.full_like(lengths, R)
+        torch.testing.assert_close(cca(x, neighbours), cca_by_hand(cca, x, neighbours, everything), **CLOSE)
+
+
+def test_cca_parameters() -> None:
+    def shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+    projections = {
+        "q_proj.weight": (24, 12),
+        "k_proj.weight": (12, 10),
+        "v_proj.weight": (12, 10),
+        "o_proj.weight": (12, 24),
+    }
+    biases = {"q_proj.bias": (24,), "k_proj.bias": (12,), "v_proj.bias": (12,), "o_proj.bias": (12,)}
+    relative = {"rel_proj.weight": (24, 12), "content_bias": (4, 6), "position_bias": (4, 6)}
+    assert shapes(make(num_kv_heads=2)) == projections | relative
+    assert shapes(make(num_kv_heads=2, bias=True)) == projections | biases | relative
+    assert shapes(make("bias", num_kv_heads=2)) == projections | {"rel_bias": (4, M + R - 1)}
+    assert shapes(make("none", num_kv_heads=2)) == projections
+    assert set(make().state_dict()) == set(shapes(make()))  # the sinusoids are not saved
+    plain = ChunkedCrossAttention(12, 4)
+    assert (plain.head_dim, plain.k_proj.in_features, plain.chunk_size, plain.neighbour_len) == (
+        3,
+        12,
+        64,
+        128,
+    )
+
+
+@pytest.mark.parametrize("dim", [12, 7])
+def test_distances_are_signed_and_as_wide_as_the_query(dim: int) -> None:
+    cca = ChunkedCrossAttention(dim, 1, chunk_size=M, neighbour_len=R)
+    assert (cca.distances.first, cca.distances.last) == (-(R - M), 2 * M - 2)
+    table = cca.distances(torch.empty(0, dtype=torch.float32))
+    assert table.shape == (M + R - 1, dim)
+    if dim % 2 == 0:
+        exact = torch.stack([phi(d, dim) for d in range(-(R - M), 2 * M - 1)])
+        torch.testing.assert_close(table, exact.float(), rtol=0, atol=1e-7)
+    assert torch.cdist(table, table).fill_diagonal_(9).min() > 0.05  # a cosine alone has φ(d) = φ(−d)
+    assert sinusoid(torch.tensor([0]), 4).tolist() == [[0, 0, 1, 1]]
+
+
+def test_paper_sizes_have_191_distances() -> None:
+    with torch.device("meta"):
+        cca = ChunkedCrossAttention(896, 16, head_dim=64, encoder_dim=retro_172m().encoder_dim)
+    assert (cca.distances.first, cca.distances.last) == (-64, 126)
+    assert cca.position_terms()["rel_key"].shape == (16, 191, 64)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_prefix_and_missing_neighbours_are_exactly_zero(seed: int, training: bool) -> None:
+    cca = make(bias=True, dropout=0.5).train(training)
+    x, neighbours, lengths = inputs(14)
+    lengths[0, 1] = 0
+    lengths[1, 0, 0] = R
+    out = cca(x, neighbours, lengths)
+    assert out[:, : M - 1].eq(0).all()
+    assert out[0, 2 * M - 1 : 3 * M - 1].eq(0).all()
+    assert out[1, M - 1 : 2 * M - 1].ne(0).any()
+    assert torch.equal((x + out)[:, : M - 1], x[:, : M - 1])
+    assert cca(x[:, :2], neighbours[:, :0], lengths[:, :0]).eq(0).all()
+
+
+def test_reach_of_a_chunks_neighbours(seed: int) -> None:
+    cca = make(bias=True)
+    x, neighbours, _ = inputs(3 * M)
+    for u in range(3):
+        other = neighbours.clone()
+        other[:, u] += 1
+        changed = (cca(x, other) != cca(x, neighbours)).any(-1).any(0)
+        assert changed.nonzero().flatten().tolist() == list(
+            range((u + 1) * M - 1, min((u + 2) * M - 1, 3 * M))
+        )
+
+
+def test_neighbours_have_no_order_and_copies_add_nothing(seed: int) -> None:
+    cca = make()
+    x, neighbours, lengths = inputs(14)
+    order = torch.randperm(K)
+    out = cca(x, neighbours, lengths)
+    torch.testing.assert_close(cca(x, neighbours[:, :, order], lengths[:, :, order]), out)
+    one = cca(x, neighbours[:, :, :1], lengths[:, :, :1])
+    copies = cca(x, neighbours[:, :, :1].expand(-1, -1, 5, -1, -1), lengths[:, :, :1].expand(-1, -1, 5))
+    torch.testing.assert_close(copies, one)
+
+
+def test_padding_of_a_neighbour_is_never_read(seed: int) -> None:
+    cca = make()
+    x, neighbours, lengths = inputs(14)
+    behind = torch.arange(R) >= lengths[..., None]
+    other = torch.where(behind[..., None], 1e3, neighbours)
+    assert torch.equal(cca(x, other, lengths), cca(x, neighbours, lengths))
+
+
+def test_a_few_rows_are_rows_of_the_whole(seed: int) -> None:
+    for position in ("relative", "bias", "none"):
+        cca = make(position, bias=True, num_kv_heads=2)
+        x, neighbours, lengths = inputs(14)
+        whole, (key, value) = cca(x, neighbours, lengths), cca.keys_and_values(neighbours)
+        for first, count in ((0, 1), (2, 2), (0, M), (M - 1, 1)):
+            start = 2 * M - 1 + first  # rows of the chunk that attends to chunk 1
+            rows = cca.attend_rows(x[:, start : start + count], first, key[:, 1], value[:, 1], lengths[:, 1],
+                                   cca.position_terms())  # fmt: skip
+            torch.testing.assert_close(rows, whole[:, start : start + count], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_kv_heads=3), "must divide"),
+        (dict(position="absolute"), "choose"),
+        (dict(chunk_size=0), "at least 1"),
+    ],
+)
+def test_bad_options(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_bad_shapes(seed: int) -> None:
+    cca = make()
+    x, neighbours, lengths = inputs(8)
+    for bad in (neighbours[:, :1], neighbours[..., :5, :], neighbours[..., :5], neighbours[0]):
+        with pytest.raises(ValueError, match=r"\[2, 2, K, 8, 10\]"):
+            cca(x, bad, lengths[:, : bad.shape[1]])
+    with pytest.raises(ValueError, match="must be"):
+        cca(x[..., :5], neighbours)
+    with pytest.raises(ValueError, match="give head_dim"):
+        ChunkedCrossAttention(10, 4)
+
+
+def test_relative_self_attention_is_transformer_xl(seed: int) -> None:
+    module = randomise(SelfAttention(12, 3, head_dim=6, bias=True)).double()
+    x = torch.randn(2, 9, 12).double()
+    expected = torch.stack([torch.stack([attend(module, row[i], row[: i + 1], [i - j for j in range(i + 1)])
+                                         for i in range(9)]) for row in x])  # fmt: skip
+    torch.testing.assert_close(module(x), expected, **CLOSE)
+
+
+def test_blocks_of_rows_change_neither_result_nor_gradient(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = randomise(SelfAttention(12, 2)).double()
+    x = torch.randn(2, 11, 12).double().requires_grad_()
+    whole = module(x)
+    wanted = torch.autograd.grad(whole.square().sum(), [x, *module.parameters()])
+    monkeypatch.setattr(attention_module, "_ROWS", 4)
+    parts = module(x)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), [x, *module.parameters()]), wanted)
+
+
+def test_rotary_self_attention(seed: int) -> None:
+    module = randomise(SelfAttention(12, 2, position="rotary")).double()
+    assert {name for name, _ in module.named_parameters()} == {f"{p}_proj.weight" for p in "qkvo"}
+    x = torch.randn(1, 8, 12).double()
+    out = module(x)
+    q, k, v = (p(x)[0].view(8, 2, 6) for p in (module.q_proj, module.k_proj, module.v_proj))
+    for i in range(8):
+        heads = []
+        for h in range(2):
+            logits = []
+            for j in range(
+                i + 1
+            ):  # only the difference of the two positions counts: pairs are complex numbers
+                as_complex = lambda y: torch.complex(y[:3], y[3:])  # noqa: E731
+                turn = torch.polar(
+                    torch.ones(3).double(), (i - j) * 10000.0 ** (-torch.arange(3).double() / 3)
+                )
+                logits.append((as_complex(q[i, h]) * turn * as_complex(k[j, h]).conj()).real.sum() / 6**0.5)
+            heads.append(torch.softmax(torch.stack(logits), 0) @ v[: i + 1, h])
+        torch.testing.assert_close(out[0, i], module.o_proj(torch.cat(heads)), rtol=1e-5, atol=1e-5)
+
+
+def test_encoder_self_attention_looks_both_ways(seed: int) -> None:
+    module = randomise(BlockAttention(10, 2, R, R, head_dim=4)).double()
+    x, lengths = torch.randn(3, R, 10).double(), torch.tensor([R, 3, 0])
+    out = module(x, lengths=lengths)
+    for p, length in enumerate(lengths.tolist()):
+        for i in range(R):
+            hand = (
+                attend(module, x[p, i], x[p, :length], [i - j for j in range(length)])
+                if length
+                else torch.zeros(10)
+            )
+            torch.testing.assert_close(out[p, i], hand.double(), **CLOSE)
+
+
+def test_encoder_cross_attention_queries_with_neighbour_tokens(seed: int) -> None:
+    """Distance is neighbour token minus chunk token (eq. 7); the other direction is a common misreading."""
+    module = randomise(BlockAttention(10, 2, R, M, head_dim=4, context_dim=7)).double()
+    assert (module.distances.first, module.distances.last) == (-(M - 1), R - 1)
+    x, chunks = torch.randn(6, R, 10).double(), torch.randn(2, M, 7).double()
+    out = module(x, chunks)
+    for p in range(6):
+        for c in range(R):
+            hand = attend(module, x[p, c], chunks[p // 3], [c - a for a in range(M)])
+            torch.testing.assert_close(out[p, c], hand, **CLOSE)

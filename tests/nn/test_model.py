@@ -1,0 +1,243 @@
+"""The whole model: what may influence what, what is exactly nothing, sizes, compilation, retrofit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from retro_kernels import InputError, Retro, RetroConfig, preset
+from retro_kernels.nn import NeighbourEncoder
+from retro_kernels.ops import NeighbourBatch
+
+from .helpers import TINY, random_neighbours, tiny_model
+
+M = TINY.chunk_size
+
+
+@pytest.mark.parametrize("name, millions, plain", [("retro_172m", 172, 132), ("retro_425m", 425, 368),
+                                                   ("retro_1_5b", 1451, 1309), ("retro_7_5b", 7532, 6982)])  # fmt: skip
+def test_presets_have_the_papers_sizes(name: str, millions: int, plain: int) -> None:
+    def body(config: RetroConfig) -> int:
+        with torch.device("meta"):
+            model = Retro(config)
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        counted = sum(
+            p.numel()
+            for p in model.parameters()
+            if p.ndim == 2 and min(p.shape) > 128 and id(p) not in embeddings
+        )
+        assert counted == config.body_parameters()
+        return counted
+
+    assert body(preset(name)) == pytest.approx(millions * 1e6, rel=0.005)
+    assert body(preset(name, cca_layers=())) == pytest.approx(plain * 1e6, rel=0.005)
+
+
+def test_layer_numbers_count_from_one() -> None:
+    model = Retro(TINY.replace(cca_layers=(1, 3), encoder_cross_layers=(2,)))
+    assert [layer.cca is not None for layer in model.layers] == [True, False, True, False]
+    assert [layer.cross is not None for layer in model.encoder.layers] == [False, True]
+
+
+@pytest.mark.parametrize("tokens", [1, M - 1, M, M + 1, 3 * M + 2])
+@pytest.mark.parametrize("self_attention", ["relative", "rotary"])
+def test_no_token_changes_the_past(seed: int, tokens: int, self_attention: str) -> None:
+    model = tiny_model(self_attention=self_attention)
+    x, neighbours = torch.randint(50, (2, tokens)), random_neighbours(2, tokens // M, full=True)
+    logits = model(x, neighbours)
+    for t in range(tokens):
+        other = x.clone()
+        other[:, t] = (other[:, t] + 1) % 50
+        changed = (model(other, neighbours) - logits).abs().amax(-1) > 1e-12
+        assert not changed[:, :t].any()
+        assert changed[:, t:].any(0).all()  # every later token does see it
+
+
+def test_reach_of_neighbours(seed: int) -> None:
+    """Chunk u's neighbours reach its own last token and everything after it, and nothing before."""
+    model = tiny_model()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    logits = model(x, neighbours)
+    for u in range(3):
+        other = neighbours.tokens.clone()
+        other[:, u] = (other[:, u] + 1) % 50
+        changed = ((model(x, neighbours._replace(tokens=other)) - logits).abs().amax(-1) > 1e-12).any(0)
+        assert changed.nonzero().flatten().tolist() == list(range((u + 1) * M - 1, 14))
+
+
+def test_order_of_neighbours_and_padding_do_not_matter(seed: int) -> None:
+    model = tiny_model()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    logits, order = model(x, neighbours), torch.randperm(3)
+    shuffled = NeighbourBatch(neighbours.tokens[:, :, order], neighbours.lengths[:, :, order])
+    torch.testing.assert_close(model(x, shuffled), logits)
+    behind = torch.arange(TINY.neighbour_len) >= neighbours.lengths[..., None]
+    other = torch.where(behind, (neighbours.tokens + 1) % 50, neighbours.tokens)
+    assert torch.equal(model(x, neighbours._replace(tokens=other)), logits)
+
+
+def test_off_missing_and_short_are_the_plain_decoder(seed: int) -> None:
+    model = tiny_model()
+    plain = Retro(TINY.replace(cca_layers=())).double().eval()
+    plain.load_state_dict(
+        {name: w for name, w in model.state_dict().items() if "cca" not in name and "encoder" not in name}
+    )
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    off = plain(x)
+    assert torch.equal(model(x), off)
+    assert torch.equal(model(x, neighbours._replace(lengths=torch.zeros_like(neighbours.lengths))), off)
+    assert torch.equal(
+        model(x, NeighbourBatch(neighbours.tokens[:, :, :0], neighbours.lengths[:, :, :0])), off
+    )
+    assert torch.equal(model(x[:, : M - 1], neighbours), plain(x[:, : M - 1]))
+    on = model(x, neighbours._replace(lengths=torch.full_like(neighbours.lengths, 8)))
+    assert torch.equal(on[:, : M - 1], off[:, : M - 1])
+    assert (on - off)[:, M - 1 :].abs().amax(-1).min() > 1e-6
+
+
+def test_a_missing_neighbour_is_one_fewer(seed: int) -> None:
+    model = tiny_model()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    neighbours.lengths[:, :, 2] = 0
+    two = NeighbourBatch(neighbours.tokens[:, :, :2], neighbours.lengths[:, :, :2])
+    torch.testing.assert_close(model(x, neighbours), model(x, two))
+
+
+def test_encoder_sees_the_state_after_self_attention_of_the_first_cca_layer(seed: int) -> None:
+    model = tiny_model()
+    x, neighbours = torch.randint(50, (1, 2 * M)), random_neighbours(1, 2)
+    seen = []
+    model.encoder.register_forward_hook(lambda _, args, __: seen.append(args[1]))
+    model(x, neighbours)
+    first, second = model.layers[0], model.layers[1]
+    h = model.embedding(x)
+    h = h + first.attention(first.attention_norm(h))
+    h = h + first.ffn(first.ffn_norm(h))
+    h = h + second.attention(second.attention_norm(h))
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], h.view(1, 2, M, -1))
+
+
+def test_neighbours_are_encoded_one_by_one(seed: int) -> None:
+    encoder: NeighbourEncoder = tiny_model().encoder
+    neighbours, hidden = random_neighbours(2, 3), torch.randn(2, 3, M, 24).double()
+    whole = encoder(neighbours.tokens, hidden, neighbours.lengths)
+    for j in range(3):
+        alone = encoder(
+            neighbours.tokens[:, 1:2, j : j + 1], hidden[:, 1:2], neighbours.lengths[:, 1:2, j : j + 1]
+        )
+        torch.testing.assert_close(alone[:, 0, 0], whole[:, 1, j])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cca_position": "bias"},
+        {"tie_embeddings": False, "self_attention": "rotary"},
+        {"share_encoder_embedding": True, "encoder_dim": 24},
+    ],
+)
+def test_every_parameter_learns(seed: int, changes: dict[str, object]) -> None:
+    model = tiny_model(**changes).train()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    model(x, neighbours).logsumexp(-1).sum().backward()
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
+
+
+def test_initialisation(seed: int) -> None:
+    model = Retro(TINY.replace(dim=64, ffn_dim=256, num_layers=8))
+    layer = model.layers[1]
+    assert layer.attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    assert layer.ffn.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.2)
+    assert layer.cca.o_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.2)
+    assert model.encoder.layers[0].ffn.down_proj.weight.std().item() == pytest.approx(0.02 / 2, rel=0.2)
+    assert layer.ffn_norm.weight.eq(1).all() and layer.cca.content_bias.eq(0).all()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(seed: int) -> None:
+    model = tiny_model(dropout=0.3).train()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    results = []
+    for model.gradient_checkpointing in (False, True):
+        torch.manual_seed(seed)
+        logits = model(x, neighbours)
+        results.append((logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("self_attention", ["relative", "rotary"])
+def test_compiles_without_a_graph_break(seed: int, self_attention: str) -> None:
+    model = tiny_model(torch.float32, self_attention=self_attention, num_layers=2, cca_layers=(2,)).train()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        logits = run(x, neighbours)
+        results.append((logits, *torch.autograd.grad(logits.logsumexp(-1).mean(), list(model.parameters()))))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+
+
+def test_autocast(seed: int) -> None:
+    model = Retro(TINY).train()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x, neighbours)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - model(x, neighbours)).norm() < 0.05 * logits.float().norm()
+    logits.float().logsumexp(-1).sum().backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_retrofit_starts_as_the_decoder(seed: int, freeze: bool) -> None:
+    decoder = tiny_model(cca_layers=())
+    model = Retro.from_decoder(decoder, (2, 3), freeze=freeze, encoder_dim=32).eval()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    off = decoder(x)
+    assert torch.equal(model(x, neighbours), off)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        model(x, neighbours).logsumexp(-1).sum().backward()
+        optimiser.step()
+    new = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert ("embedding.weight" in new) == (not freeze)
+    assert {"encoder.embedding.weight", "layers.1.cca.q_proj.weight", "layers.2.cca_norm.weight"} <= new
+    assert model.encoder.embedding.weight.grad.abs().max() > 0
+    assert (model(x, neighbours) - off).abs().max() > 1e-6
+    assert torch.equal(model(x), off) == freeze
+
+
+def test_retrofit_refuses(seed: int, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    decoder = tiny_model(cca_layers=())
+    decoder.save_pretrained(tmp_path)
+    assert Retro.from_decoder(tmp_path, (4,)).config.cca_layers == (4,)
+    with pytest.raises(InputError, match="already"):
+        Retro.from_decoder(tiny_model(), (2,))
+    with pytest.raises(InputError, match="empty"):
+        Retro.from_decoder(decoder, ())
+    with pytest.raises(InputError, match="does not fit"):
+        Retro.from_decoder(decoder, (2,), ffn_dim=8)
+
+
+def test_bad_input(seed: int) -> None:
+    model = tiny_model()
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    model(x, random_neighbours(2, 5))  # more chunks than whole ones are left out
+    with pytest.raises(InputError, match=r"\[2, 3, K, 8\]"):
+        model(x, NeighbourBatch(neighbours.tokens[:, :2], neighbours.lengths[:, :2]))
+    with pytest.raises(InputError, match=r"\[2, 3, K, 8\]"):
+        model(x, NeighbourBatch(neighbours.tokens[..., :7], neighbours.lengths))
+    with pytest.raises(InputError, match="lengths"):
+        model(x, NeighbourBatch(neighbours.tokens, neighbours.lengths[:, :2]))
+    with pytest.raises(InputError, match=r"\[B, N\]"):
+        model(x[0], neighbours)
+    with pytest.raises(InputError, match="plain decoder"):
+        tiny_model(cca_layers=())(x, neighbours)

@@ -1,0 +1,75 @@
+"""A model in a folder: what is written comes back bit for bit, and what does not fit is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from retro_kernels import InputError, Retro
+
+from .helpers import random_neighbours, tiny_model
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": False}, {"share_encoder_embedding": True, "encoder_dim": 24}]
+)
+def test_round_trip(seed: int, tmp_path: Path, changes: dict[str, object]) -> None:
+    model = tiny_model(torch.float32, **changes)
+    model.save_pretrained(tmp_path / "new" / "folder")
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    again = Retro.from_pretrained(tmp_path / "new" / "folder")
+    assert again.config == model.config and not again.training
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    assert torch.equal(again(x, neighbours), model(x, neighbours))
+    again(x, neighbours).sum().backward()  # nothing is frozen
+    half = Retro.from_pretrained(tmp_path / "new" / "folder", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_what_does_not_fit(seed: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        Retro.from_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def refused(match: str, **changes: object) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(InputError, match=match):
+            Retro.from_pretrained(tmp_path)
+
+    refused("does not fit", ffn_dim=33)
+    refused("lacks", cca_layers=[1, 2])
+    refused("unknown fields", surprise=1)
+    refused("at least 1", dim=0)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        Retro.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        Retro.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds no model"):
+        Retro.from_pretrained(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_model(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("retro_kernels.nn.saving.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        tiny_model().save_pretrained(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
