@@ -1,0 +1,436 @@
+"""Training: text and a retrieval set to a model that uses it, or text alone to the plain decoder.
+
+    summary = train(TrainConfig(data=("corpus/",), out="run", set="set"))
+
+One step: `accumulate` batches of packed sequences; for each the neighbours of its chunks (found while the step before was
+computed), the forward pass, the backward pass; then one update by AdamW. The order of the data, the learning rate and all
+random numbers are functions of the seed and the step, so a run continues from a checkpoint as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import InputError, RetroConfig, TrainConfig, parse_overrides, preset
+from .data.corpus import Document, ReadReport, read_documents
+from .data.packing import IGNORE, Packed, TokenDocuments, tokenise
+from .data.tokenizer import Tokenizer
+from .nn import Retro
+from .runs import (
+    METRICS,
+    SETTINGS,
+    TOKENIZER,
+    Interrupted,
+    autocast,
+    checkpoints,
+    interruptible,
+    load_run,
+    load_state,
+    note,
+    pick_device,
+    pick_dtype,
+    progress_bar,
+    read_settings,
+    save_checkpoint,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from .ops import NeighbourBatch
+    from .retrieval import Retriever
+
+# What may differ when a run is resumed: none of it changes what is computed, but `steps`, which is announced.
+_FREE = {"out", "steps", "device", "save_every", "log_every"}
+FINAL_RATE = 0.1  # of the highest learning rate, at the end of the cosine
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    documents: list[Document] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains one model into the folder `config.out` and returns what was measured.
+
+    resume: continue from the newest checkpoint there; where there is none, start. On a CPU the weights come out as those of
+        a run that never stopped, to the last bit. stop_after: leave with a checkpoint after so many steps of this call.
+    documents: in place of reading `config.data`.
+
+    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share (the part of
+    the time in which the step waited for its neighbours), parameters.
+    Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
+    """
+    folder = Path(config.out)
+    saved = checkpoints(folder)
+    if resume and not saved:
+        note(f"{folder} holds no checkpoint yet: starting from the beginning.")
+    elif not resume and (saved or (folder / "model.safetensors").exists()):
+        raise InputError(f"{folder} holds a training run already. Continue it with --resume, or give another --out.")
+    if saved:
+        _check_same(config, TrainConfig.from_dict(read_settings(folder)["config"]), folder)
+
+    device = pick_device(config.device)
+    retriever = _open_set(config, device)
+    if documents is None:
+        documents = _read(config)
+    tokenizer = _tokenizer(config, retriever, documents)
+    model_config = _model_config(config, tokenizer, retriever)
+    corpus = tokenise(documents, tokenizer, model_config.chunk_size)
+    packed = Packed(corpus, config.sequence_length, config.seed, None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy())
+
+    torch.manual_seed(config.seed)
+    model = _new_model(config, model_config).to(device)
+    settings = {
+        "config": config.to_dict(),
+        "dtype": "bf16" if pick_dtype(config.dtype, device) == torch.bfloat16 else "fp32",
+        "device": device.type,
+        "tokenizer": tokenizer.fingerprint,
+        "corpus": _fingerprint(corpus),
+        "documents": corpus.num_documents,
+        "bytes": int(corpus.num_bytes.sum()),
+    }
+    trainer = _Trainer(config, folder, model, packed, retriever, settings, progress)
+    if saved:
+        trainer.load(saved[-1][1], read_settings(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder / TOKENIZER)
+    write_json(folder / SETTINGS, trainer.settings)
+    return trainer.run(config.steps if stop_after is None else min(config.steps, trainer.step + stop_after))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the update number `step` (0-based): linear warm-up, then half a cosine down to a tenth."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+
+
+class _Batch(NamedTuple):
+    """One forward pass: tokens and targets [B, N], documents [B, E]; the targets scored in the whole step, so that every token
+    of a step counts alike, whichever of its batches it stands in."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    scored_in_step: int
+
+
+class _Trainer:
+    """Model, optimiser and place in the data of one run."""
+
+    def __init__(self, config: TrainConfig, folder: Path, model: Retro, packed: Packed, retriever: Retriever | None,
+                 settings: dict[str, Any], progress: bool) -> None:  # fmt: skip
+        self.config, self.folder, self.model, self.packed = config, folder, model, packed
+        self.retriever, self.settings, self.progress = retriever, settings, progress
+        self.device = next(model.parameters()).device
+        self.step = 0
+        self.optimiser = _optimiser(config, model)
+
+    def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
+        """Goes back to the moment of `checkpoint`."""
+        state = load_state(checkpoint)
+        for name, what in (("corpus", "The data"), ("tokenizer", "The tokenizer")):
+            if settings[name] != self.settings[name]:
+                raise InputError(f"{what} changed since {self.folder} was started, so it cannot be continued. "
+                                 "Give the same --data and --set, or another --out.")  # fmt: skip
+        if self.device.type != settings["device"]:
+            note(f"The run was started on {settings['device']} and goes on on {self.device.type}: not bit for bit.")
+        self.settings["dtype"] = settings["dtype"]
+        weights = Retro.from_pretrained(checkpoint, device=self.device).state_dict()
+        self.model.load_state_dict(weights)
+        self.optimiser.load_state_dict(state["optimiser"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.step = state["step"]
+        if state["steps"] != self.config.steps:
+            note(f"The run was planned for {state['steps']:,} steps and now for {self.config.steps:,}: "
+                 "the learning rate follows the new plan from here on.")  # fmt: skip
+        _cut_metrics(self.folder / METRICS, self.step)
+
+    def save(self) -> None:
+        state: dict[str, Any] = {"step": self.step, "steps": self.config.steps, "rng": torch.get_rng_state(),
+                                 "optimiser": self.optimiser.state_dict()}  # fmt: skip
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        save_checkpoint(self.folder, self.step, self.model, state)
+
+    def run(self, until: int) -> dict[str, Any]:
+        """Steps up to number `until`, a checkpoint at the end."""
+        config = self.config
+        dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
+        forward: Any = torch.compile(self.model) if config.compile else self.model
+        tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
+        log = _Log(self.folder / METRICS, tokens_per_step)
+        first = self.step
+        self.model.train()
+        with interruptible() as asked, log, progress_bar(
+            config.steps, "training", "step", show=self.progress, initial=first
+        ) as bar:  # fmt: skip
+            batches = self._batches(until)
+            while self.step < until and not asked.is_set():
+                rate = learning_rate(config, self.step)
+                for group in self.optimiser.param_groups:
+                    group["lr"] = rate
+                loss = self._accumulate(batches, forward, dtype, log)
+                norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+                self.optimiser.step()
+                self.optimiser.zero_grad(set_to_none=True)
+                self.step += 1
+                bar.update()
+                if log.add(loss, norm) == config.log_every or self.step == until:
+                    line = log.write(self.step, rate)
+                    bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
+                                        f"waiting {line['stall_share']:.1%}")  # fmt: skip
+                    self._check_finite(line)
+                if self.step % config.save_every == 0 and self.step < until:
+                    self.save()
+            batches.close()
+            if self.step > first:
+                self.save()
+        if asked.is_set() and self.step < until:
+            raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written. Continue with: "
+                              f"{_resume_command(config)}")  # fmt: skip
+        return self._summary(log, (self.step - first) * tokens_per_step)
+
+    def _accumulate(self, batches: Iterator[tuple[_Batch, NeighbourBatch | None]], forward: Any, dtype: torch.dtype,
+                    log: _Log) -> Tensor:  # fmt: skip
+        """Gradients of one step; returns its mean loss over the scored tokens of all its batches."""
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.config.accumulate):
+            started = time.perf_counter()
+            batch, neighbours = next(batches)
+            log.stalled += time.perf_counter() - started
+            tokens, targets = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets))
+            with autocast(self.device, dtype):
+                logits = forward(tokens, neighbours)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = loss / batch.scored_in_step
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def _batches(self, until: int) -> Iterator[tuple[_Batch, NeighbourBatch | None]]:
+        """The batches from the present step on, each with the neighbours of its chunks on the device."""
+        batches = self._read(until)
+        if self.retriever is None:
+            yield from ((batch, None) for batch in batches)
+            return
+        found = self.retriever.prefetch(
+            batches, num_neighbours=self.config.num_neighbours,
+            inputs=lambda batch: (batch.tokens.to(self.device), batch.documents.to(self.device)),
+        )  # fmt: skip
+        with contextlib.closing(found):
+            for batch, neighbours in found:
+                yield batch, neighbours.to(self.device)
+
+    def _read(self, until: int) -> Iterator[_Batch]:
+        size = self.config.batch_size
+        for step in range(self.step, until):
+            first = step * self.config.accumulate * size
+            parts = [self.packed.read(range(i, i + size)) for i in range(first, first + self.config.accumulate * size, size)]
+            scored = max(1, sum(int((part.targets != IGNORE).sum()) for part in parts))
+            for part in parts:
+                yield _Batch(*(torch.from_numpy(x) for x in (part.tokens, part.targets, part.documents)), scored)
+
+    def _check_finite(self, line: dict[str, Any]) -> None:
+        if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
+            raise InputError(f"The loss is {line['loss']} at step {self.step:,}: training diverged. Give a lower "
+                             f"--learning-rate or a longer --warmup; checkpoints up to here are in {self.folder}.")  # fmt: skip
+
+    def _summary(self, log: _Log, tokens: int) -> dict[str, Any]:
+        return {
+            "run": str(self.folder),
+            "steps": self.step,
+            "loss": log.last_loss,
+            "tokens": tokens,
+            "seconds": log.seconds,
+            "tokens_per_second": tokens / log.seconds if log.seconds else None,
+            "stall_share": log.total_stalled / log.seconds if log.seconds else None,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": self.settings["dtype"],
+        }
+
+
+class _Log:
+    """Sums over the steps since the last line, and the lines. Losses stay on the device until a line is written."""
+
+    def __init__(self, path: Path, tokens_per_step: int) -> None:
+        self._path, self._tokens_per_step = path, tokens_per_step
+        self.seconds = self.stalled = self.total_stalled = 0.0
+        self.last_loss: float | None = None
+        self._losses: list[Tensor] = []
+        self._norm: Tensor | None = None
+
+    def __enter__(self) -> _Log:
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._board = _tensorboard(self._path.parent)
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+    def add(self, loss: Tensor, norm: Tensor) -> int:
+        self._losses.append(loss)
+        self._norm = norm
+        return len(self._losses)
+
+    def write(self, step: int, rate: float) -> dict[str, Any]:
+        assert self._norm is not None
+        steps = len(self._losses)
+        self.last_loss = torch.stack(self._losses).mean().item()
+        seconds = time.perf_counter() - self._started
+        line = {
+            "step": step,
+            "loss": self.last_loss,
+            "learning_rate": rate,
+            "grad_norm": self._norm.item(),
+            "tokens": step * self._tokens_per_step,
+            "tokens_per_second": steps * self._tokens_per_step / seconds,
+            "stall_share": self.stalled / seconds,
+        }
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board:
+            for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "stall_share"):
+                self._board.add_scalar(f"train/{name}", line[name], step)
+        self.seconds += seconds
+        self.total_stalled += self.stalled
+        self.stalled, self._losses, self._started = 0.0, [], time.perf_counter()
+        return line
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # optional: metrics.jsonl holds the same
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Forgets the lines after `step`: those steps are done again."""
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
+        return math.inf
+
+
+def _optimiser(config: TrainConfig, model: Retro) -> torch.optim.Optimizer:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if p.ndim == 2 and name.endswith("weight")]
+    rest = [p for name, p in trained if not (p.ndim == 2 and name.endswith("weight"))]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
+    if not config.retrofit:
+        return Retro(model_config)
+    base = load_run(config.retrofit)
+    if base.model.config.cca_layers:
+        raise InputError(f"retrofit: {config.retrofit} is a RETRO already; give the run of a plain decoder.")
+    changes = {name: getattr(model_config, name) for name in _RETROFIT_FIELDS}
+    return Retro.from_decoder(base.model, model_config.cca_layers, freeze=not config.unfreeze, **changes)
+
+
+_RETROFIT_FIELDS = ("encoder_dim", "encoder_layers", "encoder_heads", "encoder_head_dim", "encoder_ffn_dim",
+                    "encoder_cross_layers", "cca_position", "share_encoder_embedding", "normalise_conditioning",
+                    "normalise_encoder_output", "dropout")  # fmt: skip
+
+
+def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retriever | None) -> RetroConfig:
+    overrides: dict[str, Any] = {**parse_overrides(config.model), "vocab_size": tokenizer.vocab_size}
+    if retriever is None:
+        overrides["cca_layers"] = ()
+    else:
+        overrides["chunk_size"] = retriever.chunk_size
+        overrides["neighbour_len"] = 2 * retriever.chunk_size
+    model_config = preset(config.preset, **overrides)
+    if retriever is not None and not model_config.cca_layers:
+        raise InputError("train: the model has no cca_layers, so it cannot use the set. Name layers, or leave out --set.")
+    if config.sequence_length % model_config.chunk_size:
+        raise InputError(f"train: sequence_length is {config.sequence_length}; it must be a multiple of the chunk size, "
+                         f"{model_config.chunk_size}.")  # fmt: skip
+    if config.retrofit:
+        settings = read_settings(Path(config.retrofit))
+        if settings["tokenizer"] != tokenizer.fingerprint:
+            raise InputError(f"retrofit: {config.retrofit} has another tokenizer than {config.set}. Build the set with "
+                             f"--tokenizer {Path(config.retrofit) / TOKENIZER}.")  # fmt: skip
+    return model_config
+
+
+def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
+    if config.set is None:
+        return None
+    from .retrieval import Retriever
+
+    return Retriever.from_pretrained(config.set, device=device, neighbours=config.neighbours)
+
+
+def _read(config: TrainConfig) -> list[Document]:
+    report = ReadReport()
+    documents = list(read_documents(config.data, report=report))
+    if warning := report.warning():
+        note(warning)
+    return documents
+
+
+def _tokenizer(config: TrainConfig, retriever: Retriever | None, documents: list[Document]) -> Tokenizer:
+    if retriever is not None:
+        return retriever.tokenizer
+    if config.tokenizer:
+        return Tokenizer(config.tokenizer)
+    path = Path(config.out) / TOKENIZER
+    if path.exists():  # of the part of this run that is being continued
+        return Tokenizer(path)
+    return Tokenizer.train((document.text for document in documents), path, config.vocab_size)
+
+
+def _fingerprint(corpus: TokenDocuments) -> str:
+    return hashlib.sha256(corpus.hashes.tobytes() + corpus.chunks.shape[1].to_bytes(4, "little")).hexdigest()
+
+
+def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
+    old, new = before.to_dict(), config.to_dict()
+    for name in ("data", "set", "tokenizer", "retrofit", "neighbours"):  # the same place may be spelt in two ways
+        old[name], new[name] = _absolute(old[name]), _absolute(new[name])
+    different = [name for name in old if name not in _FREE and old[name] != new[name]]
+    if different:
+        shown = ", ".join(f"{name} was {getattr(before, name)!r} and is now {getattr(config, name)!r}" for name in different)
+        raise InputError(f"{folder} cannot be continued: {shown}. Give the same options, or another --out.")
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_absolute(entry) for entry in value]
+    return str(Path(value).resolve()) if value and value != "-" else value
+
+
+def _resume_command(config: TrainConfig) -> str:
+    words = ["retro-kernels", "train", "--data", *config.data, "--out", config.out, "--resume"]
+    return shlex.join(words)
