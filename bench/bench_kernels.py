@@ -85,10 +85,7 @@ def formulations(case: Case) -> list[peers.Peer | None]:
     for peer in peers.PEERS:
         if peer.why_not(case, DEVICE.type, False) is not None:
             continue
-        tuned = "max-autotune" in peer.name
-        if tuned and (case.shape.neighbours == 40 or case.shape.heads == 32 or case.positions == "relative"):
-            continue  # it compiles for minutes
-        if case.positions == "none" and peer.name.startswith("Flex"):
+        if peer.name.startswith("Flex") and not TINY and not _flex_is_worth_it(case, "autotune" in peer.name):
             continue
         found.append(peer)
     if not case.lengths and case.positions != "relative":
@@ -96,9 +93,30 @@ def formulations(case: Case) -> list[peers.Peer | None]:
     return found
 
 
+def _flex_is_worth_it(case: Case, autotune: bool) -> bool:
+    """Every shape and variant is compiled anew, for ten seconds and more, with autotuning for minutes. What is left out
+    differs in a factor of the grid, not in the kernel: heads beyond 16, and 40 neighbours beside the learned table."""
+    s = case.shape
+    if case.positions == "none" or s.heads != 16 or (case.lengths and s.head_dim == 64):
+        return False
+    if s.neighbours == 40 and not (case.positions == "bias" and case.table_grad):
+        return False
+    return not autotune or (case.positions == "bias" and not case.lengths and s.neighbours < 40)
+
+
+def _shard(case: Case) -> int:
+    """Which process compiles a case ahead (RETRO_BENCH_SHARD): the largest together, so that two never meet."""
+    if case.shape.neighbours == 40:
+        return 0
+    return 1 + [c for c in cases.kernel_cases() if c.shape.neighbours != 40].index(case)
+
+
 def _parameters() -> list[Any]:
     out = []
+    shard, shards = map(int, os.environ.get("RETRO_BENCH_SHARD", "0/1").split("/"))
     for case in cases.kernel_cases():
+        if _shard(case) % shards != shard:
+            continue
         for peer in formulations(case):
             for which in PASSES:
                 name = peer.name if peer else OURS
@@ -116,8 +134,8 @@ def _refused(error: BaseException) -> str:
 def test_cca(benchmark: Any, case: Case, which: Pass, peer: peers.Peer | None, ceilings: roofline.Ceilings) -> None:
     cost = roofline.attention(case, which, DTYPE.itemsize)
     floor = ceilings.floor(cost)
-    benchmark.extra_info.update(case=peer.name if peer else OURS, **case.fields(), **{"pass": which}, floor_s=floor,
-                                as_written=bool(peer and peer.as_written))  # fmt: skip
+    benchmark.extra_info.update(case=peer.name if peer else OURS, what="core", **case.fields(), **{"pass": which},
+                                floor_s=floor, as_written=bool(peer and peer.as_written))  # fmt: skip
     if peer and (reason := peer.why_not(case, DEVICE.type, which != "forward")):
         pytest.skip(reason)
     try:
@@ -161,7 +179,7 @@ def test_memory(benchmark: Any, case: Case, name: str) -> None:
     on a CPU. The row's time is that of forward and backward; the bytes and their share stand beside it."""
     peer = next((p for p in peers.PEERS if p.name == name), None)
     benchmark.group = f"cca memory: {case}"
-    benchmark.extra_info.update(case=name, **case.fields())
+    benchmark.extra_info.update(case=name, what="memory", **case.fields())
     if peer and (reason := peer.why_not(case, DEVICE.type, True)):
         pytest.skip(reason)
     t = Kept.tensors(case)[0]
@@ -204,7 +222,7 @@ def test_overhead(benchmark: Any, which: Pass, name: str, positions: cases.Posit
     case = Case(OVERHEAD.shape, positions)
     peer = next((p for p in peers.PEERS if p.name == name), None)
     benchmark.group = f"cca CPU overhead {which}: {positions}"
-    benchmark.extra_info.update(case=name, **case.fields(), **{"pass": which})
+    benchmark.extra_info.update(case=name, what="overhead", **case.fields(), **{"pass": which})
     if peer and (reason := peer.why_not(case, DEVICE.type, True)):
         pytest.skip(reason)
     call = _calls(case, which, peer)[0]
@@ -245,4 +263,4 @@ def test_first_call(benchmark: Any, positions: str, head_dim: int) -> None:
             return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
         cold, warm = first(), first()
-    timing.record(benchmark, [warm], case="warm cache", cold_s=cold, positions=positions, D=head_dim)
+    timing.record(benchmark, [warm], case="warm cache", what="first call", cold_s=cold, positions=positions, D=head_dim)

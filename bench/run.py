@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,7 +65,8 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else ""),
+        "commit": os.environ.get("RETRO_COMMIT")  # where the code was copied without its history
+        or (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -118,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
                    "-W", "ignore:Benchmark fixture was not used"]  # fmt: skip
         tiny = {"RETRO_BENCH_TINY": "1"} if args.rehearse else {}
         with subprocess.Popen(command, env={**os.environ, "RETRO_BENCH_ROWS": str(rows_file), **tiny}) as process:
+            # told to end, it still writes what the cases left
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 status = process.wait(args.seconds)
             except subprocess.TimeoutExpired:
@@ -125,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                 process.kill()
                 status = 124
             except KeyboardInterrupt:
-                process.wait()
+                process.kill()
                 status = 130
         rows, ceilings = collect(rows_file)
     if not any("median_s" in row for row in rows):

@@ -1,0 +1,167 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in parts that do not need each other, the most telling ones first.
+#
+#   bench/gpu.sh                        all parts, as far as ten minutes go
+#   bench/gpu.sh warm peers             some of them; what bench/results/gpu.json holds from other runs stays in it
+#   bench/gpu.sh --rehearse [parts]     the same on a CPU with tiny shapes: does every part run?
+#
+# In three calls of ten minutes:        bench/gpu.sh build static tests kernels absorbed gather sanitizer
+#                                       bench/gpu.sh build warm peers
+#                                       bench/gpu.sh build model training search autotune profile
+#
+# Needs no network: the extension is built in place, packages are those at hand. OUT (default bench/results) gets gpu.json,
+# goals.md and log.txt, renewed after every part. LIMIT is the time for all parts in seconds; each has its own limit
+# too, and one that fails or runs over costs nothing but itself. FAISS_ARCHIVE names a .tar.xz with a GPU build of faiss.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+ALL="build warm static tests kernels peers absorbed gather autotune model training search sanitizer profile"
+REHEARSE=
+[ "${1:-}" = --rehearse ] && { REHEARSE=1; shift; }
+PARTS="${*:-$ALL}"
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-570}
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+if [ -n "$REHEARSE" ]; then OUT=${OUT:-$WORK/out}; RESULT=$WORK/gpu.json; else OUT=${OUT:-bench/results}; RESULT=bench/results/gpu.json; fi
+mkdir -p "$OUT" bench/results
+SITE=$WORK/site
+export PYTHONUNBUFFERED=1 PYTHONPATH="$SITE:$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
+[ -n "$REHEARSE" ] && export RETRO_BENCH_TINY=1
+started=$SECONDS
+
+left() { echo $((LIMIT - (SECONDS - started))); }
+
+# What was measured and said so far, where the caller looks for it.
+publish() {
+    cat "$WORK"/*.log > "$OUT/log.txt" 2> /dev/null
+    [ -f "$RESULT" ] || return 0
+    [ "$RESULT" -ef "$OUT/gpu.json" ] || cp "$RESULT" "$OUT/gpu.json"
+    "$PYTHON" bench/goals.py "$RESULT" --gpu > "$OUT/goals.md" 2>> "$WORK/publish.log"
+}
+
+# part NAME SECONDS FUNCTION [ARGUMENT…]: run it within its limit and what is left of the whole, log it, say how it ended.
+part() {
+    local name=$1 seconds=$2 rest status begin=$SECONDS
+    shift 2
+    case " $PARTS " in *" $name "*) ;; *) return 0 ;; esac
+    rest=$(left)
+    if [ "$rest" -lt 10 ]; then echo "$name: not begun, no time left"; return 0; fi
+    [ "$seconds" -gt "$rest" ] && seconds=$rest
+    {
+        echo "=== $name (at most $seconds s) ==="
+        BUDGET=$seconds DEADLINE=$(($(date +%s) + seconds)) timeout --kill-after=5 "$seconds" bash -c '"$@"' part "$@"
+    } > "$WORK/$name.log" 2>&1
+    status=$?
+    [ "$status" = 124 ] && status="124, stopped at its limit"
+    echo "$name: status $status, $((SECONDS - begin)) s"
+    [ "$status" = 0 ] || tail -n 12 "$WORK/$name.log" | cut -c1-300
+    publish
+}
+
+# Cases of the benchmarks. The run stops by itself a little before the part does, and so keeps its rows.
+cases() {
+    local flags=()
+    [ -n "$REHEARSE" ] && flags=(--rehearse)
+    "$PYTHON" bench/run.py "$@" "${flags[@]}" --merge --out "$RESULT" --seconds $((DEADLINE - $(date +%s) - 5))
+}
+
+have() { [ -f "$1" ] || { echo "there is no $1"; return 1; }; }
+
+build() {
+    nvidia-smi || echo "no GPU"
+    "$PYTHON" --version
+    [ -n "$REHEARSE" ] && return 0
+    MAX_JOBS=8 RETRO_CUDA=1 RETRO_CUDA_ARCHS=${RETRO_CUDA_ARCHS:-90} "$PYTHON" setup.py -q build_ext --inplace
+}
+
+# FlexAttention's compilations, in several processes and into the disk cache, while nothing is timed.
+warm() {
+    local shards=8 i
+    [ -n "$REHEARSE" ] && shards=1
+    for ((i = 0; i < shards; i++)); do
+        RETRO_BENCH_SHARD=$i/$shards TORCHINDUCTOR_COMPILE_THREADS=2 "$PYTHON" -m pytest bench/bench_kernels.py -q \
+            -o python_files='bench_*.py' -p no:cacheprovider --benchmark-disable -k "test_cca and Flex and not autotune" &
+    done
+    wait
+}
+
+static() {
+    have bench/static.py || return 0
+    [ -n "$REHEARSE" ] && { "$PYTHON" bench/static.py --help; return; }
+    "$PYTHON" bench/static.py
+}
+
+tests() {
+    local workers=()
+    "$PYTHON" -c "import xdist" 2> /dev/null && [ -z "$REHEARSE" ] && workers=(-n 6)
+    "$PYTHON" -m pytest tests -m gpu -q -p no:cacheprovider --deselect tests/test_peers.py "${workers[@]}"
+}
+
+sanitizer() {
+    local tool status=0
+    if ! command -v compute-sanitizer > /dev/null; then
+        echo "compute-sanitizer is not here; its cases alone:"
+        "$PYTHON" bench/once.py --small --positions none bias relative -D 64 128
+        return
+    fi
+    for tool in memcheck racecheck synccheck initcheck; do  # without the caching allocator, bounds are those of tensors
+        echo "--- $tool"
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $((BUDGET / 4)) compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            --kernel-regex "kns=_kernel" "$PYTHON" bench/once.py --small --positions bias relative -D 64 || status=$?
+    done
+    return $status
+}
+
+profile() {
+    local which positions
+    command -v ncu > /dev/null || { echo "ncu is not here"; "$PYTHON" bench/once.py --small; return; }
+    for positions in bias relative; do
+        for which in 64 128; do
+            ncu --clock-control none --kernel-name "regex:_fwd_|_bwd_" --launch-skip 2 --launch-count 2 --csv --page raw \
+                --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed,launch__registers_per_thread,sm__warps_active.avg.pct_of_peak_sustained_active,smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio,smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio,smsp__average_warps_issue_stalled_wait_per_issue_active.ratio,smsp__average_warps_issue_stalled_math_pipe_throttle_per_issue_active.ratio \
+                "$PYTHON" bench/once.py --positions $positions -D $which -K 10 --repeat 2 || return
+        done
+    done
+}
+
+gpu_faiss() {
+    [ -n "${FAISS_ARCHIVE:-}" ] || { echo "FAISS_ARCHIVE is not set: whatever faiss is installed"; return 0; }
+    mkdir -p "$SITE" && tar -xJf "$FAISS_ARCHIVE" -C "$SITE"
+    "$PYTHON" -c "import torch, faiss; print('faiss', faiss.__version__, 'GPUs', faiss.get_num_gpus())"
+}
+
+search() {
+    gpu_faiss
+    [ -n "$REHEARSE" ] || "$PYTHON" -m pytest tests/retrieval -m gpu -q -p no:cacheprovider
+    cases bench/bench_search.py
+}
+
+peers() {
+    "$PYTHON" -m pytest tests/test_peers.py -m gpu -q -p no:cacheprovider -k "not autotune"
+    cases bench/bench_kernels.py -k "test_cca and not autotune"
+}
+
+one_file() { have "bench/bench_$1.py" && cases "bench/bench_$1.py"; }
+
+export PYTHON REHEARSE RESULT SITE
+export -f cases have build warm static tests sanitizer profile gpu_faiss search peers one_file
+echo "parts: $PARTS"
+# what times nothing runs side by side; the extension comes before the tests that use it
+( part build 150 build; part tests 240 tests ) &
+( part warm 240 warm ) &
+( part static 200 static ) &
+wait
+part kernels 120 cases bench/bench_kernels.py -k "retro_kernels or memory or overhead or first_call"
+part absorbed 60 one_file absorbed
+part gather 40 one_file gather
+part peers 300 peers
+part model 90 one_file model
+part training 90 one_file training
+part search 120 search
+part autotune 200 cases bench/bench_kernels.py -k "test_cca and (autotune or retro_kernels) and bias and H16 and not K40"
+part sanitizer 120 sanitizer
+part profile 90 profile
+publish
+cat "$OUT/goals.md" 2> /dev/null
+echo "all parts: $((SECONDS - started)) s; results in $OUT"
