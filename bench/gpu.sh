@@ -125,14 +125,7 @@ profile() {
     done
 }
 
-gpu_faiss() {
-    [ -n "${FAISS_ARCHIVE:-}" ] || { echo "FAISS_ARCHIVE is not set: whatever faiss is installed"; return 0; }
-    mkdir -p "$SITE" && tar -xJf "$FAISS_ARCHIVE" -C "$SITE"
-    "$PYTHON" -c "import torch, faiss; print('faiss', faiss.__version__, 'GPUs', faiss.get_num_gpus())"
-}
-
 search() {
-    gpu_faiss
     [ -n "$REHEARSE" ] || "$PYTHON" -m pytest tests/retrieval -m gpu -q -p no:cacheprovider
     cases bench/bench_search.py
 }
@@ -145,8 +138,10 @@ peers() {
 one_file() { have "bench/bench_$1.py" && cases "bench/bench_$1.py"; }
 
 export PYTHON REHEARSE RESULT SITE
-export -f cases have build warm static tests sanitizer profile gpu_faiss search peers one_file
+export -f cases have build warm static tests sanitizer profile search peers one_file
 echo "parts: $PARTS"
+[ -n "${FAISS_ARCHIVE:-}" ] && mkdir -p "$SITE" && tar -xJf "$FAISS_ARCHIVE" -C "$SITE"
+"$PYTHON" -c "import torch, faiss; print('faiss', faiss.__version__, 'GPUs:', faiss.get_num_gpus())" 2>&1 | tail -n 1
 # what times nothing runs side by side; the extension comes before the tests that use it
 ( part build 150 build; part tests 240 tests ) &
 ( part warm 240 warm ) &

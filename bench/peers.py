@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Tensors
+from cases import Case, Positions, Shape, Tensors
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -291,6 +291,40 @@ WITHOUT_POSITIONS = Peer(
     lambda case, device, grad: "lengths need a mask" if case.lengths else None,
     positions=False,
 )
+
+
+def sdpa_chunked_cross_attention(query: Tensor, key: Tensor, value: Tensor, *, chunk_size: int = 64,
+                                 neighbour_lengths: Tensor | None = None, backend: str | None = None,
+                                 **tables: Tensor | None) -> Tensor:  # fmt: skip
+    """The library's function on SDPA with a materialised mask: what a model is built on where there is no kernel."""
+    batch, tokens, heads, dim = query.shape
+    if key.shape[1] == 0:
+        return torch.zeros_like(query)
+    given = {name: table for name, table in tables.items() if table is not None}
+    t = Tensors(query, key, value, query, given, neighbour_lengths, chunk_size)
+    shape = Shape(batch, tokens, heads, dim, key.shape[2], chunk_size, key.shape[3])
+    return uncut(_attend_with_sdpa(shape, cut(t)), t)
+
+
+def sdpa_block_attention(query: Tensor, key: Tensor, value: Tensor, *, lengths: Tensor | None = None,
+                         key_repeat: int = 1, backend: str | None = None,
+                         **tables: Tensor | None) -> Tensor:  # fmt: skip
+    """`block_attention` in the same way."""
+    blocks, rows, heads, dim = query.shape
+    key, value = (x.repeat_interleave(key_repeat, 0) if key_repeat > 1 else x for x in (key, value))
+    if lengths is not None and key_repeat > 1:
+        lengths = lengths.repeat_interleave(key_repeat, 0)
+    given = {name: table for name, table in tables.items() if table is not None}
+    shape = Shape(blocks, rows, heads, dim, key.shape[1], rows, key.shape[2])
+    return _attend_with_sdpa(shape, Blocks(query, key.flatten(1, 2), value.flatten(1, 2), query, given, lengths, []))
+
+
+def _attend_with_sdpa(shape: Shape, b: Blocks) -> Tensor:
+    positions: Positions = "relative" if "rel_key" in b.tables else "bias" if "rel_bias" in b.tables else "none"
+    out = _sdpa(*_SDPA.values())(Case(shape, positions, b.lengths is not None), b)(b)
+    if b.lengths is not None:  # a row without keys is NaN in SDPA
+        out = torch.where((b.lengths > 0).any(1)[:, None, None, None], out, 0.0)
+    return out
 
 
 def uncompiled_flex() -> tuple[Peer, ...]:

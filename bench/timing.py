@@ -32,9 +32,11 @@ def sets_to_rotate(bytes_of_one: int) -> int:
     return min(64, max(1, -(-8 * l2_bytes() // max(bytes_of_one, 1))))
 
 
-def samples(calls: Sequence[Call], rounds: int | None = None) -> list[float]:
-    """Seconds of each round, the calls taken in turn."""
-    return _gpu_samples(calls, rounds) if torch.cuda.is_available() else _cpu_samples(calls, rounds)
+def samples(calls: Sequence[Call], rounds: int | None = None, wall: bool = False) -> list[float]:
+    """Seconds of each round, the calls taken in turn. `wall`: what a user waits, on a GPU launches included."""
+    if torch.cuda.is_available() and not wall:
+        return _gpu_samples(calls, rounds)
+    return _wall_samples(calls, rounds)
 
 
 def _gpu_samples(calls: Sequence[Call], rounds: int | None) -> list[float]:
@@ -63,20 +65,25 @@ def _gpu_samples(calls: Sequence[Call], rounds: int | None) -> list[float]:
     return times
 
 
-def _cpu_samples(calls: Sequence[Call], rounds: int | None) -> list[float]:
-    begin = time.perf_counter()
-    calls[0]()
-    once = time.perf_counter() - begin
+def _wall_samples(calls: Sequence[Call], rounds: int | None) -> list[float]:
+    once = wall_seconds(calls[0])
     rounds = rounds or max(5, min(30, int(SECONDS / once)))
-    times = []
-    for _, call in zip(range(rounds), itertools.cycle(calls)):
-        begin = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begin)
-    return times
+    return [wall_seconds(call) for _, call in zip(range(rounds), itertools.cycle(calls), strict=False)]
 
 
-def measure(benchmark: Any, calls: Call | Sequence[Call], rounds: int | None = None, **extra: Any) -> float:
+def wall_seconds(call: Call) -> float:
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(benchmark: Any, calls: Call | Sequence[Call], rounds: int | None = None, wall: bool = False,
+            **extra: Any) -> float:  # fmt: skip
     """Time `calls` (buffer sets taken in turn) as one pytest-benchmark case; returns the median in seconds.
 
     `extra` goes into the result row. The samples are handed to the fixture instead of being taken by it, because its
@@ -87,7 +94,7 @@ def measure(benchmark: Any, calls: Call | Sequence[Call], rounds: int | None = N
     if benchmark.disabled:
         calls[0]()
         return float("nan")
-    times = samples(calls, rounds)
+    times = samples(calls, rounds, wall)
     stats = benchmark._make_stats(iterations=1)
     for seconds in times:
         stats.update(seconds)

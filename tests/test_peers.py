@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Case, Shape
 
-from retro_kernels.ops import chunked_cross_attention
+from retro_kernels.ops import block_attention, chunked_cross_attention
 
 SHAPE = Shape(batch=2, tokens=2 * 16 + 16 // 2, heads=2, head_dim=8, neighbours=2, chunk=16, neighbour_len=32)
 CASES = [Case(SHAPE, p, lengths) for p in ("none", "bias", "relative") for lengths in (False, True)]
@@ -52,6 +52,22 @@ def test_peer_on_the_gpu(peer: peers.Peer, positions: cases.Positions, seed: int
     wanted = torch.autograd.grad(plain, t.key, t.grad_out)[0]
     given = torch.autograd.grad(out, blocks.key, t.grad_out)[0].reshape(wanted.shape)
     assert (given - wanted).norm() / wanted.norm() < 2e-2
+
+
+@pytest.mark.parametrize("positions", ["none", "bias", "relative"])
+def test_model_functions_on_sdpa_equal_the_definition(positions: cases.Positions, seed: int) -> None:
+    case = Case(SHAPE, positions, lengths=True)
+    t = cases.tensors(case, torch.device("cpu"), torch.float64)
+    t.lengths[0, 0] = 0  # a chunk with no neighbour at all
+    expected = chunked_cross_attention(t.query, t.key, t.value, **t.arguments(), backend="reference")
+    out = peers.sdpa_chunked_cross_attention(t.query, t.key, t.value, **t.arguments())
+    torch.testing.assert_close(out, expected, rtol=1e-7, atol=1e-7)
+
+    query = torch.randn(6, 16, 2, 8, dtype=torch.float64)
+    key, value = (torch.randn(3, 1, 32, 2, 8, dtype=torch.float64) for _ in range(2))
+    options = {"lengths": torch.tensor([[32], [5], [0]]), "key_repeat": 2, **t.tables}
+    expected = block_attention(query, key, value, **options, backend="reference")
+    torch.testing.assert_close(peers.sdpa_block_attention(query, key, value, **options), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_leaf_blocks_share_what_the_blocks_hold(seed: int) -> None:

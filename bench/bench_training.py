@@ -1,0 +1,102 @@
+"""Training from end to end with retrieval in the step: tokens per second, and the part spent waiting for neighbours.
+
+The set is made of random numbers (synthetic.py), its chunks are the training sequences, so keys are looked up and
+nothing is embedded: the ordinary case of training on the text of the set. Each sequence's own documents are excluded.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import timing
+import torch
+from bench_model import BATCH, NAME, NEIGHBOURS, TOKENS, model, training_step
+from cases import DEVICE, ON_GPU, TINY
+from synthetic import Store
+from torch import Tensor
+
+from retro_kernels.retrieval.index import Index
+from retro_kernels.retrieval.retriever import Retriever
+from retro_kernels.retrieval.search import DenseSearcher, DeviceStore, DocumentTable, Stats
+
+CHUNKS = 10_000_000 if ON_GPU else 500 if TINY else 20_000
+STEPS = 20 if ON_GPU else 2 if TINY else 4
+WARM_UP = 3 if ON_GPU else 1
+VOCABULARY = 8192
+WAYS = ("retrieval one step ahead", "retrieval in the step", "neighbours at hand", "RETRO off")
+
+
+@functools.cache
+def retriever() -> Retriever:
+    store: Any = Store(CHUNKS, vocab_size=VOCABULARY, device=DEVICE)
+    documents = DocumentTable(store.document_ids, store.num_documents, DEVICE)
+    on_device = DeviceStore(store, DEVICE) if ON_GPU else None
+    index = Index.build(store.embeddings, "Flat", device=DEVICE)
+    stats = Stats()
+    searcher = DenseSearcher(store, index, lambda: pytest.fail("a chunk of the set was not found in it"),
+                             documents=documents, stats=stats, device=DEVICE, device_store=on_device,
+                             embed_unknown=not ON_GPU)  # fmt: skip
+    return Retriever(store, searcher, documents=documents, device=DEVICE, device_store=on_device, stats=stats)
+
+
+def loader(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences of successive chunks of the set, with the documents in them."""
+    store = retriever().store
+    length = TOKENS // store.chunk_size
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        first = torch.randint(0, store.num_chunks - length, (BATCH,), generator=generator)
+        rows = (first[:, None] + torch.arange(length)).numpy()
+        tokens = torch.from_numpy(store.chunks[rows].astype("int64")).flatten(1)
+        documents = torch.from_numpy(store.document_ids[rows])
+        distinct = torch.where(torch.diff(documents, prepend=documents[:, :1] - 1) > 0, documents, -1)
+        # the few documents of a sequence, not its 32 chunks
+        exclude = distinct.sort(1, descending=True).values[:, : length // 33 + 2]
+        yield tokens.to(DEVICE, non_blocking=True), exclude.to(DEVICE, non_blocking=True)
+
+
+@pytest.mark.benchmark(group=f"training, {NAME}, B {BATCH}, N {TOKENS}, K {NEIGHBOURS}, set of {CHUNKS:,} chunks")
+@pytest.mark.parametrize("name", WAYS)
+def test_training(benchmark: Any, name: str) -> None:
+    """The row's time is that of a step: the whole of a run over its number of steps, the first few left out."""
+    net = model(vocab_size=VOCABULARY)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=ON_GPU)
+    ours = retriever()
+    steps = WARM_UP + STEPS
+    ready = None
+    if name == "neighbours at hand":
+        text, exclude = next(loader(1))
+        ready = ours(text, num_neighbours=NEIGHBOURS, exclude_documents=exclude)
+        assert (ready.lengths > 0).all() and not torch.isin(ours.documents(ready.ids), exclude).any()
+
+    def batches() -> Iterable[tuple[Any, Any]]:
+        if name == "retrieval one step ahead":
+            yield from prefetched
+        elif name == "retrieval in the step":
+            for batch in loader(steps):
+                yield batch, ours(batch[0], num_neighbours=NEIGHBOURS, exclude_documents=batch[1])
+        else:
+            for batch in loader(steps):
+                yield batch, ready
+
+    prefetched = ours.prefetch(loader(steps), num_neighbours=NEIGHBOURS)
+    marks = []
+    for (text, _), neighbours in batches():
+        # the step takes the last token as a target only
+        padded = torch.nn.functional.pad(text, (0, 1))
+        training_step(net, optimiser, padded, neighbours if name != "RETRO off" else None)
+        if ON_GPU:
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+    times = [b - a for a, b in zip(marks[WARM_UP - 1 :], marks[WARM_UP:], strict=False)]
+    extra: dict[str, Any] = {"shown": {"tokens/s": BATCH * TOKENS * len(times) / sum(times)}}
+    if name == "retrieval one step ahead":
+        waited = prefetched.stall_seconds - prefetched.first_seconds
+        extra["stall_share"] = waited / (marks[-1] - marks[0])
+        extra["shown"]["waiting for neighbours, %"] = round(100 * extra["stall_share"], 2)
+    timing.record(benchmark, times, case=name, what="training", **extra)
+

@@ -1,0 +1,71 @@
+"""A retrieval set made of random numbers: as large as a benchmark wants, with the structure that matters for its speed.
+
+Vectors lie around the centres of their documents in a space of few dimensions, as embeddings of sentences do (uniformly
+random ones have no near neighbours, and every approximate index fails on them).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNKS_OF_A_DOCUMENT = 33  # the median in real text
+LATENT = 48
+
+
+def vectors(n: int, dim: int, device: torch.device, seed: int = 0) -> Tensor:
+    """fp16 [n, dim], unit length, in the order of their documents; made block by block."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    spread = normal(LATENT, dim)
+    documents = -(-n // CHUNKS_OF_A_DOCUMENT)
+    # documents of one subject lie near each other
+    subjects = normal(max(1, documents // 50), LATENT)
+    out = torch.empty(n, dim, dtype=torch.float16, device=device)
+    step = CHUNKS_OF_A_DOCUMENT * 10_000
+    for start in range(0, n, step):
+        rows = min(step, n - start)
+        count = -(-rows // CHUNKS_OF_A_DOCUMENT)
+        subject = torch.randint(0, len(subjects), (count,), generator=generator, device=device)
+        centre = subjects[subject] + 0.8 * normal(count, LATENT)
+        latent = centre.repeat_interleave(CHUNKS_OF_A_DOCUMENT, 0)[:rows] + 0.8 * normal(rows, LATENT)
+        block = latent @ spread + 0.5 * normal(rows, dim)
+        out[start : start + rows] = torch.nn.functional.normalize(block, dim=1).half()
+    return out
+
+
+class Store:
+    """What `Retriever` and its parts read of a `ChunkStore`: tokens, documents, keys; no text and no files."""
+
+    chunk_size = 64
+
+    def __init__(self, n: int, dim: int = 384, vocab_size: int = 8192, device: torch.device | None = None) -> None:
+        device = device or torch.device("cpu")
+        self.num_chunks = n
+        self.embeddings = vectors(n, dim, device).cpu().numpy()
+        tokens = torch.randint(1, vocab_size, (n, self.chunk_size), device=device, dtype=torch.int32)
+        self.chunks = tokens.cpu().numpy().astype(np.uint16)
+        self.document_ids = np.arange(n, dtype=np.int64) // CHUNKS_OF_A_DOCUMENT
+        self.num_documents = int(self.document_ids[-1]) + 1
+        self.continuation = np.append(self.document_ids[1:] == self.document_ids[:-1], False)
+        self.tokenizer = SimpleNamespace(pad_id=0)
+        self.manifest: dict[str, Any] = {
+            "tokenizer": {"vocab_size": vocab_size, "fingerprint": "random"},
+            "index": {"factory": "Flat"},
+            "embedder": {"dim": dim},
+        }
+        self._places: dict[bytes, int] | None = None
+
+    def find_chunks(self, tokens: Any) -> np.ndarray:
+        """The id of each chunk [n, M], −1 where the set has none."""
+        if self._places is None:
+            self._places = {row.tobytes(): i for i, row in enumerate(self.chunks)}
+        rows = np.ascontiguousarray(np.asarray(tokens).astype(np.uint16))
+        return np.array([self._places.get(row.tobytes(), -1) for row in rows], dtype=np.int64)
