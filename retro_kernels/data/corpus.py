@@ -59,7 +59,7 @@ class ReadReport:
         if not self.skipped:
             return None
         reasons = [f"{count:,} {reason} (first: {self.examples[reason]})" for reason, count in self.skipped.items()]
-        return f"{self.skipped.total():,} documents were left out: " + "; ".join(reasons) + "."
+        return f"Documents left out: {self.skipped.total():,}. " + "; ".join(reasons) + "."
 
 
 def read_documents(

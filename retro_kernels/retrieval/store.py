@@ -315,8 +315,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no retrieval set: its {MANIFEST} describes something else.")
     if manifest.get("version") != VERSION:
         raise InputError(
-            f"{folder} is a retrieval set of format version {str(manifest.get('version'))[:40]}; this retro_kernels reads "
-            f"version {VERSION}. Build it again, or use the release that wrote it."
+            f"{folder} is a retrieval set of format version {str(manifest.get('version'))[:40]}; this retro_kernels "
+            f"reads version {VERSION}. Build it again, or use the release that wrote it."
         )
     _check_types(folder, manifest)
     return manifest

@@ -1,0 +1,769 @@
+"""Building a retrieval set: documents → chunks → embeddings → index, in a work folder that becomes the set at the end.
+
+The work lies beside the set, in `<out>.build`, and every step can be taken up again after a kill −9:
+
+    plan.json                  what is being built; another input or another setting is refused, not mixed in
+    set/                       the files of the set as they grow; cut.json says up to where they are whole
+    embeddings-000000.npy …    one shard of chunks each, under that name only when whole
+
+A set becomes visible in one rename, the manifest being its last file. Replacing a set exchanges the two folders, so a
+reader sees the old one or the new one. Memory is bounded by one shard and one document, apart from 16 bytes a chunk for
+the table that finds chunks by content, the tokenizer's sample, and what the index itself needs.
+
+Large corpora: build parts in several processes or on several machines (`part=(i, n)`, one tokenizer for all), then
+`merge_retrieval_sets`; `append_to_retrieval_set` adds documents to a set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
+from retro_kernels.data.tokenizer import TextSampler, Tokenizer
+from retro_kernels.retrieval import store as files
+from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
+from retro_kernels.retrieval.index import Index, choose_factory, require_faiss
+from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
+from retro_kernels.retrieval.writing import (
+    HEADER_BYTES,
+    ChunkWriter,
+    GrowingArray,
+    Progress,
+    load_json,
+    locked,
+    save_array,
+    save_json,
+    swap,
+    sync_folder,
+)
+
+SHARD_CHUNKS = 4096
+_COPY_ROWS = 1 << 16
+
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Document]
+
+
+def build_retrieval_set(
+    paths: Source,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    vocab_size: int | None = None,
+    embedder: str | os.PathLike[str] | TextEmbedder | None = None,
+    index: str | None = None,
+    recall: float = 0.95,
+    device: Any = None,
+    chunk_size: int = 64,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    part: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    shard_chunks: int = SHARD_CHUNKS,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Builds the retrieval set `out` from text and returns its manifest.
+
+    paths: files, folders and "-" as `read_documents` takes them (also include, exclude), or a list of `Document`.
+        Documents with the same text are kept once.
+    tokenizer: a SentencePiece model to use. None trains one on the corpus, with `vocab_size` entries (default: 16,384,
+        or as many as the text supports).
+    embedder: a BERT folder or name, "hashing", or an object (TextEmbedder). None: all-MiniLM-L6-v2.
+    index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
+        that reaches `recall`@10 is stored.
+    device: of the embedder and of the index's training, default CPU.
+    part: (i, n) takes every n-th document from the i-th on: n processes build n sets, to be merged. Needs a tokenizer.
+    overwrite: replaces a set made from other input, and drops unfinished work on other input. Else that is an error.
+    shard_chunks: chunks embedded between two savings.
+    progress: bars and remarks on standard error.
+
+    Interrupted, the same call takes the work up. Where `out` was already made from the same input, nothing is done.
+    Raises InputError for input that cannot be used, for two builders on one folder, and as said above; OSError where
+    the disk is full or read-only. `out` is untouched then, and what was done is kept.
+    """
+    if part is not None and not (0 <= part[0] < part[1]):
+        raise InputError(f"part is {part}; (i, n) with 0 ≤ i < n is needed.")
+    if part is not None and tokenizer is None:
+        raise InputError("Parts of one set need one tokenizer: train it first and give it to each of them.")
+    if vocab_size is not None and tokenizer is not None:
+        raise InputError("Give a tokenizer, or the vocab_size of one to be trained, not both.")
+    if not 1 <= chunk_size <= 65_536:
+        raise InputError(f"chunk_size is {chunk_size}; 1 to 65,536 tokens can be had (the paper has 64).")
+    if shard_chunks < 1:
+        raise InputError(f"shard_chunks is {shard_chunks}; at least 1 is needed.")
+    if index not in (None, "Flat"):
+        require_faiss()
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer(tokenizer)
+    reader = _source(paths, include, exclude)
+    builder = _Builder(Path(out), shard_chunks, progress)
+    options = _Options(tokenizer, vocab_size, index, recall, device, chunk_size, part, overwrite)
+    return _build(reader, builder, lambda: _as_embedder(embedder, device), options)
+
+
+@dataclass
+class _Options:
+    """Arguments of `build_retrieval_set`, checked."""
+
+    tokenizer: Tokenizer | None
+    vocab_size: int | None
+    index: str | None
+    recall: float
+    device: Any
+    chunk_size: int
+    part: tuple[int, int] | None
+    overwrite: bool
+
+
+def _build(
+    reader: Reader, builder: _Builder, load: Callable[[], TextEmbedder], options: _Options
+) -> dict[str, Any]:
+    builder.check_target(options.overwrite)
+    corpus = _survey(reader, options.part, None if options.tokenizer else TextSampler(), builder)
+    embedder = load()
+    trained = f"trained, vocabulary {options.vocab_size or 'by default'}"
+    plan = {
+        "corpus": corpus.fingerprint,
+        "chunk_size": options.chunk_size,
+        "tokenizer": options.tokenizer.fingerprint if options.tokenizer else trained,
+        "embedder": embedder.fingerprint,
+        "index": options.index or "by size",
+        "recall": options.recall,
+    }
+    if (manifest := builder.already_built(plan, options.overwrite)) is not None:
+        return manifest
+    with builder.work(plan, options.overwrite):
+        if not builder.is_complete():
+            model = builder.tokenizer(options.tokenizer, corpus, options.vocab_size)
+            builder.cut(reader, options.part, corpus, model, options.chunk_size)
+            builder.embed(embedder, model)
+            builder.finish(plan, corpus, model, embedder, options.index, options.recall, options.device)
+        return builder.publish()
+
+
+def merge_retrieval_sets(
+    sets: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    index: str | None = None,
+    recall: float = 0.95,
+    device: Any = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Joins sets with the same tokenizer, embedder and chunk size into the set `out`, without embedding anything again.
+
+    Documents come in the order of the sets; of equal ones the first is kept. Where the first set holds at least half of
+    the chunks and no other kind of index is asked for, its trained index is kept and the others' vectors are added to
+    it; otherwise an index is trained anew. Arguments, errors and return value are those of `build_retrieval_set`.
+    """
+    if not sets:
+        raise InputError("merge: no retrieval sets were given.")
+    stores = [ChunkStore.open(path) for path in sets]
+    _check_mergeable(stores)
+    builder = _Builder(Path(out), SHARD_CHUNKS, progress)
+    builder.check_target(overwrite)
+    corpus, kept = _survey_sets(stores)
+    first = stores[0].manifest
+    plan = {
+        "corpus": corpus.fingerprint,
+        "chunk_size": first["chunk_size"],
+        "tokenizer": first["tokenizer"]["fingerprint"],
+        "embedder": first["embedder"]["fingerprint"],
+        "index": index or "by size",
+        "recall": recall,
+    }
+    if (manifest := builder.already_built(plan, overwrite)) is not None:
+        return manifest
+    with builder.work(plan, overwrite):
+        for store in stores:  # from here on no other builder can exchange `out`, if it is among them
+            if files.read_manifest(store.path) != store.manifest:
+                raise InputError(f"{store.path} was replaced while it was being read. Run the command again.")
+        if not builder.is_complete():
+            builder.copy(stores, kept)
+            model = builder.tokenizer(stores[0].tokenizer, corpus, None)
+            grown = Index.open(stores[0]) if _can_grow(stores[0], kept, index) else None
+            described = _Described(**{key: first["embedder"][key] for key in ("name", "fingerprint", "dim")})
+            builder.finish(plan, corpus, model, described, index, recall, device, grown)
+        return builder.publish()
+
+
+def append_to_retrieval_set(
+    path: str | os.PathLike[str],
+    paths: Source,
+    *,
+    embedder: str | os.PathLike[str] | TextEmbedder | None = None,
+    device: Any = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    shard_chunks: int = SHARD_CHUNKS,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Adds the documents that the set does not hold yet, and returns the new manifest.
+
+    The set's tokenizer is used; the embedder must be the set's own. The larger set is written beside the old one and
+    exchanged for it in one step. The new part, built in `<path>.append`, is taken up after an interruption. Where the
+    set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
+    """
+    target = Path(path)
+    store = ChunkStore.open(target)
+    loaded = _as_embedder(embedder, device)
+    if loaded.fingerprint != store.manifest["embedder"]["fingerprint"]:
+        name = store.manifest["embedder"]["name"]
+        raise InputError(f"The set {target} was embedded with {name}; {loaded.name} here is not the same. Use that.")
+    known = set(store.document_hashes.tolist())
+    read = _source(paths, include, exclude)
+
+    def read_new(report: ReadReport) -> Iterator[Document]:
+        return (document for document in read(report) if document_hash(document.text) not in known)
+
+    if next(read_new(ReadReport()), None) is None:
+        _say(progress, f"{target}: holds every one of these documents already; nothing to do.")
+        return store.manifest
+    addition = target.with_name(target.name + ".append")
+    if (addition / files.MANIFEST).exists() and known.issuperset(ChunkStore.open(addition).document_hashes.tolist()):
+        shutil.rmtree(addition)  # of an earlier call that was killed after its last step but one
+    options = _Options(store.tokenizer, None, "Flat", 1.0, device, store.chunk_size, None, overwrite=False)
+    _build(read_new, _Builder(addition, shard_chunks, progress), lambda: loaded, options)
+    asked = store.manifest.get("build", {})
+    manifest = merge_retrieval_sets(
+        [target, addition], target, index=None if asked.get("index") == "by size" else asked.get("index"),
+        recall=asked.get("recall", 0.95), device=device, overwrite=True, progress=progress,
+    )  # fmt: skip
+    shutil.rmtree(addition)
+    return manifest
+
+
+def tune_retrieval_set(
+    path: str | os.PathLike[str], recall: float = 0.95, *, k: int = 10, device: Any = None
+) -> dict[str, Any]:
+    """Finds the fastest search setting of a set's index that reaches `recall`@k, and stores it; returns the manifest."""
+    store = ChunkStore.open(path)
+    index = Index.open(store, device=device)
+    manifest = {**store.manifest, "index": {**store.manifest["index"], **index.tune(store.embeddings, recall, k=k)}}
+    files.write_manifest(store.path, manifest)
+    return manifest
+
+
+@dataclass
+class _Corpus:
+    """What one reading of the documents says about them."""
+
+    fingerprint: str
+    documents: int
+    duplicates: int
+    text_bytes: int
+    skipped: dict[str, int]
+    sampler: TextSampler | None = None
+
+
+@dataclass
+class _Described:
+    """An embedder that is not loaded: sets are merged by their stored vectors."""
+
+    name: str
+    fingerprint: str
+    dim: int
+
+
+@dataclass
+class _Kept:
+    """What of one set goes into a merged one."""
+
+    documents: np.ndarray  # int64: ids of the documents kept
+    rows: np.ndarray  # int64: rows of their chunks
+
+
+class _Fingerprint:
+    """Hash of a sequence of documents, by their text and title."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, text_hash: int, title: str) -> None:
+        name = title.encode(errors="replace")
+        self._digest.update(text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name)
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
+
+
+Reader = Callable[[ReadReport], Iterator[Document]]
+
+
+def _source(paths: Source, include: Sequence[str], exclude: Sequence[str]) -> Reader:
+    """A function that reads the documents; it can be called again, stdin included."""
+    if not isinstance(paths, (str, os.PathLike)):
+        paths = list(paths)  # type: ignore[assignment]
+        if paths and all(isinstance(path, Document) for path in paths):
+            return lambda report: _count(paths, report)  # type: ignore[arg-type]
+    entries: Any = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    read_documents(entries, include=include, exclude=exclude)  # checks the paths, reads nothing
+    if "-" not in entries:
+        return lambda report: read_documents(entries, include=include, exclude=exclude, report=report)
+    piped: list[Document] = []
+    piped_report = ReadReport()
+
+    def read(report: ReadReport) -> Iterator[Document]:
+        for entry in entries:
+            if entry != "-":
+                yield from read_documents(entry, include=include, exclude=exclude, report=report)
+                continue
+            if not piped and not piped_report.skipped:
+                piped.extend(read_documents("-", report=piped_report))
+            report.skipped.update(piped_report.skipped)
+            report.examples.update(piped_report.examples)
+            yield from _count(piped, report)
+
+    return read
+
+
+def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
+    for document in documents:
+        if not document.text.strip():
+            report.skip("empty", document.title)
+            continue
+        report.documents += 1
+        report.text_bytes += len(document.text.encode())
+        yield document
+
+
+def _unique(documents: Iterator[Document], part: tuple[int, int] | None) -> Iterator[tuple[int, Document | None]]:
+    """(hash, document) of each document of this part; None in place of a copy of an earlier one."""
+    seen: set[int] = set()
+    for document in documents:
+        text_hash = document_hash(document.text)
+        if text_hash in seen:
+            yield text_hash, None
+        else:
+            mine = part is None or len(seen) % part[1] == part[0]
+            seen.add(text_hash)
+            if mine:
+                yield text_hash, document
+
+
+def _survey(reader: Reader, part: tuple[int, int] | None, sampler: TextSampler | None, builder: _Builder) -> _Corpus:
+    """Reads everything once: what is it, is it new, and, for training a tokenizer, what does it look like."""
+    report = ReadReport()
+    fingerprint = _Fingerprint()
+    documents = duplicates = text_bytes = 0
+    with builder.bar("reading", None, "documents") as bar:
+        for text_hash, document in _unique(reader(report), part):
+            bar.update()
+            if document is None:
+                duplicates += 1
+                continue
+            documents += 1
+            text_bytes += len(document.text.encode())
+            fingerprint.add(text_hash, _title(document))
+            if sampler is not None:
+                sampler.add(document.text)
+    if warning := report.warning():
+        builder.say(warning)
+    if documents == 0:
+        raise InputError(f"There is no text to build a retrieval set from. {report.warning() or 'No file was found.'}")
+    if duplicates:
+        builder.say(f"{duplicates:,} copies of documents are left out.")
+    return _Corpus(fingerprint.hex(), documents, duplicates, text_bytes, dict(report.skipped), sampler)
+
+
+def _title(document: Document) -> str:
+    return document.title[: files.MAX_TITLE_CHARS]
+
+
+def _as_embedder(embedder: str | os.PathLike[str] | TextEmbedder | None, device: Any) -> TextEmbedder:
+    if embedder is None or isinstance(embedder, (str, os.PathLike)):
+        return load_embedder(embedder, device=device)
+    return embedder
+
+
+def _can_grow(store: ChunkStore, kept: list[_Kept], index: str | None) -> bool:
+    """Whether the index of the first set may be kept: what it was trained on is most of what it will hold."""
+    factory = store.manifest["index"]["factory"]
+    whole = len(kept[0].rows) == store.num_chunks
+    mostly = 2 * store.num_chunks >= sum(len(part.rows) for part in kept)
+    return factory not in ("Flat", "CAGRA") and index in (None, factory) and whole and mostly
+
+
+def _check_mergeable(stores: list[ChunkStore]) -> None:
+    first = stores[0]
+    for other in stores[1:]:
+        for what, keys in (
+            ("chunk size", ("chunk_size",)),
+            ("tokenizer", ("tokenizer", "fingerprint")),
+            ("embedder", ("embedder", "fingerprint")),
+        ):
+            a: Any = first.manifest
+            b: Any = other.manifest
+            for key in keys:
+                a, b = a[key], b[key]
+            if a != b:
+                raise InputError(
+                    f"{first.path} and {other.path} cannot be merged: they differ in the {what}. Build all parts with "
+                    "the same one."
+                )
+
+
+def _survey_sets(stores: list[ChunkStore]) -> tuple[_Corpus, list[_Kept]]:
+    fingerprint = _Fingerprint()
+    seen: set[int] = set()
+    kept, text_bytes, duplicates = [], 0, 0
+    skipped: dict[str, int] = {}
+    for store in stores:
+        mine = []
+        for i, text_hash in enumerate(store.document_hashes.tolist()):
+            if text_hash in seen:
+                duplicates += 1
+                continue
+            seen.add(text_hash)
+            mine.append(i)
+            entry = store._document(i)
+            fingerprint.add(text_hash, entry["title"])
+            text_bytes += int(entry.get("bytes", 0))
+        ids = np.array(mine, dtype=np.int64)
+        keep = np.zeros(store.num_documents, dtype=bool)
+        keep[ids] = True
+        kept.append(_Kept(ids, np.flatnonzero(keep[store.document_ids])))
+        for reason, count in store.manifest.get("corpus", {}).get("skipped", {}).items():
+            skipped[reason] = skipped.get(reason, 0) + count
+        duplicates += store.manifest.get("corpus", {}).get("duplicates", 0)
+    return _Corpus(fingerprint.hex(), len(seen), duplicates, text_bytes, skipped), kept
+
+
+@dataclass
+class _Builder:
+    """One build: where it takes place, what it has done, and how it speaks to the user."""
+
+    out: Path
+    shard_chunks: int
+    progress: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out = Path(os.path.abspath(self.out))
+        self.folder = self.out.with_name(self.out.name + ".build")
+        self.set = self.folder / "set"
+
+    def say(self, text: str) -> None:
+        _say(self.progress, text)
+
+    def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Any:
+        return tqdm(
+            total=total, initial=done, desc=what, unit=" " + unit, unit_scale=unit == "B", disable=not self.progress,
+            file=sys.stderr, dynamic_ncols=True, mininterval=0.5, leave=total is not None,
+        )  # fmt: skip
+
+    def check_target(self, overwrite: bool) -> None:
+        """`out` may be absent, empty or a retrieval set: nothing else is ever replaced."""
+        old = self.out.with_name(self.out.name + ".old")
+        if old.is_dir() and not self.out.exists():
+            os.rename(old, self.out)  # a swap was interrupted between its two renames
+        if not self.out.exists():
+            return
+        if not self.out.is_dir():
+            raise InputError(f"{self.out} is a file; the retrieval set is a folder. Choose another name.")
+        if any(self.out.iterdir()) and not (self.out / files.MANIFEST).exists():
+            raise InputError(f"{self.out} holds other files, and no retrieval set. Choose another folder.")
+        if (self.out / files.MANIFEST).exists() and not overwrite:
+            files.read_manifest(self.out)
+
+    def already_built(self, plan: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
+        if not (self.out / files.MANIFEST).exists():
+            return None
+        try:
+            manifest = files.read_manifest(self.out)
+            files.check_files(self.out, manifest, checksums=False)
+        except InputError:
+            if overwrite:
+                return None
+            raise
+        differs = _differences(manifest.get("build", {}), plan)
+        if not differs:
+            self.say(f"{self.out}: already built from this input; nothing to do.")
+            self._drop_leftovers(plan)
+            return manifest
+        if not overwrite:
+            raise InputError(
+                f"{self.out} was built from something else ({differs}). Choose another folder, or replace the set with "
+                "overwrite (--overwrite)."
+            )
+        return None
+
+    def _drop_leftovers(self, plan: dict[str, Any]) -> None:
+        """Of a build that was killed between its last rename and its tidying up."""
+        if load_json(self.folder / "plan.json") == plan and not self.set.exists():
+            with contextlib.suppress(OSError, InputError), self._lock():
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def work(self, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
+        """The work folder, locked, for this plan; unfinished work on the same plan is taken up."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.folder} cannot be made: {error.strerror}. Choose a writable place.") from None
+        with self._lock():
+            found = load_json(self.folder / "plan.json")
+            if found is not None and found != plan:
+                if not overwrite:
+                    raise InputError(
+                        f"{self.folder} holds unfinished work on something else ({_differences(found, plan)}). Finish "
+                        "it with the same arguments as before, delete it, or drop it with overwrite (--overwrite)."
+                    )
+                self._clear()
+                found = None
+            if found is None:
+                self._clear()
+                self.set.mkdir()
+                save_json(self.folder / "plan.json", plan)
+            else:
+                self.set.mkdir(exist_ok=True)
+                self.say(f"{self.folder}: taking up unfinished work.")
+            try:
+                yield
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                    text = f"{error.strerror}. What is done is kept in {self.folder}: run the same command again."
+                    raise OSError(error.errno, f"The build of {self.out} stopped: {text}") from error
+                raise
+
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        """One builder at a time."""
+        busy = f"Another process is building {self.out}. Wait for it, or choose another folder."
+        return locked(self.folder / "lock", busy)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name == "lock":
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def is_complete(self) -> bool:
+        return (self.set / files.MANIFEST).exists()
+
+    def tokenizer(self, given: Tokenizer | None, corpus: _Corpus, vocab_size: int | None) -> Tokenizer:
+        path = self.set / files.TOKENIZER
+        if not path.exists():
+            if given is not None:
+                given.save(path)
+            else:
+                self.say("training the tokenizer")
+                if corpus.sampler is None:
+                    raise AssertionError("no sample was drawn")
+                Tokenizer.train_on_sample(corpus.sampler, path, vocab_size)
+        return Tokenizer(path)
+
+    def cut(
+        self, reader: Reader, part: tuple[int, int] | None, corpus: _Corpus, tokenizer: Tokenizer, chunk_size: int
+    ) -> None:
+        """Documents → rows of `chunk_size` tokens, saved every `shard_chunks` rows."""
+        journal = self.folder / "cut.json"
+        state = Progress(**(load_json(journal) or {}))
+        if state.done:
+            return
+        start = time.perf_counter()
+        writer = ChunkWriter(self.set, tokenizer.vocab_size, chunk_size, state)
+        fingerprint = _Fingerprint()
+        saved = state.chunks
+        with self.bar("cutting into chunks", corpus.text_bytes, "B") as bar:
+            for number, (text_hash, document) in enumerate(_unique(reader(ReadReport()), part)):
+                if document is None:
+                    continue
+                fingerprint.add(text_hash, _title(document))
+                bar.update(len(document.text.encode()))
+                if number < state.read:
+                    continue
+                writer.add(text_hash, _title(document), document.text, tokenizer)
+                state.read = number + 1
+                if state.chunks - saved >= self.shard_chunks:
+                    writer.save()
+                    save_json(journal, vars(state))
+                    saved = state.chunks
+        if fingerprint.hex() != corpus.fingerprint:
+            writer.close()
+            journal.unlink(missing_ok=True)
+            raise InputError("The input changed while it was being read. Run the command again.")
+        writer.close()
+        state.done = True
+        state.fingerprint = corpus.fingerprint
+        save_json(journal, vars(state))
+        self.seconds["cut"] = round(time.perf_counter() - start, 2)
+
+    def state(self) -> Progress:
+        return Progress(**(load_json(self.folder / "cut.json") or {}))
+
+    def chunks(self, tokenizer: Tokenizer) -> np.ndarray:
+        path = self.set / files.CHUNKS
+        rows = self.state().chunks
+        width = (path.stat().st_size - HEADER_BYTES) // (rows * token_dtype(tokenizer.vocab_size).itemsize)
+        return open_array(path, token_dtype(tokenizer.vocab_size), (rows, width))
+
+    def embed(self, embedder: TextEmbedder, tokenizer: Tokenizer) -> None:
+        """Each shard into a file of its own, then all of them into embeddings.npy."""
+        chunks = self.chunks(tokenizer)
+        shards = [range(i, min(i + self.shard_chunks, len(chunks))) for i in range(0, len(chunks), self.shard_chunks)]
+        todo = [shard for shard in shards if not self._has_shard(shard, embedder.dim)]
+        start = time.perf_counter()
+        done = len(chunks) - sum(map(len, todo))
+        with self.bar("embedding", len(chunks), "chunks", done) as bar:
+            for shard in todo:
+                texts = tokenizer.decode_batch(chunks[shard.start : shard.stop])
+                vectors = embedder.embed(texts, bar.update).cpu().numpy().astype(np.float16)
+                if not np.isfinite(vectors).all():
+                    raise InputError(f"{embedder.name} gave vectors with NaN or beyond the range of fp16.")
+                save_array(self._shard_path(shard), vectors)
+        self.seconds["embed"] = round(time.perf_counter() - start, 2)
+        joined = GrowingArray(self.set / files.EMBEDDINGS, np.dtype(np.float16), (embedder.dim,), 0)
+        for shard in shards:
+            joined.append(open_array(self._shard_path(shard), np.dtype(np.float16), (len(shard), embedder.dim)))
+        joined.close()
+
+    def _shard_path(self, shard: range) -> Path:
+        return self.folder / f"embeddings-{shard.start // self.shard_chunks:06d}.npy"
+
+    def _has_shard(self, shard: range, dim: int) -> bool:
+        path = self._shard_path(shard)
+        if not path.exists():
+            return False
+        try:
+            open_array(path, np.dtype(np.float16), (len(shard), dim))
+        except InputError:  # of another shard size
+            return False
+        return True
+
+    def copy(self, stores: list[ChunkStore], kept: list[_Kept]) -> None:
+        """The rows kept of several sets, one after another. Begun anew after an interruption: it only copies."""
+        state = Progress()
+        manifest = stores[0].manifest
+        dim = manifest["embedder"]["dim"]
+        writer = ChunkWriter(self.set, manifest["tokenizer"]["vocab_size"], manifest["chunk_size"], state)
+        embeddings = GrowingArray(self.set / files.EMBEDDINGS, np.dtype(np.float16), (dim,), 0)
+        with self.bar("copying", sum(len(part.rows) for part in kept), "chunks") as bar:
+            for store, part in zip(stores, kept, strict=True):
+                number = np.full(store.num_documents, -1, dtype=np.int64)
+                number[part.documents] = state.documents + np.arange(len(part.documents))
+                for i in part.documents.tolist():
+                    entry = store._document(i)
+                    writer.add_document(int(store.document_hashes[i]), entry["title"], int(entry.get("bytes", 0)))
+                for start in range(0, len(part.rows), _COPY_ROWS):
+                    rows = part.rows[start : start + _COPY_ROWS]
+                    chunks = np.asarray(store.chunks[rows])
+                    writer.add_chunks(chunks, number[store.document_ids[rows]])
+                    state.tokens += _count_tokens(chunks)
+                    embeddings.append(store.embeddings[rows])
+                    bar.update(len(rows))
+        writer.close()
+        embeddings.close()
+        state.done = True
+        save_json(self.folder / "cut.json", vars(state))
+
+    def finish(
+        self,
+        plan: dict[str, Any],
+        corpus: _Corpus,
+        tokenizer: Tokenizer,
+        embedder: TextEmbedder | _Described,
+        factory: str | None,
+        recall: float,
+        device: Any,
+        grown: Index | None = None,
+    ) -> None:
+        """The table of chunk hashes, the index, and last of all the manifest."""
+        state = self.state()
+        chunks = self.chunks(tokenizer)
+        hashes = hash_chunks(chunks)
+        order = np.argsort(hashes, kind="stable")
+        save_array(self.set / files.CHUNK_HASHES, hashes[order])
+        save_array(self.set / files.CHUNK_ORDER, order.astype(np.int64))
+        vectors = open_array(self.set / files.EMBEDDINGS, np.dtype(np.float16), (state.chunks, embedder.dim))
+        manifest: dict[str, Any] = {
+            "format": files.FORMAT,
+            "version": files.VERSION,
+            "chunk_size": int(chunks.shape[1]),
+            "num_chunks": state.chunks,
+            "num_documents": state.documents,
+            "num_tokens": state.tokens,
+            "text_bytes": corpus.text_bytes,
+            "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint, "dim": embedder.dim},
+            "index": self._index(vectors, factory, recall, device, grown),
+            "corpus": {"duplicates": corpus.duplicates, "skipped": corpus.skipped},
+            "build": plan,
+            "seconds": self.seconds,
+        }
+        manifest["files"] = self._file_entries()
+        manifest["bytes_per_chunk"] = round(sum(e["bytes"] for e in manifest["files"].values()) / state.chunks, 1)
+        files.write_manifest(self.set, manifest)
+
+    def _index(
+        self, vectors: np.ndarray, factory: str | None, recall: float, device: Any, grown: Index | None
+    ) -> dict[str, Any]:
+        factory = factory or (grown.factory if grown else choose_factory(len(vectors), vectors.shape[1], device))
+        start = time.perf_counter()
+        with self.bar(f"index {factory}", len(vectors), "chunks", len(grown) if grown else 0) as bar:
+            if grown:
+                grown.add(vectors[len(grown) :], bar.update)
+                index = grown
+            else:
+                index = Index.build(vectors, factory, device=device, progress=bar.update)
+        self.seconds["index"] = round(time.perf_counter() - start, 2)
+        (self.set / files.INDEX).unlink(missing_ok=True)
+        measured = index.tune(vectors, recall)
+        if not measured["reached"]:
+            self.say(f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished.")
+        if not index.is_exact:
+            index.save(self.set / files.INDEX)
+        return {"factory": factory, "metric": "squared L2", **measured, "build_seconds": self.seconds["index"]}
+
+    def _file_entries(self) -> dict[str, Any]:
+        paths = [path for name in (*files.REQUIRED_FILES, files.INDEX) if (path := self.set / name).exists()]
+        entries = {}
+        with self.bar("checksums", sum(path.stat().st_size for path in paths), "B") as bar:
+            for path in paths:
+                entries[path.name] = {"bytes": path.stat().st_size, "sha256": files.file_sha256(path, bar.update)}
+        return entries
+
+    def publish(self) -> dict[str, Any]:
+        """The finished folder takes the name of the set."""
+        for path in self.set.iterdir():
+            if path.name not in (*files.REQUIRED_FILES, files.INDEX, files.MANIFEST):
+                path.unlink()  # a temporary file of a process that was killed
+        sync_folder(self.set)
+        swap(self.set, self.out)
+        sync_folder(self.out.parent)
+        manifest = files.read_manifest(self.out)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        index = manifest["index"]
+        self.say(
+            f"{self.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, index "
+            f"{index['factory']}, recall@{index['k']} {index['recall']:.3f}."
+        )
+        return manifest
+
+
+def _count_tokens(chunks: np.ndarray) -> int:
+    """Tokens before each row's trailing pads."""
+    return int((chunks != 0).sum())
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    names = [key for key in new if old.get(key) != new[key]]
+    return ", ".join(f"another {name}" for name in names)
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        tqdm.write(text, file=sys.stderr)

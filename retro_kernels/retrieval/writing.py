@@ -1,0 +1,220 @@
+"""Files that grow, survive a kill −9, and appear under their names only when whole: what `build` writes with.
+
+Nothing here knows what a retrieval set is, but for `ChunkWriter`, which keeps the growing files of one in step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_kernels.config import InputError
+from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.retrieval import store as files
+from retro_kernels.retrieval.store import token_dtype
+
+HEADER_BYTES = 128
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Holds the lock file `path`, or raises InputError(busy). The kernel frees it when a process dies, however it does."""
+    import fcntl
+
+    try:
+        file = open(path, "a+b")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}. Choose a writable place.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(busy) from None
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise InputError(busy)  # it finished, and deleted the file, just now
+        yield
+
+
+class GrowingArray:
+    """A `.npy` file that is appended to; its header is written when its length is known."""
+
+    def __init__(self, path: Path, dtype: np.dtype, width: tuple[int, ...], rows: int) -> None:
+        self._path, self._dtype, self._width = path, dtype, width
+        self.rows = rows
+        self._row_bytes = int(dtype.itemsize * np.prod(width, dtype=np.int64))
+        self._file = open(path, "r+b" if path.exists() else "w+b")
+        if self._file.seek(0, os.SEEK_END) < HEADER_BYTES + rows * self._row_bytes and rows:
+            raise InputError(f"{path} is shorter than its journal says. Delete {path.parent.parent} and build again.")
+        self._file.truncate(HEADER_BYTES + rows * self._row_bytes)
+        self._file.seek(0, os.SEEK_END)
+
+    def append(self, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, dtype=self._dtype).reshape(-1, *self._width)
+        _write(self._file, values)
+        self.rows += len(values)
+
+    def save(self) -> None:
+        """Everything appended is on the disk afterwards."""
+        _sync(self._file)
+
+    def close(self) -> None:
+        """Writes the header. numpy leaves room in it for any length, so it has the same size for all."""
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False}
+        self._file.seek(0)
+        np.lib.format.write_array_header_1_0(self._file, {**header, "shape": (self.rows, *self._width)})
+        if self._file.tell() != HEADER_BYTES:
+            raise AssertionError(f"the header of {self._path} has {self._file.tell()} bytes")
+        _sync(self._file)
+        self._file.close()
+
+
+def _write(file: Any, values: np.ndarray) -> None:
+    """Not ndarray.tofile, which hides why a write failed."""
+    if values.size:
+        file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """A `.npy` file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            header = np.lib.format.header_data_from_array_1_0(values)
+            np.lib.format.write_array_header_1_0(file, header)
+            _write(file, values)
+            _sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file)
+            _sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_json(path: Path) -> Any:
+    """None where it is absent or was never finished."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass
+class Progress:
+    """cut.json: up to where the growing files are whole."""
+
+    read: int = 0  # documents of the input, copies included
+    documents: int = 0
+    chunks: int = 0
+    tokens: int = 0
+    title_bytes: int = 0
+    done: bool = False
+    fingerprint: str = ""
+
+
+class ChunkWriter:
+    """The five files that grow with the documents, kept in step with a `Progress`."""
+
+    def __init__(self, folder: Path, vocab_size: int, chunk_size: int, state: Progress) -> None:
+        self.state = state
+        self._chunk_size = chunk_size
+        self._chunks = GrowingArray(folder / files.CHUNKS, token_dtype(vocab_size), (chunk_size,), state.chunks)
+        long = np.dtype(np.int64)
+        self._ids = GrowingArray(folder / files.DOCUMENT_IDS, long, (), state.chunks)
+        self._hashes = GrowingArray(folder / files.DOCUMENT_HASHES, long, (), state.documents)
+        self._offsets = GrowingArray(folder / files.DOCUMENT_OFFSETS, long, (), state.documents)
+        path = folder / files.DOCUMENTS
+        self._titles = open(path, "r+b" if path.exists() else "w+b")
+        self._titles.truncate(state.title_bytes)
+        self._titles.seek(0, os.SEEK_END)
+
+    def add(self, text_hash: int, title: str, text: str, tokenizer: Tokenizer) -> None:
+        """A whole document: its chunks, the last one padded, and its entry."""
+        tokens = tokenizer.encode_array(text)
+        rows = -(-len(tokens) // self._chunk_size)
+        padded = np.zeros(rows * self._chunk_size, dtype=np.int32)
+        padded[: len(tokens)] = tokens
+        self.add_chunks(padded.reshape(rows, -1), np.full(rows, self.state.documents))
+        self.state.tokens += len(tokens)
+        self.add_document(text_hash, title, len(text.encode()))
+
+    def add_chunks(self, chunks: np.ndarray, document_ids: np.ndarray) -> None:
+        self._chunks.append(chunks)
+        self._ids.append(document_ids)
+        self.state.chunks += len(chunks)
+
+    def add_document(self, text_hash: int, title: str, text_bytes: int) -> None:
+        clean = title.encode(errors="replace").decode()
+        line = json.dumps({"title": clean, "bytes": text_bytes}, ensure_ascii=False).encode() + b"\n"
+        self._hashes.append(np.array([text_hash]))
+        self._offsets.append(np.array([self.state.title_bytes]))
+        self._titles.write(line)
+        self.state.title_bytes += len(line)
+        self.state.documents += 1
+
+    def save(self) -> None:
+        for array in (self._chunks, self._ids, self._hashes, self._offsets):
+            array.save()
+        _sync(self._titles)
+
+    def close(self) -> None:
+        self._offsets.append(np.array([self.state.title_bytes]))
+        for array in (self._chunks, self._ids, self._hashes, self._offsets):
+            array.close()
+        _sync(self._titles)
+        self._titles.close()
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def swap(new: Path, out: Path) -> None:
+    """`new` becomes `out`; an older `out` is deleted afterwards."""
+    if not out.exists() or not any(out.iterdir()):
+        os.rename(new, out)
+    elif _exchange(new, out):
+        shutil.rmtree(new)
+    else:
+        old = out.with_name(out.name + ".old")  # found again by check_target, should this process die in between
+        if old.exists():
+            shutil.rmtree(old)
+        os.rename(out, old)
+        os.rename(new, out)
+        shutil.rmtree(old)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Linux's renameat2 with RENAME_EXCHANGE: both names change hands in one step. False where there is none."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, exchange = -100, 2
+    return rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0
