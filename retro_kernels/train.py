@@ -70,8 +70,9 @@ def train(
         a run that never stopped, to the last bit. stop_after: leave with a checkpoint after so many steps of this call.
     documents: in place of reading `config.data`.
 
-    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share (the part of
-    the time in which the step waited for its neighbours), parameters.
+    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share (the
+    part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of them, before
+    the clock starts), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
     folder = Path(config.out)
@@ -215,7 +216,7 @@ class _Trainer:
         for _ in range(self.config.accumulate):
             started = time.perf_counter()
             batch, neighbours = next(batches)
-            log.stalled += time.perf_counter() - started
+            log.waited(time.perf_counter() - started)
             tokens, targets = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets))
             with autocast(self.device, dtype):
                 logits = forward(tokens, neighbours)
@@ -262,6 +263,7 @@ class _Trainer:
             "seconds": log.seconds,
             "tokens_per_second": tokens / log.seconds if log.seconds else None,
             "stall_share": log.total_stalled / log.seconds if log.seconds else None,
+            "first_wait_seconds": log.first_wait,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": self.settings["dtype"],
         }
@@ -273,6 +275,7 @@ class _Log:
     def __init__(self, path: Path, tokens_per_step: int) -> None:
         self._path, self._tokens_per_step = path, tokens_per_step
         self.seconds = self.stalled = self.total_stalled = 0.0
+        self.first_wait: float | None = None  # for the first batch, which no step before it can hide
         self.last_loss: float | None = None
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
@@ -287,6 +290,13 @@ class _Log:
         self._file.close()
         if self._board:
             self._board.close()
+
+    def waited(self, seconds: float) -> None:
+        """For a batch and its neighbours. The first wait is start-up, and the clock of the steps starts after it."""
+        if self.first_wait is None:
+            self.first_wait, self._started = seconds, time.perf_counter()
+        else:
+            self.stalled += seconds
 
     def add(self, loss: Tensor, norm: Tensor) -> int:
         self._losses.append(loss)

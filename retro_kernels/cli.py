@@ -1,0 +1,448 @@
+"""The command line. Nothing heavy is imported before the arguments have been read.
+
+A verb prints its result on standard output, with --json as one JSON object, and everything else on standard error. Exit status: 0
+where all that was asked is done, 2 for arguments or input that cannot be used (one line says why), 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from . import __version__
+from .config import PRESETS, InputError, TrainConfig
+
+PROG = "retro-kernels"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status."""
+    try:
+        args = _parser().parse(sys.argv[1:] if argv is None else list(argv))
+    except SystemExit as stop:  # --help, --version, or a bad argument that has been reported
+        return int(stop.code or 0)
+    verb = f"{PROG} {args.verb}"
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # who was reading has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as interrupt:
+        _complain(verb, str(interrupt) or "interrupted")
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        # The library says with these what cannot be used. A traceback is a bug's, for RETRO_DEBUG=1 anybody's.
+        if os.environ.get("RETRO_DEBUG"):
+            raise
+        _complain(verb, _message(error))
+        return 2
+
+
+def _complain(verb: str, message: str) -> None:
+    print(f"{verb}: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error) if isinstance(error, InputError) or str(error) else repr(error)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, with the nearest thing that exists."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False, formatter_class=_Formatter)
+        self.verbs: dict[str, _Parser] = {}
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            parser = self.verbs.get(getattr(args, "verb", ""), self)
+            option = next((word for word in unknown if word.startswith("-")), None)
+            if option is None:
+                parser.error(f"unexpected argument {unknown[0]!r}")
+            known = [name for name in parser._option_string_actions if name.startswith("--")]
+            parser.error(f"unknown option {option.partition('=')[0]}{_nearest(option.partition('=')[0], known)}")
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            name, given, allowed = found.groups()
+            choices = [choice.strip("' ") for choice in allowed.split(",")]
+            what = "unknown verb" if name == "verb" else f"{name}:"
+            message = f"{what} {given!r}{_nearest(given, choices) or '; choose from ' + ', '.join(choices)}"
+        _complain(self.prog, f"{message.rstrip('.')}. {self.prog} --help shows what there is")
+        raise SystemExit(2)
+
+
+class _Formatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, 1, 0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _number(kind: type, low: float | None = None, above: float | None = None,
+            high: float | None = None) -> Callable[[str], Any]:  # fmt: skip
+    """A converter that says what is allowed."""
+    allowed = " ".join(
+        part for part in (
+            "an integer" if kind is int else "a number",
+            f"of at least {low:g}" if low is not None else "",
+            f"above {above:g}" if above is not None else "",
+            f"and at most {high:g}" if high is not None else "",
+        ) if part
+    )  # fmt: skip
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
+        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if not inside or value in (float("inf"), float("-inf")):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return convert
+
+
+_COUNT, _NATURAL = _number(int, low=1), _number(int, low=0)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog=PROG, description="RETRO: language models that retrieve, from raw text to a trained model.")
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], summary: str) -> _Parser:
+        made = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        made.set_defaults(run=run)
+        parser.verbs[name] = made
+        return made
+
+    info = verb("info", _info, "which backends work here, and why the others do not")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_demo(verb("demo", _demo, "train, evaluate and generate on real text that is already here, in minutes"))
+    _add_index(verb("index", _index, "build a retrieval set from text"))
+    _add_search(verb("search", _search, "print the neighbours of a text"))
+    _add_train(verb("train", _train, "train a model, with a retrieval set or without"))
+    _add_eval(verb("eval", _eval, "bits per byte of held-out text: RETRO on, off, shuffled, filtered by leakage"))
+    _add_generate(verb("generate", _generate, "continue a prompt, retrieving at every chunk"))
+    _add_neighbours(verb("neighbours", _neighbours, "find the neighbours of a training corpus once, for train --neighbours"))
+    _add_dedup(verb("dedup", _dedup, "find training text that copies evaluation text"))
+    bench = verb("bench", _bench, "time the kernels and the steps (in a checkout)")
+    bench.add_argument("-k", default="", metavar="NAME", help="only cases whose name matches")
+    bench.add_argument("--out", metavar="FILE", help="result file (default: in bench/results)")
+    bench.add_argument("--quick", action="store_true", help="one round a case")
+    return parser
+
+
+def _add_set(parser: _Parser, *, required: bool, help: str) -> None:
+    parser.add_argument("--set", required=required, metavar="SET", help=help)
+
+
+def _add_device(parser: _Parser, default: str | None = "auto") -> None:
+    parser.add_argument("--device", default=default, metavar="D", help="cpu, cuda, cuda:1; default: a GPU where there is one")
+
+
+def _add_demo(parser: _Parser) -> None:
+    parser.add_argument("--corpus", metavar="PATH", help="text to use (default: the sources of Python's standard library)")
+    parser.add_argument("--out", default="demo", metavar="DIR", help="where set, models and report go (default: %(default)s)")
+    parser.add_argument("--steps", type=_COUNT, default=None, metavar="N", help="training steps of each model")
+    parser.add_argument("--embedder", metavar="PATH", help="as for index")
+    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_index(parser: _Parser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="folders, text files, .jsonl, .gz, .xz, - for stdin")
+    parser.add_argument("--out", required=True, metavar="SET", help="folder of the retrieval set")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="SentencePiece model (default: one is trained on the text)")
+    parser.add_argument("--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained")
+    parser.add_argument("--embedder", metavar="PATH", help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--index", metavar="FACTORY", help="FAISS factory string (default: chosen by size)")
+    parser.add_argument("--tune", type=_number(float, above=0, high=1), nargs="?", const=0.95, metavar="RECALL",
+                        help="find the fastest search setting with this recall@10 (default: 0.95)")  # fmt: skip
+    parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only such files of folders")
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="no such files of folders")
+    parser.add_argument("--chunk-size", type=_COUNT, default=64, metavar="M", help="tokens in a chunk (default: 64)")
+    parser.add_argument("--part", metavar="I/N", help="only every N-th document from the I-th (0-based) on, to be merged")
+    parser.add_argument("--append", action="store_true", help="add the text to the set SET instead of building one")
+    parser.add_argument("--merge", action="store_true", help="the PATHs are sets; join them into SET")
+    parser.add_argument("--overwrite", action="store_true", help="replace a set made from other text")
+    _add_device(parser, default=None)
+    parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
+
+
+def _add_search(parser: _Parser) -> None:
+    parser.add_argument("text", metavar="TEXT")
+    _add_set(parser, required=True, help="retrieval set")
+    parser.add_argument("-k", type=_COUNT, default=5, metavar="N", help="neighbours to show (default: %(default)s)")
+    parser.add_argument("--retriever", default="dense", metavar="NAME", help="dense, bm25, random, dense+bm25, dense+edit, …")
+    _add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_train(parser: _Parser) -> None:
+    """The options are the fields of TrainConfig. Those not given stay out of the namespace: --resume keeps the old ones."""
+    special = {"data": {"nargs": "+", "metavar": "PATH"}, "model": {"nargs": "+", "metavar": "FIELD=VALUE"},
+               "preset": {"metavar": "NAME", "choices": PRESETS}, "dtype": {"choices": ("auto", "fp32", "bf16")},
+               "out": {"metavar": "RUN"}, "set": {"metavar": "SET"}, "retrofit": {"metavar": "RUN"},
+               "tokenizer": {"metavar": "MODEL"}, "neighbours": {"metavar": "FILE"}, "device": {"metavar": "D"}}  # fmt: skip
+    comments = _field_comments()
+    for entry in dataclasses.fields(TrainConfig):
+        flag = "--" + entry.name.replace("_", "-")
+        options: dict[str, Any] = {"help": comments[entry.name], **special.get(entry.name, {})}
+        if entry.default is False:
+            options["action"] = "store_true"
+        elif entry.name not in special:
+            options["type"] = _number(int, 0) if "int" in str(entry.type) else _number(float, 0)
+            options["metavar"] = "N" if "int" in str(entry.type) else "X"
+        if entry.default not in (dataclasses.MISSING, None, False, ()):
+            options["help"] += f" (default: {entry.default})"
+        aliases = ["-k"] if entry.name == "num_neighbours" else ["--lr"] if entry.name == "learning_rate" else []
+        required = entry.default is dataclasses.MISSING
+        parser.add_argument(flag, *aliases, dest=entry.name, required=required, default=argparse.SUPPRESS, **options)
+    parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
+    parser.add_argument("--stop-after", type=_COUNT, metavar="N", help="stop with a checkpoint after N steps of this call")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _field_comments() -> dict[str, str]:
+    """The string under each field of TrainConfig. Read from the source, so that help and code cannot disagree."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: comment.value.value.replace("%", "%%")
+        for field, comment in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(comment, ast.Expr)
+    }
+
+
+def _add_eval(parser: _Parser) -> None:
+    parser.add_argument("--run", required=True, dest="model", metavar="RUN", help="trained model")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="held-out text")
+    _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
+    parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
+    parser.add_argument("--window", type=_COUNT, metavar="N", help="tokens in a window (default: the training sequence)")
+    parser.add_argument("--stride", type=_COUNT, metavar="N", help="tokens between windows (default: half a window)")
+    parser.add_argument("--batch-size", type=_COUNT, default=8, metavar="N", help="windows at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
+    parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    _add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_generate(parser: _Parser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
+    parser.add_argument("--run", required=True, dest="model", metavar="RUN", help="trained model")
+    _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
+    parser.add_argument("--max-tokens", type=_COUNT, default=200, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=_number(float, low=0), default=0.8, metavar="T", help="0: the likeliest "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--top-k", type=_COUNT, metavar="N", help="sample from the N likeliest tokens")
+    parser.add_argument("--top-p", type=_number(float, above=0, high=1), metavar="P",
+                        help="sample from the likeliest tokens that together have probability P")  # fmt: skip
+    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
+    parser.add_argument("--ignore-end", action="store_true", help="go on where the model would end the document")
+    parser.add_argument("--show-neighbours", action="store_true", help="print what was retrieved for each chunk")
+    _add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_neighbours(parser: _Parser) -> None:
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text that will be trained on")
+    _add_set(parser, required=True, help="retrieval set")
+    parser.add_argument("--out", required=True, metavar="FILE", help="file of neighbours")
+    parser.add_argument("--per-chunk", type=_COUNT, default=16, metavar="N", help="neighbours kept of each chunk, more "
+                        "than are used, for other documents to be dropped (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--retriever", default="dense", metavar="NAME", help="as for search")
+    _add_device(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_dedup(parser: _Parser) -> None:
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="training text")
+    parser.add_argument("--against", required=True, nargs="+", metavar="PATH", help="evaluation text")
+    parser.add_argument("--threshold", type=_number(float, above=0, high=1), default=0.8, metavar="J",
+                        help="Jaccard index of 13-grams from which on a document counts as a copy (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(values, ensure_ascii=False))
+
+
+def _info(args: argparse.Namespace) -> None:
+    from . import info
+
+    found = info.collect()
+    _print_json(found) if args.json else print(info.table(found))
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from .demo import demo
+
+    result = demo(args.out, corpus=args.corpus, steps=args.steps, embedder=args.embedder, seed=args.seed)
+    _print_json(result) if args.json else print(result["report"])
+
+
+def _index(args: argparse.Namespace) -> None:
+    from .retrieval import build
+
+    if args.append + args.merge + (args.part is not None) > 1:
+        raise InputError("--append, --merge and --part exclude one another.")
+    common: dict[str, Any] = {"device": args.device}
+    reading = {"include": args.include, "exclude": args.exclude, "embedder": args.embedder}
+    if args.append:
+        manifest = build.append_to_retrieval_set(args.out, args.paths, **common, **reading)
+    elif args.merge:
+        manifest = build.merge_retrieval_sets(args.paths, args.out, index=args.index, overwrite=args.overwrite, **common)
+    else:
+        manifest = build.build_retrieval_set(
+            args.paths, args.out, tokenizer=args.tokenizer, vocab_size=args.vocab_size, index=args.index, part=_part(args.part),
+            chunk_size=args.chunk_size, overwrite=args.overwrite, **common, **reading,
+            **({} if args.tune is None else {"recall": args.tune}),
+        )  # fmt: skip
+    if args.tune is not None and manifest["index"]["factory"] != "Flat":
+        manifest = build.tune_retrieval_set(args.out, args.tune, device=args.device)
+    if args.json:
+        _print_json(manifest)
+        return
+    index = manifest["index"]
+    recall = index.get("recall")
+    print(f"{args.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, index {index['factory']}"
+          + (f", {recall}" if recall is not None else ""))  # fmt: skip
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found:
+        raise InputError(f"--part is {text!r}; it must be I/N, such as 0/4.")
+    return int(found[1]), int(found[2])
+
+
+def _search(args: argparse.Namespace) -> None:
+    from .retrieval import Retriever
+    from .runs import pick_device
+
+    retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
+    hits = retriever.search_text(args.text, args.k)
+    if args.json:
+        _print_json({"text": args.text, "neighbours": [hit.to_dict() for hit in hits]})
+        return
+    for rank, hit in enumerate(hits, 1):
+        print(f"{rank}. {hit.title}  (chunk {hit.chunk:,}, distance {hit.distance:.3f})")
+        print("\n".join("   │ " + line for line in hit.text.strip("\n").splitlines()))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    config = TrainConfig(**given)
+    from .runs import SETTINGS, read_settings
+    from .train import train
+
+    if args.resume and (Path(config.out) / SETTINGS).exists():
+        config = TrainConfig.from_dict({**read_settings(Path(config.out))["config"], **given})
+    summary = train(config, resume=args.resume, stop_after=args.stop_after)
+    if args.json:
+        _print_json(summary)
+        return
+    print(f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, {summary['parameters']:,} parameters, "
+          f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
+          "waiting for neighbours" if summary["seconds"] else f"{summary['run']}: nothing left to do at step "
+          f"{summary['steps']:,}")  # fmt: skip
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from .evaluate import evaluate, table
+
+    result = evaluate(args.model, args.data, set=args.set, num_neighbours=args.k, batch_size=args.batch_size, plot=args.plot,
+                      window=args.window, stride=args.stride, seed=args.seed, device=args.device, dtype=args.dtype)  # fmt: skip
+    _print_json(result) if args.json else print(table(result))
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .generate import check_sampling, generate, show_chunks
+
+    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+
+    def show(text: str) -> None:
+        print(text, end="", flush=True)
+
+    if not args.json:
+        show(prompt)
+    result = generate(
+        args.model, prompt, set=args.set, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, seed=args.seed, num_neighbours=args.k, ignore_end=args.ignore_end, device=args.device,
+        on_text=None if args.json else show,
+    )  # fmt: skip
+    if args.json:
+        _print_json(result)
+        return
+    print()
+    if args.show_neighbours:
+        print(show_chunks(result["chunks"]))
+
+
+def _neighbours(args: argparse.Namespace) -> None:
+    from .data.corpus import ReadReport, read_documents
+    from .data.packing import tokenise
+    from .retrieval import Retriever
+    from .retrieval.neighbours import precompute
+    from .runs import note, pick_device, progress_bar
+
+    retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
+    report = ReadReport()
+    corpus = tokenise(read_documents(args.data, report=report), retriever.tokenizer, retriever.chunk_size)
+    if warning := report.warning():
+        note(warning)
+    documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
+    with progress_bar(len(corpus.chunks), "searching", "chunk") as bar:
+        result = precompute(retriever, corpus.chunks, documents, args.out, per_chunk=args.per_chunk, progress=bar.update)
+    _print_json(result) if args.json else print(f"{args.out}: neighbours of {result['rows']:,} chunks, "
+                                                f"{result['per_chunk']} for each")  # fmt: skip
+
+
+def _dedup(args: argparse.Namespace) -> None:
+    raise InputError("dedup: not there yet")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    import subprocess
+    from pathlib import Path
+
+    script = Path(__file__).resolve().parent.parent / "bench" / "run.py"
+    if not script.exists():
+        raise InputError("bench runs in a checkout of the repository, where the folder bench/ is; this is an installed package.")
+    command = [sys.executable, str(script), "-k", args.k, *(["--out", args.out] if args.out else []),
+               *(["--quick"] if args.quick else [])]  # fmt: skip
+    if status := subprocess.run(command).returncode:
+        raise InputError(f"a benchmark failed (exit status {status}).")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

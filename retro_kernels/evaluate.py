@@ -1,0 +1,334 @@
+"""Bits per byte of held-out documents: RETRO on, off and with shuffled neighbours, and filtered by leakage.
+
+    result = evaluate("run", ["held-out/"], set="set")
+
+Whole documents are scored (Borgeaud et al. 2021, section 3): windows as long as the training sequences, moved by half of one,
+cut on the grid of chunks that starts with the document, so a chunk has the same neighbours in every window. Each token is
+scored once, with at least half a window before it where the document has that much. A document's first token is predicted
+from a lone pad. Bits per byte divides by all UTF-8 bytes of the documents, whatever the tokenizer made of them.
+
+Shuffled: every chunk gets the neighbours of a chunk of another document. A model that does as well with them does not use
+what was retrieved. Filtered: bpb(α) over the chunks that share at most a part α of their length, in one run of tokens, with
+any of their ten nearest neighbours and their continuations (section 2.6).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import InputError
+from .data.corpus import Document, ReadReport, read_documents
+from .data.packing import TokenDocuments, tokenise
+from .ops import NeighbourBatch
+from .runs import Run, autocast, load_run, note, pick_device, pick_dtype, progress_bar
+
+if TYPE_CHECKING:
+    from .retrieval import Retriever
+
+LEAKAGE_NEIGHBOURS = 10
+MODES = ("off", "on", "shuffled")
+
+
+@dataclass
+class Found:
+    """Neighbours of every chunk of the documents, in the order of the chunks."""
+
+    tokens: Tensor
+    """int32 [C, K, R]"""
+    lengths: Tensor
+    """int32 [C, K]"""
+    overlap: Tensor
+    """float64 [C], r(C) of each chunk with its ten nearest neighbours."""
+    shuffled: Tensor | None
+    """int64 [C]: the chunk whose neighbours each gets in the control; None where there is only one document."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens start … stop − 1 of a document are read; those after `scored` are scored, and the one after the last."""
+
+    document: int
+    start: int
+    stop: int
+    scored: int
+
+
+def evaluate(
+    run: str | os.PathLike[str] | Run,
+    data: Sequence[str | os.PathLike[str]] = (),
+    *,
+    set: str | os.PathLike[str] | Retriever | None = None,
+    num_neighbours: int | None = None,
+    batch_size: int = 8,
+    window: int | None = None,
+    stride: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    documents: Sequence[Document] | None = None,
+    plot: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Scores `data` (files, folders), or `documents`, with the model in the folder `run`.
+
+    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a plain decoder
+        uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
+    num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and half
+        of it. seed: of the shuffle. plot: a PNG with the filtered curve.
+
+    Returns bits_per_byte {off, on, shuffled} (those that apply), filtered {α: bpb} of RETRO on and filtered_off,
+    bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
+    Raises InputError where nothing can be read, or set and model do not fit.
+    """
+    where = pick_device(device)
+    loaded = run if isinstance(run, Run) else load_run(run, where)
+    model, tokenizer = loaded.model.to(where), loaded.tokenizer
+    retriever = open_set(loaded, set, where)
+    size = model.config.chunk_size
+    window = loaded.sequence_length if window is None else window
+    stride = max(size, window // 2 // size * size) if stride is None else stride
+    if window < size or window % size or stride < size or stride % size or stride > window:
+        raise InputError(f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
+                         "and the stride at most the window.")  # fmt: skip
+    k = loaded.num_neighbours if num_neighbours is None else num_neighbours
+    if k < 1:
+        raise InputError(f"eval: -k is {k}; it must be at least 1.")
+    if documents is None:
+        report = ReadReport()
+        documents = list(read_documents(list(data), report=report))
+        if warning := report.warning():
+            note(warning)
+    corpus = tokenise(documents, tokenizer, size)
+    found = None if retriever is None else find_neighbours(corpus, retriever, k, seed, progress)
+
+    modes = ["off"]
+    if found is not None and model.config.cca_layers:
+        modes += ["on"] if found.shuffled is None else ["on", "shuffled"]
+        if found.shuffled is None:
+            note("There is only one document, so neighbours cannot be shuffled among documents: that control is left out.")
+    scorer = _Scorer(loaded, corpus, window, stride, batch_size, pick_dtype(dtype, where))
+    bits = {}
+    with progress_bar(len(modes) * scorer.tokens_read, "evaluating", "token", show=progress) as bar:
+        for mode in modes:
+            bits[mode] = scorer.bits(mode, found, bar)
+        seconds = bar.format_dict["elapsed"]
+    return _report(loaded, corpus, found, bits, k, scorer.tokens_read * len(modes) / max(seconds, 1e-9), plot)
+
+
+def open_set(run: Run, given: Any, device: torch.device) -> Retriever | None:
+    """The set asked for, or the one of the training, or None for a plain decoder that was given none; checked."""
+    from .retrieval import Retriever
+
+    if given is None:
+        given = run.settings["config"]["set"]
+        if given is None:
+            return None
+        if not Path(given).is_dir():
+            raise InputError(f"The model was trained with the retrieval set {given}, which is not there. Name one with --set.")
+    retriever = given if isinstance(given, Retriever) else Retriever.from_pretrained(given, device=device)
+    retriever.check_tokenizer(run.tokenizer.fingerprint)
+    if retriever.chunk_size != run.model.config.chunk_size:
+        raise InputError(f"The retrieval set has chunks of {retriever.chunk_size} tokens, the model of "
+                         f"{run.model.config.chunk_size}. Build the set again, or give another.")  # fmt: skip
+    return retriever
+
+
+def find_neighbours(corpus: TokenDocuments, retriever: Retriever, k: int, seed: int, progress: bool) -> Found:
+    """Neighbours of every chunk, never of the chunk's own document, and how much of the chunk they hold word for word."""
+    from .retrieval.leakage import overlap
+
+    owner = corpus.of_chunks()
+    ids = retriever.find_documents(corpus.hashes).numpy()[owner]
+    chunks = torch.from_numpy(corpus.chunks.astype(np.int64))
+    fetch = max(k, LEAKAGE_NEIGHBOURS)
+    parts = []
+    with progress_bar(len(chunks), "retrieving", "chunk", show=progress) as bar:
+        for start in range(0, len(chunks), 256):
+            rows = chunks[start : start + 256]
+            own = torch.from_numpy(ids[start : start + 256, None])
+            near = retriever(rows, num_neighbours=fetch, exclude_documents=own).to("cpu")
+            tokens, lengths = near.tokens[:, 0], near.lengths[:, 0]
+            r = overlap(rows, tokens[:, :LEAKAGE_NEIGHBOURS], value_lengths=lengths[:, :LEAKAGE_NEIGHBOURS])
+            parts.append((tokens[:, :k].int(), lengths[:, :k].int(), r))
+            bar.update(len(rows))
+    tokens, lengths, r = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = derangement(owner, seed)
+    return Found(tokens, lengths, r, None if order is None else torch.from_numpy(order))
+
+
+def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
+    """For every chunk a chunk of another document, int64 [C]; None where there is one document only.
+
+    Each chunk is taken once, unless one document has more than half of all chunks: then those beyond are drawn again.
+    """
+    rng = np.random.default_rng([seed, 2])
+    documents, counts = np.unique(owner, return_counts=True)
+    if len(documents) < 2:
+        return None
+    rank = np.empty(owner.max() + 1, np.int64)
+    rank[rng.permutation(documents)] = np.arange(len(documents))
+    order = np.lexsort((rng.random(len(owner)), rank[owner]))  # documents in random order, chunks in random order within
+    # A turn by the largest document's chunks leaves every document, unless that is more than the rest.
+    partner = np.roll(order, -counts.max())
+    for same in np.flatnonzero(owner[order] == owner[partner]):
+        partner[same] = rng.choice(np.flatnonzero(owner != owner[order[same]]))
+    result = np.empty(len(owner), np.int64)
+    result[order] = partner
+    return result
+
+
+def windows(num_tokens: int, window: int, stride: int, document: int = 0) -> Iterator[Window]:
+    """Windows over a document, whose scored tokens 1 … num_tokens − 1 do not overlap; token 0 has nothing before it."""
+    start = scored = 0
+    while scored < num_tokens - 1:
+        stop = min(start + window, num_tokens)
+        yield Window(document, start, stop, scored)
+        scored = min(start + window, num_tokens - 1)
+        start += stride
+
+
+class _Scorer:
+    """Negative log-likelihoods in bits of every token of every document."""
+
+    def __init__(self, run: Run, corpus: TokenDocuments, window: int, stride: int, batch_size: int,
+                 dtype: torch.dtype) -> None:  # fmt: skip
+        self.model, self.corpus, self.dtype = run.model.eval(), corpus, dtype
+        self.device = next(run.model.parameters()).device
+        self.size = run.model.config.chunk_size
+        lengths = [len(corpus.tokens(d)) for d in range(corpus.num_documents)]
+        # longest first, so that a batch holds little padding and running out of memory happens at once
+        todo = sorted((w for d, n in enumerate(lengths) for w in windows(n, window, stride, d)),
+                      key=lambda w: w.start - w.stop)  # fmt: skip
+        self.batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+        self.tokens_read = sum(w.stop - w.start for w in todo)
+
+    @torch.inference_mode()
+    def bits(self, mode: str, found: Found | None, bar: Any) -> np.ndarray:
+        """float64 [C, M], 0 for the padding."""
+        result = np.zeros(self.corpus.chunks.shape)
+        flat = result.reshape(-1)
+        first = self.corpus.chunks[self.corpus.starts[:-1], 0].astype(np.int64)
+        flat[self.corpus.starts[:-1] * self.size] = self._first_token()[first]
+        for batch in self.batches:
+            stop = max(w.stop - w.start for w in batch)
+            tokens = torch.zeros(len(batch), -(-stop // self.size) * self.size, dtype=torch.int64)
+            targets = torch.zeros(len(batch), stop, dtype=torch.int64)
+            for row, w in enumerate(batch):
+                text = torch.from_numpy(self._text(w).astype(np.int64))
+                tokens[row, : w.stop - w.start] = text[: w.stop - w.start]
+                targets[row, : len(text) - 1] = text[1:]
+            neighbours = None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
+            with autocast(self.device, self.dtype):
+                logits = self.model(tokens.to(self.device), neighbours)[:, :stop]
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="none")
+            loss = (loss.double() / np.log(2)).view(targets.shape).cpu().numpy()
+            for row, w in enumerate(batch):
+                base = int(self.corpus.starts[w.document]) * self.size
+                count = len(self._text(w)) - 1  # tokens start + 1 … start + count have been predicted
+                flat[base + w.scored + 1 : base + w.start + count + 1] = loss[row, w.scored - w.start : count]
+                bar.update(w.stop - w.start)
+        return result
+
+    def _text(self, w: Window) -> np.ndarray:
+        """The window's tokens and the one after it, where the document has one."""
+        flat = self.corpus.chunks[self.corpus.starts[w.document] : self.corpus.starts[w.document + 1]].reshape(-1)
+        text = flat[w.start : w.stop + 1]
+        return text[: np.count_nonzero(text)]
+
+    def _first_token(self) -> np.ndarray:
+        with autocast(self.device, self.dtype):
+            logits = self.model(torch.zeros(1, 1, dtype=torch.int64, device=self.device))[0, 0]
+        return (-F.log_softmax(logits.double(), -1) / np.log(2)).cpu().numpy()
+
+    def _neighbours(self, batch: list[Window], tokens: Tensor, found: Found, mode: str) -> NeighbourBatch:
+        chunks = tokens.shape[1] // self.size
+        rows = torch.zeros(len(batch), chunks, dtype=torch.int64)
+        there = torch.zeros(len(batch), chunks, 1, dtype=torch.int32)
+        for b, w in enumerate(batch):
+            whole = -(-(w.stop - w.start) // self.size)
+            first = int(self.corpus.starts[w.document]) + w.start // self.size
+            rows[b, :whole] = torch.arange(first, first + whole)
+            there[b, :whole] = 1
+        if mode == "shuffled":
+            assert found.shuffled is not None
+            rows = found.shuffled[rows]
+        near, lengths = found.tokens[rows].long(), found.lengths[rows] * there
+        return NeighbourBatch(near.to(self.device), lengths.to(self.device), None, None)
+
+
+def _report(run: Run, corpus: TokenDocuments, found: Found | None, bits: dict[str, np.ndarray], k: int, rate: float,
+            plot: str | os.PathLike[str] | None) -> dict[str, Any]:  # fmt: skip
+    from .retrieval.leakage import filtered_bits_per_byte
+
+    num_bytes = int(corpus.num_bytes.sum())
+    result: dict[str, Any] = {
+        "bits_per_byte": {mode: float(values.sum()) / num_bytes for mode, values in bits.items()},
+        "filtered": {},
+        "filtered_off": {},
+        "bytes": num_bytes,
+        "words": int(corpus.num_words.sum()),
+        "tokens": int(np.count_nonzero(corpus.chunks)),
+        "documents": corpus.num_documents,
+        "chunks": len(corpus.chunks),
+        "num_neighbours": k if "on" in bits else 0,
+        "tokens_per_second": rate,
+    }
+    if found is not None:
+        per_chunk = torch.from_numpy(run.tokenizer.token_bytes[corpus.chunks.astype(np.int64)].sum(1))
+        for name, mode in (("filtered", "on"), ("filtered_off", "off")):
+            if mode in bits:
+                curve = filtered_bits_per_byte(torch.from_numpy(bits[mode].sum(1)), per_chunk, found.overlap)
+                result[name] = {f"{alpha:g}": value for alpha, value in curve.items()}
+        result["mean_overlap"] = float(found.overlap.mean())
+    if plot is not None and found is not None:
+        draw(result, plot)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for a reader: one line a mode, one line an α."""
+    lines = [f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['words']:,} words, "
+             f"{result['tokens']:,} tokens", "", f"{'':<24}{'bits per byte':>14}"]  # fmt: skip
+    lines += [f"{'RETRO ' + mode:<24}{value:>14.4f}" for mode, value in result["bits_per_byte"].items()]
+    if result["filtered_off"]:
+        lines += ["", f"{'leakage filter':<24}{'RETRO on':>14}{'RETRO off':>14}"]
+        for alpha, off in result["filtered_off"].items():
+            cells = (result["filtered"].get(alpha), off)
+            lines.append(f"{'r ≤ ' + alpha:<24}" + "".join(f"{'–' if x is None else f'{x:.4f}':>14}" for x in cells))
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: str | os.PathLike[str], also: dict[str, dict[str, Any]] | None = None) -> bool:
+    """Writes the filtered curves as a PNG; `also` names further results. False where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        note("No plot: matplotlib is missing (pip install matplotlib).")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = {"RETRO on": result["filtered"], "RETRO off": result["filtered_off"]}
+    curves |= {name: other["filtered_off"] for name, other in (also or {}).items()}
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, curve in curves.items():
+        points = [(float(alpha), value) for alpha, value in curve.items() if value is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="largest share α of a chunk found word for word", ylabel="bits per byte of chunks with r(C) ≤ α")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    temporary = Path(path).with_name(f"{Path(path).name}.tmp-{os.getpid()}")
+    figure.savefig(temporary, format="png", dpi=150)
+    pyplot.close(figure)
+    os.replace(temporary, path)
+    return True

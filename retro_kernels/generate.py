@@ -1,0 +1,242 @@
+"""Generation with a cache and retrieval at every chunk boundary.
+
+    result = generate("run", "def main():", set="set", max_tokens=200, on_text=print)
+
+The chunks of the prompt are searched for like those that are generated: when a chunk is complete, its neighbours are
+retrieved, and its last token is the first that sees them. A text longer than the training sequences goes on with the last half
+of one, read anew with the neighbours it had.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import InputError
+from .data.tokenizer import Tokenizer
+from .evaluate import open_set
+from .ops import NeighbourBatch
+from .runs import Run, autocast, load_run, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from .retrieval import Retriever
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """One thing that was retrieved."""
+
+    distance: float
+    chunk: int
+    document: int
+    title: str
+    text: str
+    """With its continuation."""
+
+
+@dataclass
+class ChunkTrace:
+    """One complete chunk of the text and its neighbours, nearest first."""
+
+    text: str
+    neighbours: list[Neighbour] = field(default_factory=list)
+
+
+def generate(
+    run: str | os.PathLike[str] | Run,
+    prompt: str,
+    *,
+    set: str | os.PathLike[str] | Retriever | None = None,
+    max_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    num_neighbours: int | None = None,
+    ignore_end: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Continues `prompt` by up to `max_tokens` tokens with the model in the folder `run`.
+
+    set: as in `evaluate`. temperature: 0 takes the likeliest token. top_k, top_p: sample from the k likeliest, from the likeliest
+        that together have probability p. seed: the same seed gives the same text on the same device. ignore_end: go on where
+        the model would end the document. on_text: is handed every piece of text, the prompt left out, as soon as it
+        stands.
+
+    Returns prompt, text (what was added), tokens, ended (whether the document ended), tokens_per_second, retrieval_seconds, and
+    chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
+    Raises InputError for settings out of range, or where set and model do not fit.
+    """
+    check_sampling(max_tokens, temperature, top_k, top_p)
+    where = pick_device(device)
+    loaded = run if isinstance(run, Run) else load_run(run, where)
+    loaded.model.to(where).eval()
+    retriever = open_set(loaded, set, where) if loaded.model.config.cca_layers else None
+    k = loaded.num_neighbours if num_neighbours is None else num_neighbours
+    if k < 1:
+        raise InputError(f"generate: the number of neighbours is {k}; it must be at least 1.")
+    reader = _Reader(loaded, retriever, k, pick_dtype(dtype, where))
+    sampler = torch.Generator(where).manual_seed(seed)
+    silent = _never(loaded.tokenizer, ignore_end).to(where)
+    stream = _Stream(loaded.tokenizer, on_text)
+    started = time.perf_counter()
+    logits = reader.read(loaded.tokenizer.encode(prompt))
+    added: list[int] = []
+    ended = False
+    while len(added) < max_tokens:
+        token = sample(logits.masked_fill(silent, -torch.inf), temperature, top_k, top_p, sampler)
+        if token == loaded.tokenizer.pad_id:
+            ended = True
+            break
+        added.append(token)
+        stream.add(token)
+        if len(added) < max_tokens or (len(reader.tokens) + 1) % reader.size == 0:  # a last whole chunk is traced too
+            logits = reader.read([token])
+    stream.close()
+    seconds = time.perf_counter() - started
+    return {
+        "prompt": prompt,
+        "text": loaded.tokenizer.decode(added),
+        "tokens": len(added),
+        "ended": ended,
+        "tokens_per_second": len(added) / seconds,
+        "retrieval_seconds": reader.retrieval_seconds,
+        "chunks": [asdict(trace) for trace in reader.traces],
+    }
+
+
+def check_sampling(max_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_tokens < 1:
+        raise InputError(f"generate: max_tokens is {max_tokens}; it must be at least 1.")
+    if not 0.0 <= temperature < float("inf"):
+        raise InputError(f"generate: temperature is {temperature}; it must be 0 or more.")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"generate: top_k is {top_k}; it must be at least 1.")
+    if top_p is not None and not 0.0 < top_p <= 1.0:
+        raise InputError(f"generate: top_p is {top_p}; it must lie above 0 and be at most 1.")
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
+           generator: torch.Generator) -> int:  # fmt: skip
+    """One token id by logits [V]. top_p keeps the smallest set of likeliest tokens with that probability or more."""
+    if temperature == 0:
+        return int(logits.argmax())
+    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
+    if top_k is not None:
+        logits, order = logits[:top_k], order[:top_k]
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, 0.0)
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+class _Reader:
+    """Feeds tokens to the model, retrieves at chunk boundaries, and forgets the first half of a window that is full."""
+
+    def __init__(self, run: Run, retriever: Retriever | None, k: int, dtype: torch.dtype) -> None:
+        self.model, self.tokenizer, self.retriever, self.k, self.dtype = run.model, run.tokenizer, retriever, k, dtype
+        self.device = next(run.model.parameters()).device
+        self.size = run.model.config.chunk_size
+        self.window = max(run.sequence_length, 2 * self.size)
+        self.tokens: list[int] = []  # all
+        self.start = 0  # of the tokens in the cache
+        self.cache = self.model.new_cache(1)
+        self.found: list[NeighbourBatch] = []  # of every complete chunk, [1, 1, K, R]
+        self.traces: list[ChunkTrace] = []
+        self.retrieval_seconds = 0.0
+
+    def read(self, new: list[int]) -> Tensor:
+        """Logits [V] of the token after `new`. No tokens at all: those after a lone pad, as at a document's start."""
+        if not new:
+            return self._decode([self.tokenizer.pad_id], self.model.new_cache(1), [])
+        self.tokens += new
+        self._retrieve()
+        if len(self.tokens) - self.start <= self.window:
+            return self._decode(new, self.cache, self._between(len(self.tokens) - len(new), len(self.tokens)))
+        # Whole chunks are dropped, so the grid stays that of the document.
+        keep = max(self.size, self.window // 2 // self.size * self.size)
+        self.start = (len(self.tokens) - keep) // self.size * self.size
+        self.cache = self.model.new_cache(1)
+        return self._decode(self.tokens[self.start :], self.cache, self._between(self.start, len(self.tokens)))
+
+    def _between(self, start: int, stop: int) -> list[NeighbourBatch]:
+        """Neighbours of the chunks completed by the tokens start … stop − 1."""
+        return self.found[start // self.size : stop // self.size]
+
+    def _decode(self, new: list[int], cache: Any, found: list[NeighbourBatch]) -> Tensor:
+        neighbours = None
+        if found:
+            neighbours = NeighbourBatch(torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1),
+                                        None, None)  # fmt: skip
+        with torch.inference_mode(), autocast(self.device, self.dtype):
+            return self.model.decode(torch.tensor([new], device=self.device), cache, neighbours)[0, -1].float()
+
+    def _retrieve(self) -> None:
+        done, whole = len(self.traces), len(self.tokens) // self.size
+        if done == whole:
+            return
+        started = time.perf_counter()
+        text = torch.tensor(self.tokens[done * self.size : whole * self.size], device=self.device).view(-1, self.size)
+        self.traces += [ChunkTrace(self.tokenizer.decode(row)) for row in text.tolist()]
+        if self.retriever is not None:
+            near = self.retriever(text.view(1, -1), num_neighbours=self.k).to(self.device)
+            for u, trace in enumerate(self.traces[done:]):
+                self.found.append(NeighbourBatch(near.tokens[:, u : u + 1], near.lengths[:, u : u + 1], None, None))
+                trace.neighbours = self._described(near, u)
+        self.retrieval_seconds += time.perf_counter() - started
+
+    def _described(self, near: NeighbourBatch, u: int) -> list[Neighbour]:
+        assert self.retriever is not None and near.ids is not None and near.distances is not None
+        ids = near.ids[0, u].cpu()
+        documents = self.retriever.documents(ids)
+        rows = zip(ids.tolist(), near.distances[0, u].tolist(), documents.tolist(), self.retriever.titles(documents),
+                   near.tokens[0, u].tolist(), near.lengths[0, u].tolist(), strict=True)  # fmt: skip
+        return [Neighbour(distance, chunk, document, title, self.tokenizer.decode(tokens[:length]))
+                for chunk, distance, document, title, tokens, length in rows if chunk >= 0]  # fmt: skip
+
+
+class _Stream:
+    """Hands out text as it comes; the bytes of an unfinished character wait for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None] | None) -> None:
+        import codecs
+
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> None:
+        if self._on_text and (text := self._decoder.decode(self._tokenizer.decode_bytes([token]))):
+            self._on_text(text)
+
+    def close(self) -> None:
+        if self._on_text and (text := self._decoder.decode(b"", final=True)):
+            self._on_text(text)
+
+
+def _never(tokenizer: Tokenizer, ignore_end: bool) -> Tensor:
+    """bool [V]: tokens that stand for no text and are never drawn."""
+    silent = torch.from_numpy(tokenizer.token_bytes == 0)
+    silent[1] = True  # <unk>: encoding never gives it
+    silent[tokenizer.pad_id] = ignore_end
+    return silent
+
+
+def show_chunks(chunks: list[dict[str, Any]]) -> str:
+    """The chunks with their neighbours, for a reader."""
+    lines = []
+    for u, chunk in enumerate(chunks):
+        lines += ["", f"── chunk {u} " + "─" * 60, chunk["text"].strip("\n")]
+        if not chunk["neighbours"]:
+            lines.append("   (no neighbour)")
+        for rank, near in enumerate(chunk["neighbours"], 1):
+            lines.append(f"   {rank}. {near['title']}  (chunk {near['chunk']:,}, distance {near['distance']:.3f})")
+            lines += ["      │ " + line for line in near["text"].strip("\n").splitlines()]
+    return "\n".join(lines)

