@@ -1,0 +1,321 @@
+"""Neighbours found once and used again: a file made beforehand (`retro-kernels neighbours`), or a cache in memory.
+
+What is kept for a chunk is the list of its S nearest chunks outside one document, its own (or outside none). A later
+search that excludes that document among others takes the list, drops the others, and has the same k neighbours as a live
+search would find, if k are left or the list holds all there is; else the row is searched live. So the file is not tied
+to a seed, a sequence length or the packing of documents.
+
+File: one safetensors file, rows sorted by hash.
+    hashes, checks   int64 [n]      two independent hashes of (chunk, document)
+    ids              int64 [n, S]   −1 = there is no further chunk
+    distances        float32 [n, S]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.search import DocumentTable, Searcher, Stats, mixed, row_hashes, take_first, to_device, unfilled
+from retro_kernels.retrieval.store import ChunkStore
+
+if TYPE_CHECKING:
+    from retro_kernels.retrieval.retriever import Retriever
+
+FORMAT, VERSION = "retro_kernels neighbours", "1"
+_BLOCK = 4096  # chunks searched, and saved, at a time
+_CHECK_SEED = 0x5DEECE66D
+_ARRAYS = {"hashes": "I64", "checks": "I64", "ids": "I64", "distances": "F32"}
+
+
+def _hashes(queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Two hashes of chunks [n, M] together with a document id [n], −1 = none."""
+    return (mixed(row_hashes(queries) ^ mixed(documents + 2)),
+            mixed(row_hashes(queries, _CHECK_SEED) ^ mixed(documents + 2)))  # fmt: skip
+
+
+def _narrow(distances: Tensor, ids: Tensor, documents: DocumentTable, exclude: Tensor | None,
+            k: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """From kept lists [Q, S] to (distances [Q, k], ids [Q, k], bool [Q]: these are what a live search would find)."""
+    keep = documents.allowed(ids, exclude)
+    complete = (keep.sum(1) >= k) | (ids[:, -1] < 0)
+    return *take_first(distances, ids, keep, k), complete
+
+
+class NeighbourFile:
+    """An opened file of neighbours. Attributes: num_rows, per_chunk, metadata."""
+
+    def __init__(self, arrays: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        self.hashes, self.checks = arrays["hashes"], arrays["checks"]
+        self.ids, self.distances = arrays["ids"], arrays["distances"]
+        self.metadata = metadata
+        self.num_rows, self.per_chunk = self.ids.shape
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, store: ChunkStore | None = None,
+             retriever: str | None = None) -> NeighbourFile:  # fmt: skip
+        """Checks format, shapes, checksum, and that it was made with this set and this kind of retriever; else InputError."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+                    raise InputError(f"{path} holds no neighbours of format version {VERSION}.")
+                found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                if found != _ARRAYS:
+                    raise InputError(f"{path} is damaged: it holds {found}.")
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        except FileNotFoundError:
+            raise InputError(f"There is no file of neighbours {path}. Make one with: retro-kernels neighbours") from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is no whole file of neighbours: {error}") from None
+        n = arrays["hashes"].shape
+        if len(n) != 1 or arrays["checks"].shape != n or arrays["ids"].dim() != 2 or arrays["ids"].shape[:1] != n or \
+                arrays["distances"].shape != arrays["ids"].shape:  # fmt: skip
+            raise InputError(f"{path} is damaged: its arrays do not fit each other.")
+        if _checksum(arrays) != metadata.get("checksum"):
+            raise InputError(f"{path} is damaged: its checksum is another. Make it again: retro-kernels neighbours")
+        if store is not None and metadata.get("set") != set_fingerprint(store):
+            raise InputError(f"{path} was made with another retrieval set than {store.path}, or before it was changed. "
+                             "Make it again: retro-kernels neighbours")  # fmt: skip
+        if retriever is not None and metadata.get("retriever") != retriever:
+            raise InputError(f"{path} holds the neighbours of the retriever {metadata.get('retriever')!r}, not of {retriever!r}.")
+        return cls(arrays, metadata)
+
+    def to(self, device: torch.device | str) -> NeighbourFile:
+        return NeighbourFile({name: getattr(self, name).to(device) for name in _ARRAYS}, self.metadata)
+
+    def rows(self, queries: Tensor, exclude: Tensor | None) -> Tensor:
+        """int64 [Q]: a row whose list may serve a query [Q, M] that excludes documents [Q, E]; −1 where there is none."""
+        found = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
+        if not self.num_rows:
+            return found
+        columns = [] if exclude is None else list(exclude.unbind(1))
+        for document in [*columns, torch.full_like(found, -1)]:
+            hashes, checks = _hashes(queries, document)
+            place = torch.searchsorted(self.hashes, hashes).clamp(max=self.num_rows - 1)
+            same = (self.hashes[place] == hashes) & (self.checks[place] == checks)
+            found = torch.where((found < 0) & same, place, found)
+        return found
+
+
+class PrecomputedSearcher:
+    """Takes neighbours from a file as far as it goes, and searches live for the rest."""
+
+    def __init__(self, table: NeighbourFile, documents: DocumentTable, inner: Searcher | None,
+                 stats: Stats | None = None) -> None:  # fmt: skip
+        """inner: the live searcher. None: what the file does not hold has no neighbours, and a GPU is never waited for."""
+        self.device = documents.document_ids.device
+        self.table, self.documents = table.to(self.device), documents
+        self.inner, self.stats = inner, stats or Stats()
+
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `search.Searcher.search`."""
+        here, excluded = to_device(queries, self.device), None if exclude is None else to_device(exclude, self.device)
+        with self.stats.time("lookup"):
+            rows = self.table.rows(here, excluded)
+            place = rows.clamp(min=0)
+            if self.table.num_rows:
+                distances, ids, complete = _narrow(self.table.distances[place], self.table.ids[place], self.documents,
+                                                   excluded, k)  # fmt: skip
+            else:
+                (distances, ids), complete = unfilled(len(here), k, self.device), rows >= 0
+            missing = (rows < 0)[:, None]
+            distances, ids = distances.masked_fill(missing, torch.inf), ids.masked_fill(missing, -1)
+        if self.inner is None:
+            return distances, ids
+        live = (~(complete & (rows >= 0))).nonzero().squeeze(1)
+        self.stats.reused += len(queries) - live.numel()
+        return _fill_live(self.inner, queries, k, exclude, live, distances, ids)
+
+
+class CachingSearcher:
+    """Keeps the neighbours of the set's own chunks in memory, S for each, once they were asked for.
+
+    For queries that are chunks of the set and exclude its document, as in training; any other is searched live.
+    Memory: 12 · S bytes a chunk visited.
+    """
+
+    def __init__(self, inner: Searcher, store: ChunkStore, documents: DocumentTable, *, per_chunk: int = 16,
+                 stats: Stats | None = None) -> None:  # fmt: skip
+        if per_chunk < 1:
+            raise InputError(f"CachingSearcher: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
+        self.inner, self.store, self.per_chunk, self.stats = inner, store, per_chunk, stats or Stats()
+        self.documents = documents
+        self._on_host = DocumentTable(store.document_ids, store.num_documents)
+        # pages of zeros take no memory until they are written; 0 is "not known", so ids are kept with 2 added
+        self._ids = torch.from_numpy(np.zeros((store.num_chunks, per_chunk), dtype=np.int64))
+        self._distances = torch.from_numpy(np.zeros((store.num_chunks, per_chunk), dtype=np.float32))
+
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `search.Searcher.search`. The cache is on the host: queries on a GPU are waited for."""
+        if exclude is None or k > self.per_chunk or queries.shape[1] != self.store.chunk_size:
+            return self.inner.search(queries, k, exclude)
+        excluded = exclude.cpu()
+        with self.stats.time("lookup"):
+            chunks = torch.from_numpy(self.store.find_chunks(queries.cpu()))
+            own = self._on_host.of(chunks)
+            usable = (chunks >= 0) & (excluded == own[:, None]).any(1)
+            fresh = (usable & (self._ids[chunks.clamp(min=0), -1] == 0)).nonzero().squeeze(1)
+        if fresh.numel():
+            self._learn(queries, chunks, own, fresh)
+        with self.stats.time("lookup"):
+            place = chunks.clamp(min=0)
+            distances, ids, complete = _narrow(self._distances[place], self._ids[place] - 2, self._on_host, excluded, k)
+            live = (~(complete & usable)).nonzero().squeeze(1)
+        self.stats.reused += len(queries) - live.numel() - fresh.numel()
+        device = self.documents.document_ids.device
+        distances, ids = to_device(distances, device), to_device(ids, device)
+        return _fill_live(self.inner, queries, k, exclude, live, distances, ids)
+
+    def _learn(self, queries: Tensor, chunks: Tensor, own: Tensor, rows: Tensor) -> None:
+        first = np.unique(chunks[rows].numpy(), return_index=True)[1]
+        rows = rows[torch.from_numpy(first)]
+        exclude = to_device(own[rows, None], queries.device)
+        found, ids = self.inner.search(queries[to_device(rows, queries.device)], self.per_chunk, exclude)
+        self._distances[chunks[rows]] = found.cpu()
+        self._ids[chunks[rows]] = ids.cpu() + 2
+
+
+def _fill_live(inner: Searcher, queries: Tensor, k: int, exclude: Tensor | None, live: Tensor, distances: Tensor,
+               ids: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if live.numel():
+        rows = to_device(live, queries.device)
+        found, found_ids = inner.search(queries[rows], k, None if exclude is None else exclude[rows])
+        place = to_device(live, ids.device)
+        distances[place], ids[place] = found.to(distances.device), found_ids.to(ids.device)
+    return distances, ids
+
+
+def set_fingerprint(store: ChunkStore) -> str:
+    """SHA-256 over what decides a set's neighbours: tokenizer, embedder, index and the checksums of the files."""
+    parts = {name: store.manifest[name] for name in ("tokenizer", "embedder", "index", "files")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.PathLike[str], *, per_chunk: int = 16,
+               progress: Callable[[int], object] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Searches neighbours for every chunk and writes the file `out`, whole or not at all.
+
+    chunks: token ids [n, M], padded with 0, an array or a memory map.  documents: int64 [n], the set's document that a
+        chunk belongs to (`Retriever.find_documents`), −1 where the set does not have it.
+    per_chunk: S, neighbours kept for each chunk: more than are used, so that other documents can be dropped.
+    progress: is told how many chunks were done, those of an interrupted run included.
+
+    Interrupted, the next call with the same arguments goes on (finished blocks lie in `out`.partial); where `out` has
+    been made from the same input already, nothing is done. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
+    """
+    out, documents = Path(out), np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
+    chunks = np.asarray(chunks)
+    if chunks.ndim != 2 or chunks.shape[1] != retriever.chunk_size or documents.shape != chunks.shape[:1]:
+        raise ValueError(f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
+                         f"not {list(chunks.shape)} and {list(documents.shape)}.")  # fmt: skip
+    if per_chunk < 1:
+        raise InputError(f"precompute: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
+    metadata = {"format": FORMAT, "version": VERSION, "set": set_fingerprint(retriever.store),
+                "retriever": retriever.name, "per_chunk": str(per_chunk), "input": _input_hash(chunks, documents)}  # fmt: skip
+    result = {"chunks": len(chunks), "per_chunk": per_chunk, "path": str(out)}
+    if out.exists():
+        with contextlib.suppress(InputError):  # another file, or a damaged one: replaced when the new one is whole
+            old = NeighbourFile.open(out)
+            if {name: old.metadata.get(name) for name in metadata} == metadata:
+                return {**result, "rows": old.num_rows, "done_before": True}
+    partial = out.with_name(out.name + ".partial")
+    with _partial_folder(partial, metadata):
+        parts = []
+        for number, start in enumerate(range(0, len(chunks), _BLOCK)):
+            rows = slice(start, start + _BLOCK)
+            parts.append(_block(retriever, chunks[rows], documents[rows], per_chunk, partial / f"{number:08d}.safetensors"))
+            if progress:
+                progress(len(chunks[rows]))
+        arrays = _merged(parts, per_chunk)
+        _save(arrays, out, {**metadata, "checksum": _checksum(arrays)})
+        shutil.rmtree(partial, ignore_errors=True)
+    return {**result, "rows": len(arrays["ids"]), "done_before": False}
+
+
+def _block(retriever: Retriever, chunks: np.ndarray, documents: np.ndarray, per_chunk: int, path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with contextlib.suppress(FileNotFoundError, SafetensorError):
+        return load_file(path)
+    queries, own = torch.from_numpy(chunks.astype(np.int64)), torch.from_numpy(documents)
+    hashes, checks = _hashes(queries, own)
+    distances, ids = retriever.search(queries, per_chunk, own[:, None], keep_copies=True)
+    arrays = {"hashes": hashes, "checks": checks, "ids": ids.cpu().contiguous(),
+              "distances": distances.cpu().contiguous()}  # fmt: skip
+    _save(arrays, path, {})
+    return arrays
+
+
+def _merged(parts: list[dict[str, Tensor]], per_chunk: int) -> dict[str, Tensor]:
+    none = {"hashes": torch.zeros(0, dtype=torch.int64), "checks": torch.zeros(0, dtype=torch.int64),
+            "ids": torch.zeros(0, per_chunk, dtype=torch.int64), "distances": torch.zeros(0, per_chunk)}  # fmt: skip
+    arrays = {name: torch.cat([none[name], *(part[name] for part in parts)]) for name in _ARRAYS}
+    order = np.lexsort((arrays["checks"].numpy(), arrays["hashes"].numpy()))
+    pairs = np.stack([arrays["hashes"].numpy()[order], arrays["checks"].numpy()[order]])
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(0)  # a chunk may stand in a document twice
+    kept = torch.from_numpy(order[first])
+    return {name: array[kept].contiguous() for name, array in arrays.items()}
+
+
+def _input_hash(chunks: np.ndarray, documents: np.ndarray) -> str:
+    digest = hashlib.blake2b(documents.tobytes(), digest_size=16)
+    for start in range(0, len(chunks), _BLOCK):
+        digest.update(np.ascontiguousarray(chunks[start : start + _BLOCK], dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def _checksum(arrays: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in _ARRAYS:
+        digest.update(arrays[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _partial_folder(folder: Path, metadata: dict[str, str]) -> Iterator[None]:
+    """The folder of finished blocks, locked while in use (the lock ends with the process); other input's blocks go."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"Another process is making {folder.with_suffix('')}: {folder} is locked.") from None
+        described = folder / "input.json"
+        wanted = json.dumps(metadata, sort_keys=True)
+        if not described.exists() or described.read_text() != wanted:
+            for block in folder.glob("*.safetensors*"):
+                block.unlink()
+            described.write_text(wanted)  # half of it is just not equal
+        yield

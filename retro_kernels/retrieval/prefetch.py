@@ -1,0 +1,148 @@
+"""Retrieval one step ahead of training, on a thread of its own and, on a GPU, a stream of its own.
+
+The thread takes batches from the loader, one after another, and retrieves for them; the training loop gets them in the
+loader's order. Numbers do not change: it is the same call, made earlier.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from retro_kernels.ops.gather import NeighbourBatch
+
+if TYPE_CHECKING:
+    from retro_kernels.retrieval.retriever import Retriever
+
+Inputs = Callable[[Any], "tuple[Tensor, Tensor | None]"]
+_POLL_SECONDS = 0.05  # how soon the thread notices that no one listens any more
+
+
+def default_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """(tokens, exclude_documents) of a batch: a tensor of tokens, a pair, or a mapping with these names."""
+    if isinstance(batch, Tensor):
+        return batch, None
+    if isinstance(batch, Mapping) and "tokens" in batch:
+        return batch["tokens"], batch.get("exclude_documents")
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
+        return batch[0], batch[1]
+    if hasattr(batch, "tokens"):
+        return batch.tokens, getattr(batch, "exclude_documents", None)
+    raise TypeError(f"prefetch: a batch is a tensor of tokens, a pair (tokens, exclude_documents), or has these names; this "
+                    f"is a {type(batch).__name__}. Give inputs=, a function that takes both out of a batch.")  # fmt: skip
+
+
+@dataclass
+class _Lane:
+    """What thread and training loop share. The thread knows this and not the iterator, so dropping the iterator ends it."""
+
+    ready: queue.Queue[tuple[str, Any]]
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def put(self, item: tuple[str, Any]) -> bool:
+        while not self.stop.is_set():
+            try:
+                self.ready.put(item, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+class Prefetcher:
+    """`for batch, neighbours in Prefetcher(retriever, loader)`: each batch as the loader gave it, and its NeighbourBatch.
+
+    Starts anew with every `for`, as a loader does. The loader is read on the thread, at most depth + 1 batches ahead of
+    the loop. An exception of the loader or the retriever is raised in the loop, with the thread's traceback, after
+    the batches before it. Leaving the loop early ends the thread; `close()` does so too.
+    Attributes: steps, stall_seconds (time the loop waited; of it first_seconds for the first batch, which
+    nothing can hide).
+    """
+
+    def __init__(self, retriever: Retriever, loader: Iterable[Any], *, num_neighbours: int = 2, depth: int = 1,
+                 inputs: Inputs | None = None) -> None:  # fmt: skip
+        """depth: batches kept ready.  inputs: takes (tokens, exclude_documents) out of a batch; see `default_inputs`."""
+        if depth < 1:
+            raise ValueError(f"prefetch: depth is {depth}; at least 1 batch is kept ready.")
+        self.retriever, self.loader, self.num_neighbours, self.depth = retriever, loader, num_neighbours, depth
+        self.inputs = inputs or default_inputs
+        self.steps = 0
+        self.stall_seconds = self.first_seconds = 0.0
+        self._lane: _Lane | None = None
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[tuple[Any, NeighbourBatch]]:
+        lane = self._lane = _Lane(queue.Queue(self.depth))
+        thread = threading.Thread(
+            target=_work, name="retro-kernels-prefetch", daemon=True,
+            args=(lane, self.retriever, self.loader, self.num_neighbours, self.inputs),
+        )  # fmt: skip
+        thread.start()
+        first = True
+        try:
+            while not lane.stop.is_set():
+                start = time.perf_counter()
+                kind, item = lane.ready.get()
+                waited = time.perf_counter() - start
+                if kind == "end" or lane.stop.is_set():
+                    return
+                if kind == "error":
+                    raise item
+                self.stall_seconds += waited
+                self.first_seconds += waited if first else 0.0
+                self.steps, first = self.steps + 1, False
+                batch, neighbours, done = item
+                if done is not None:
+                    _hand_over(neighbours, done)
+                yield batch, neighbours
+                del batch, neighbours, item  # or they would live until the next one is there
+        finally:
+            lane.stop.set()
+            thread.join()
+
+    def close(self) -> None:
+        """Ends the thread of the loop that is running, if one is. Its batches end."""
+        if self._lane is not None:
+            self._lane.stop.set()
+            try:  # a loop that waits for a batch must wake up
+                self._lane.ready.put_nowait(("end", None))
+            except queue.Full:
+                pass
+
+
+def _work(lane: _Lane, retriever: Retriever, loader: Iterable[Any], num_neighbours: int, inputs: Inputs) -> None:
+    try:
+        stream = torch.cuda.Stream(retriever.device) if retriever.device.type == "cuda" else None
+        for batch in loader:
+            if lane.stop.is_set():
+                return
+            tokens, exclude = inputs(batch)
+            with torch.cuda.stream(stream):  # None: nothing
+                if stream is not None and tokens.is_cuda:
+                    stream.wait_stream(torch.cuda.default_stream(tokens.device))
+                neighbours = retriever(tokens, num_neighbours=num_neighbours, exclude_documents=exclude)
+                done = stream.record_event() if stream is not None else None
+            if not lane.put(("batch", (batch, neighbours, done))):
+                return
+            del batch, tokens, exclude, neighbours
+        lane.put(("end", None))
+    except BaseException as error:  # also KeyboardInterrupt in the loader: whatever it is belongs to the loop
+        lane.put(("error", error))
+
+
+def _hand_over(neighbours: NeighbourBatch, done: torch.cuda.Event) -> None:
+    """The loop's stream waits for the retrieval; the host does not. The memory belongs to both streams from here on."""
+    current = torch.cuda.current_stream(neighbours.tokens.device)
+    current.wait_event(done)
+    for tensor in neighbours:
+        if tensor is not None:
+            tensor.record_stream(current)

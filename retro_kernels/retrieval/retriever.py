@@ -1,0 +1,352 @@
+"""The retriever that a training step calls: token ids in, neighbours with their continuations out.
+
+    retriever = Retriever.from_pretrained("set")
+    neighbours = retriever(tokens, num_neighbours=2, exclude_documents=documents)      # a NeighbourBatch
+    for batch, neighbours in retriever.prefetch(loader): ...                           # one step ahead
+
+Tokens are cut into chunks; each chunk is searched for outside the excluded documents (search.py), and the tokens of what
+was found are gathered. Borgeaud et al. 2021 (arXiv 2112.04426), sections 2.2 and 2.3.
+
+Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neighbours, R = 2M, E excluded documents.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retro_kernels.config import InputError
+from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
+from retro_kernels.retrieval.bm25 import BM25Searcher
+from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
+from retro_kernels.retrieval.index import Index
+from retro_kernels.retrieval.leakage import containment
+from retro_kernels.retrieval.prefetch import Prefetcher
+from retro_kernels.retrieval.rerank import MEASURES, Reranker
+from retro_kernels.retrieval.search import (
+    DenseSearcher, DeviceStore, DocumentTable, RandomSearcher, Searcher, Stats, check_queries, take_first, to_device,
+    unfilled,
+)  # fmt: skip
+from retro_kernels.retrieval.store import ChunkStore
+
+DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
+RETRIEVERS = ("dense", "bm25", "random", *(f"dense+{by}" for by in MEASURES), *(f"bm25+{by}" for by in MEASURES))
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One neighbour of a text."""
+
+    distance: float
+    chunk: int
+    document: int
+    title: str
+    text: str
+    continuation: str
+    """"" where the document ends with the chunk."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Retriever:
+    """See the module. Public: store, tokenizer, num_chunks, num_documents, chunk_size, stats, searcher.
+
+    One call at a time: a lock makes a prefetching thread and an evaluation in between wait for each other.
+    """
+
+    def __init__(self, store: ChunkStore, searcher: Searcher, *, documents: DocumentTable | None = None,
+                 device: torch.device | str | None = None, device_store: DeviceStore | None = None,
+                 drop_copies: float | None = None, stats: Stats | None = None) -> None:  # fmt: skip
+        """From parts; `Retriever.from_pretrained` makes them. documents, device_store and the searcher's results are on
+        `device`. Arguments as there."""
+        if drop_copies is not None and not 0.0 < drop_copies <= 1.0:
+            raise InputError(f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, above 0 and "
+                             "at most 1.")  # fmt: skip
+        self.store, self.searcher = store, searcher
+        self.device = torch.device("cpu" if device is None else device)
+        self.device_store, self.drop_copies, self.stats = device_store, drop_copies, stats or Stats()
+        self._documents = documents or DocumentTable(store.document_ids, store.num_documents, self.device)
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        retriever: str = "dense",
+        embedder: TextEmbedder | str | os.PathLike[str] | None = None,
+        query_embedder: TextEmbedder | str | os.PathLike[str] | None = None,
+        neighbours: str | os.PathLike[str] | None = None,
+        cache: int = 0,
+        drop_copies: float | None = None,
+        embed_unknown: bool = True,
+        rerank_fetch: int = 64,
+        seed: int = 0,
+        verify: str = "sizes",
+    ) -> Retriever:
+        """Opens the retrieval set in the folder `path`.
+
+        device: where the index, the filter and, if they fit, tokens and keys are; None: the CPU.
+        retriever: "dense" (embeddings), "bm25", "random" (the control), or with a re-ranking "+bm25", "+edit", "+run"
+            of `rerank_fetch` candidates.
+        embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
+            object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
+        query_embedder: another encoder for queries (as in DPR). Keys of the set are then never taken for queries.
+        neighbours: a file of `retro-kernels neighbours` to take instead of searching, as far as it goes.
+        cache: how many neighbours to keep in memory for each chunk of the set, 0 = none.
+        drop_copies: leave out neighbours which, with continuation, hold this share or more of the chunk's 13-grams.
+        embed_unknown: False gives chunks that are not in the set no neighbours, and never loads the embedder.
+        seed: of the "random" retriever.  verify: as in `ChunkStore.open`.
+
+        InputError where there is no set, it is damaged, or the embedder is not the one it was built with.
+        """
+        if retriever not in RETRIEVERS:
+            raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
+        store = ChunkStore.open(path, verify=verify)
+        device = torch.device("cpu" if device is None else device)
+        stats = Stats()
+        documents = DocumentTable(store.document_ids, store.num_documents, device)
+        device_store = _device_store(store, device)
+        source, _, measure = retriever.partition("+")
+        searcher: Searcher
+        if source == "dense":
+            searcher = DenseSearcher(
+                store, Index.open(store, device=device), _embedder_loader(store, embedder, query_embedder, device),
+                documents=documents, stats=stats, device=device, device_store=device_store,
+                look_up=query_embedder is None, embed_unknown=embed_unknown,
+                inner_product=store.manifest["index"].get("metric") == "inner product",
+            )  # fmt: skip
+        elif source == "bm25":
+            searcher = BM25Searcher(store, stats=stats)
+        else:
+            searcher = RandomSearcher(documents, seed)
+        if measure:
+            searcher = Reranker(searcher, store, measure, fetch=rerank_fetch, stats=stats)
+        if neighbours is not None:
+            from retro_kernels.retrieval.neighbours import NeighbourFile, PrecomputedSearcher
+
+            table = NeighbourFile.open(neighbours, store=store, retriever=retriever)
+            searcher = PrecomputedSearcher(table, documents, searcher, stats=stats)
+        if cache:
+            from retro_kernels.retrieval.neighbours import CachingSearcher
+
+            searcher = CachingSearcher(searcher, store, documents, per_chunk=cache, stats=stats)
+        made = cls(store, searcher, documents=documents, device=device, device_store=device_store,
+                   drop_copies=drop_copies, stats=stats)  # fmt: skip
+        made.name = retriever
+        return made
+
+    name: str = "custom"
+    """Which retriever this is, as given to `from_pretrained`."""
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.store.tokenizer
+
+    @property
+    def num_chunks(self) -> int:
+        return self.store.num_chunks
+
+    @property
+    def num_documents(self) -> int:
+        return self.store.num_documents
+
+    @property
+    def chunk_size(self) -> int:
+        return self.store.chunk_size
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """InputError unless the set was built with the tokenizer of this fingerprint (`Tokenizer.fingerprint`)."""
+        own = self.store.manifest["tokenizer"]["fingerprint"]
+        if fingerprint != own:
+            raise InputError(
+                f"The retrieval set {self.store.path} has another tokenizer ({own[:12]}…) than the model or data it is to "
+                f"be used with ({fingerprint[:12]}…). Build the set again: retro-kernels index PATH --tokenizer MODEL --out SET"
+            )
+
+    def __call__(self, tokens: Tensor, *, num_neighbours: int = 2,
+                 exclude_documents: Tensor | None = None) -> NeighbourBatch:  # fmt: skip
+        """The neighbours of each whole chunk of each sequence.
+
+        tokens: integers [B, N] of the set's tokenizer, L = N // M chunks; a rest shorter than a chunk is left out.
+        exclude_documents: int64 [B, E], document ids from which no neighbour of this sequence may come, −1 = none; on
+            the device of tokens. A training sequence lists every document that it holds.
+
+        Returns tokens int64 [B, L, K, 2M], lengths, ids and distances [B, L, K] on the device of tokens where that is a
+        GPU, else on the retriever's. Missing neighbours: length 0, id −1, distance +inf. A chunk wholly of padding has none.
+        Raises ValueError for shapes that do not fit, InputError for a token id beyond the vocabulary.
+        """
+        self._check(tokens, num_neighbours, exclude_documents)
+        m = self.chunk_size
+        b, chunks = tokens.shape[0], tokens.shape[1] // m
+        queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
+        exclude = None
+        if exclude_documents is not None and exclude_documents.shape[1]:
+            exclude = exclude_documents.to(queries.device, torch.int64).repeat_interleave(chunks, dim=0)
+        with self._lock, torch.no_grad():
+            self.stats.calls += 1
+            check_queries(queries, self.store.manifest["tokenizer"]["vocab_size"])
+            distances, ids = self.search(queries, num_neighbours, exclude)
+            home = tokens.device if tokens.is_cuda else self.device
+            distances, ids = distances.to(home), ids.to(home)
+            with self.stats.time("gather"):
+                found, lengths = self.gather(ids)
+        shape = (b, chunks, num_neighbours)
+        return NeighbourBatch(found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape))
+
+    def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}.")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InputError(f"Retriever: num_neighbours is {k!r}; it must be an integer of at least 1.")
+        if exclude is None:
+            return
+        if exclude.dim() != 2 or exclude.shape[0] != tokens.shape[0] or exclude.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"Retriever: exclude_documents must be int64 [B, E] with B = {tokens.shape[0]}, "
+                             f"not {exclude.dtype} {list(exclude.shape)}.")  # fmt: skip
+        if exclude.device != tokens.device:
+            raise ValueError(f"Retriever: exclude_documents is on {exclude.device}, tokens on {tokens.device}; "
+                             "move one of them.")  # fmt: skip
+
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None, *,
+               keep_copies: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Distances and ids [Q, k] of queries int64 [Q, M]; chunks of padding get none. keep_copies overrides
+        drop_copies."""
+        drop = None if keep_copies else self.drop_copies
+        real = (queries != self.tokenizer.pad_id).any(1)
+        self.stats.queries += queries.shape[0]
+        if queries.is_cuda:  # picking rows would wait for the GPU: search all, then blank
+            distances, ids = self._search(queries, k, exclude, drop)
+            real = real.to(ids.device)[:, None]
+            return distances.masked_fill(~real, torch.inf), ids.masked_fill(~real, -1)
+        rows = real.nonzero().squeeze(1)
+        self.stats.padding += queries.shape[0] - rows.numel()
+        if rows.numel() == queries.shape[0] > 0:
+            return self._search(queries, k, exclude, drop)
+        distances, ids = unfilled(queries.shape[0], k, self.device)
+        if rows.numel():
+            found, found_ids = self._search(queries[rows], k, None if exclude is None else exclude[rows], drop)
+            distances, ids = distances.to(found.device), ids.to(found.device)
+            places = to_device(rows, found.device)
+            distances[places], ids[places] = found, found_ids
+        return distances, ids
+
+    def _search(self, queries: Tensor, k: int, exclude: Tensor | None,
+                drop: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if drop is None:
+            return self.searcher.search(queries, k, exclude)
+        return _search_without_copies(self, queries, k, exclude, drop)
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [..., 2M] and lengths of chunk ids with their continuations, on the device of ids."""
+        if self.device_store is not None and ids.device == self.device:
+            tokens, continuation = self.device_store.chunks, self.device_store.continuation
+            return gather_neighbours(tokens, ids, continuation=continuation)
+        return gather_neighbours(self.store.chunks, ids, continuation=self.store.continuation)
+
+    def documents(self, ids: Tensor) -> Tensor:
+        """The document id of each chunk id, −1 for −1; any shape."""
+        return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
+
+    def titles(self, document_ids: Any) -> list[str]:
+        """The title of each document id, "" for −1, flat."""
+        return self.store.titles(document_ids)
+
+    def find_documents(self, hashes: Iterable[int]) -> Tensor:
+        """int64 [n]: the set's document with each hash (`data.corpus.document_hash` of its text), −1 where it has none."""
+        return torch.from_numpy(np.asarray(self.store.find_documents(hashes), dtype=np.int64))
+
+    def search_text(self, text: str | list[str], k: int = 2) -> Any:
+        """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such lists."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not all(t.strip() for t in texts):
+            raise InputError("search_text: the text is empty. Give some words to search for.")
+        encoded = self.tokenizer.encode_batch(texts)
+        width = max(map(len, encoded), default=1)
+        queries = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded])
+        queries = queries.reshape(len(texts), width)
+        with self._lock, torch.no_grad():
+            if k < 1:
+                raise InputError(f"search_text: k is {k}; it must be at least 1.")
+            distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
+        hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
+        return hits[0] if isinstance(text, str) else hits
+
+    def _hits(self, distances: list[float], ids: list[int]) -> list[Hit]:
+        ids = [i for i in ids if i >= 0]
+        documents = self.documents(torch.tensor(ids, dtype=torch.int64)).tolist()
+        following = [i + 1 if self.store.continuation[i] else -1 for i in ids]
+        columns = (distances[: len(ids)], ids, documents, self.titles(documents), self.store.texts(ids),
+                   self.store.texts(following))  # fmt: skip
+        return [Hit(*row) for row in zip(*columns, strict=True)]
+
+    def prefetch(self, loader: Iterable[Any], *, num_neighbours: int = 2, depth: int = 1,
+                 inputs: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None) -> Prefetcher:  # fmt: skip
+        """`for batch, neighbours in retriever.prefetch(loader)`: the neighbours of each batch, retrieved while the step
+        before it runs. See `prefetch.Prefetcher`."""
+        return Prefetcher(self, loader, num_neighbours=num_neighbours, depth=depth, inputs=inputs)
+
+
+def _search_without_copies(retriever: Retriever, queries: Tensor, k: int, exclude: Tensor | None,
+                           threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """More is fetched, and widened, until k neighbours are left that hold less than `threshold` of the 13-grams."""
+    fetch = 4 * k
+    distances, ids = retriever.searcher.search(queries, fetch, exclude)
+    result, result_ids = unfilled(queries.shape[0], k, ids.device)
+    rows = torch.arange(queries.shape[0], device=ids.device)
+    while True:
+        values, lengths = retriever.gather(ids)
+        share = containment(queries[rows.to(queries.device)].to(ids.device), values, value_lengths=lengths)
+        keep = (ids >= 0) & (share < threshold)
+        result[rows], result_ids[rows] = take_first(distances, ids, keep, k)
+        # a row whose last candidate is missing has seen them all
+        short = ((keep.sum(1) < k) & (ids[:, -1] >= 0)).nonzero().squeeze(1)
+        if not short.numel():
+            return result, result_ids
+        rows, fetch = rows[short], 4 * fetch
+        again = rows.to(queries.device)
+        distances, ids = retriever.searcher.search(queries[again], fetch, None if exclude is None else exclude[again])
+
+
+def _embedder_loader(store: ChunkStore, embedder: Any, query_embedder: Any,
+                     device: torch.device) -> Callable[[], TextEmbedder]:  # fmt: skip
+    entry = store.manifest["embedder"]
+
+    def load() -> TextEmbedder:
+        given = query_embedder if query_embedder is not None else embedder if embedder is not None else entry.get("source")
+        made = given if hasattr(given, "embed") else _load(given, entry, device)
+        if made.dim != entry["dim"]:
+            raise InputError(f"The retrieval set {store.path} holds keys of {entry['dim']} numbers ({entry['name']}); "
+                             f"the embedder {made.name} makes {made.dim}.")  # fmt: skip
+        if query_embedder is None and made.fingerprint != entry["fingerprint"]:
+            raise InputError(
+                f"The retrieval set {store.path} was built with the embedder {entry['name']} "
+                f"({entry['fingerprint'][:12]}…), but {made.name} ({made.fingerprint[:12]}…) was loaded. Give the one it "
+                "was built with, or build the set again."
+            )
+        return made
+
+    return load
+
+
+def _load(given: Any, entry: dict[str, Any], device: torch.device) -> TextEmbedder:
+    name = entry["name"] if given is None else given
+    dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None) if "dtype" in entry else None
+    return load_embedder(None if name == DEFAULT_EMBEDDER else name, device=device, dtype=dtype)
+
+
+def _device_store(store: ChunkStore, device: torch.device) -> DeviceStore | None:
+    """The set's tokens and keys on a GPU, where they take less than a third of what is free."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return DeviceStore(store, device) if 3 * DeviceStore.bytes_needed(store) < free else None

@@ -1,0 +1,379 @@
+"""From query chunks to neighbour ids: the protocol of all retrievers, the exclusion of documents, and dense search.
+
+A searcher is anything with `search(queries, k, exclude) -> (distances, ids)`. Excluding documents is not left to an
+index: FAISS on the GPU ignores selectors, and none has a selector per query. So more is fetched than needed, dropped by
+document id on the device, and where a row ran short, for that row alone the fetch is widened, and at last every chunk
+outside its excluded documents is compared.
+
+Shapes: Q queries, M tokens of a query chunk, k neighbours wanted, F candidates fetched, E excluded documents, C chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.embedder import TextEmbedder
+from retro_kernels.retrieval.store import ChunkStore
+
+WIDEST_FETCH = 2048  # FAISS on the GPU returns no more; beyond it a row is cheaper compared with everything
+_GROWTH = 4
+_FIRST_EXTRA = 48  # on real text k = 2 and a fetch of 50 fills 99.8 % of the rows, 13 fills 84 %
+_SCAN_ROWS = 1 << 16
+_PENDING_ELEMENTS = 1 << 24  # candidates in flight while widening
+
+
+class Searcher(Protocol):
+    """What a retriever asks for neighbours."""
+
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k nearest chunks of each query outside its excluded documents.
+
+        queries: int64 [Q, M] token ids, padded at the end with 0. exclude: int64 [Q, E] document ids, −1 = none.
+        Returns distances float32 [Q, k], ascending, and ids int64 [Q, k]; +inf and −1 where nothing is left.
+        """
+        ...
+
+
+@dataclass
+class Stats:
+    """Where the time of retrieval went, in seconds of the calling thread, and what was counted."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("lookup", "embed", "search", "filter", "gather"), 0.0)
+    )
+    calls: int = 0
+    queries: int = 0
+    padding: int = 0
+    """Chunks wholly of padding: not searched."""
+    looked_up: int = 0
+    embedded: int = 0
+    reused: int = 0
+    """Rows taken from a cache or a file of neighbours."""
+    widened: int = 0
+    """Rows that ran short at the first fetch."""
+    scanned: int = 0
+    """Rows compared with every admissible chunk."""
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def to_dict(self) -> dict[str, Any]:
+        counts = {name: value for name, value in vars(self).items() if name != "seconds"}
+        return {**counts, **{f"{stage}_seconds": value for stage, value in self.seconds.items()}}
+
+    def reset(self) -> None:
+        self.__dict__.update(Stats().__dict__)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """x on the device, over pinned memory, so that nothing waits on the way to a GPU."""
+    device = torch.device(device)
+    return x.pin_memory().to(device, non_blocking=True) if x.is_cpu and device.type == "cuda" else x.to(device)
+
+
+def take_first(distances: Tensor, ids: Tensor, keep: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k kept candidates of each row, in their order: [Q, F] → [Q, k], filled with +inf and −1. Waits for
+    nothing on a GPU."""
+    place = keep.long().cumsum(1) - 1
+    place = torch.where(keep & (place < k), place, k)
+    rows = ids.shape[0]
+    out = torch.full((rows, k + 1), torch.inf, device=ids.device)
+    out_ids = torch.full((rows, k + 1), -1, dtype=torch.int64, device=ids.device)
+    out.scatter_(1, place, distances.float())
+    out_ids.scatter_(1, place, ids)
+    return out[:, :k], out_ids[:, :k]
+
+
+def unfilled(num: int, k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Distances [num, k] of +inf and ids [num, k] of −1."""
+    return (torch.full((num, k), torch.inf, device=device),
+            torch.full((num, k), -1, dtype=torch.int64, device=device))  # fmt: skip
+
+
+class DocumentTable:
+    """The document of every chunk, and how many chunks each document has, on one device."""
+
+    def __init__(self, document_ids: Any, num_documents: int, device: torch.device | str = "cpu") -> None:
+        """document_ids: int64 [C], each below num_documents."""
+        ids = torch.from_numpy(np.array(document_ids, dtype=np.int64))
+        counts = torch.bincount(ids, minlength=num_documents)
+        self.num_chunks, self.num_documents = ids.numel(), num_documents
+        self.longest = int(counts.max()) if counts.numel() else 0
+        self.document_ids, self.counts = ids.to(device), counts.to(device)
+
+    def of(self, ids: Tensor) -> Tensor:
+        """The document of each chunk id; −1 for −1."""
+        if not self.num_chunks:
+            return torch.full_like(ids, -1)
+        return torch.where(ids >= 0, self.document_ids[ids.clamp(min=0)], -1)
+
+    def allowed(self, ids: Tensor, exclude: Tensor | None) -> Tensor:
+        """bool [Q, F]: a chunk, and of no excluded document. ids [Q, F], exclude [Q, E]."""
+        keep = ids >= 0
+        if exclude is not None and exclude.shape[1]:
+            documents = self.of(ids)
+            for column in exclude.unbind(1):  # E is small; [Q, F, E] at once might not be
+                keep &= documents != column[:, None]
+        return keep
+
+    def num_excluded(self, exclude: Tensor) -> Tensor:
+        """int64 [Q]: chunks of the excluded documents, each document counted once."""
+        listed = exclude.sort(dim=1).values
+        first = torch.ones_like(listed, dtype=torch.bool)
+        first[:, 1:] = listed[:, 1:] != listed[:, :-1]
+        real = first & (listed >= 0) & (listed < self.num_documents)
+        if not self.num_documents:
+            return real.sum(1)
+        return torch.where(real, self.counts[listed.clamp(0, self.num_documents - 1)], 0).sum(1)
+
+
+Candidates = Callable[["Tensor | None", int], "tuple[Tensor, Tensor]"]
+
+
+def search_excluding(candidates: Candidates, documents: DocumentTable, num_queries: int, k: int,
+                     exclude: Tensor | None, *, scan: Candidates | None, stats: Stats | None = None,
+                     max_fetch: int = WIDEST_FETCH) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The first k candidates of each query that are of no excluded document, [num_queries, k].
+
+    candidates(rows, fetch): distances and ids [n, fetch], ascending, of the queries `rows` (None = all).
+    scan(rows, k): the k best admissible ones for certain, dearer. None: a row ends where `candidates` ends.
+
+    Where the first fetch covers the largest documents that could be excluded, a GPU is never waited for; else once, to
+    learn which rows ran short.
+    """
+    stats = stats if stats is not None else Stats()
+    most = k if exclude is None else k + exclude.shape[1] * documents.longest
+    most = min(most, documents.num_chunks)
+    without_waiting = documents.document_ids.is_cuda and most <= WIDEST_FETCH
+    fetch = min(most, max_fetch)
+    if exclude is not None and not without_waiting:
+        fetch = min(fetch, max(_GROWTH * k, k + _FIRST_EXTRA))
+    with stats.time("search"):
+        distances, ids = candidates(None, max(fetch, 1))
+    with stats.time("filter"):
+        distances, ids = take_first(distances, ids, documents.allowed(ids, exclude), k)
+        if without_waiting:
+            return distances, ids
+        available = documents.num_chunks - (0 if exclude is None else documents.num_excluded(exclude))
+        wanted = torch.as_tensor(available, device=ids.device).clamp(max=k).expand(num_queries)
+        short = ((ids >= 0).sum(1) < wanted).nonzero().squeeze(1)
+    stats.widened += short.numel()
+    while short.numel() and fetch < min(max_fetch, most):
+        fetch = min(fetch * _GROWTH, max_fetch, most)
+        for rows in short.split(max(1, _PENDING_ELEMENTS // fetch)):
+            with stats.time("search"):
+                found, found_ids = candidates(rows, fetch)
+            with stats.time("filter"):
+                keep = documents.allowed(found_ids, None if exclude is None else exclude[rows])
+                distances[rows], ids[rows] = take_first(found, found_ids, keep, k)
+        short = short[(ids[short] >= 0).sum(1) < wanted[short]]
+    if short.numel() and scan is not None:
+        stats.scanned += short.numel()
+        with stats.time("search"):
+            distances[short], ids[short] = scan(short, k)
+    return distances, ids
+
+
+def scan_exact(keys: Tensor, embeddings: Any, documents: DocumentTable, exclude: Tensor | None, k: int,
+               *, inner_product: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k nearest chunks of no excluded document by comparing with all of them: [Q, k].
+
+    keys float32 [Q, D]; embeddings [C, D], a tensor or a (memory-mapped) array read block by block.
+    Distances are squared L2, or the negative inner product.
+    """
+    best, best_ids = unfilled(keys.shape[0], k, keys.device)
+    norms = keys.square().sum(1, keepdim=True)
+    for start in range(0, documents.num_chunks, _SCAN_ROWS):
+        block = embeddings[start : start + _SCAN_ROWS]
+        block = torch.as_tensor(np.array(block) if isinstance(block, np.ndarray) else block)
+        block = block.to(keys.device, torch.float32)
+        dots = keys @ block.T
+        d = -dots if inner_product else (norms + block.square().sum(1) - 2 * dots).clamp_(min=0)
+        ids = torch.arange(start, start + block.shape[0], device=keys.device).expand(d.shape)
+        d = d.masked_fill(~documents.allowed(ids, exclude), torch.inf)
+        d, column = d.topk(min(k, d.shape[1]), largest=False)
+        d, ids = torch.cat([best, d], 1), torch.cat([best_ids, column + start], 1)
+        best, column = d.sort(dim=1, stable=True)
+        best, best_ids = best[:, :k], ids.gather(1, column[:, :k])
+    return best, best_ids.masked_fill(best.isinf(), -1)
+
+
+class DenseSearcher:
+    """Nearest embeddings. A query chunk that is itself in the set has its key there; any other is embedded."""
+
+    def __init__(self, store: ChunkStore, index: Any, load_embedder: Callable[[], TextEmbedder], *,
+                 documents: DocumentTable, stats: Stats | None = None, device: torch.device | str = "cpu",
+                 device_store: DeviceStore | None = None, look_up: bool = True, embed_unknown: bool = True,
+                 inner_product: bool = False) -> None:  # fmt: skip
+        """load_embedder is called when the first unknown chunk arrives. look_up=False: queries have an encoder of their
+        own (DPR), so the set's keys are none of theirs. embed_unknown=False: a chunk that is not in the set gets no
+        neighbours, and a GPU is not waited for to learn which chunks these are."""
+        self.store, self.index, self.documents, self.stats = store, index, documents, stats or Stats()
+        self.device, self.device_store = torch.device(device), device_store
+        self.look_up, self.embed_unknown, self.inner_product = look_up, embed_unknown, inner_product
+        self._load_embedder = load_embedder
+        self._embedder: TextEmbedder | None = None
+
+    @property
+    def embedder(self) -> TextEmbedder:
+        if self._embedder is None:
+            self._embedder = self._load_embedder()
+        return self._embedder
+
+    def keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys float32 [Q, D] on the search device, known bool [Q]: has a key) of queries int64 [Q, M]."""
+        with self.stats.time("lookup"):
+            known, keys = self._looked_up(queries)
+            keys = to_device(keys, self.device)
+        if not self.embed_unknown:
+            return keys, to_device(known, self.device)
+        unknown = (~known).nonzero().squeeze(1)
+        self.stats.looked_up += queries.shape[0] - unknown.numel()
+        self.stats.embedded += unknown.numel()
+        if unknown.numel():
+            with self.stats.time("embed"):
+                made = self.embed(queries[to_device(unknown, queries.device)])
+                keys[to_device(unknown, self.device)] = to_device(made, self.device)
+        return keys, torch.ones(len(keys), dtype=torch.bool, device=self.device)
+
+    def _looked_up(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(known bool [Q], keys [Q, D]), both on the host, or on the device where the set's tokens are there."""
+        if not self.look_up or queries.shape[1] != self.store.chunk_size:
+            return torch.zeros(len(queries), dtype=torch.bool), torch.zeros(len(queries), self.store.embeddings.shape[1])
+        if self.device_store is not None and queries.is_cuda:
+            ids = self.device_store.find_chunks(queries)
+            return ids >= 0, self.device_store.embeddings[ids.clamp(min=0)].float()
+        ids = self.store.find_chunks(queries)
+        keys = self.store.embeddings[np.maximum(ids, 0)].astype(np.float32)
+        return torch.from_numpy(ids >= 0), torch.from_numpy(keys)
+
+    def embed(self, queries: Tensor) -> Tensor:
+        """float32 [Q, D]: detokenised without pads and embedded; rounded to fp16 as the keys of the set are."""
+        rows = [[t for t in row if t != self.store.tokenizer.pad_id] for row in queries.tolist()]
+        return self.embedder.embed(self.store.tokenizer.decode_batch(rows)).half().float()
+
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Searcher.search`. Distances are squared L2 (negative inner products for a set of that metric)."""
+        keys, known = self.keys(queries)
+        exclude = None if exclude is None else to_device(exclude, self.device)
+        distances, ids = self.search_keys(keys, k, exclude)
+        if not self.embed_unknown:
+            distances = distances.masked_fill(~known[:, None], torch.inf)
+            ids = ids.masked_fill(~known[:, None], -1)
+        return distances, ids
+
+    def search_keys(self, keys: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The same for queries that are embedded already, float32 [Q, D]."""
+        documents = self.documents
+
+        def candidates(rows: Tensor | None, fetch: int) -> tuple[Tensor, Tensor]:
+            return self.index.search(keys if rows is None else keys[rows], fetch)
+
+        def scan(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            embeddings = self.store.embeddings if self.device_store is None else self.device_store.embeddings
+            return scan_exact(keys[rows], embeddings, documents, None if exclude is None else exclude[rows], k,
+                              inner_product=self.inner_product)  # fmt: skip
+
+        return search_excluding(candidates, documents, keys.shape[0], k, exclude, scan=scan, stats=self.stats)
+
+
+class RandomSearcher:
+    """The control: chunks drawn by chance, the same ones for the same query in every call. Distances are 0."""
+
+    def __init__(self, documents: DocumentTable, seed: int = 0) -> None:
+        self.documents, self.seed = documents, seed
+        num = documents.num_chunks
+        generator = np.random.default_rng(seed)
+        strides = [s for s in generator.integers(1, max(num, 2), size=512).tolist() if np.gcd(s, num) == 1] or [1]
+        self._strides = torch.tensor(strides, device=documents.document_ids.device)
+
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Searcher.search`. Row i of a query is chunk (start + i · stride) mod C, the stride coprime to C, so a
+        walk meets every chunk once."""
+        documents = self.documents
+        queries = to_device(queries, documents.document_ids.device)
+        exclude = None if exclude is None else to_device(exclude, queries.device)
+        hashes = mixed(row_hashes(queries) + self.seed)
+        start = hashes.remainder(max(documents.num_chunks, 1))
+        stride = self._strides[mixed(hashes).remainder(self._strides.numel())]
+
+        def candidates(rows: Tensor | None, fetch: int) -> tuple[Tensor, Tensor]:
+            a, b = (start, stride) if rows is None else (start[rows], stride[rows])
+            steps = torch.arange(fetch, device=a.device)
+            ids = (a[:, None] + steps * b[:, None]).remainder(documents.num_chunks)
+            return torch.zeros(ids.shape, device=a.device), ids
+
+        return search_excluding(candidates, documents, queries.shape[0], k, exclude, scan=None,
+                                max_fetch=documents.num_chunks)  # fmt: skip
+
+
+def _wrap(value: int) -> int:
+    """An unsigned 64-bit constant as torch's int64 holds it."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def mixed(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 on int64 tensors, bit for bit `store._mixed` on uint64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _wrap(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def row_hashes(tokens: Tensor, seed: int = 0) -> Tensor:
+    """int64 [n]: the bits of `store.hash_chunks`, on any device; another hash for another seed. tokens: [n, M]."""
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    multipliers = mixed(places * _wrap(0x9E3779B97F4A7C15) + seed) | 1
+    return mixed(((tokens.to(torch.int64) + 1) * multipliers).sum(1))
+
+
+class DeviceStore:
+    """What a step needs of a set, on the device: tokens, continuation, keys, and the hashes that find a chunk."""
+
+    def __init__(self, store: ChunkStore, device: torch.device | str) -> None:
+        chunks = np.ascontiguousarray(store.chunks)
+        self.chunks = torch.from_numpy(chunks.copy()).to(device)
+        self.continuation = torch.from_numpy(np.array(store.continuation)).to(device)
+        self.embeddings = torch.from_numpy(np.array(store.embeddings)).to(device)
+        hashes = row_hashes(self.chunks.view(torch.int16).to(torch.int64) & 0xFFFF
+                            if self.chunks.dtype == torch.uint16 else self.chunks)  # fmt: skip
+        # stable: of equal chunks the first is found, as on the host
+        self._hashes, self._order = hashes.sort(stable=True)
+
+    @staticmethod
+    def bytes_needed(store: ChunkStore) -> int:
+        return store.num_chunks * (store.chunks.dtype.itemsize * store.chunk_size + 2 * store.embeddings.shape[1] + 17)
+
+    def find_chunks(self, tokens: Tensor) -> Tensor:
+        """int64 [n] chunk ids of tokens [n, M], −1 where the set has no such chunk. Waits for nothing."""
+        hashes = row_hashes(tokens)
+        place = torch.searchsorted(self._hashes, hashes).clamp(max=self._hashes.numel() - 1)
+        ids = self._order[place]
+        # equal bits: indexing uint16 is not implemented on every device, indexing its view is
+        narrow = self.chunks.view(torch.int16) if self.chunks.dtype == torch.uint16 else self.chunks
+        rows = narrow[ids].to(torch.int64)
+        if self.chunks.dtype == torch.uint16:
+            rows &= 0xFFFF
+        return torch.where((rows == tokens).all(1), ids, -1)
+
+
+def check_queries(queries: Tensor, vocab_size: int) -> None:
+    """InputError where a token id on the host lies outside the vocabulary. (On a GPU the check would wait.)"""
+    if not queries.is_cuda and queries.numel():
+        low, high = int(queries.min()), int(queries.max())
+        if low < 0 or high >= vocab_size:
+            raise InputError(f"Retriever: token id {low if low < 0 else high} is outside the set's vocabulary of "
+                             f"{vocab_size:,}. Encode the text with the set's own tokenizer.")  # fmt: skip

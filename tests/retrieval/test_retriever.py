@@ -1,0 +1,320 @@
+"""The retriever against sorting all chunks: exclusion, widening, missing neighbours, keys, text search."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from retrieval.sets import M, VOCAB, BagEmbedder, CountingIndex, MemoryStore, dense, expected, make_documents
+from torch import Tensor
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.leakage import containment
+from retro_kernels.retrieval.retriever import Retriever
+from retro_kernels.retrieval.search import (
+    DenseSearcher, DeviceStore, DocumentTable, RandomSearcher, mixed, row_hashes, scan_exact, take_first,
+)  # fmt: skip
+from retro_kernels.retrieval.store import _mixed, hash_chunks
+
+
+def sequences(store: MemoryStore, b: int, chunks: int) -> tuple[Tensor, Tensor]:
+    """Sequences of the set's own chunks, and all documents in them."""
+    picked = torch.randint(store.num_chunks, (b, chunks))
+    tokens = torch.from_numpy(store.chunks[picked.numpy()].astype(np.int64)).reshape(b, chunks * M)
+    return tokens, torch.from_numpy(store.document_ids[picked.numpy()])
+
+
+def test_neighbours_are_those_of_sorting_everything(seed: int) -> None:
+    embedder = BagEmbedder()
+    store = MemoryStore(make_documents(50, shared=False), embedder)
+    tokens, exclude = sequences(store, 3, 4)
+    retriever = dense(store, embedder=embedder)
+    got = retriever(tokens, num_neighbours=5, exclude_documents=exclude)
+    keys = torch.from_numpy(store.embeddings[store.find_chunks(tokens.reshape(-1, M))].astype(np.float32))
+    ids, distances = expected(store, keys, 5, exclude.repeat_interleave(4, dim=0))
+    assert got.ids.reshape(-1, 5).tolist() == ids
+    torch.testing.assert_close(got.distances.reshape(-1, 5).double(), torch.tensor(distances).double(), rtol=1e-4, atol=1e-4)
+    assert got.tokens.shape == (3, 4, 5, 2 * M) and got.tokens.dtype == torch.int64 and got.lengths.dtype == torch.int32
+    documents = retriever.documents(got.ids)
+    assert not (documents[..., None] == exclude[:, None, None, :]).any()
+    assert embedder.texts == store.num_chunks  # every key was looked up
+
+
+def test_the_continuation_never_crosses_a_document(seed: int) -> None:
+    store = MemoryStore(make_documents(40), BagEmbedder())
+    tokens, _ = sequences(store, 2, 3)
+    got = dense(store)(tokens, num_neighbours=4)
+    for i, row, length in zip(got.ids.flatten().tolist(), got.tokens.reshape(-1, 2 * M), got.lengths.flatten(), strict=True):
+        whole = store.chunks[i].tolist()
+        last = i + 1 == store.num_chunks or store.document_ids[i + 1] != store.document_ids[i]
+        whole += [0] * M if last else store.chunks[i + 1].tolist()
+        assert row.tolist() == whole and length == sum(t != 0 for t in whole)
+
+
+def test_a_book_of_100_000_chunks_queried_by_its_own_chunks(seed: int) -> None:
+    book, others, dim = 100_000, 60, 8
+    generator = np.random.default_rng(seed)
+    embeddings = generator.standard_normal((book + others, dim)).astype(np.float16)
+    embeddings[book:] += 3  # everything else is farther away than the book
+    chunks = generator.integers(1, VOCAB, size=(book + others, M)).astype(np.uint16)
+    store = MemoryStore.of_arrays(chunks, np.r_[np.zeros(book), np.arange(1, others + 1)], embeddings)
+    index = CountingIndex(store.embeddings)
+    retriever = dense(store, index=index)
+    own = torch.from_numpy(chunks[generator.integers(0, book, 3)].astype(np.int64))
+    mixed_batch = torch.cat([own, torch.from_numpy(chunks[-2:].astype(np.int64))]).reshape(1, -1)
+    got = retriever(mixed_batch, num_neighbours=2, exclude_documents=torch.tensor([[0, -1]]))
+    ids, _ = expected(store, torch.from_numpy(store.embeddings[store.find_chunks(mixed_batch.reshape(-1, M))].astype("f4")),
+                      2, torch.zeros(5, 1))  # fmt: skip
+    assert got.ids[0].tolist() == ids
+    assert (got.ids >= book).all()
+    fetches = [k for _, k in index.calls]
+    assert fetches == sorted(fetches) and len(fetches) > 2  # widened step by step …
+    assert all(rows <= 3 for rows, _ in index.calls[1:])  # … for the rows which ran short alone
+    assert retriever.stats.widened == 3 and retriever.stats.scanned == 3
+
+
+@pytest.mark.parametrize("case", ["k beyond the set", "everything excluded", "all but one excluded"])
+def test_what_cannot_be_filled_is_missing_all_the_way(seed: int, case: str) -> None:
+    store = MemoryStore(make_documents(4, longest=30), BagEmbedder())
+    tokens, _ = sequences(store, 1, 2)
+    banned = {"k beyond the set": [-1], "everything excluded": [0, 1, 2, 3], "all but one excluded": [0, 3, 1]}[case]
+    k = store.num_chunks + 3
+    got = dense(store)(tokens, num_neighbours=k, exclude_documents=torch.tensor([banned]))
+    left = int((~np.isin(store.document_ids, banned)).sum())
+    for j in range(2):
+        assert sorted(got.ids[0, j, :left].tolist()) == np.flatnonzero(~np.isin(store.document_ids, banned)).tolist()
+    assert (got.ids[0, :, left:] == -1).all() and got.distances[0, :, left:].isinf().all()
+    assert (got.lengths[0, :, left:] == 0).all() and (got.tokens[0, :, left:] == 0).all()
+    assert (got.lengths[0, :, :left] > 0).all() and got.distances[0, :, :left].isfinite().all()
+
+
+class Sloppy:
+    """An approximate index: finds only a third of the vectors, and ends with −1 like FAISS."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.index, self.size = CountingIndex(store.embeddings), store.num_chunks
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        distances, ids = self.index.search(queries, self.size)
+        distances, ids = take_first(distances, ids, ids % 3 == 0, k)
+        return distances, ids
+
+
+def test_rows_that_an_approximate_index_leaves_short_are_compared_with_everything(seed: int) -> None:
+    store = MemoryStore(make_documents(30), BagEmbedder())
+    tokens, exclude = sequences(store, 2, 3)
+    k = store.num_chunks - 10
+    retriever = dense(store, index=Sloppy(store))
+    got = retriever(tokens, num_neighbours=k, exclude_documents=exclude)
+    allowed = store.num_chunks - np.array([np.isin(store.document_ids, e).sum() for e in exclude.numpy()])
+    assert torch.equal((got.ids >= 0).sum(-1), torch.from_numpy(np.minimum(allowed, k))[:, None].expand(2, 3))
+    documents = retriever.documents(got.ids)
+    assert not ((documents[..., None] == exclude[:, None, None, :]) & (got.ids >= 0)[..., None]).any()
+
+
+def test_rank_zero_is_not_taken_for_the_chunk_itself(seed: int) -> None:
+    # the same text in two documents: only what is excluded may go
+    text = list(range(1, 2 * M + 1))
+    store = MemoryStore([text, text, *make_documents(5, shared=False)], BagEmbedder())
+    tokens = torch.tensor([text[:M]])
+    got = dense(store)(tokens, num_neighbours=2, exclude_documents=torch.tensor([[1]]))
+    assert got.ids[0, 0, 0] == 0 and got.distances[0, 0, 0] == 0
+    got = dense(store)(tokens, num_neighbours=2)
+    assert sorted(got.ids[0, 0].tolist()) == [0, 2]
+
+
+def test_unknown_chunks_are_embedded_as_the_set_was(seed: int) -> None:
+    embedder = BagEmbedder()
+    store = MemoryStore(make_documents(30, shared=False), embedder)
+    built = embedder.texts
+    known = store.chunks[:2].astype(np.int64)
+    shuffled = known[:, ::-1].copy()  # the same bag, another order (short chunks: pads in front)
+    tokens = torch.from_numpy(np.concatenate([known, shuffled])).reshape(1, -1)
+    retriever = dense(store, embedder=embedder)
+    got = retriever(tokens, num_neighbours=3)
+    asymmetric = len({tuple(r) for r in shuffled.tolist()} - {tuple(r) for r in store.chunks.tolist()})
+    assert embedder.texts - built == asymmetric == retriever.stats.embedded
+    assert torch.equal(got.ids[:, :2], got.ids[:, 2:])
+    torch.testing.assert_close(got.distances[:, :2], got.distances[:, 2:], rtol=1e-3, atol=1e-3)
+
+
+def test_unknown_chunks_get_nothing_where_the_embedder_is_switched_off(seed: int) -> None:
+    store = MemoryStore(make_documents(30, shared=False), BagEmbedder())
+    retriever = dense(store)
+    retriever.searcher.embed_unknown = False
+    tokens = torch.cat([torch.from_numpy(store.chunks[4].astype(np.int64)), torch.full((M,), VOCAB - 1)])[None]
+    got = retriever(tokens, num_neighbours=2)
+    assert got.ids[0, 0, 0] == 4 and (got.ids[0, 1] == -1).all() and got.distances[0, 1].isinf().all()
+
+
+def test_padding_is_not_searched(seed: int) -> None:
+    store = MemoryStore(make_documents(30), BagEmbedder())
+    index = CountingIndex(store.embeddings)
+    retriever = dense(store, index=index)
+    tokens, _ = sequences(store, 2, 3)
+    tokens[0, M:] = 0
+    got = retriever(tokens, num_neighbours=2)
+    assert (got.lengths[0, 1:] == 0).all() and (got.ids[0, 1:] == -1).all() and (got.lengths[1] > 0).all()
+    assert sum(rows for rows, _ in index.calls) == 4 and retriever.stats.padding == 2
+    alone = retriever(torch.zeros(1, M, dtype=torch.int64), num_neighbours=2)
+    assert (alone.ids == -1).all() and len(index.calls) == 1
+
+
+@pytest.mark.parametrize("n", [0, 1, M - 1, M, 3 * M + 5])
+def test_a_rest_shorter_than_a_chunk_is_left_out(seed: int, n: int) -> None:
+    store = MemoryStore(make_documents(10), BagEmbedder())
+    tokens = torch.randint(1, 60, (2, n))
+    got = dense(store)(tokens, num_neighbours=3)
+    assert got.tokens.shape == (2, n // M, 3, 2 * M) and got.lengths.shape == got.ids.shape == (2, n // M, 3)
+    whole = dense(store)(tokens[:, : n // M * M], num_neighbours=3)
+    assert torch.equal(got.tokens, whole.tokens)
+
+
+def test_near_copies_can_be_dropped(seed: int) -> None:
+    text = torch.randint(1, VOCAB, (6 * M,)).tolist()
+    store = MemoryStore([text[2:], text[5:], *make_documents(25, shared=False)], BagEmbedder())
+    tokens = torch.tensor([text[: 4 * M]])
+    plain, filtered = dense(store)(tokens, num_neighbours=4), dense(store, drop_copies=0.5)(tokens, num_neighbours=4)
+    copies = containment(tokens.reshape(-1, M), plain.tokens.reshape(-1, 4, 2 * M)) >= 0.5
+    assert copies.any()
+    chunks, values = tokens.reshape(-1, M), filtered.tokens.reshape(-1, 4, 2 * M)
+    assert (containment(chunks, values) < 0.5).all() and (filtered.ids >= 0).all()
+    with pytest.raises(InputError, match="drop_copies"):
+        dense(store, drop_copies=1.5)
+
+
+def test_random_is_a_repeatable_control(seed: int) -> None:
+    store = MemoryStore(make_documents(40), BagEmbedder())
+    documents = DocumentTable(store.document_ids, store.num_documents)
+    queries, exclude = torch.randint(1, 60, (20, M)), torch.randint(0, 40, (20, 3))
+    distances, ids = RandomSearcher(documents, seed=3).search(queries, 6, exclude)
+    again = RandomSearcher(documents, seed=3).search(queries[5:9], 6, exclude[5:9])[1]
+    assert torch.equal(ids[5:9], again) and not torch.equal(ids, RandomSearcher(documents, seed=4).search(queries, 6, exclude)[1])
+    assert all(len(set(row)) == 6 for row in ids.tolist()) and (distances == 0).all()
+    assert not (documents.of(ids)[..., None] == exclude[:, None]).any()
+    _, everything = RandomSearcher(documents).search(queries[:2], store.num_chunks + 1)
+    assert [sorted(row) for row in everything.tolist()] == [[-1, *range(store.num_chunks)]] * 2
+    assert len(ids.unique()) > 40  # spread over the set
+
+
+def test_search_text(seed: int) -> None:
+    store = MemoryStore(make_documents(20, shared=False), BagEmbedder())
+    retriever = dense(store)
+    chunk = next(i for i in range(store.num_chunks) if store.continuation[i])
+    text = store.texts([chunk])[0]
+    hits = retriever.search_text(text, k=3)
+    assert [hit.distance for hit in hits] == sorted(hit.distance for hit in hits)
+    assert hits[0].text == text and hits[0].chunk == chunk and hits[0].continuation == store.texts([chunk + 1])[0]
+    assert hits[0].title == f"document {hits[0].document}" and hits[0].document == store.document_ids[chunk]
+    both = retriever.search_text([text, "1 2 3 4 5 6 7 8 9 10 11 12"], k=3)  # longer than a chunk
+    assert both[0][0].chunk == chunk and len(both[1]) == 3
+    assert len(retriever.search_text(text, k=store.num_chunks + 5)) == store.num_chunks
+    for bad in ("", " \n", ["1", ""]):
+        with pytest.raises(InputError, match="empty"):
+            retriever.search_text(bad)
+
+
+def test_documents_titles_and_hashes(seed: int) -> None:
+    store = MemoryStore(make_documents(9), BagEmbedder())
+    retriever = dense(store)
+    ids = torch.tensor([[0, -1], [store.num_chunks - 1, -1]])
+    assert retriever.documents(ids).tolist() == [[0, -1], [8, -1]]
+    assert retriever.titles(retriever.documents(ids)) == ["document 0", "", "document 8", ""]
+    assert retriever.find_documents([7, 2007, 8]).tolist() == [0, 2, -1]
+    assert (retriever.num_chunks, retriever.num_documents) == (store.num_chunks, 9)
+
+
+def test_bad_input(seed: int) -> None:
+    retriever = dense(MemoryStore(make_documents(5), BagEmbedder()))
+    tokens = torch.ones(2, M, dtype=torch.int64)
+    for bad in (tokens[0], tokens.float(), tokens.bool()):
+        with pytest.raises(ValueError, match=r"integers \[B, N\]"):
+            retriever(bad)
+    for k in (0, -1, 2.0, True):
+        with pytest.raises(InputError, match="num_neighbours"):
+            retriever(tokens, num_neighbours=k)
+    for bad in (torch.zeros(2), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(2, 1)):
+        with pytest.raises(ValueError, match="exclude_documents"):
+            retriever(tokens, exclude_documents=bad)
+    for bad in (-1, VOCAB):
+        with pytest.raises(InputError, match=f"token id {bad} .*the set's own tokenizer"):
+            retriever(tokens * bad)
+    retriever.check_tokenizer("f" * 64)
+    with pytest.raises(InputError, match="another tokenizer"):
+        retriever.check_tokenizer("0" * 64)
+
+
+def test_an_empty_exclusion_excludes_nothing(seed: int) -> None:
+    store = MemoryStore(make_documents(15), BagEmbedder())
+    tokens, _ = sequences(store, 2, 2)
+    a, b = dense(store)(tokens), dense(store)(tokens, exclude_documents=torch.zeros(2, 0, dtype=torch.int64))
+    assert torch.equal(a.ids, b.ids)
+
+
+def test_times_and_counts_are_kept(seed: int) -> None:
+    retriever = dense(MemoryStore(make_documents(30, shared=False), BagEmbedder()))
+    retriever(torch.randint(1, VOCAB, (2, 3 * M)))
+    stats = retriever.stats.to_dict()
+    assert stats["queries"] == stats["embedded"] == 6 and stats["looked_up"] == 0 and stats["calls"] == 1
+    assert all(stats[f"{stage}_seconds"] > 0 for stage in ("lookup", "embed", "search", "filter", "gather"))
+    retriever.stats.reset()
+    assert retriever.stats.queries == 0 and sum(retriever.stats.seconds.values()) == 0
+
+
+def test_hashes_on_tensors_are_those_of_the_store(seed: int) -> None:
+    tokens = np.random.default_rng(seed).integers(0, VOCAB, (50, 64)).astype(np.uint16)
+    assert np.array_equal(row_hashes(torch.from_numpy(tokens.astype(np.int64))).numpy().view(np.uint64), hash_chunks(tokens))
+    x = np.random.default_rng(seed).integers(0, 2**64, 1000, dtype=np.uint64)
+    assert np.array_equal(mixed(torch.from_numpy(x.view(np.int64))).numpy().view(np.uint64), _mixed(x))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_chunks_are_found_in_a_set_held_on_a_device(seed: int, device: str) -> None:
+    text = make_documents(1, longest=60)[0]
+    store = MemoryStore([text, *make_documents(30), text], BagEmbedder())
+    queries = torch.cat([torch.from_numpy(store.chunks.astype(np.int64)), torch.randint(1, 60, (9, M))])
+    found = DeviceStore(store, device).find_chunks(queries.to(device)).cpu()
+    assert found.tolist() == store.find_chunks(queries).tolist()
+    assert (found[: store.num_chunks] >= 0).all()
+
+
+def test_scan_is_exact_over_several_blocks(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retro_kernels.retrieval.search._SCAN_ROWS", 7)
+    store = MemoryStore(make_documents(30), BagEmbedder())
+    keys, exclude = torch.randn(4, 16), torch.randint(0, 30, (4, 2))
+    table = DocumentTable(store.document_ids, 30)
+    distances, ids = scan_exact(keys, store.embeddings, table, exclude, 9)
+    want, want_distances = expected(store, keys, 9, exclude)
+    torch.testing.assert_close(distances.double(), torch.tensor(want_distances).double(), rtol=1e-4, atol=1e-4)
+    assert [set(a) for a in ids.tolist()] == [set(b) for b in want]
+    products = scan_exact(keys, store.embeddings, table, None, 3, inner_product=True)
+    want = (keys @ torch.from_numpy(store.embeddings.astype("f4")).T).topk(3)
+    torch.testing.assert_close(-products[0], want.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_waits_for_nothing(seed: int) -> None:
+    from retro_kernels.retrieval.index import Index
+    from retro_kernels.retrieval.search import Stats
+
+    store = MemoryStore(make_documents(300), BagEmbedder())
+    device = torch.device("cuda")
+    on_device, stats = DeviceStore(store, device), Stats()
+    documents = DocumentTable(store.document_ids, store.num_documents, device)
+    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder, documents=documents,
+                             stats=stats, device=device, device_store=on_device, embed_unknown=False)  # fmt: skip
+    retriever = Retriever(store, searcher, documents=documents, device=device, device_store=on_device, stats=stats)
+    host_tokens, host_exclude = sequences(store, 4, 5)
+    tokens, exclude = host_tokens.to(device), host_exclude.to(device)
+    retriever(tokens, num_neighbours=2, exclude_documents=exclude)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = retriever(tokens, num_neighbours=2, exclude_documents=exclude)
+        from_host = retriever(host_tokens, num_neighbours=2, exclude_documents=host_exclude)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = dense(store)(host_tokens, num_neighbours=2, exclude_documents=host_exclude)
+    # keys in fp16 on both sides; ties may change places
+    torch.testing.assert_close(got.distances.cpu(), want.distances, rtol=1e-2, atol=1e-2)
+    assert torch.equal(got.ids, from_host.ids)
