@@ -1,0 +1,168 @@
+"""Prefetching changes when neighbours are found, and nothing else."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from retrieval.sets import M, BagEmbedder, MemoryStore, dense, make_documents
+from torch import Tensor
+
+from retro_kernels.retrieval.retriever import Retriever
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name == "retro-kernels-prefetch"]
+
+
+@pytest.fixture
+def retriever(seed: int) -> Iterator[Retriever]:
+    yield dense(MemoryStore(make_documents(40, shared=False), BagEmbedder()))
+    gc.collect()
+    assert not threads()
+
+
+def batches(num: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randint(1, 60, (2, 3 * M)), torch.randint(-1, 40, (2, 2))) for _ in range(num)]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_order_and_results_are_those_of_plain_calls(retriever: Retriever, depth: int) -> None:
+    loader = batches(7)
+    prefetcher = retriever.prefetch(loader, num_neighbours=3, depth=depth)
+    assert len(prefetcher) == 7
+    for _ in range(2):  # like a loader, it starts anew
+        got = list(prefetcher)
+        assert [id(batch) for batch, _ in got] == [id(batch) for batch in loader]
+        for (tokens, exclude), neighbours in got:
+            want = retriever(tokens, num_neighbours=3, exclude_documents=exclude)
+            assert all(torch.equal(a, b) for a, b in zip(neighbours, want, strict=True))
+    assert prefetcher.steps == 14
+
+
+@pytest.mark.parametrize("form", ["tensor", "mapping", "mapping without exclusion", "object", "inputs"])
+def test_forms_of_a_batch(retriever: Retriever, form: str) -> None:
+    (tokens, exclude) = batches(1)[0]
+
+    class Batch:
+        def __init__(self) -> None:
+            self.tokens, self.exclude_documents = tokens, exclude
+
+    loader: list[Any] = [{
+        "tensor": tokens, "mapping": {"tokens": tokens, "exclude_documents": exclude},
+        "mapping without exclusion": {"tokens": tokens}, "object": Batch(), "inputs": ("x", exclude, tokens),
+    }[form]]  # fmt: skip
+    inputs = (lambda batch: (batch[2], batch[1])) if form == "inputs" else None
+    [(batch, neighbours)] = retriever.prefetch(loader, inputs=inputs)
+    excluded = None if form in ("tensor", "mapping without exclusion") else exclude
+    assert batch is loader[0]
+    assert torch.equal(neighbours.ids, retriever(tokens, exclude_documents=excluded).ids)
+
+
+def test_a_batch_of_unknown_form_is_named(retriever: Retriever) -> None:
+    with pytest.raises(TypeError, match="this is a str"):
+        list(retriever.prefetch(["text"]))
+
+
+def failing_loader(good: int) -> Iterator[Tensor]:
+    yield from (torch.ones(1, M, dtype=torch.int64) for _ in range(good))
+    raise OSError("the disk is gone")
+
+
+def test_an_exception_of_the_loader_surfaces_in_the_loop(retriever: Retriever) -> None:
+    seen = 0
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        for _ in retriever.prefetch(failing_loader(2)):
+            seen += 1
+    assert seen == 2
+    assert "failing_loader" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+
+def test_an_exception_of_the_retriever_surfaces_in_the_loop(retriever: Retriever) -> None:
+    with pytest.raises(ValueError, match="token id") as caught:
+        list(retriever.prefetch([torch.ones(1, M).long(), torch.full((1, M), 10**6)]))
+    assert "check_queries" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+
+def test_leaving_early_ends_the_thread(retriever: Retriever) -> None:
+    read = []
+
+    def endless() -> Iterator[Tensor]:
+        while True:
+            read.append(1)
+            yield torch.ones(1, M, dtype=torch.int64)
+
+    for step, _ in enumerate(retriever.prefetch(endless())):
+        assert threads()
+        if step == 3:
+            break
+    assert not threads()
+    assert len(read) <= 4 + 2  # depth + 1 ahead of the loop
+
+
+def test_close_ends_a_loop_that_waits(retriever: Retriever) -> None:
+    release = threading.Event()
+
+    def slow() -> Iterator[Tensor]:
+        yield torch.ones(1, M, dtype=torch.int64)
+        release.wait(10)
+
+    prefetcher, seen = retriever.prefetch(slow()), []
+
+    def loop() -> None:
+        seen.extend(prefetcher)
+
+    consumer = threading.Thread(target=loop)
+    consumer.start()
+    while not seen and consumer.is_alive() and prefetcher.steps < 1:
+        time.sleep(0.005)
+    prefetcher.close()
+    release.set()
+    consumer.join(5)
+    assert not consumer.is_alive()
+
+
+def test_the_stall_is_what_the_loop_waited(retriever: Retriever) -> None:
+    def loader(pause: float) -> Iterator[Tensor]:
+        for _ in range(4):
+            time.sleep(pause)
+            yield torch.ones(1, M, dtype=torch.int64)
+
+    hidden = retriever.prefetch(loader(0.02))
+    for _ in hidden:
+        time.sleep(0.1)  # the step
+    open_ = retriever.prefetch(loader(0.05))
+    for _ in open_:
+        pass
+    assert hidden.first_seconds >= 0.02
+    assert hidden.stall_seconds - hidden.first_seconds < 0.06  # three batches, all ready
+    assert open_.stall_seconds >= 4 * 0.05 * 0.9
+
+
+def test_bad_depth(retriever: Retriever) -> None:
+    with pytest.raises(ValueError, match="depth"):
+        retriever.prefetch([], depth=0)
+
+
+@pytest.mark.gpu
+def test_neighbours_made_on_another_stream_are_whole(seed: int) -> None:
+    from retro_kernels.retrieval.index import Index
+    from retro_kernels.retrieval.search import DenseSearcher, DeviceStore, DocumentTable
+
+    store, device = MemoryStore(make_documents(200), BagEmbedder()), torch.device("cuda")
+    on_device, documents = DeviceStore(store, device), DocumentTable(store.document_ids, store.num_documents, device)
+    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder, documents=documents,
+                             device=device, device_store=on_device)  # fmt: skip
+    on_gpu = Retriever(store, searcher, documents=documents, device=device, device_store=on_device)
+    picked = torch.randint(store.num_chunks, (30, 4, 6))
+    loader = [torch.from_numpy(store.chunks[p.numpy()].astype("int64")).reshape(4, -1) for p in picked]
+    for tokens, neighbours in on_gpu.prefetch(loader):
+        torch.cuda._sleep(1_000_000)
+        want = on_gpu(tokens)
+        assert torch.equal(neighbours.tokens, want.tokens) and torch.equal(neighbours.ids, want.ids)
