@@ -99,9 +99,10 @@ def _tiny(shape: Shape) -> Shape:
 
 
 def grid(gpu: bool = ON_GPU, tiny: bool = TINY) -> list[Shape]:
-    """The heads of the paper's models (172M; 1.5B; 7.5B) with the K of training, evaluation and the largest."""
-    heads = [(16, 64), (16, 128), (32, 128)] if gpu else [(16, 64), (16, 128)]
-    shapes = [_shape(h, d, k, gpu) for h, d in heads for k in (2, 10, 40)]
+    """The heads of the paper's models (1.5B; 172M; 7.5B) with the K of training, evaluation and the largest."""
+    shapes = [_shape(16, d, k, gpu) for k in (2, 10, 40) for d in (128, 64)]
+    if gpu:
+        shapes += [_shape(32, 128, k, gpu) for k in (2, 10, 40)]
     if tiny:  # one of each head size
         return [_tiny(s) for s in shapes if s.neighbours == 2 and s.heads == 16]
     return shapes

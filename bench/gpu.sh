@@ -150,7 +150,7 @@ wait
 part kernels 120 cases bench/bench_kernels.py -k "retro_kernels or memory or overhead or first_call"
 part absorbed 60 one_file absorbed
 part gather 40 one_file gather
-part peers 300 peers
+part peers 420 peers
 part model 90 one_file model
 part training 90 one_file training
 part search 120 search
