@@ -13,6 +13,8 @@ of width E. Content logits and relative logits are rounded to the input dtype on
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops._register import register
 from retro_kernels.ops.cca.op import _check_lengths, _check_table
 from retro_kernels.ops.cca.reference import block_attention_reference, dropout_keep, relative_column
 
@@ -181,9 +184,9 @@ def _backward(
     grad_out: Tensor, out: Tensor, weights: Tensor, mixed: Tensor, query: Tensor, states: Tensor, key_weight: Tensor,
     value_weight: Tensor, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
     rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
-    dropout_p: float, fused: bool,
+    dropout_p: float, fused: bool, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of query, states, both weights, rel_key and the three biases; empty where there is no such tensor."""
+    """Gradients of query, states, both weights, rel_key and the three biases; empty where it is not needed."""
     batch, tokens, heads, head_dim = query.shape
     _, chunks, neighbours, neighbour_len, width = states.shape
     blocks, rows, keys = batch * chunks, chunk_size * heads, neighbours * neighbour_len
@@ -194,10 +197,13 @@ def _backward(
     to_states, from_states = (_by_head(weight, heads, head_dim) for weight in (key_weight, value_weight))
     q, dout = (_rows(x, chunk_size, chunks, shift) for x in (query, grad_out))
     content = q if content_bias is None else q + content_bias.to(q.dtype)
-    positions = rel_key is not None or rel_bias is not None
+    need_query, need_states, need_key, need_value, need_rel, need_content, need_position, need_bias = needs
+    need_absorbed = need_query or need_key or need_content
+    positions = rel_bias is not None and need_bias or rel_key is not None and (need_query or need_rel or need_position)
 
-    grad_states = flat.new_empty(flat.shape)
-    grad_absorbed = query.new_empty((blocks * chunk_size, heads, width))
+    none = query.new_empty((0,))
+    grad_states = flat.new_empty(flat.shape) if need_states else none
+    grad_absorbed = query.new_empty((blocks * chunk_size, heads, width)) if need_absorbed else none
     grad_rel = query.new_empty((blocks, rows, columns + -columns % 8)) if positions else None
     for start, stop in _slices(blocks, rows * keys, query.device, whole=seed is not None and not fused):
         part, of_part = slice(start * chunk_size, stop * chunk_size), slice(start, stop)
@@ -208,53 +214,77 @@ def _backward(
             weights[of_part], grad, out, grad_out, None if grad_rel is None else grad_rel[of_part], seed,
             first=start, chunks=chunks, block=chunk_size, neighbour_len=neighbour_len, dropout_p=dropout_p,
         )  # fmt: skip
-        torch.bmm(dropped.transpose(1, 2), dmix, out=grad_states[of_part])
-        absorbed = _per_head(content[part], to_states, query.new_empty((many, heads, width))).view(-1, rows, width)
-        torch.baddbmm(grad_states[of_part], grad.transpose(1, 2), absorbed, alpha=scale, out=grad_states[of_part])
-        dq = grad_absorbed[part].view(-1, rows, width)
-        torch.baddbmm(dq, grad, flat[of_part], beta=0, alpha=scale, out=dq)
+        if need_states:
+            target = grad_states[of_part]
+            absorbed = _per_head(content[part], to_states, query.new_empty((many, heads, width))).view(-1, rows, width)
+            torch.bmm(dropped.transpose(1, 2), dmix, out=target)
+            torch.baddbmm(target, grad.transpose(1, 2), absorbed, alpha=scale, out=target)
+        if need_absorbed:
+            target = grad_absorbed[part].view(-1, rows, width)
+            torch.baddbmm(target, grad, flat[of_part], beta=0, alpha=scale, out=target)
 
-    def of_weight(per_head: Tensor, weight: Tensor) -> Tensor:
-        groups = per_head.view(weight.shape[0] // head_dim, -1, head_dim, width)
-        return groups.sum(1).reshape(weight.shape)
-
-    def over_rows(rows_of: Tensor, table: Tensor) -> Tensor:
-        return rows_of.sum(0, dtype=torch.promote_types(table.dtype, torch.float32)).to(table.dtype)
-
-    none = query.new_empty((0,))
-    dq = _per_head(grad_absorbed, to_states.transpose(1, 2), q.new_empty(q.shape))
-    grad_content_bias = none if content_bias is None else over_rows(dq, content_bias)
-    grad_key_weight = of_weight(_over_rows(content, grad_absorbed), key_weight)
-    grad_value_weight = of_weight(_over_rows(dout, mixed.view(-1, heads, width)), value_weight)
+    grad_key_weight = grad_value_weight = grad_content_bias = dq = none
+    if need_query or need_content:
+        dq = _per_head(grad_absorbed, to_states.transpose(1, 2), q.new_empty(q.shape))
+    if content_bias is not None and need_content:
+        grad_content_bias = _summed(dq, content_bias)
+    if need_key:
+        grad_key_weight = _of_weight(_over_rows(content, grad_absorbed), key_weight)
+    if need_value:
+        grad_value_weight = _of_weight(_over_rows(dout, mixed.view(-1, heads, width)), value_weight)
     grad_rel_key = grad_position_bias = grad_rel_bias = none
     if grad_rel is not None:
         grad_rel = grad_rel.view(blocks * chunk_size, heads, -1)
-    if rel_bias is not None and grad_rel is not None:
-        grad_rel_bias = over_rows(grad_rel[..., :columns], rel_bias).flip(1)
-    if rel_key is not None and grad_rel is not None:
-        position = q if position_bias is None else q + position_bias.to(q.dtype)
-        grad_rel_key = _over_rows(grad_rel, position, scale)[:, :columns].flip(1)
-        dposition = _per_head(grad_rel, _reversed_columns(rel_key), q.new_empty(q.shape), scale)
-        grad_position_bias = none if position_bias is None else over_rows(dposition, position_bias)
-        dq = dq + dposition
-    grad_query = query.new_empty(query.shape)
-    grad_query[:, :shift] = 0.0
-    grad_query[:, shift:] = dq.view(batch, -1, heads, head_dim)[:, : max(tokens - shift, 0)]
+        if rel_bias is not None and need_bias:
+            grad_rel_bias = _summed(grad_rel[..., :columns], rel_bias).flip(1)
+        if rel_key is not None and need_rel:
+            position = q if position_bias is None else q + position_bias.to(q.dtype)
+            grad_rel_key = _over_rows(grad_rel, position, scale)[:, :columns].flip(1)
+        if rel_key is not None and (need_query or need_position):
+            dposition = _per_head(grad_rel, _reversed_columns(rel_key), q.new_empty(q.shape), scale)
+            if position_bias is not None and need_position:
+                grad_position_bias = _summed(dposition, position_bias)
+            if need_query:
+                dq = dq + dposition
+    grad_query = none
+    if need_query:
+        grad_query = query.new_empty(query.shape)
+        grad_query[:, :shift] = 0.0
+        grad_query[:, shift:] = dq.view(batch, -1, heads, head_dim)[:, : max(tokens - shift, 0)]
     return (
-        grad_query, grad_states.view(states.shape), grad_key_weight, grad_value_weight, grad_rel_key,
-        grad_content_bias, grad_position_bias, grad_rel_bias,
+        grad_query, grad_states.view(states.shape) if need_states else none, grad_key_weight, grad_value_weight,
+        grad_rel_key, grad_content_bias, grad_position_bias, grad_rel_bias,
     )  # fmt: skip
 
 
-_TENSORS = (
-    "Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, Tensor? rel_key, Tensor? content_bias, "
-    "Tensor? position_bias, Tensor? rel_bias, Tensor? lengths, Tensor? seed, int chunk_size, float scale, "
-    "float dropout_p, bool fused"
-)
+def _of_weight(per_head: Tensor, weight: Tensor) -> Tensor:
+    """[H, D, E] → [Hkv * D, E], the sum over the heads that share a key head."""
+    _, head_dim, width = per_head.shape
+    return per_head.view(weight.shape[0] // head_dim, -1, head_dim, width).sum(1).view(weight.shape)
 
 
-def _forward_fake(query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias, lengths,
-                  seed, chunk_size, scale, dropout_p, fused, keep):  # type: ignore[no-untyped-def]  # fmt: skip
+def _summed(rows: Tensor, table: Tensor) -> Tensor:
+    """The sum over rows [n, H, X] → [H, X], in float32 or wider."""
+    return rows.sum(0, dtype=torch.promote_types(table.dtype, torch.float32)).to(table.dtype)
+
+
+def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, so it has to be the tensors' one."""
+
+    def guarded(first: Tensor, *rest: Any) -> Any:
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return run(first, *rest)
+        with torch.cuda.device(first.device):
+            return run(first, *rest)
+
+    return guarded
+
+
+def _forward_fake(
+    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, rel_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+    seed: Tensor | None, chunk_size: int, scale: float, dropout_p: float, fused: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, chunks, neighbours, neighbour_len, width = states.shape
     blocks, rows = batch * chunks, chunk_size * query.shape[2]
     return (
@@ -264,40 +294,73 @@ def _forward_fake(query, states, key_weight, value_weight, rel_key, content_bias
     )
 
 
-def _backward_fake(grad_out, out, weights, mixed, query, states, key_weight, value_weight, rel_key, content_bias,
-                   position_bias, rel_bias, *rest):  # type: ignore[no-untyped-def]  # fmt: skip
+def _backward_fake(
+    grad_out: Tensor, out: Tensor, weights: Tensor, mixed: Tensor, query: Tensor, states: Tensor, key_weight: Tensor,
+    value_weight: Tensor, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
+    rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
+    dropout_p: float, fused: bool, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
     tensors = (query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias)
-    return tuple(query.new_empty((0,)) if x is None else x.new_empty(x.shape) for x in tensors)
+    return tuple(
+        query.new_empty((0,)) if x is None or not need else x.new_empty(x.shape)
+        for x, need in zip(tensors, needs, strict=True)
+    )
 
 
-_library = torch.library.Library("retro_kernels", "FRAGMENT")
-_library.define(f"cca_absorbed_fwd({_TENSORS}, bool keep) -> (Tensor, Tensor, Tensor)")
-_library.define(
-    f"cca_absorbed_bwd(Tensor grad_out, Tensor out, Tensor weights, Tensor mixed, {_TENSORS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_INPUTS = (
+    "Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, Tensor? rel_key, Tensor? content_bias, "
+    "Tensor? position_bias, Tensor? rel_bias, Tensor? lengths, Tensor? seed, int chunk_size, float scale, "
+    "float dropout_p, bool fused"
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("cca_absorbed_fwd", _forward, _device)
-    _library.impl("cca_absorbed_bwd", _backward, _device)
-torch.library.register_fake("retro_kernels::cca_absorbed_fwd", _forward_fake, lib=_library)
-torch.library.register_fake("retro_kernels::cca_absorbed_bwd", _backward_fake, lib=_library)
+_cca_absorbed_fwd = register(
+    f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _on_device(_forward), _forward_fake
+)
+_cca_absorbed_bwd = register(
+    f"cca_absorbed_bwd(Tensor grad_out, Tensor out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _on_device(_backward),
+    _backward_fake,
+)
 
 
 class _AbsorbedCrossAttention(torch.autograd.Function):
+    """Keeps the inputs, the output, the weights and the mixed states."""
+
     @staticmethod
     def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> Tensor:
-        out, weights, mixed = torch.ops.retro_kernels.cca_absorbed_fwd(*args, True)
+        out, weights, mixed = _cca_absorbed_fwd(*args, True)
         ctx.save_for_backward(out, weights, mixed, *args[:10], key_bias)
         ctx.options = args[10:]
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, key_bias = ctx.saved_tensors
-        grads = torch.ops.retro_kernels.cca_absorbed_bwd(grad_out, *saved, *ctx.options)
-        grads = tuple(None if tensor is None else grad for grad, tensor in zip(grads, saved[3:11]))
-        return (None if key_bias is None else torch.zeros_like(key_bias), *grads, None, None, None, None, None, None)
+        args = (ctx.needs_input_grad[:9], grad_out, *ctx.saved_tensors, *ctx.options)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_FirstDerivative.apply(*args), *(None,) * 6)  # create_graph=True
+        return (*_gradients(*args), *(None,) * 6)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The gradients once more as a node of the graph, so that differentiating them fails by name."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            'absorbed cross-attention has no second derivative on this backend; backend="reference" has one (slow).'
+        )
+
+
+def _gradients(needs: tuple[bool, ...], grad_out: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
+    saved, key_bias, options = args[:13], args[13], args[14:]
+    wanted = [need and x is not None for need, x in zip(needs[1:], saved[3:11], strict=True)]
+    grads = _cca_absorbed_bwd(grad_out, *saved, *options, wanted)
+    of_key_bias = torch.zeros_like(key_bias) if key_bias is not None and needs[0] else None
+    return (of_key_bias, *(grad if need else None for grad, need in zip(grads, wanted, strict=True)))
 
 
 def absorbed_cross_attention(
@@ -355,7 +418,8 @@ def absorbed_cross_attention(
     candidates = {"triton": why_not_triton(query.device, query.dtype), "torch": None, "reference": None}
     if query.device.type == "cpu" and backend is None:
         candidates["triton"] = candidates["triton"] or "interpreted, and slow"
-    chosen = pick_backend(name, backend, candidates)
+    empty = query.numel() == 0 or states.numel() == 0
+    chosen = "reference" if empty else pick_backend(name, backend, candidates)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     if chosen == "reference":
         return _projected(
@@ -368,13 +432,15 @@ def absorbed_cross_attention(
         key_weight = F.pad(key_weight, (0, 8))
         value_weight = F.pad(torch.cat((value_weight, value_bias[:, None]), 1), (0, 7))
     args = (
-        query.contiguous(), states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias,
+        query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias,
         neighbour_lengths, seed, chunk_size, scale, dropout_p, chosen == "triton",
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
-        out = _AbsorbedCrossAttention.apply(key_bias, *args)
-    else:
-        out, _, _ = torch.ops.retro_kernels.cca_absorbed_fwd(*args, False)
+    autocast = torch.is_autocast_enabled(query.device.type)
+    with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
+            out = _AbsorbedCrossAttention.apply(key_bias, *args)
+        else:
+            out, _, _ = _cca_absorbed_fwd(*args, False)
     if value_bias is None or dropout_p > 0.0:
         return out
     bias = value_bias.view(-1, 1, head_dim).expand(-1, heads * head_dim // value_bias.shape[0], -1)
@@ -431,7 +497,7 @@ def _check(
         raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
     if states.shape[:2] != (batch, tokens // chunk_size):
         raise ValueError(
-            f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has a batch of "
+            f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has one of "
             f"{batch} with {tokens:,} tokens and chunk_size is {chunk_size} ({tokens // chunk_size:,} chunks expected)."
         )
     if not 0.0 <= dropout_p < 1.0:
@@ -462,12 +528,14 @@ def _check(
     if lengths is not None:
         _check_lengths(name, "neighbour_lengths", lengths, tuple(states.shape[:3]), query)
 
-    tensors = [query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias]
+    tensors: list[Any] = [
+        query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias
+    ]  # fmt: skip
     if torch.is_autocast_enabled(query.device.type):
         # rel_bias stays as it is: it is added to the logits in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         tensors = [None if x is None else x.to(dtype) for x in tensors]
-    if len({x.dtype for x in tensors[:4] if x is not None}) > 1:
+    if len({x.dtype for x in tensors[:4]}) > 1:
         raise TypeError(
             f"{name}: query is {query.dtype}, states {states.dtype}, key_weight {key_weight.dtype} and value_weight "
             f"{value_weight.dtype}; they have to be the same (cast them, or use torch.autocast)."

@@ -23,20 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from retro_kernels.ops.cca.reference import dropout_threshold
-
-
-@triton.jit
-def _kept(p_seed, o_key, o_row, o_head, i_block, THRESHOLD: tl.constexpr):
-    # Philox with counter (key, row, head, block): what `reference.dropout_keep` draws
-    zero = o_key * 0 + o_row * 0
-    draw, _, _, _ = tl.philox(
-        tl.load(p_seed),
-        (zero + o_key).to(tl.uint32),
-        (zero + o_row).to(tl.uint32),
-        (zero + o_head).to(tl.uint32),
-        (zero + i_block.to(tl.int32)).to(tl.uint32),
-    )
-    return draw >= THRESHOLD
+from retro_kernels.ops.cca.tiles import _dropout_keep
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -93,7 +80,7 @@ def _cca_absorbed_softmax_kernel(
         b_w = tl.exp2(b_s - b_base[:, None]) * b_inverse[:, None]
         tl.store(p_tile + j * R, b_w.to(p_logits.dtype.element_ty), mask=m_tile)
         if DROPOUT:
-            keep = _kept(p_seed, (j * R + o_c)[None, :], o_a[:, None], o_h[:, None], i_p + first, THRESHOLD)
+            keep = _dropout_keep(p_seed, i_p + first, o_h[:, None], o_a, j * R + o_c, THRESHOLD, False)
             b_w = tl.where(keep, b_w * keep_scale, 0.0)
             p_out = p_dropped + row64[:, None] * (K * R) + o_c[None, :] + j * R
             tl.store(p_out, b_w.to(p_dropped.dtype.element_ty), mask=m_tile)
@@ -140,7 +127,7 @@ def _cca_absorbed_softmax_bwd_kernel(
         b_w = tl.load(p_weights + o_tile + j * R, mask=m_tile, other=0.0).to(tl.float32)  # [ROWS, BR]
         b_g = tl.load(p_grad + o_tile + j * R, mask=m_tile, other=0.0).to(tl.float32)
         if DROPOUT:
-            keep = _kept(p_seed, (j * R + o_c)[None, :], o_a[:, None], o_h[:, None], block, THRESHOLD)
+            keep = _dropout_keep(p_seed, i_p + first, o_h[:, None], o_a, j * R + o_c, THRESHOLD, False)
             b_dropped = tl.where(keep, b_w * keep_scale, 0.0)
             tl.store(p_dropped + o_tile + j * R, b_dropped.to(p_dropped.dtype.element_ty), mask=m_tile)
             b_g = tl.where(keep, b_g * keep_scale, 0.0)
@@ -182,7 +169,7 @@ def softmax_triton(
     neighbour_len: int,
     dropout_p: float,
 ) -> Tensor:
-    """Returns the weights after dropout: `logits` itself where there is none. `first` is the number of the first block."""
+    """Returns the weights after dropout: `logits` itself where there is none. `first`: the first block's number."""
     blocks, rows, keys = logits.shape
     dropped = logits if dropout_p == 0.0 else torch.empty_like(logits)
     if blocks > 0:

@@ -7,15 +7,16 @@ Neither has kernels for gradients: where one is needed, plain PyTorch runs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from retro_kernels.ops._backend import pick_backend, why_not_triton
-from retro_kernels.ops.cca.absorbed import _by_head
+from retro_kernels.ops._register import register
+from retro_kernels.ops.cca.absorbed import _by_head, _on_device
 from retro_kernels.ops.cca.op import _check_lengths, _check_table
-
-_WIDEST = 2048  # states; the accumulator of 16 rows would not fit in the registers beyond
 
 
 def chunked_cross_attention_decode(
@@ -69,16 +70,13 @@ def chunked_cross_attention_decode(
     query, key, value, rel_key, content_bias, position_bias = _cast(
         name, query, key, value, rel_key, content_bias, position_bias
     )
-    assert query is not None and key is not None and value is not None
     gradient = _needs_gradient(query, key, value, rel_key, content_bias, position_bias, rel_bias)
     chosen = pick_backend(name, backend, _candidates(query, gradient, None))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
         rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
         lengths = None if neighbour_lengths is None else neighbour_lengths.int()
-        return torch.ops.retro_kernels.cca_decode(
-            query, key, value, rows.int(), rel, content_bias, rel_bias, lengths, scale
-        )
+        return _cca_decode(query, key, value, rows.int(), rel, content_bias, rel_bias, lengths, scale)
 
     query, key, value, add, dtype = _plain_inputs(
         chosen, query, key, value, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbour_len
@@ -119,7 +117,8 @@ def absorbed_decode(
         states: [B, K, R, E], the encoded neighbours; the same for every layer that attends to them.
         key_weight, value_weight: [Hkv * D, E], as of `torch.nn.Linear`; key_bias (which has no effect) and value_bias
             [Hkv * D], as in `absorbed_cross_attention`.
-        rows and everything else: as in `chunked_cross_attention_decode`. The kernel takes E up to 2,048.
+        rows and everything else: as in `chunked_cross_attention_decode`. The kernel takes E up to 2,048
+            (128 in float32).
 
     Returns:
         [B, T, H, D] in the query's dtype.
@@ -150,22 +149,23 @@ def absorbed_decode(
     ):
         if tensor is not None:
             _check_table(name, label, tensor, shape, query)
-    query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias = _cast(  # type: ignore[assignment]
+    query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias = _cast(
         name, query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias
     )
     gradient = _needs_gradient(
         query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias, rel_bias
     )
-    too_wide = f"states are {width:,} wide; the kernel takes up to {_WIDEST:,}" if width > _WIDEST else None
+    limit = 128 if query.dtype == torch.float32 else 2048  # the accumulator of 16 rows has to stay in the registers
+    too_wide = f"it takes states up to {limit:,} wide in {query.dtype}, not {width:,}" if width > limit else None
     chosen = pick_backend(name, backend, _candidates(query, gradient, too_wide))
     scale = head_dim**-0.5 if scale is None else float(scale)
     if chosen == "reference":
+        wide = torch.promote_types(query.dtype, torch.float32)
         key, value = (
-            F.linear(*(None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs))
-            .unflatten(-1, (-1, head_dim)).to(torch.promote_types(query.dtype, torch.float32))
-            for inputs in ((states, key_weight, key_bias), (states, value_weight, value_bias))
-        )  # fmt: skip
-        wide = key.dtype
+            F.linear(states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+            for weight, bias in ((key_weight, key_bias), (value_weight, value_bias))
+        )
+        key, value = key.unflatten(-1, (-1, head_dim)), value.unflatten(-1, (-1, head_dim))
         return chunked_cross_attention_decode(
             query.to(wide), key, value, rows=rows, rel_key=rel_key, content_bias=content_bias,
             position_bias=position_bias, rel_bias=rel_bias, neighbour_lengths=neighbour_lengths, scale=scale,
@@ -177,7 +177,7 @@ def absorbed_decode(
     if chosen == "triton":
         rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
         lengths = None if neighbour_lengths is None else neighbour_lengths.int()
-        mixed = torch.ops.retro_kernels.cca_absorbed_decode(absorbed, states, rows.int(), rel, rel_bias, lengths, scale)
+        mixed = _cca_absorbed_decode(absorbed, states, rows.int(), rel, rel_bias, lengths, scale)
     else:
         add = _added_logits(query, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbours,
                             neighbour_len)  # fmt: skip
@@ -186,7 +186,8 @@ def absorbed_decode(
         mixed = (_weights(logits, add, scale).to(flat.dtype).flatten(1, 2) @ flat).unflatten(1, (tokens, heads))
     out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
     if value_bias is not None:
-        out = out + _by_head(value_bias[:, None], heads, head_dim)[..., 0] * _present(rows, neighbours, neighbour_lengths)
+        bias = _by_head(value_bias[:, None], heads, head_dim)[..., 0]
+        out = out + bias * _present(rows, neighbours, neighbour_lengths)
     return out.contiguous()
 
 
@@ -208,7 +209,7 @@ def _added_logits(
     query: Tensor, rows: Tensor, rel_key: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None,
     lengths: Tensor | None, scale: float, neighbours: int, neighbour_len: int,
 ) -> Tensor:  # fmt: skip
-    """What is added to the scaled content logits, -inf where there is no key: [B, T, H or 1, K, R], float32 or wider."""
+    """What is added to the scaled content logits, -inf where there is no key: [B, T, H or 1, K, R] in float32."""
     batch, tokens, heads, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = torch.arange(neighbour_len, device=query.device)
@@ -259,18 +260,16 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _cast(name: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast in its dtype. The first is the query; those which are multiplied with it have to be of its dtype."""
-    query = tensors[0]
-    assert query is not None
+def _cast(name: str, query: Tensor, *others: Tensor | None) -> list[Any]:
+    """All in the query's dtype, or in that of autocast; the first two others are what it is multiplied with."""
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        return [None if x is None else x.to(dtype) for x in tensors]
-    for tensor in tensors[1:3]:
-        if tensor is not None and tensor.dtype != query.dtype:
-            raise TypeError(f"{name}: query is {query.dtype}, but it meets {tensor.dtype}; they have to be the same (cast "
-                            "them, or use torch.autocast).")  # fmt: skip
-    return [None if x is None else x.to(query.dtype) for x in tensors]
+        return [None if x is None else x.to(dtype) for x in (query, *others)]
+    for x in others[:2]:
+        if x is not None and x.dtype != query.dtype:
+            raise TypeError(f"{name}: query is {query.dtype}, but it meets {x.dtype}; they have to be the same "
+                            "(cast them, or use torch.autocast).")  # fmt: skip
+    return [query, *(None if x is None else x.to(query.dtype) for x in others)]
 
 
 def _check_floating(name: str, **tensors: Tensor) -> None:
@@ -286,7 +285,7 @@ def _check_floating(name: str, **tensors: Tensor) -> None:
 
 def _check_shape(name: str, label: str, tensor: Tensor, shape: tuple[int | None, ...], legend: str) -> None:
     given = tuple(tensor.shape)
-    if len(given) != len(shape) or any(want is not None and want != have for want, have in zip(shape, given)):
+    if len(given) != len(shape) or any(want not in (None, have) for want, have in zip(shape, given, strict=True)):
         fixed = ", ".join("·" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: {label} has shape {given}; expected {legend} = [{fixed}].")
 
@@ -316,13 +315,13 @@ def _check_positions(
             _check_table(name, label, table, shape, query)
 
 
-def _run_decode(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
+def _decode(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
     from retro_kernels.ops.cca.decode_kernel import decode_triton
 
     return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale)
 
 
-def _run_absorbed_decode(absorbed, states, rows, rel, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
+def _absorbed(absorbed, states, rows, rel, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
     from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
 
     return absorbed_decode_triton(absorbed, states, rows, rel, rel_bias, lengths, scale)
@@ -332,17 +331,15 @@ def _like_query(query: Tensor, *rest: object) -> Tensor:
     return query.new_empty(query.shape)
 
 
-_library = torch.library.Library("retro_kernels", "FRAGMENT")
-_library.define(
+_cca_decode = register(
     "cca_decode(Tensor query, Tensor key, Tensor value, Tensor rows, Tensor? rel, Tensor? content_bias, "
-    "Tensor? rel_bias, Tensor? lengths, float scale) -> Tensor"
+    "Tensor? rel_bias, Tensor? lengths, float scale) -> Tensor",
+    _on_device(_decode),
+    _like_query,
 )
-_library.define(
+_cca_absorbed_decode = register(
     "cca_absorbed_decode(Tensor absorbed, Tensor states, Tensor rows, Tensor? rel, Tensor? rel_bias, "
-    "Tensor? lengths, float scale) -> Tensor"
+    "Tensor? lengths, float scale) -> Tensor",
+    _on_device(_absorbed),
+    _like_query,
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("cca_decode", _run_decode, _device)
-    _library.impl("cca_absorbed_decode", _run_absorbed_decode, _device)
-torch.library.register_fake("retro_kernels::cca_decode", _like_query, lib=_library)
-torch.library.register_fake("retro_kernels::cca_absorbed_decode", _like_query, lib=_library)

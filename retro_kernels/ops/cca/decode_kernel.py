@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retro_kernels.ops.cca.tiles import precision
+
 
 @triton.jit
 def _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, BT, G, scale_log2, R: tl.constexpr,
@@ -77,7 +79,7 @@ def _cca_decode_kernel(
     scale_log2, B, T, H, HKV, K, G,
     R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
     HAS_REL: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     group = H // HKV
     tiles = tl.cdiv(T * group, BQ)
@@ -117,12 +119,12 @@ def _cca_decode_kernel(
         b_k = tl.load(p_k + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
         b_v = tl.load(p_v + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale_log2  # [BQ, BN]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BQ, BN]
         b_s += _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL,
                                 HAS_BIAS)  # fmt: skip
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision="ieee")
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
     _finish(b_acc, b_max, b_sum, p_out, p_lse, o_flat, o_d, m_row, m_d, i_split, D, SPLITS)
 
 
@@ -139,7 +141,8 @@ def _cca_absorbed_decode_kernel(
     scale_log2, B, T, H, K, G,
     R: tl.constexpr, E: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, STAGES: tl.constexpr,
+    HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(T * H, BQ)
     pid = tl.program_id(0)
@@ -182,24 +185,24 @@ def _cca_absorbed_decode_kernel(
             m_c = o_c < tl.load(p_lengths + i_b * K + j)
         p_e = p_states + ((i_b64 * K + j) * R + o_c)[:, None] * E
         b_e0 = tl.load(p_e + o_w0[None, :], mask=m_c[:, None] & m_w0[None, :], other=0.0)  # [BN, W0]
-        b_s = tl.dot(b_q0, tl.trans(b_e0), input_precision="ieee")  # [BQ, BN]
+        b_s = tl.dot(b_q0, tl.trans(b_e0), input_precision=PRECISION)  # [BQ, BN]
         if W1 > 0:
             b_e1 = tl.load(p_e + o_w1[None, :], mask=m_c[:, None] & m_w1[None, :], other=0.0)  # [BN, W1]
-            b_s = tl.dot(b_q1, tl.trans(b_e1), b_s, input_precision="ieee")
+            b_s = tl.dot(b_q1, tl.trans(b_e1), b_s, input_precision=PRECISION)
         if W2 > 0:
             b_e2 = tl.load(p_e + o_w2[None, :], mask=m_c[:, None] & m_w2[None, :], other=0.0)  # [BN, W2]
-            b_s = tl.dot(b_q2, tl.trans(b_e2), b_s, input_precision="ieee")
+            b_s = tl.dot(b_q2, tl.trans(b_e2), b_s, input_precision=PRECISION)
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
         b_s = b_s * scale_log2 + _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2,
                                                   R, HAS_REL, HAS_BIAS)  # fmt: skip
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
         b_p = b_p.to(b_e0.dtype)
-        b_acc0 = tl.dot(b_p, b_e0, b_acc0 * b_alpha[:, None], input_precision="ieee")
+        b_acc0 = tl.dot(b_p, b_e0, b_acc0 * b_alpha[:, None], input_precision=PRECISION)
         if W1 > 0:
-            b_acc1 = tl.dot(b_p, b_e1, b_acc1 * b_alpha[:, None], input_precision="ieee")
+            b_acc1 = tl.dot(b_p, b_e1, b_acc1 * b_alpha[:, None], input_precision=PRECISION)
         if W2 > 0:
-            b_acc2 = tl.dot(b_p, b_e2, b_acc2 * b_alpha[:, None], input_precision="ieee")
+            b_acc2 = tl.dot(b_p, b_e2, b_acc2 * b_alpha[:, None], input_precision=PRECISION)
     _finish(b_acc0, b_max, b_sum, p_out, p_lse, o_flat, o_w0, m_row, m_w0, i_split, E, SPLITS)
     if W1 > 0:
         _finish(b_acc1, b_max, b_sum, p_out, p_lse, o_flat, o_w1, m_row, m_w1, i_split, E, SPLITS)
@@ -232,10 +235,8 @@ def _cca_decode_merge_kernel(
     tl.store(p_out + i_row * W + o_w, b_acc.to(p_out.dtype.element_ty), mask=m_w)
 
 
-def panels(width: int) -> tuple[int, int, int] | None:
-    """Up to three powers of two that cover `width` (0: none), or None where that would not fit in the registers."""
-    if width > 2048:
-        return None
+def panels(width: int) -> tuple[int, int, int]:
+    """Up to three powers of two that cover `width`; 0: there is none."""
     first = max(16, 1 << (width.bit_length() - 1))
     rest = max(width - first, 0)
     if rest == 0:
@@ -245,31 +246,32 @@ def panels(width: int) -> tuple[int, int, int] | None:
     return first, second, 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
 
 
+# Compiled for sm_80, sm_90 and sm_100 (`bench/static.py`): no spill in the loop, at least two programs on a
+# multiprocessor (one for wide states), and 32 KB or more under way on each of them.
 def decode_tile(head_dim: int, rows: int, itemsize: int) -> dict[str, int]:
-    """Sizes for the kernel over keys and values; the shared memory holds two stages of both tiles."""
+    """Sizes of the kernel over keys and values for `rows` query rows that share a key head."""
     width = max(16, triton.next_power_of_2(head_dim))
     return {
         "BD": width,
         "BQ": 16 if rows <= 16 else 32,
-        "BN": 64 if width * itemsize <= 256 else 32,
+        "BN": 64 if width * itemsize <= 256 and itemsize < 4 else 32 if width * itemsize <= 512 else 16,
         "STAGES": 2,
-        "num_warps": 4,
+        "num_warps": 8 if width > (128 if itemsize == 4 else 64) else 4,
     }
 
 
 def absorbed_tile(width: int, rows: int, itemsize: int) -> dict[str, int]:
-    """Sizes for the kernel over states; the accumulator is BQ · width float32 in registers."""
+    """Sizes of the kernel over states for `rows` query rows of a sequence; the accumulator is BQ · width float32."""
     covered = panels(width)
-    assert covered is not None
     wide = sum(covered)
     return {
         "W0": covered[0],
         "W1": covered[1],
         "W2": covered[2],
         "BQ": 16 if rows <= 16 or wide > 1024 else 32,
-        "BN": 32 if wide * itemsize <= 2048 else 16,
+        "BN": 32 if wide <= 1024 else 16,
         "STAGES": 2,
-        "num_warps": 8 if wide > 256 else 4,
+        "num_warps": 8 if wide > 256 or itemsize == 4 else 4,
     }
 
 
@@ -331,7 +333,7 @@ def decode_triton(
             query if rel_bias is None else rel_bias, rows if lengths is None else lengths, target, lse,
             scale * 1.4426950408889634, batch, tokens, heads, kv_heads, neighbours, columns,
             R=neighbour_len, D=head_dim, SPLITS=splits, HAS_REL=rel is not None, HAS_U=content_bias is not None,
-            HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, **sizes,
+            HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, PRECISION=precision(query.dtype), **sizes,
         )  # fmt: skip
 
     tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
@@ -363,7 +365,7 @@ def absorbed_decode_triton(
             rows if lengths is None else lengths, target, lse,
             scale * 1.4426950408889634, batch, tokens, heads, neighbours, columns,
             R=neighbour_len, E=width, SPLITS=splits, HAS_REL=rel is not None, HAS_BIAS=rel_bias is not None,
-            HAS_LENGTHS=lengths is not None, **sizes,
+            HAS_LENGTHS=lengths is not None, PRECISION=precision(absorbed.dtype), **sizes,
         )  # fmt: skip
 
     tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])

@@ -1,0 +1,216 @@
+"""Decoding: row a of an attending chunk, alone, against the same row of the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_accurate
+from torch import Tensor
+
+from retro_kernels.ops import _backend, chunked_cross_attention
+from retro_kernels.ops.cca import decode
+from retro_kernels.ops.cca.decode import absorbed_decode, chunked_cross_attention_decode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_TRITON = _backend.INTERPRETING or torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs the interpreter or a GPU")
+BACKENDS = ["torch", "reference", pytest.param("triton", marks=needs_triton)]
+SIZES = [
+    (3, 1, 4, 2, 16, 8, 2, 16, 24),  # one token, grouped heads
+    (2, 3, 3, 3, 24, 16, 3, 48, 112),  # a few; D and R no powers of two; states in three panels
+    (2, 2, 20, 4, 16, 8, 1, 16, 64),  # more rows than one tile
+]
+
+
+def make(B: int, T: int, H: int, Hkv: int, D: int, M: int, K: int, R: int, E: int, dtype: torch.dtype
+         ) -> dict[str, Any]:  # fmt: skip
+    columns = M + R - 1
+    shapes = {
+        "query": (B, T, H, D), "states": (B, K, R, E), "key_weight": (Hkv * D, E), "value_weight": (Hkv * D, E),
+        "key_bias": (Hkv * D,), "value_bias": (Hkv * D,), "rel_key": (H, columns, D), "content_bias": (H, D),
+        "position_bias": (H, D), "rel_bias": (H, columns),
+    }  # fmt: skip
+    tensors: dict[str, Any] = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
+    for name in ("key_weight", "value_weight"):
+        tensors[name] /= E**0.5
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    rows = torch.randint(0, M, (B, T), device=DEVICE)
+    rows[0, 0] = -1
+    lengths = torch.randint(1, R + 1, (B, K), device=DEVICE)
+    lengths[0, 0] = 0
+    return tensors | {"rows": rows, "neighbour_lengths": lengths}
+
+
+def project(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Keys and values instead of states and weights."""
+    rest = dict(tensors)
+    states, head_dim = rest.pop("states"), rest["query"].shape[-1]
+    for name in ("key", "value"):
+        projected = F.linear(states, rest.pop(f"{name}_weight"), rest.pop(f"{name}_bias"))
+        rest[name] = projected.unflatten(-1, (-1, head_dim))
+    return rest
+
+
+def whole(query: Tensor, key: Tensor, value: Tensor, *, rows: Tensor, neighbour_lengths: Tensor, chunk_size: int,
+          **terms: Tensor) -> Tensor:  # fmt: skip
+    """Every token in a full sequence of two chunks of its own, of which the second has its row."""
+    B, T, H, D = query.shape
+    out = torch.zeros_like(query)
+    for b in range(B):
+        for t in range(T):
+            row = int(rows[b, t])
+            if row >= 0:
+                sequence = torch.zeros(1, 2 * chunk_size, H, D, dtype=query.dtype, device=query.device)
+                sequence[0, chunk_size - 1 + row] = query[b, t]
+                of_two = [x[b].expand(1, 2, *x[b].shape) for x in (key, value, neighbour_lengths)]
+                full = chunked_cross_attention(
+                    sequence, of_two[0], of_two[1], chunk_size=chunk_size, neighbour_lengths=of_two[2], **terms,
+                    backend="reference",
+                )  # fmt: skip
+                out[b, t] = full[0, chunk_size - 1 + row]
+    return out
+
+
+def to(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+
+@pytest.fixture(params=[pytest.param(False, id="whole"), pytest.param(True, id="split", marks=needs_triton)])
+def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program has all keys of a row, or each has one tile of them and the parts are merged."""
+    if HAS_TRITON:
+        from retro_kernels.ops.cca import decode_kernel
+
+        monkeypatch.setattr(decode_kernel, "wanted_programs", lambda device: 10_000 * request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("sizes", SIZES)
+@needs_triton
+def test_kernels_compute_rows_of_the_whole(dtype: torch.dtype, sizes: Any, split: None, seed: int) -> None:
+    backend = "triton"
+    chunk_size = sizes[5]
+    tensors = make(*sizes, dtype=dtype)
+    exact = whole(**project(to(tensors, torch.float64)), chunk_size=chunk_size)
+    plain = absorbed_decode(**tensors, backend="torch")
+    ours = absorbed_decode(**tensors, backend=backend)
+    assert_accurate(ours, plain, exact, "absorbed")
+    assert ours[0, 0].eq(0).all()
+
+    projected = project(tensors)
+    exact = whole(**to(projected, torch.float64), chunk_size=chunk_size)
+    plain = chunked_cross_attention_decode(**projected, backend="torch")
+    ours = chunked_cross_attention_decode(**projected, backend=backend)
+    assert_accurate(ours, plain, exact, "over keys and values")
+    assert ours[0, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("sizes", SIZES[:2])
+def test_plain_computes_rows_of_the_whole(sizes: Any, seed: int) -> None:
+    """The yardstick above is the "torch" backend; in float64 it is the definition."""
+    tensors = make(*sizes, dtype=torch.float64)
+    exact = whole(**project(tensors), chunk_size=sizes[5])
+    assert exact.norm() > 0
+    for backend in ("torch", "reference"):
+        torch.testing.assert_close(absorbed_decode(**tensors, backend=backend), exact)
+        torch.testing.assert_close(chunked_cross_attention_decode(**project(tensors), backend=backend), exact)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kept", [(), ("rel_bias",), ("rel_key", "position_bias"), ("rel_key",), ("content_bias",)])
+def test_without_terms(backend: str, kept: tuple[str, ...], seed: int) -> None:
+    tensors = make(*SIZES[0], dtype=torch.float32)
+    for name in ("rel_key", "position_bias", "rel_bias", "content_bias", "key_bias", "value_bias"):
+        if name not in kept:
+            tensors[name] = None
+    rest = project({name: x for name, x in tensors.items() if x is not None} | {"key_bias": None, "value_bias": None})
+    exact = whole(**to(rest, torch.float64), chunk_size=8)
+    for out in (absorbed_decode(**tensors, backend=backend), chunked_cross_attention_decode(**rest, backend=backend)):
+        torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_attend_to(backend: str, split: None, seed: int) -> None:
+    tensors = make(*SIZES[0], dtype=torch.float32)
+    tensors["neighbour_lengths"][1] = 0
+    tensors["rows"][2] = -1
+    for out in (absorbed_decode(**tensors, backend=backend),
+                chunked_cross_attention_decode(**project(tensors), backend=backend)):  # fmt: skip
+        assert out.eq(0).all()
+    tensors["neighbour_lengths"] = None
+    assert absorbed_decode(**tensors, backend=backend)[1].ne(0).any()
+
+
+@needs_triton
+def test_every_run_is_the_same(split: None, seed: int) -> None:
+    tensors = make(*SIZES[1], dtype=torch.float16)
+    first = absorbed_decode(**tensors, backend="triton")
+    assert all(torch.equal(absorbed_decode(**tensors, backend="triton"), first) for _ in range(3))
+
+
+def test_gradients_run_plainly(seed: int) -> None:
+    tensors = make(*SIZES[0], dtype=torch.float64)
+    tensors["query"].requires_grad_()
+    assert absorbed_decode(**tensors).requires_grad
+    half = to(tensors, torch.float32)
+    with pytest.raises(ValueError, match="no gradient" if HAS_TRITON else "cannot run here"):
+        absorbed_decode(**half, backend="triton")
+    names = ("query", "states", "value_weight", "rel_key", "rel_bias")
+    leaves = [tensors.pop(name).detach().requires_grad_() for name in names]
+
+    def function(*values: Tensor) -> Tensor:
+        return absorbed_decode(**tensors, **dict(zip(names, values, strict=True)), backend="torch")
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@needs_triton
+def test_opcheck_and_fullgraph(seed: int) -> None:
+    tensors = make(*SIZES[0], dtype=torch.float32)
+    projected = project(tensors)
+    B, T, H, D = tensors["query"].shape
+    rel = torch.randn(H, B * T, 23, device=DEVICE)
+    rows, lengths = tensors["rows"].int(), tensors["neighbour_lengths"].int()
+    torch.library.opcheck(
+        decode._cca_decode,
+        (tensors["query"], projected["key"], projected["value"], rows, rel, tensors["content_bias"],
+         tensors["rel_bias"], lengths, 0.25),
+    )  # fmt: skip
+    mixing = torch.randn(B, T, H, 24, device=DEVICE)
+    torch.library.opcheck(decode._cca_absorbed_decode, (mixing, tensors["states"], rows, rel, None, None, 0.25))
+    compiled = torch.compile(absorbed_decode, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**tensors, backend="triton"), absorbed_decode(**tensors, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": torch.zeros(3, 2, dtype=torch.int64)}, "rows has shape"),
+        ({"states": torch.zeros(2, 2, 16, 24)}, "states has shape"),
+        ({"neighbour_lengths": torch.zeros(3, 1, dtype=torch.int64)}, "neighbour_lengths has shape"),
+        ({"rel_key": torch.zeros(4, 12, 16), "rel_bias": None}, "the position table has 12 columns"),
+        ({"rel_key": None}, "position_bias is given without rel_key"),
+    ],
+)
+def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
+    tensors = {name: x.cpu() for name, x in make(*SIZES[0], dtype=torch.float32).items()}
+    with pytest.raises(ValueError, match=message):
+        absorbed_decode(**{**tensors, **change})
+    with pytest.raises(TypeError, match="rows is"):
+        absorbed_decode(**{**tensors, "rows": tensors["rows"].float()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [16, 32])
+def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
+    tensors = make(2, 1, heads, heads, 128, 64, 3, 128, 896, dtype)
+    exact = whole(**project(to(tensors, torch.float64)), chunk_size=64)
+    assert_accurate(absorbed_decode(**tensors, backend="triton"), absorbed_decode(**tensors, backend="torch"), exact)
+    projected = project(tensors)
+    exact = whole(**to(projected, torch.float64), chunk_size=64)
+    ours, plain = (chunked_cross_attention_decode(**projected, backend=x) for x in ("triton", "torch"))
+    assert_accurate(ours, plain, exact)
