@@ -99,6 +99,8 @@ def formulations(case: Case) -> list[peers.Peer | None]:
 
 def _passes(case: Case, peer: peers.Peer | None) -> tuple[Pass, ...]:
     """Forward and backward in one call: asked for where the table's gradient or relative keys make the difference."""
+    if peer and peer.name == "SDPA math" and not ON_GPU and case.positions != "none":
+        return PASSES[1:]  # forward alone, flash serves every mask on a CPU
     if not ON_GPU or peer is None or case.positions == "relative" or (case.table_grad and peer.name.startswith("SDPA")):
         return PASSES
     return PASSES[:2]

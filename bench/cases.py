@@ -90,7 +90,7 @@ class Case:
 def _shape(heads: int, head_dim: int, neighbours: int, gpu: bool) -> Shape:
     if gpu:  # 4,096 programs of one attending chunk and one head
         return Shape(128 // heads, 2048, heads, head_dim, neighbours)
-    tokens = {2: 1024, 10: 256, 40: 128}[neighbours]
+    tokens = {2: 512, 10: 128, 40: 64}[neighbours]
     return Shape(1, tokens, heads, head_dim, neighbours)
 
 

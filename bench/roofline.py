@@ -46,9 +46,9 @@ class Ceilings:
     bandwidth: float
     matmul: float
 
-    def floor(self, cost: Cost) -> float:
-        """Seconds."""
-        return max(cost.bytes / self.bandwidth, cost.flops / self.matmul)
+    def floor(self, *kernels: Cost) -> float:
+        """Seconds of kernels that run one after another, each as fast as its bytes or its operations let it."""
+        return sum(max(cost.bytes / self.bandwidth, cost.flops / self.matmul) for cost in kernels)
 
 
 H200 = Ceilings("NVIDIA H200 (4.3 TB/s and 790 TFLOP/s as measured on other days)", 4.3e12, 790e12)
@@ -92,32 +92,33 @@ def attention(case: Case, which: Pass, e: int = 2) -> Cost:
     return cost
 
 
-def absorbed_training(s: Shape, encoder_dim: int, which: Pass, e: int = 2) -> Cost:
-    """Attention to encoder states by batched products around one softmax, W_K and W_V folded into query and output.
+def materialised_training(s: Shape, encoder_dim: int, which: Pass, e: int = 2) -> list[Cost]:
+    """Keys and values projected from the encoder states, then the core: one cost a kernel, as they run in turn."""
+    if which == "forward+backward":
+        passes: tuple[Pass, ...] = ("forward", "backward")
+        return [cost for one in passes for cost in materialised_training(s, encoder_dim, one, e)]
+    keys, inner = s.blocks * s.keys, s.heads * s.head_dim
+    projection = Cost((keys * encoder_dim + 2 * keys * inner) * e, 2 * keys * encoder_dim * 2 * inner)
+    return [projection] * (1 if which == "forward" else 2) + [attention(Case(s, "bias"), which, e)]
+
+
+def absorbed_training(s: Shape, encoder_dim: int, which: Pass, e: int = 2) -> list[Cost]:
+    """Batched products around one softmax, W_K and W_V folded into query and output: one cost a kernel.
 
     Forward: q~ = q·W_K, logits = q~·E, weights, o~ = weights·E, out = o~·W_V. The backward keeps the weights.
     """
     if which == "forward+backward":
-        return absorbed_training(s, encoder_dim, "forward", e) + absorbed_training(s, encoder_dim, "backward", e)
-    rows = s.blocks * s.chunk
-    fold = 2 * 2 * rows * s.heads * s.head_dim * encoder_dim  # q~ and out
-    core = 2 * 2 * rows * s.heads * s.keys * encoder_dim  # logits and o~
-    states = s.blocks * s.keys * encoder_dim * e
-    folded = rows * s.heads * encoder_dim * e
-    weights = rows * s.heads * s.keys * e
-    if which == "forward":  # logits written and read, weights written and read; q~ and o~ likewise; E twice
-        return Cost(4 * weights + 4 * folded + 2 * states, fold + core)
-    # dweights, dE twice, dq~, and both foldings to their two sides
-    return Cost(5 * weights + 6 * folded + 4 * states, 2 * fold + 2 * core)
-
-
-def materialised_training(s: Shape, encoder_dim: int, which: Pass, e: int = 2) -> Cost:
-    """Key and value projections of the encoder states, then the core. The projection is counted with its own bytes."""
-    keys, inner = s.blocks * s.keys, s.heads * s.head_dim
-    one = Cost((keys * encoder_dim + 2 * keys * inner) * e, 2 * 2 * keys * encoder_dim * inner)
-    core = attention(Case(s, "bias"), which, e)
-    times = {"forward": 1, "backward": 2, "forward+backward": 3}[which]
-    return Cost(core.bytes + times * one.bytes, core.flops + times * one.flops)
+        passes: tuple[Pass, ...] = ("forward", "backward")
+        return [cost for one in passes for cost in absorbed_training(s, encoder_dim, one, e)]
+    rows = s.blocks * s.chunk * s.heads
+    narrow, wide = rows * s.head_dim * e, rows * encoder_dim * e  # q or out; q~ or o~
+    states, weights = s.blocks * s.keys * encoder_dim * e, rows * s.keys * e
+    fold = Cost(narrow + wide, 2 * rows * s.head_dim * encoder_dim)
+    product = Cost(wide + states + weights, 2 * rows * s.keys * encoder_dim)  # between q~ or o~, E, and the weights
+    if which == "forward":
+        return [fold, product, Cost(2 * weights, 0), product, fold]
+    # each product has two gradients; the softmax reads weights and their gradient and writes that of the logits
+    return [fold, fold, product, product, Cost(3 * weights, 0), product, product, fold, fold]
 
 
 def decode(batch: int, heads: int, head_dim: int, keys: int, encoder_dim: int, e: int = 2) -> dict[str, Cost]:
@@ -143,9 +144,19 @@ EXPECTED = {("forward", 128): (0.80, 0.90), ("forward", 64): (0.75, 0.88),
             ("backward", 128): (0.70, 0.85), ("backward", 64): (0.60, 0.80)}  # fmt: skip
 
 
+ENCODER_DIM = 896
+MODELS = (("172M", 16, 64), ("425M", 12, 128), ("1.5B", 16, 128), ("7.5B", 32, 128))  # heads and their size
+
+
+def _rivals(group: str, floors: dict[str, float]) -> dict[str, object]:
+    absorbed, materialised = floors["absorbed"], floors["materialised"]
+    return {"predicted": True, "group": group, "floor_s": absorbed, "materialised_floor_s": materialised,
+            "floor_ratio": round(materialised / absorbed, 3)}  # fmt: skip
+
+
 def predictions() -> dict[str, object]:
     """Floors of an H200 for the benchmark's own shapes, and the time to expect if the expected share is reached."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for s in grid(gpu=True, tiny=False):
         for positions in ("bias", "relative"):
             case = Case(s, positions)
@@ -160,9 +171,22 @@ def predictions() -> dict[str, object]:
                     "bytes": cost.bytes, "flops": cost.flops, "floor_s": floor, "predicted_share": round(share, 3),
                     "predicted_s": floor / share,
                 })  # fmt: skip
+        floors = {"absorbed": H200.floor(*absorbed_training(s, ENCODER_DIM, "forward+backward")),
+                  "materialised": H200.floor(*materialised_training(s, ENCODER_DIM, "forward+backward"))}  # fmt: skip
+        rows.append(_rivals(f"absorbed training: {s}", floors) | {**Case(s).fields(), "pass": "forward+backward"})
+    for name, heads, head_dim in MODELS:
+        for neighbours in (2, 10, 40):
+            costs = decode(64, heads, head_dim, neighbours * 128, ENCODER_DIM)
+            floors = {way: H200.floor(cost) for way, cost in costs.items()}
+            rows.append(_rivals(f"decode, batch 64: {name} K{neighbours}", floors) | {"model": name, "K": neighbours})
+    rows.append({
+        "predicted": True, "group": "gather of 327,680 ids on the GPU", "floor_s": H200.floor(gather(327_680)),
+        "predicted_s": H200.floor(gather(327_680)) / 0.8, "predicted_share": 0.8,
+    })  # fmt: skip
     return {
         "note": "Predictions for an H200: nothing here was measured on a GPU. floor_s is arithmetic; predicted_share "
-        "is what the static figures (registers, spills, resident programs) lead one to expect.",
+        "is what the static figures (registers, spills, resident programs) lead one to expect. floor_ratio is that of two "
+        "floors, both reached: real products fall short of the rate, and the ratio with them.",
         "ceilings": asdict(H200),
         "predictions": rows,
     }
