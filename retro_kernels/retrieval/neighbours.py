@@ -29,6 +29,7 @@ from torch import Tensor
 from retro_kernels.config import InputError
 from retro_kernels.retrieval.search import DocumentTable, Searcher, Stats, mixed, row_hashes, take_first, to_device, unfilled
 from retro_kernels.retrieval.store import ChunkStore
+from retro_kernels.retrieval.writing import locked
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval.retriever import Retriever
@@ -304,14 +305,8 @@ def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
 @contextlib.contextmanager
 def _partial_folder(folder: Path, metadata: dict[str, str]) -> Iterator[None]:
     """The folder of finished blocks, locked while in use (the lock ends with the process); other input's blocks go."""
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"Another process is making {folder.with_suffix('')}: {folder} is locked.") from None
+    with locked(folder / "lock", f"Another process is making {folder.with_suffix('')} now."):
         described = folder / "input.json"
         wanted = json.dumps(metadata, sort_keys=True)
         if not described.exists() or described.read_text() != wanted:

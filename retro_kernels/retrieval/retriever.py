@@ -322,26 +322,42 @@ def _embedder_loader(store: ChunkStore, embedder: Any, query_embedder: Any,
     entry = store.manifest["embedder"]
 
     def load() -> TextEmbedder:
-        given = query_embedder if query_embedder is not None else embedder if embedder is not None else entry.get("source")
-        made = given if hasattr(given, "embed") else _load(given, entry, device)
+        made = _named(store, embedder, device) if query_embedder is None else _opened(query_embedder, device)
         if made.dim != entry["dim"]:
             raise InputError(f"The retrieval set {store.path} holds keys of {entry['dim']} numbers ({entry['name']}); "
                              f"the embedder {made.name} makes {made.dim}.")  # fmt: skip
-        if query_embedder is None and made.fingerprint != entry["fingerprint"]:
-            raise InputError(
-                f"The retrieval set {store.path} was built with the embedder {entry['name']} "
-                f"({entry['fingerprint'][:12]}…), but {made.name} ({made.fingerprint[:12]}…) was loaded. Give the one it "
-                "was built with, or build the set again."
-            )
         return made
 
     return load
 
 
-def _load(given: Any, entry: dict[str, Any], device: torch.device) -> TextEmbedder:
-    name = entry["name"] if given is None else given
-    dtype = getattr(torch, str(entry["dtype"]).removeprefix("torch."), None) if "dtype" in entry else None
-    return load_embedder(None if name == DEFAULT_EMBEDDER else name, device=device, dtype=dtype)
+def _opened(given: Any, device: torch.device, dtype: torch.dtype | None = None) -> TextEmbedder:
+    if hasattr(given, "embed"):
+        return given
+    return load_embedder(None if given in (None, DEFAULT_EMBEDDER) else given, device=device, dtype=dtype)
+
+
+def _named(store: ChunkStore, given: Any, device: torch.device) -> TextEmbedder:
+    """The embedder that the set was built with, by its fingerprint; InputError if what is found is another."""
+    name, fingerprint = store.manifest["embedder"]["name"], store.manifest["embedder"]["fingerprint"]
+    made = None
+    # a set may come from a machine with another default dtype, which changes the vectors and so the fingerprint
+    for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
+        try:
+            made = _opened(name if given is None else given, device, dtype)
+        except InputError as error:
+            if given is not None:
+                raise
+            raise InputError(f"The retrieval set {store.path} was built with the embedder {name}, which is not found under "
+                             f"that name; give the path of its folder (embedder=). {error}") from None  # fmt: skip
+        if made.fingerprint == fingerprint:
+            return made
+        if not hasattr(made, "dtype") or hasattr(given, "embed"):
+            break
+    raise InputError(
+        f"The retrieval set {store.path} was built with the embedder {name} ({fingerprint[:12]}…), but {made.name} "
+        f"({made.fingerprint[:12]}…) was loaded. Give the one it was built with, or build the set again."
+    )
 
 
 def _device_store(store: ChunkStore, device: torch.device) -> DeviceStore | None:

@@ -98,6 +98,21 @@ def take_first(distances: Tensor, ids: Tensor, keep: Tensor, k: int) -> tuple[Te
     return out[:, :k], out_ids[:, :k]
 
 
+def settle_ties(distances: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Equally near candidates in the order of their ids. An index gives copies of a text in any order, another one for
+    another batch size. On a GPU nothing is done: it would cost two sorts of every row, or a wait."""
+    if distances.is_cuda or distances.shape[1] < 2:
+        return distances, ids
+    tied = ((distances[:, 1:] == distances[:, :-1]) & (ids[:, 1:] >= 0)).any(1).nonzero().squeeze(1)
+    if not tied.numel():
+        return distances, ids
+    row_ids, order = ids[tied].sort(dim=1)
+    row, again = distances[tied].gather(1, order).sort(dim=1, stable=True)
+    distances, ids = distances.clone(), ids.clone()
+    distances[tied], ids[tied] = row, row_ids.gather(1, again)
+    return distances, ids
+
+
 def unfilled(num: int, k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Distances [num, k] of +inf and ids [num, k] of −1."""
     return (torch.full((num, k), torch.inf, device=device),
@@ -281,7 +296,7 @@ class DenseSearcher:
         documents = self.documents
 
         def candidates(rows: Tensor | None, fetch: int) -> tuple[Tensor, Tensor]:
-            return self.index.search(keys if rows is None else keys[rows], fetch)
+            return settle_ties(*self.index.search(keys if rows is None else keys[rows], fetch))
 
         def scan(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
             embeddings = self.store.embeddings if self.device_store is None else self.device_store.embeddings

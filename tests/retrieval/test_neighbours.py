@@ -1,0 +1,209 @@
+"""Neighbours kept in a file or in memory are those of a live search, and damage is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from retrieval.sets import M, BagEmbedder, CountingIndex, MemoryStore, dense, make_documents
+from torch import Tensor
+
+from retro_kernels.config import InputError
+from retro_kernels.ops.gather import NeighbourBatch
+from retro_kernels.retrieval import neighbours as module
+from retro_kernels.retrieval.neighbours import CachingSearcher, NeighbourFile, PrecomputedSearcher, precompute
+from retro_kernels.retrieval.retriever import Retriever
+
+
+@pytest.fixture
+def store(seed: int) -> MemoryStore:
+    text = torch.randint(1, 5000, (3 * M,)).tolist()
+    # one text in two documents: its chunks stand in the file once for each
+    return MemoryStore([text, *make_documents(40, shared=False), text], BagEmbedder())
+
+
+def packed(store: MemoryStore, b: int = 6, chunks: int = 4) -> tuple[Tensor, Tensor]:
+    picked = np.sort(torch.randint(store.num_chunks, (b, chunks)).numpy())
+    tokens = torch.from_numpy(store.chunks[picked].astype(np.int64)).reshape(b, -1)
+    return tokens, torch.from_numpy(store.document_ids[picked])
+
+
+def same(a: NeighbourBatch, b: NeighbourBatch) -> None:
+    # by what they say: of copies of a text, equally near up to rounding, one is as good as another
+    assert torch.equal(a.tokens[..., :M], b.tokens[..., :M]) and torch.equal(a.ids < 0, b.ids < 0)
+    assert torch.equal(a.lengths == 0, b.lengths == 0)
+    torch.testing.assert_close(a.distances, b.distances, rtol=1e-4, atol=1e-4)
+
+
+def with_file(store: MemoryStore, path: Path, index: Any = None) -> Retriever:
+    retriever = dense(store, index=index)
+    table = NeighbourFile.open(path, store=store, retriever="dense")
+    retriever.searcher = PrecomputedSearcher(table, retriever._documents, retriever.searcher, retriever.stats)
+    return retriever
+
+
+def test_training_from_the_file_has_the_neighbours_of_a_live_search(store: MemoryStore, tmp_path: Path) -> None:
+    live = dense(store)
+    result = precompute(live, store.chunks, store.document_ids, tmp_path / "near", per_chunk=8)
+    assert result["rows"] <= store.num_chunks == result["chunks"] and not result["done_before"]
+    index = CountingIndex(store.embeddings)
+    kept = with_file(store, tmp_path / "near", index)
+    tokens, exclude = packed(store)
+    same(kept(tokens, num_neighbours=2, exclude_documents=exclude), live(tokens, num_neighbours=2, exclude_documents=exclude))
+    assert kept.stats.reused > 0 and sum(rows for rows, _ in index.calls) <= 24 - kept.stats.reused + kept.stats.widened * 9
+
+
+def test_all_of_a_whole_pass_comes_from_the_file(store: MemoryStore, tmp_path: Path) -> None:
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+    index = CountingIndex(store.embeddings)
+    kept, live = with_file(store, tmp_path / "near", index), dense(store)
+    tokens, own = torch.from_numpy(store.chunks.astype(np.int64)), torch.from_numpy(store.document_ids)[:, None]
+    same(kept(tokens, num_neighbours=3, exclude_documents=own), live(tokens, num_neighbours=3, exclude_documents=own))
+    assert not index.calls
+
+
+@pytest.mark.parametrize("case", ["own document not excluded", "list too short", "unknown chunk", "none excluded"])
+def test_rows_that_the_file_cannot_serve_are_searched(store: MemoryStore, tmp_path: Path, case: str) -> None:
+    precompute(dense(store), store.chunks[:50], store.document_ids[:50], tmp_path / "near", per_chunk=3)
+    tokens, own = torch.from_numpy(store.chunks[:50].astype(np.int64)), torch.from_numpy(store.document_ids[:50])[:, None]
+    k, exclude = 2, own
+    if case == "own document not excluded":
+        exclude = (own + 7) % store.num_documents
+    elif case == "list too short":
+        k = 5
+    elif case == "unknown chunk":
+        tokens = tokens.flip(1)
+    else:
+        exclude = None
+    kept, live = with_file(store, tmp_path / "near"), dense(store)
+    same(kept(tokens, num_neighbours=k, exclude_documents=exclude), live(tokens, num_neighbours=k, exclude_documents=exclude))
+
+
+def test_lists_made_for_text_outside_the_set_serve_any_exclusion(store: MemoryStore, tmp_path: Path) -> None:
+    chunks = np.random.default_rng(0).integers(1, 5000, (20, M))
+    precompute(dense(store), chunks, np.full(20, -1), tmp_path / "near", per_chunk=store.num_chunks + 2)
+    index = CountingIndex(store.embeddings)
+    kept, live, tokens = with_file(store, tmp_path / "near", index), dense(store), torch.from_numpy(chunks)
+    exclude = torch.randint(-1, store.num_documents, (20, 3))
+    same(kept(tokens, num_neighbours=9, exclude_documents=exclude), live(tokens, num_neighbours=9, exclude_documents=exclude))
+    assert not index.calls  # the lists hold everything: none can run short
+
+
+def test_without_a_live_searcher_the_rest_is_missing(store: MemoryStore, tmp_path: Path) -> None:
+    precompute(dense(store), store.chunks[:9], store.document_ids[:9], tmp_path / "near", per_chunk=4)
+    retriever = dense(store)
+    retriever.searcher = PrecomputedSearcher(NeighbourFile.open(tmp_path / "near"), retriever._documents, None)
+    own = torch.from_numpy(store.document_ids[:12])[:, None]
+    got = retriever(torch.from_numpy(store.chunks[:12].astype(np.int64)), exclude_documents=own)
+    assert (got.ids[:9] >= 0).all() and (got.ids[9:] == -1).all() and (got.lengths[9:] == 0).all()
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_run_goes_on(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    done: list[int] = []
+
+    def stop_after_three(n: int) -> None:
+        done.append(n)
+        if len(done) == 3:
+            raise Stop
+
+    out = tmp_path / "near"
+    with pytest.raises(Stop):
+        precompute(dense(store), store.chunks, store.document_ids, out, per_chunk=4, progress=stop_after_three)
+    assert not out.exists()
+    damaged = sorted(tmp_path.glob("near.partial/*.safetensors"))[1]
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    index, done = CountingIndex(store.embeddings), []
+    precompute(dense(store, index=index), store.chunks, store.document_ids, out, per_chunk=4, progress=done.append)
+    assert sum(done) == store.num_chunks
+    first_fetches = [rows for rows, k in index.calls if rows == 16]
+    assert len(first_fetches) <= store.num_chunks // 16 - 2 + 1  # two whole blocks were kept, the damaged one was not
+    assert [p.name for p in tmp_path.iterdir()] == ["near"]
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "again", per_chunk=4)
+    a, b = NeighbourFile.open(out), NeighbourFile.open(tmp_path / "again")
+    assert torch.equal(a.ids, b.ids) and a.metadata == b.metadata
+    before = out.read_bytes()
+    assert precompute(dense(store), store.chunks, store.document_ids, out, per_chunk=4)["done_before"]
+    assert out.read_bytes() == before
+
+
+def test_blocks_of_other_input_are_not_taken(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 16)
+
+    def stop(n: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        precompute(dense(store), store.chunks[::-1], store.document_ids[::-1], tmp_path / "near", per_chunk=4, progress=stop)
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "again", per_chunk=4)
+    assert torch.equal(NeighbourFile.open(tmp_path / "near").ids, NeighbourFile.open(tmp_path / "again").ids)
+
+
+def test_two_processes_on_one_file(store: MemoryStore, tmp_path: Path) -> None:
+    def meanwhile(n: int) -> None:
+        with pytest.raises(InputError, match="Another process"):
+            precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near")
+
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", progress=meanwhile)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "text", "missing", "other set", "other retriever", "empty"])
+def test_what_is_wrong_with_a_file_is_said(store: MemoryStore, tmp_path: Path, damage: str) -> None:
+    path, wanted = tmp_path / "near", "dense"
+    precompute(dense(store), store.chunks, store.document_ids, path, per_chunk=4)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-100])
+    elif damage == "bit flipped":
+        content[-5] ^= 4
+        path.write_bytes(content)
+    elif damage == "text":
+        path.write_text("neighbours")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "other set":
+        store.manifest["files"]["chunks.npy"]["sha256"] = "0" * 64
+    else:
+        wanted = "bm25"
+    with pytest.raises(InputError, match=str(path)):
+        NeighbourFile.open(path, store=store, retriever=wanted)
+
+
+def test_the_cache_has_the_neighbours_of_a_live_search(store: MemoryStore) -> None:
+    live, index = dense(store), CountingIndex(store.embeddings)
+    cached = dense(store, index=index)
+    cached.searcher = CachingSearcher(cached.searcher, store, cached._documents, per_chunk=8, stats=cached.stats)
+    for _ in range(3):
+        tokens, exclude = packed(store)
+        unknown = torch.randint(1, 5000, (6, M))
+        tokens = torch.cat([tokens, unknown], 1)
+        for k in (2, 12):  # 12: more than are kept
+            same(cached(tokens, num_neighbours=k, exclude_documents=exclude), live(tokens, num_neighbours=k, exclude_documents=exclude))
+        same(cached(tokens), live(tokens))
+    own = torch.from_numpy(store.document_ids)[:, None]
+    everything = torch.from_numpy(store.chunks.astype(np.int64))
+    cached(everything, exclude_documents=own)
+    index.calls.clear()
+    same(cached(everything, exclude_documents=own), live(everything, exclude_documents=own))
+    repeated = store.num_chunks - len(np.unique(store.find_chunks(store.chunks)))
+    assert sum(rows for rows, _ in index.calls) <= 2 * repeated  # only the copy that another document holds first
+    with pytest.raises(InputError, match="per_chunk"):
+        CachingSearcher(live.searcher, store, live._documents, per_chunk=0)
+
+
+def test_bad_input(store: MemoryStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="chunks must be"):
+        precompute(dense(store), store.chunks[:, :-1], store.document_ids, tmp_path / "x")
+    with pytest.raises(InputError, match="per_chunk"):
+        precompute(dense(store), store.chunks, store.document_ids, tmp_path / "x", per_chunk=0)
+    assert not list(tmp_path.iterdir())
