@@ -126,9 +126,10 @@ def decode(batch: int, heads: int, head_dim: int, keys: int, encoder_dim: int, e
     inner = heads * head_dim
     return {
         "materialised": Cost(batch * (2 * keys * inner + 2 * inner) * e, batch * 4 * keys * inner),
-        # both foldings read their weights once for the whole batch
+        # the states once for all heads; W_K and W_V, folded into query and output, once for the whole batch
         "absorbed": Cost(
-            (batch * (keys * encoder_dim + 2 * heads * encoder_dim)) * e, batch * 4 * keys * heads * encoder_dim
+            (batch * (keys * encoder_dim + 2 * inner) + 2 * inner * encoder_dim) * e,
+            batch * (4 * keys * heads * encoder_dim + 4 * inner * encoder_dim),
         ),
     }
 
@@ -185,8 +186,8 @@ def predictions() -> dict[str, object]:
     })  # fmt: skip
     return {
         "note": "Predictions for an H200: nothing here was measured on a GPU. floor_s is arithmetic; predicted_share "
-        "is what the static figures (registers, spills, resident programs) lead one to expect. floor_ratio is that of two "
-        "floors, both reached: real products fall short of the rate, and the ratio with them.",
+        "is what the static figures (registers, spills, resident programs) lead one to expect. floor_ratio is that of "
+        "two floors, both reached: real products fall short of the rate, and the ratio with them.",
         "ceilings": asdict(H200),
         "predictions": rows,
     }
