@@ -1,0 +1,135 @@
+"""De-duplication: hashes against sets of strings, planted copies, and real textbooks."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document
+from retro_kernels.retrieval.dedup import DuplicateFinder, MinHash, _Words, deduplicate, find_copies, gram_hashes, jaccard
+
+
+def words(num: int, vocabulary: int = 800) -> list[str]:
+    return [f"w{random.randrange(vocabulary)}" for _ in range(num)]
+
+
+def grams(text: list[str], n: int = 13) -> set[tuple[str, ...]]:
+    n = min(n, len(text))
+    return {tuple(text[i : i + n]) for i in range(len(text) - n + 1)} if text else set()
+
+
+def edited(text: list[str], edits: int) -> list[str]:
+    text = list(text)
+    for place in random.sample(range(len(text)), edits):
+        text[place] = f"x{random.randrange(10**6)}"
+    return text
+
+
+@pytest.mark.parametrize("length", [0, 1, 12, 13, 14, 300])
+def test_jaccard_of_hashes_is_that_of_strings(seed: int, length: int) -> None:
+    a = words(length)
+    hashes = _Words()
+    for b in (a, edited(a, min(3, length)), words(length), a + words(20), []):
+        x, y = (gram_hashes(hashes(" ".join(text))) for text in (a, b))
+        union = grams(a) | grams(b)
+        want = len(grams(a) & grams(b)) / len(union) if union else 0.0
+        assert jaccard(x, y) == pytest.approx(want)
+        assert len(x) == len(grams(a))
+
+
+def test_case_and_punctuation_do_not_matter(seed: int) -> None:
+    text = " ".join(words(100))
+    finder = DuplicateFinder([Document("a", text)])
+    assert finder.find(text.upper().replace(" ", ",\n ")) == ("a", 1.0)
+
+
+def test_signatures_estimate_the_jaccard_index(seed: int) -> None:
+    generator, minhash = np.random.default_rng(seed), MinHash(2048)
+    pool = generator.integers(0, 2**64, 3000, dtype=np.uint64)
+    a, b = pool[:2000], pool[1000:]  # 1000 of 3000
+    assert (minhash(a) == minhash(b)).mean() == pytest.approx(1 / 3, abs=0.06)  # 6 standard deviations
+    assert (minhash(pool[:20_000]) == np.minimum(minhash(a), minhash(b))).all()
+
+
+def test_planted_copies_are_found_and_nothing_else(seed: int) -> None:
+    originals = [words(400, 5000) for _ in range(150)]
+    finder = DuplicateFinder(Document(str(i), " ".join(text)) for i, text in enumerate(originals))
+    clear, doubtful = 0, 0
+    for i, text in enumerate(originals):
+        for edits in (0, 1, 3, 8):
+            copy = edited(text, edits)
+            truth = len(grams(text) & grams(copy)) / len(grams(text) | grams(copy))
+            found = finder.find(" ".join(copy))
+            if truth >= 0.8:
+                doubtful += truth < 0.9 and found is None
+                clear += truth >= 0.9 and found is None
+                assert found is None or found == (str(i), pytest.approx(truth))
+            else:
+                assert found is None
+        assert finder.find(" ".join(words(400, 5000))) is None
+    assert clear <= 1 and doubtful <= 15  # a band is hit with 99.98 % at 0.9, with 95 % at 0.8
+
+
+def test_the_best_match_is_named(seed: int) -> None:
+    text = words(500, 5000)
+    finder = DuplicateFinder([Document("near", " ".join(edited(text, 2))), Document("same", " ".join(text))])
+    assert finder.find(" ".join(text)) == ("same", 1.0)
+
+
+def test_files_in_and_out(seed: int, tmp_path: Path) -> None:
+    texts = [" ".join(words(200, 5000)) for _ in range(6)]
+    train, test, out = tmp_path / "train.jsonl", tmp_path / "test.txt", tmp_path / "kept.jsonl"
+    train.write_text("".join(json.dumps({"title": f"t{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
+    test.write_text(texts[4])
+    result = deduplicate(train, test, out=out, progress=False)
+    assert result["copies"] == [{"title": "t4", "against": "test.txt", "jaccard": 1.0, "index": 4}]
+    assert (result["documents"], result["kept"], result["against"]) == (6, 5, 1)
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert kept == [{"title": f"t{i}", "text": texts[i]} for i in (0, 1, 2, 3, 5)]
+    assert sorted(os.listdir(tmp_path)) == ["kept.jsonl", "test.txt", "train.jsonl"]
+
+
+def test_bad_input(seed: int, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="does not exist"):
+        deduplicate(tmp_path / "b.txt", tmp_path / "a.txt", progress=False)
+    with pytest.raises(InputError, match="no evaluation document"):
+        deduplicate(tmp_path / "a.txt", tmp_path / "empty", progress=False)
+    for threshold in (0.0, 1.1):
+        with pytest.raises(InputError, match="threshold"):
+            deduplicate(tmp_path / "a.txt", tmp_path / "a.txt", threshold=threshold, progress=False)
+    with pytest.raises(InputError, match="one word"):
+        DuplicateFinder([], n=0)
+
+
+@pytest.fixture(scope="module")
+def textbooks(data: Path) -> dict[str, Document]:
+    """Each edition as one document."""
+    path = data / "openstax" / "openstax-dev.jsonl.xz"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    books: dict[str, list[str]] = {}
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            module = json.loads(line)
+            for book in module["book"]:
+                books.setdefault(book, []).append(module["text"])
+    return {title: Document(title, "\n".join(texts)) for title, texts in books.items()}
+
+
+def test_the_ap_edition_of_college_physics_is_found_and_other_textbooks_are_not(textbooks: dict[str, Document]) -> None:
+    ap = textbooks["college-physics-ap-courses-2e"]
+    finder = DuplicateFinder([ap])
+    names = ["college-physics-2e", "university-physics-volume-1", "university-physics-volume-2", "astronomy-2e", "chemistry-2e"]
+    found = {document.title: copy for document, copy in find_copies((textbooks[name] for name in names), finder)}
+    assert {name for name, copy in found.items() if copy} == {"college-physics-2e"}
+    copy = found["college-physics-2e"]
+    assert copy is not None and copy.against == ap.title and 0.9 < copy.jaccard < 1.0
