@@ -250,7 +250,7 @@ def append_to_retrieval_set(
 def tune_retrieval_set(
     path: str | os.PathLike[str], recall: float = 0.95, *, k: int = 10, device: Any = None
 ) -> dict[str, Any]:
-    """Finds the fastest search setting of a set's index that reaches `recall`@k, and stores it; returns the manifest."""
+    """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest."""
     store = ChunkStore.open(path)
     index = Index.open(store, device=device)
     manifest = {**store.manifest, "index": {**store.manifest["index"], **index.tune(store.embeddings, recall, k=k)}}

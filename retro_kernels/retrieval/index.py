@@ -193,7 +193,8 @@ class Index:
         queries: [Q, E] of any floating dtype and device; results come back on that device. On a GPU everything is
             queued on torch's current stream without waiting for it. k beyond the size of the index leaves −1 and +inf.
         """
-        queries = torch.as_tensor(queries)
+        if isinstance(queries, np.ndarray):
+            queries = torch.from_numpy(np.array(queries, dtype=np.float32))
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"Index.search: queries have shape {list(queries.shape)}; [Q, {self.dim}] is needed.")
         if k < 1:

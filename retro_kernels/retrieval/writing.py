@@ -27,7 +27,7 @@ HEADER_BYTES = 128
 
 @contextlib.contextmanager
 def locked(path: Path, busy: str) -> Iterator[None]:
-    """Holds the lock file `path`, or raises InputError(busy). The kernel frees it when a process dies, however it does."""
+    """Holds the lock file `path`, or raises InputError(busy). The kernel frees it when a process dies."""
     import fcntl
 
     try:

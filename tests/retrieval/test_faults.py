@@ -1,0 +1,297 @@
+"""Whatever goes wrong during a build, the set is there as before or as it should be, never half, and work is kept."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from retrieval.corpora import build, contents, documents
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document
+from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.retrieval import build as build_module
+from retro_kernels.retrieval import writing
+from retro_kernels.retrieval.build import append_to_retrieval_set, merge_retrieval_sets
+from retro_kernels.retrieval.embedder import HashingEmbedder
+from retro_kernels.retrieval.store import ChunkStore
+
+CORPUS = documents(5, 16)
+OTHER = documents(6, 5)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    Tokenizer.train([d.text for d in CORPUS], path, 400)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, model):
+    out = tmp_path_factory.mktemp("expected") / "set"
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    return contents(out)
+
+
+KILLED_EVERYWHERE = """
+    import os, signal, sys
+    from pathlib import Path
+    from retrieval.corpora import build, contents, documents
+    from retro_kernels.retrieval import build as build_module, store, writing
+    import retro_kernels.retrieval.index, sentencepiece, faiss, torch
+
+    folder, model = Path(sys.argv[1]), sys.argv[2]
+    corpus, other = documents(5, 16), documents(6, 5)
+    steps = 0
+
+    def counted(function, die_at):
+        def call(*args, **options):
+            global steps
+            steps += 1
+            if steps == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+        return call
+
+    def run(out, die_at, **options):
+        # a step: every write, sync and rename, whatever it is for
+        pid = os.fork()
+        if pid == 0:
+            torch.set_num_threads(1)
+            faiss.omp_set_num_threads(1)
+            for module, name in ((os, "replace"), (os, "rename"), (os, "fsync"), (writing, "_write"),
+                                 (build_module.shutil, "rmtree"), (writing, "_exchange")):
+                setattr(module, name, counted(getattr(module, name), die_at))
+            build(corpus, out, tokenizer=model, index="IVF2,SQfp16", shard_chunks=40, **options)
+            os._exit(0)
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            assert os.WTERMSIG(status) == signal.SIGKILL, status
+            return True
+        assert status == 0, status
+        return False
+
+    build(corpus, folder / "whole", tokenizer=model, index="IVF2,SQfp16")
+    build(other, folder / "before", tokenizer=model)
+    expected, before = contents(folder / "whole"), contents(folder / "before")
+
+    # one build is killed again and again, a step later each time
+    kills = 0
+    while run(folder / "again", 3 + kills):
+        kills += 1
+        assert kills < 200
+        if (folder / "again").exists():
+            assert contents(folder / "again") == expected
+    assert contents(folder / "again") == expected
+    assert kills >= 5, kills
+
+    # a set that is being replaced is the old one or the new one after a kill at any step
+    die_at, seen = 1, set()
+    while True:
+        out = folder / f"replaced{die_at}"
+        build(other, out, tokenizer=model)
+        killed = run(out, die_at, overwrite=True)
+        found = contents(out)
+        assert found in (before, expected), die_at
+        seen.add(found == expected)
+        assert not run(out, 0, overwrite=True)
+        assert contents(out) == expected
+        assert not (folder / f"{out.name}.build").exists(), die_at
+        if not killed:
+            break
+        die_at += 7
+    assert seen == {False, True} and die_at > 30, (seen, die_at)
+    print("kills", kills, "steps", die_at)
+"""
+
+
+def test_kill_9_at_any_moment(model, tmp_path):
+    tests = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED_EVERYWHERE), tmp_path, model],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)
+
+
+class Interrupted(HashingEmbedder):
+    """Ctrl-C in the n-th shard."""
+
+    def __init__(self, shards):
+        super().__init__(64)
+        self.left = shards
+        self.texts = 0
+
+    def embed(self, texts, progress=None):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.texts += len(texts)
+        return super().embed(texts, progress)
+
+
+def test_interrupted_work_is_kept_and_not_done_again(model, tmp_path, expected, capsys):
+    first, second = Interrupted(3), Interrupted(10**6)
+    with pytest.raises(KeyboardInterrupt):
+        build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, index="IVF2,SQfp16", embedder=first)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(InputError, match="holds unfinished work on something else.*another corpus"):
+        build(OTHER, tmp_path / "set", tokenizer=model, shard_chunks=10, index="IVF2,SQfp16")
+    manifest = build(
+        CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, index="IVF2,SQfp16", embedder=second, progress=True
+    )
+    assert "taking up unfinished work" in capsys.readouterr().err
+    assert first.texts == 30 and second.texts == manifest["num_chunks"] - 30
+    assert contents(tmp_path / "set") == expected
+
+
+def test_unfinished_work_is_dropped_on_demand(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(OTHER, tmp_path / "set", tokenizer=model, embedder=Interrupted(0))
+    build(CORPUS, tmp_path / "set", tokenizer=model, overwrite=True)
+    assert ChunkStore.open(tmp_path / "set", verify="full").num_documents == 16
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("room", [0, 500, 5_000, 20_000])
+def test_full_disk(model, tmp_path, expected, monkeypatch, room):
+    build(OTHER, tmp_path / "set", tokenizer=model)
+    before = contents(tmp_path / "set")
+    written = 0
+    write = writing._write
+
+    def limited(file, values):
+        nonlocal written
+        written += values.nbytes
+        if written > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_write", limited)
+        with pytest.raises(OSError, match="No space left on device. What is done is kept in .*set.build") as error:
+            build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16", overwrite=True)
+        assert error.value.errno == errno.ENOSPC
+    assert contents(tmp_path / "set") == before
+    build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16", overwrite=True)
+    assert contents(tmp_path / "set") == expected
+
+
+def test_a_disk_that_is_really_full(model):
+    """A file system of 64 KiB, where this user may mount one."""
+    script = f"""
+        mount -t tmpfs -o size=64k tmpfs /mnt && PYTHONPATH={Path(__file__).parents[1]}:{Path(__file__).parents[2]} \\
+        {sys.executable} -c "
+from pathlib import Path
+from retrieval.corpora import build, documents
+try:
+    build(documents(5, 60), Path('/mnt/set'), tokenizer='{model}')
+except OSError as error:
+    print(error)
+print(Path('/mnt/set').exists())"
+    """
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"cannot mount a small file system here: {done.stderr.strip().splitlines()[0]}")
+    assert "No space left on device" in done.stdout and "is kept in /mnt/set.build" in done.stdout, done.stderr[-2000:]
+    assert done.stdout.strip().endswith("False")
+
+
+def test_two_builders(model, tmp_path):
+    (tmp_path / "set.build").mkdir()
+    with writing.locked(tmp_path / "set.build" / "lock", "busy"):
+        with pytest.raises(InputError, match="Another process is building .*set. Wait for it"):
+            build(CORPUS, tmp_path / "set", tokenizer=model)
+    build(CORPUS, tmp_path / "set", tokenizer=model)
+
+
+def test_places_that_cannot_be_written(model, tmp_path):
+    for place in ("/proc/set", "/dev/null/set"):
+        with pytest.raises((InputError, NotADirectoryError), match="set"):
+            build(CORPUS, Path(place), tokenizer=model)
+    if os.geteuid() != 0:  # root writes everywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(InputError, match="cannot be made: Permission denied"):
+            build(CORPUS, tmp_path / "set", tokenizer=model)
+
+
+def test_a_damaged_set_is_named_and_can_be_replaced(model, tmp_path):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    os.truncate(out / "chunks.npy", 100)
+    with pytest.raises(InputError, match="damaged.*chunks.npy has 100 bytes"):
+        build(CORPUS, out, tokenizer=model)
+    build(CORPUS, out, tokenizer=model, overwrite=True)
+    ChunkStore.open(out, verify="full")
+
+
+def test_input_that_changes_meanwhile(model, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("before " * 100)
+    survey = build_module._survey
+
+    def survey_then_edit(*args):
+        corpus = survey(*args)
+        path.write_text("after " * 100)
+        return corpus
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "_survey", survey_then_edit)
+        with pytest.raises(InputError, match="changed while it was being read"):
+            build(path, tmp_path / "set", tokenizer=model)
+    assert not (tmp_path / "set").exists()
+
+
+def test_vectors_that_are_no_numbers(model, tmp_path):
+    class Broken(HashingEmbedder):
+        def embed(self, texts, progress=None):
+            return super().embed(texts, progress) * float("nan")
+
+    with pytest.raises(InputError, match="NaN"):
+        build(CORPUS, tmp_path / "set", tokenizer=model, embedder=Broken(64))
+    assert not (tmp_path / "set").exists()
+
+
+def test_without_an_exchange_of_names(model, tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(writing, "_exchange", lambda *_: False)
+    out = tmp_path / "set"
+    build(OTHER, out, tokenizer=model)
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16", overwrite=True)
+    assert contents(out) == expected
+    os.rename(out, tmp_path / "set.old")  # as after a kill between the two renames
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    assert contents(out) == expected and [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_interrupted_appending(model, tmp_path):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    before = contents(out)
+    options = dict(progress=False, shard_chunks=10)
+    with pytest.raises(KeyboardInterrupt):
+        append_to_retrieval_set(out, OTHER, embedder=Interrupted(2), **options)
+    assert contents(out) == before
+    second = Interrupted(10**6)
+    append_to_retrieval_set(out, OTHER, embedder=second, **options)
+    store = ChunkStore.open(out, verify="full")
+    new = sum(len(store.document_chunks(i)) for i in range(16, 21))
+    assert store.num_documents == 21 and second.texts == new - 20
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_two_appenders_lose_nothing(model, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    stale = ChunkStore.open(out)
+    append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False)
+    build([Document("x", "some more text")], tmp_path / "more", tokenizer=model)
+    monkeypatch.setattr(build_module, "_check_mergeable", lambda stores: stores.__setitem__(0, stale))
+    with pytest.raises(InputError, match="was replaced while it was being read"):
+        merge_retrieval_sets([out, tmp_path / "more"], out, overwrite=True, progress=False)
+    assert ChunkStore.open(out, verify="full").num_documents == 21

@@ -1,0 +1,293 @@
+"""Whatever finds the neighbours finds them in squared L2, ascending, with −1 and +inf where there are none."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from retrieval.corpora import build, documents
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval import index as index_module
+from retro_kernels.retrieval.index import GroundTruth, Index, choose_factory, exact_search, faiss_status
+from retro_kernels.retrieval.store import INDEX, ChunkStore
+
+faiss = pytest.importorskip("faiss")
+FACTORIES = [
+    "Flat", "SQfp16", "HNSW16,SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4fs,Refine(SQfp16)",
+    "IVF16,PQ16x4fs,RFlat", "RaBitQ8", "IVF16,RaBitQ4",
+]  # fmt: skip
+
+
+def clustered(seed: int, n: int = 2000, dim: int = 32) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((40, dim))
+    return (centres[rng.integers(0, 40, n)] + 0.5 * rng.standard_normal((n, dim))).astype(np.float16)
+
+
+def definition(vectors: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    distances = np.square(queries[:, None].astype(np.float64) - vectors[None].astype(np.float64)).sum(-1)
+    ids = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, ids, 1), ids
+
+
+@pytest.fixture(params=["faiss", "torch"])
+def searcher(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(index_module, "_faiss", lambda: None)
+    return request.param
+
+
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_exact_search_is_exact(searcher, count, seed, monkeypatch):
+    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 300)
+    vectors, queries = clustered(seed), clustered(seed + 1, count)
+    index = Index.build(vectors)
+    assert index.is_exact and len(index) == 2000 and type(index._searcher).__name__.lower().startswith("_" + searcher)
+    distances, ids = index.search(torch.from_numpy(queries), 10)
+    expected, expected_ids = definition(vectors, queries, 10)
+    np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-4)
+    assert (ids.numpy() == expected_ids).mean() > 0.99  # the rest are ties to within rounding
+    assert distances.dtype == torch.float32 and ids.dtype == torch.int64
+
+
+def test_own_vector_is_at_distance_zero(searcher, seed):
+    vectors = clustered(seed, 100)
+    distances, ids = Index.build(vectors).search(vectors, 1)
+    assert ids[:, 0].tolist() == list(range(100))
+    assert (distances >= 0).all() and (distances < 1e-3).all()
+
+
+def test_more_neighbours_than_vectors(searcher, seed):
+    vectors = clustered(seed, 5)
+    distances, ids = Index.build(vectors).search(clustered(seed + 1, 3), 9)
+    assert (ids[:, 5:] == -1).all() and distances[:, 5:].isinf().all() and distances[:, :5].isfinite().all()
+    assert ids[:, :5].sort().values.tolist() == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_every_kind_finds_neighbours(factory, seed):
+    vectors = clustered(seed)
+    seen = []
+    index = Index.build(vectors, factory, progress=seen.append)
+    assert sum(seen) == len(index) == 2000
+    result = index.tune(vectors, 0.9)
+    assert result["recall"] > 0.8 and result["queries"] == 1000 and result["queries_per_second"] > 0, factory
+    distances, ids = index.search(vectors[:50], 12)
+    assert (distances.diff(dim=1) >= 0).all() and (ids < 2000).all()
+    filled = ids >= 0
+    assert distances[filled].isfinite().all() and (distances[~filled] == math.inf).all()
+
+
+def test_lists_that_are_not_probed_leave_places_empty(seed):
+    vectors = clustered(seed, 400)
+    index = Index.build(vectors, "IVF16,Flat")
+    index.configure("nprobe=1")
+    distances, ids = index.search(vectors[:20], 300)
+    assert (ids == -1).any() and ((ids == -1) == distances.isinf()).all()
+
+
+def test_recall_is_that_of_the_definition(seed):
+    vectors = np.random.default_rng(seed).standard_normal((500, 8)).astype(np.float16)
+    index = Index.build(vectors, "IVF16,Flat")
+    index.configure("nprobe=2")
+    truth = GroundTruth(vectors, k=5, num_queries=100, seed=seed)
+    _, exact = definition(vectors, vectors[truth.rows], 6)
+    _, found = index.search(vectors[truth.rows], 6)
+    recall = np.mean([
+        len(set(e.tolist()) - {row}) and len((set(e.tolist()) & set(f)) - {row}) / 5
+        for e, f, row in zip(exact, found.tolist(), truth.rows.tolist(), strict=True)
+    ])  # fmt: skip
+    assert truth.measure(index)["recall"] == pytest.approx(recall, abs=0.02) and recall < 0.99
+
+
+def test_copies_of_a_vector_stand_for_each_other(seed):
+    vectors = np.repeat(clustered(seed, 50), 20, axis=0)
+    assert Index.build(vectors).measure(vectors)["recall"] == 1.0
+
+
+def test_tuning_takes_the_fastest_that_reaches_the_target(seed):
+    vectors = clustered(seed)
+    index = Index.build(vectors, "IVF64,Flat")
+    low, high = index.tune(vectors, 0.5), index.tune(vectors, 0.999)
+    assert low["reached"] and high["reached"] and high["recall"] >= 0.999 and index.setting == high["search"]
+    assert int(low["search"].split("=")[1]) < int(high["search"].split("=")[1])
+    codes = Index.build(vectors, "IVF16,PQ4x4fs").tune(vectors, 0.999)
+    assert not codes["reached"] and codes["target"] == 0.999
+    with pytest.raises(InputError, match="recall is 1.5"):
+        index.tune(vectors, 1.5)
+
+
+def test_few_vectors():
+    for n in (1, 2, 3):
+        result = Index.build(np.eye(4, dtype=np.float16)[:n]).measure(np.eye(4, dtype=np.float16)[:n])
+        assert result["recall"] == 1.0
+    with pytest.raises(InputError, match="no vectors"):
+        Index.build(np.zeros((0, 4), np.float16))
+
+
+def test_added_vectors_are_found(searcher, seed):
+    vectors = clustered(seed)
+    index = Index.build(vectors[:1500])
+    index.search(vectors[:3], 2)
+    index.add(vectors[1500:])
+    assert index.search(vectors[1990:], 1)[1][:, 0].tolist() == list(range(1990, 2000))
+
+
+def test_queries_of_any_kind(seed):
+    vectors = clustered(seed, 300)
+    index = Index.build(vectors)
+    expected = index.search(torch.from_numpy(vectors[:4].astype(np.float32)), 3)[1]
+    transposed = torch.from_numpy(vectors[:4].astype(np.float64).T.copy()).T
+    for queries in (torch.from_numpy(vectors[:4]), torch.from_numpy(vectors[:4]).bfloat16(), transposed, vectors[:4]):
+        assert torch.equal(index.search(queries, 3)[1][:, 0], expected[:, 0])
+    distances, ids = index.search(torch.zeros(0, 32), 3)
+    assert distances.shape == ids.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "queries, k, message", [((2, 31), 1, r"\[2, 31\]"), ((32,), 1, r"\[32\]"), ((2, 32), 0, "k is 0")]
+)
+def test_wrong_queries(queries, k, message):
+    with pytest.raises(ValueError, match=message):
+        Index.build(clustered(0, 50)).search(torch.zeros(queries), k)
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        ("Nonsense", "knows no index 'Nonsense'"),
+        ("IVF64,Flat", "so few vectors.*50"),
+        ("PQ7", "PQ7"),
+        ("CAGRA", "cuVS"),
+    ],
+)
+def test_factories_that_do_not_work(factory, message):
+    with pytest.raises(InputError, match=message):
+        Index.build(clustered(0, 50), factory)
+
+
+def test_settings_that_do_not_exist(seed):
+    index = Index.build(clustered(seed, 100), "HNSW8,Flat")
+    for setting in ("nprobe=3", "nprobe", "efSearch=3;quit", "", "efSearch=-1", 3):
+        with pytest.raises(InputError):
+            index.configure(setting)
+    index.configure("efSearch=50")
+    assert index.setting == "efSearch=50"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("n", [1, 1000, 100_001, 2_000_000, 50_000_000, 2_000_000_000])
+@pytest.mark.parametrize("dim", [64, 384, 768, 33])
+def test_the_chosen_factory_exists(n, dim, device):
+    factory = choose_factory(n, dim, device)
+    faiss.index_factory(dim, factory)
+    assert (factory == "Flat") == (n <= (100_000 if device == "cpu" else 20_000_000))
+
+
+def test_without_faiss(monkeypatch):
+    monkeypatch.setattr(index_module, "_faiss", lambda: None)
+    with pytest.raises(ImportError, match=r"faiss-cpu.*faiss-gpu.*Never both"):
+        Index.build(clustered(0, 50), "HNSW8")
+    assert choose_factory(10**6, 384) == "Flat" and not faiss_status()["available"]
+
+
+def test_blocks_are_merged_in_order(monkeypatch):
+    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 3)
+    vectors = np.zeros((10, 4), np.float16)
+    vectors[7] = 1
+    distances, ids = exact_search(vectors, torch.ones(1, 4), 4)
+    assert ids[0, 0] == 7 and distances[0].tolist() == [0, 4, 4, 4] and (ids[0, 1:] < 3).all()
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    out = tmp_path_factory.mktemp("index") / "set"
+    build(documents(3, 40), out, index="IVF4,SQfp16", recall=0.9)
+    return out
+
+
+class TestInASet:
+    def test_opened_as_it_was_tuned(self, path):
+        store = ChunkStore.open(path)
+        index = Index.open(store)
+        assert index.factory == "IVF4,SQfp16" and index.setting == store.manifest["index"]["search"] != ""
+        assert index.measure(store.embeddings)["recall"] == store.manifest["index"]["recall"] >= 0.9
+        index.configure("nprobe=4")
+        exact = exact_search(store.embeddings, torch.from_numpy(store.embeddings[:9].astype(np.float32)), 1)
+        torch.testing.assert_close(index.search(store.embeddings[:9], 1)[0], exact[0], atol=1e-3, rtol=0)
+
+    def test_a_changed_file_never_reaches_faiss(self, path, monkeypatch):
+        content = bytearray((path / INDEX).read_bytes())
+        monkeypatch.setattr(faiss, "read_index", lambda *_: pytest.fail("parsed"))
+        try:
+            (path / INDEX).write_bytes(content[:50] + b"\xff" + content[51:])
+            with pytest.raises(InputError, match="index.faiss has changed"):
+                Index.open(path)
+        finally:
+            (path / INDEX).write_bytes(content)
+
+    def test_another_index_is_refused(self, path):
+        store = ChunkStore.open(path)
+        content = (path / INDEX).read_bytes()
+        try:
+            for other in (faiss.IndexFlatL2(64), faiss.IndexFlatL2(8), faiss.IndexFlatIP(64)):
+                if other.metric_type == faiss.METRIC_INNER_PRODUCT:
+                    other.add(store.embeddings.astype(np.float32))
+                faiss.write_index(other, str(path / INDEX))
+                entry = store.manifest["files"][INDEX]
+                entry["sha256"] = index_module.check_checksum.__globals__["file_sha256"](path / INDEX)
+                with pytest.raises(InputError, match="belong there"):
+                    Index.open(store)
+        finally:
+            (path / INDEX).write_bytes(content)
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, seed, monkeypatch):
+    index = Index.build(clustered(seed, 100), "HNSW8,Flat")
+    with pytest.raises(OSError, match="could not be written"):
+        index.save(tmp_path / "missing" / "x")
+
+    def full(index, path):
+        open(path, "wb").close()
+        raise RuntimeError("Error: write error (No space left on device)")
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(OSError, match="No space left"):
+        index.save(tmp_path / "index.faiss")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQfp16", "IVF16,PQ8", "CAGRA"])
+def test_on_a_gpu(factory, seed, tmp_path):
+    if factory != "Flat" and not index_module._has_gpu_faiss():
+        pytest.skip("this FAISS has no GPU code")
+    if factory == "CAGRA" and not hasattr(faiss, "GpuIndexCagra"):
+        pytest.skip("this FAISS has no cuVS")
+    vectors = clustered(seed, 20_000)
+    index = Index.build(vectors, factory, device="cuda")
+    assert index.tune(vectors, 0.9, num_queries=200)["recall"] > 0.6
+    queries = torch.from_numpy(vectors[:64]).cuda().float()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            distances, ids = index.search(queries, 5)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert ids.is_cuda and (ids[:, 0].cpu() == torch.arange(64)).float().mean() > 0.9
+    assert (distances.diff(dim=1) >= 0).all()
+    if factory not in ("Flat",):
+        index.save(tmp_path / "index.faiss")
+        assert faiss.read_index(str(tmp_path / "index.faiss")).ntotal == 20_000
+
+
+@pytest.mark.gpu
+def test_kinds_that_stay_on_the_cpu(seed):
+    if not index_module._has_gpu_faiss():
+        pytest.skip("this FAISS has no GPU code")
+    with pytest.raises(InputError, match="cannot run on a GPU"):
+        Index.build(clustered(seed), "HNSW8,Flat", device="cuda")
