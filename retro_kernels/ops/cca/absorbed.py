@@ -36,8 +36,9 @@ def _rows(query: Tensor, block: int, chunks: int, shift: int) -> Tensor:
 
 
 def _by_head(weight: Tensor, heads: int, head_dim: int) -> Tensor:
-    """[Hkv * D, E] → [H, D, E]."""
-    return weight.unflatten(0, (-1, head_dim)).repeat_interleave(heads * head_dim // weight.shape[0], 0)
+    """[Hkv * D, E] → [H, D, E]; a view where every head has its own."""
+    weight = weight.unflatten(0, (-1, head_dim))
+    return weight if weight.shape[0] == heads else weight.repeat_interleave(heads // weight.shape[0], 0)
 
 
 def _per_head(rows: Tensor, weight: Tensor, out: Tensor, alpha: float = 1.0) -> Tensor:

@@ -85,12 +85,21 @@ def chunked_cross_attention_decode(
     batch, tokens, heads, head_dim = query.shape
     group = heads // kv_heads
     content = content.view(batch, tokens, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, D]
-    logits = content @ key.flatten(1, 2).permute(0, 2, 3, 1)  # [B, Hkv, T * g, K * R]
+    keys, values = key.flatten(1, 2).permute(0, 2, 3, 1), value.flatten(1, 2).transpose(1, 2)
+    logits = _products(content, keys)  # [B, Hkv, T * g, K * R]
     logits = logits.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, K * R]
     weights = _weights(logits, add, scale).to(value.dtype)
     weights = weights.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, K * R]
-    out = weights @ value.flatten(1, 2).transpose(1, 2)  # [B, Hkv, T * g, D]
+    out = _products(weights, values)  # [B, Hkv, T * g, D]
     return out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(batch, tokens, heads, head_dim).to(dtype)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, [B, Hkv, ·, ·] each. A CPU takes the sequences one by one: together, the cache would be copied to
+    bring its heads in front, which takes ten times as long as reading it."""
+    if left.device.type != "cpu" or left.shape[0] < 2:
+        return left @ right
+    return torch.stack([x @ y for x, y in zip(left.unbind(), right.unbind(), strict=True)])
 
 
 def absorbed_decode(
@@ -248,11 +257,16 @@ def _plain_inputs(
     return query, key, value, add, dtype
 
 
+_MANY_ROWS = 128
+
+
 def _candidates(query: Tensor, gradient: bool, reason: str | None) -> dict[str, str | None]:
+    """Best first. The kernels are for a few rows, which are bound by memory; large products do better for many."""
     if reason is None and gradient:
         reason = "the decoding kernels have no gradient (wrap the call in torch.no_grad(), or take another backend)"
     triton = why_not_triton(query.device, query.dtype) or reason
-    order = ("torch", "triton") if query.device.type == "cpu" else ("triton", "torch")  # interpreted it is slow
+    many = query.shape[1] * query.shape[2] > _MANY_ROWS
+    order = ("torch", "triton") if query.device.type == "cpu" or many else ("triton", "torch")
     return {name: triton if name == "triton" else None for name in (*order, "reference")}
 
 

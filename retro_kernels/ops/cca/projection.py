@@ -1,0 +1,162 @@
+r"""When to project keys and values, and when to attend to the encoder states directly (`absorbed.py`).
+
+A model of time, from operations and bytes, of one attending chunk (or, decoding, of one token of one sequence). M
+rows · S = K·R keys · E width of the states · I = H·D · J = Hkv·D:
+
+    materialised   projection  4·S·E·J FLOP          core  4·M·S·I FLOP
+    absorbed       folding     4·M·I·E FLOP          products with the states  4·M·H·S·E FLOP, softmax apart
+
+and in the backward twice the projection, 10·M·S·I for the core, five foldings (one repeated, two for the weights) and
+four products. So absorbing saves operations where J is large against M·H·E / (E + M·H·D / J), about D > 60 for the
+paper's widths, and moves weights [M·H, S] and states of width H·E through memory, which the core does not.
+
+On a GPU a kernel takes as long as its operations or its bytes, whichever is longer, and a part of the other. On a CPU
+both add up.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Projection = Literal["materialised", "absorbed"]
+
+
+class Kernel(NamedTuple):
+    """Work of one kernel, or of several that are alike."""
+
+    flops: float
+    elements: float
+    """Numbers read and written."""
+    logits: float = 0.0
+    """Of these, a softmax or its gradient is taken here."""
+
+
+class _Cpu(NamedTuple):
+    """Seconds on one core in float32, fitted to sixteen shapes measured on an AMD EPYC (residuals of about a tenth).
+    The softmax of the absorbed way is memory traffic. Only ratios matter here."""
+
+    per_flop: float
+    per_logit: float
+    per_element: float
+
+
+_CPU = {
+    ("materialised", False): _Cpu(1 / 86e9, 1.27e-9, 0.24e-9),
+    ("materialised", True): _Cpu(1 / 91e9, 6.0e-9, 0.69e-9),
+    ("absorbed", False): _Cpu(1 / 86e9, 0.0, 0.39e-9),
+    ("absorbed", True): _Cpu(1 / 97e9, 0.0, 0.61e-9),
+}
+_CPU_THIN = 1 / 37e9
+"""Seconds an operation of products with a few rows, as in decoding."""
+_CPU_BYTE = 1 / 7.5e9
+
+# Predictions for an H200, bfloat16; not measured. Large products 700 of the 790 TFLOP/s that an 8,192³ one reaches, the
+# attention core 80 % of the copy bandwidth. A product's shorter half, operations or bytes, hides only in part.
+_GPU_FLOPS = 700e12
+_GPU_BYTES = 4.3e12
+_GPU_CORE = 0.8
+_GPU_OVERLAP = 0.5
+_GPU_LAUNCH = 2e-6
+_GPU_MARGIN = 1.1
+"""What is only predicted has to promise a tenth before it replaces what is known."""
+
+
+def projection_costs(
+    *,
+    head_dim: int,
+    encoder_dim: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    chunk_size: int = 64,
+    neighbour_len: int = 128,
+    num_neighbours: int = 2,
+    training: bool = False,
+    decoding: bool = False,
+    batch: int = 1,
+    device: str = "cuda",
+) -> dict[Projection, float]:
+    """Predicted seconds of both ways, for one attending chunk or, decoding, for one token of one sequence.
+
+    `training` adds the backward. `decoding`: keys and values are projected once per chunk and read M times; `batch`
+    sequences share one reading of the weights. `device` is a device type: "cpu", or else a GPU is assumed.
+    """
+    kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    rows, keys = chunk_size, num_neighbours * neighbour_len
+    inner, kv_inner = num_heads * head_dim, kv_heads * head_dim
+    if decoding:
+        return _decoding(rows, keys, encoder_dim, num_heads, inner, kv_inner, batch, device)
+
+    logits = rows * num_heads * keys
+    states, both, narrow, wide = keys * encoder_dim, 2 * keys * kv_inner, rows * inner, rows * num_heads * encoder_dim
+    project = Kernel(4 * keys * encoder_dim * kv_inner, states + both)
+    fold = Kernel(2 * narrow * encoder_dim, narrow + wide)
+    product = Kernel(2 * logits * encoder_dim, wide + states + logits)
+    core = [Kernel(4 * rows * keys * inner, 2 * narrow + both, logits)]
+    projections, folds, products = [project], [fold] * 2, [product] * 2
+    softmax = [Kernel(0, 2 * logits, logits)]
+    if training:
+        core.append(Kernel(10 * rows * keys * inner, 4 * narrow + 2 * both))
+        projections += [project] * 2
+        folds += [fold] * 5
+        products += [product] * 4
+        softmax.append(Kernel(0, 3 * logits))
+    ways: dict[Projection, list[Kernel]] = {
+        "materialised": projections + core,
+        "absorbed": folds + products + softmax,
+    }
+    if device == "cpu":
+        return {way: _on_cpu(kernels, _CPU[way, training]) for way, kernels in ways.items()}
+    return {
+        "materialised": _on_gpu(projections) + _on_gpu(core) / _GPU_CORE,
+        "absorbed": _on_gpu(ways["absorbed"]),
+    }
+
+
+def choose_projection(
+    *,
+    head_dim: int,
+    encoder_dim: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    chunk_size: int = 64,
+    neighbour_len: int = 128,
+    num_neighbours: int = 2,
+    training: bool = False,
+    decoding: bool = False,
+    batch: int = 1,
+    device: str = "cuda",
+) -> Projection:
+    """The cheaper way by `projection_costs`, of which these are the arguments; materialised where they are close."""
+    costs = projection_costs(
+        head_dim=head_dim, encoder_dim=encoder_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        chunk_size=chunk_size, neighbour_len=neighbour_len, num_neighbours=num_neighbours, training=training,
+        decoding=decoding, batch=batch, device=device,
+    )  # fmt: skip
+    margin = 1.0 if device == "cpu" else _GPU_MARGIN
+    return "absorbed" if margin * costs["absorbed"] < costs["materialised"] else "materialised"
+
+
+def _on_cpu(kernels: list[Kernel], cost: _Cpu) -> float:
+    flops, elements, logits = (sum(column) for column in zip(*kernels, strict=True))
+    return flops * cost.per_flop + elements * cost.per_element + logits * cost.per_logit
+
+
+def _on_gpu(kernels: list[Kernel]) -> float:
+    times = ((kernel.flops / _GPU_FLOPS, 2 * kernel.elements / _GPU_BYTES) for kernel in kernels)
+    return sum(max(pair) + _GPU_OVERLAP * min(pair) for pair in times)
+
+
+def _decoding(
+    rows: int, keys: int, width: int, heads: int, inner: int, kv_inner: int, batch: int, device: str
+) -> dict[Projection, float]:
+    project, weights = 4 * keys * width * kv_inner / rows, 2 * kv_inner * width
+    fold, attend = 4 * inner * width, 4 * heads * keys * width
+    both, states = 2 * keys * kv_inner, keys * width
+    if device == "cpu":
+        materialised = 4 * both * _CPU_BYTE + project / 86e9
+        folding = max(4 * weights / batch * _CPU_BYTE, fold * _CPU_THIN)
+        return {"materialised": materialised, "absorbed": folding + max(4 * states * _CPU_BYTE, attend * _CPU_THIN)}
+    materialised = 2 * both / _GPU_BYTES + project / _GPU_FLOPS
+    folding = max(2 * weights / batch / _GPU_BYTES, fold / _GPU_FLOPS) + 2 * _GPU_LAUNCH / batch
+    absorbed = max((2 * states + 8 * heads * width) / _GPU_BYTES, attend / (_GPU_FLOPS / 2))
+    return {"materialised": materialised, "absorbed": absorbed + folding}

@@ -1,0 +1,64 @@
+"""The cost model that chooses between projected keys and values and absorbed ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from retro_kernels.ops.cca import absorbed, projection
+from retro_kernels.ops.cca.projection import choose_projection, projection_costs
+
+PAPER = {"172M": (16, 64), "425M": (12, 128), "1.5B": (16, 128), "7.5B": (32, 128)}  # heads and their size
+
+
+def test_operations_are_those_that_run(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The model's operations of the absorbed way against what PyTorch counts while it runs."""
+    B, N, H, D, M, K, R, E = 1, 32, 4, 16, 16, 2, 16, 24
+    query, states = torch.randn(B, N, H, D), torch.randn(B, N // M, K, R, E)
+    weights = torch.randn(H * D, E), torch.randn(H * D, E)
+    args = (query, states, *weights, None, None, None, None, None, None, M, 0.25, 0.0, False)
+    with FlopCounterMode(display=False) as forward:
+        out, probs, mixed = absorbed._forward(*args, True)
+    with FlopCounterMode(display=False) as backward:
+        absorbed._backward(torch.randn_like(out), out, probs, mixed, *args, [True] * 8)
+
+    seen: list[float] = []
+    monkeypatch.setattr(projection, "_on_cpu", lambda kernels, cost: seen.append(sum(k.flops for k in kernels)) or 0.0)
+    sizes = {"head_dim": D, "encoder_dim": E, "num_heads": H, "chunk_size": M, "neighbour_len": R, "num_neighbours": K}
+    projection_costs(**sizes, training=False, device="cpu")
+    projection_costs(**sizes, training=True, device="cpu")
+    assert seen[1] * (N // M) == forward.get_total_flops()
+    assert seen[3] * (N // M) == forward.get_total_flops() + backward.get_total_flops()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("training", [False, True])
+def test_gains_with_head_size_and_neighbours(device: str, training: bool) -> None:
+    def gain(**sizes: int) -> float:
+        costs = projection_costs(**{"head_dim": 128, "encoder_dim": 896, "num_heads": 16, **sizes}, training=training,
+                                 device=device)  # fmt: skip
+        return costs["materialised"] / costs["absorbed"]
+
+    assert gain(head_dim=64) < gain(head_dim=128) < gain(head_dim=256)
+    assert gain(num_neighbours=2) < gain(num_neighbours=10) < gain(num_neighbours=40)
+    assert gain(num_kv_heads=4) < gain(num_kv_heads=16)
+    assert gain(encoder_dim=1792) < gain(encoder_dim=448)
+
+
+@pytest.mark.parametrize(
+    ("model", "neighbours", "chosen"),
+    [("172M", 2, "materialised"), ("172M", 40, "materialised"), ("425M", 2, "materialised"), ("425M", 10, "absorbed"),
+     ("7.5B", 2, "materialised"), ("7.5B", 10, "absorbed"), ("7.5B", 40, "absorbed")],
+)  # fmt: skip
+def test_choices_in_training_on_a_gpu(model: str, neighbours: int, chosen: str) -> None:
+    heads, head_dim = PAPER[model]
+    assert chosen == choose_projection(head_dim=head_dim, encoder_dim=896, num_heads=heads, num_neighbours=neighbours,
+                                       training=True, device="cuda")  # fmt: skip
+
+
+def test_choices_in_decoding() -> None:
+    sizes = {"encoder_dim": 896, "num_neighbours": 10, "decoding": True}
+    for heads, head_dim in PAPER.values():  # a large batch shares the weights' bytes; a single sequence pays them alone
+        assert choose_projection(head_dim=head_dim, num_heads=heads, **sizes, batch=64, device="cuda") == "absorbed"
+        assert choose_projection(head_dim=head_dim, num_heads=heads, **sizes, batch=1, device="cuda") == "materialised"
