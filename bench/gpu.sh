@@ -5,7 +5,7 @@
 #   bench/gpu.sh warm peers             some of them; what bench/results/gpu.json holds from other runs stays in it
 #   bench/gpu.sh --rehearse [parts]     the same on a CPU with tiny shapes: does every part run?
 #
-# In three calls of ten minutes:        bench/gpu.sh build static tests kernels absorbed gather sanitizer
+# In three calls of ten minutes:        bench/gpu.sh build static tests kernels absorbed decode gather sanitizer
 #                                       bench/gpu.sh build warm peers
 #                                       bench/gpu.sh build model training search autotune profile
 #
@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-ALL="build warm static tests kernels peers absorbed gather autotune model training search sanitizer profile"
+ALL="build warm static tests kernels absorbed decode gather peers autotune model training search sanitizer profile"
 REHEARSE=
 [ "${1:-}" = --rehearse ] && { REHEARSE=1; shift; }
 PARTS="${*:-$ALL}"
@@ -167,6 +167,7 @@ echo "parts: $PARTS"
 wait
 part kernels 120 cases bench/bench_kernels.py -k "retro_kernels or memory or overhead or first_call"
 part absorbed 60 one_file absorbed
+part decode 60 one_file decode
 part gather 40 one_file gather
 part peers 420 peers
 part model 90 one_file model
