@@ -12,12 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import block_attention, chunked_cross_attention
+from ..ops import (
+    absorbed_cross_attention,
+    absorbed_decode,
+    block_attention,
+    choose_projection,
+    chunked_cross_attention,
+    chunked_cross_attention_decode,
+)
 from .positions import DistanceTable, rotate, sinusoid
 
 if TYPE_CHECKING:
     from .cache import SelfAttentionCache
 
+_FEW_ROWS = 4  # of a chunk: what decoding kernels are for
 _ROWS = 256  # query rows whose logits [H, rows, N] exist at one time
 
 
@@ -156,6 +164,9 @@ class ChunkedCrossAttention(nn.Module):
                    "bias": learned per head and distance; "none"
     dropout        of the output projection
     bias           of q_proj, k_proj, v_proj and o_proj
+    projection     "materialised" forms keys and values; "absorbed" attends to the neighbours' states themselves (the
+                   same to rounding, without K and V in memory); "auto" takes the one that `choose_projection` predicts
+                   to be faster, and never absorbs a k_proj or v_proj which was replaced, parametrised or has hooks
 
     Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`; `rel_proj`, `content_bias`, `position_bias` [H, D] ("relative");
     `rel_bias` [H, M+R−1] ("bias"). Raises ValueError for sizes that do not fit together.
@@ -175,6 +186,7 @@ class ChunkedCrossAttention(nn.Module):
         dropout: float = 0.0,
         bias: bool = False,
         backend: str | None = None,
+        projection: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -188,6 +200,9 @@ class ChunkedCrossAttention(nn.Module):
             raise ValueError(
                 f'ChunkedCrossAttention: position is {position!r}; choose "relative", "bias" or "none".'
             )
+        if projection not in ("auto", "materialised", "absorbed"):
+            raise ValueError(f"ChunkedCrossAttention: projection is {projection!r}; choose "
+                             '"auto", "materialised" or "absorbed".')  # fmt: skip
         if chunk_size < 1 or neighbour_len < 1:
             raise ValueError(f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
                              "both must be at least 1.")  # fmt: skip
@@ -198,6 +213,7 @@ class ChunkedCrossAttention(nn.Module):
             position,
             backend,
         )
+        self.projection = projection
         encoder_dim = dim if encoder_dim is None else encoder_dim
         inner, columns = num_heads * head_dim, chunk_size + neighbour_len - 1
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -221,11 +237,13 @@ class ChunkedCrossAttention(nn.Module):
         Raises ValueError for shapes that do not fit.
         """
         self._check(x, neighbours)
-        key, value = self.keys_and_values(neighbours)
-        out = chunked_cross_attention(
-            self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)), key, value, chunk_size=self.chunk_size,
-            neighbour_lengths=neighbour_lengths, backend=self.backend, **self.position_terms(),
-        )  # fmt: skip
+        query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        options = {"neighbour_lengths": neighbour_lengths, "backend": self.backend, **self.position_terms()}
+        if self.absorbs(neighbours.shape[2], neighbours.device, training=torch.is_grad_enabled()):
+            out = absorbed_cross_attention(query, neighbours, **self._weights(), chunk_size=self.chunk_size, **options)
+        else:
+            key, value = self.keys_and_values(neighbours)
+            out = chunked_cross_attention(query, key, value, chunk_size=self.chunk_size, **options)
         prefix = min(self.chunk_size - 1, x.shape[1])
         out = self.dropout(self.o_proj(out[:, prefix:].flatten(2)))
         if neighbour_lengths is not None and self.o_proj.bias is not None:
@@ -234,6 +252,32 @@ class ChunkedCrossAttention(nn.Module):
             )
             out = torch.where(present, out, 0.0)
         return F.pad(out, (0, 0, prefix, 0))
+
+    def absorbs(self, num_neighbours: int, device: torch.device, *, training: bool = False,
+                decoding_batch: int | None = None) -> bool:  # fmt: skip
+        """Whether heads attend to the neighbours' states themselves. `decoding_batch`: for `attend_rows`, with so many
+        sequences. Raises ValueError for `projection="absorbed"` where the weights alone are not the projections."""
+        plain = all(
+            type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks) for x in (self.k_proj, self.v_proj)
+        )
+        if self.projection == "absorbed" and not plain:
+            raise ValueError("ChunkedCrossAttention: k_proj or v_proj was replaced, parametrised or has hooks, which "
+                             'attention to the states would pass over. Use projection="auto" or "materialised".'
+                             )  # fmt: skip
+        if self.projection != "auto" or not plain:
+            return self.projection == "absorbed"
+        return "absorbed" == choose_projection(
+            head_dim=self.head_dim, encoder_dim=self.k_proj.in_features, num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads, chunk_size=self.chunk_size, neighbour_len=self.neighbour_len,
+            num_neighbours=num_neighbours, training=training, decoding=decoding_batch is not None,
+            batch=decoding_batch or 1, device=device.type,
+        )  # fmt: skip
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "key_weight": self.k_proj.weight, "key_bias": self.k_proj.bias,
+            "value_weight": self.v_proj.weight, "value_bias": self.v_proj.bias,
+        }  # fmt: skip
 
     def keys_and_values(self, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """`neighbours` [..., encoder_dim] → key and value, both [..., Hkv, D]."""
@@ -251,20 +295,32 @@ class ChunkedCrossAttention(nn.Module):
             }
         return {"rel_bias": self.rel_bias} if self.position == "bias" else {}
 
-    def attend_rows(self, x: Tensor, first_row: int, key: Tensor, value: Tensor, lengths: Tensor | None,
+    def attend_rows(self, x: Tensor, first_row: int, key: Tensor, value: Tensor | None, lengths: Tensor | None,
                     terms: dict[str, Any]) -> Tensor:  # fmt: skip
         """A few rows of one attending chunk, for decoding.
 
         `x` [B, T, dim] are its rows `first_row` … `first_row` + T − 1; key and value [B, K, R, Hkv, D] and
-        lengths [B, K] belong to its chunk; `terms` is `position_terms()`. Returns [B, T, dim], and costs T rows.
+        lengths [B, K] belong to its chunk, or key is the neighbours [B, K, R, encoder_dim] and value None to attend
+        to them directly; `terms` is `position_terms()`. Returns [B, T, dim], and costs T rows.
         """
-        columns = slice(first_row, first_row + x.shape[1] + self.neighbour_len - 1)
-        terms = {
-            name: term[:, columns] if name in ("rel_key", "rel_bias") else term
-            for name, term in terms.items()
-        }
+        count = x.shape[1]
         query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        out = block_attention(query, key, value, lengths=lengths, backend=self.backend, **terms)
+        rows = torch.arange(first_row, first_row + count, device=x.device).expand(x.shape[0], -1)
+        if value is None:
+            out = absorbed_decode(
+                query, key, **self._weights(), rows=rows, neighbour_lengths=lengths, backend=self.backend, **terms
+            )
+        elif count <= _FEW_ROWS:
+            out = chunked_cross_attention_decode(
+                query, key, value, rows=rows, neighbour_lengths=lengths, backend=self.backend, **terms
+            )
+        else:
+            columns = slice(first_row, first_row + count + self.neighbour_len - 1)
+            terms = {
+                name: term[:, columns] if name in ("rel_key", "rel_bias") else term
+                for name, term in terms.items()
+            }
+            out = block_attention(query, key, value, lengths=lengths, backend=self.backend, **terms)
         out = self.dropout(self.o_proj(out.flatten(2)))
         if lengths is not None and self.o_proj.bias is not None:
             out = torch.where((lengths > 0).any(-1)[:, None, None], out, 0.0)

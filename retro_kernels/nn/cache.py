@@ -53,15 +53,21 @@ class SelfAttentionCache:
 
 @dataclass
 class ChunkNeighbours:
-    """A chunk's encoded neighbours as one CCA layer sees them: key, value [B, K, R, Hkv, D], lengths int [B, K]."""
+    """A chunk's encoded neighbours as one CCA layer sees them: key, value [B, K, R, Hkv, D], lengths int [B, K].
+
+    Where the layer attends to the states themselves, `key` is these, [B, K, R, encoder_dim], and `value` None.
+    """
 
     key: Tensor
-    value: Tensor
+    value: Tensor | None
     lengths: Tensor | None
 
-    def detached(self) -> ChunkNeighbours:
-        """A copy that keeps no other chunk's memory alive."""
+    def detached(self, states: Tensor | None) -> ChunkNeighbours:
+        """A copy that keeps no other chunk's memory alive; `states` is the chunk's, which all layers share."""
         lengths = None if self.lengths is None else self.lengths.clone()
+        if self.value is None:
+            assert states is not None
+            return ChunkNeighbours(states, None, lengths)
         return ChunkNeighbours(self.key.clone(), self.value.clone(), lengths)
 
 

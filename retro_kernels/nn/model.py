@@ -140,17 +140,18 @@ class Retro(nn.Module):
         found = self._neighbours(tokens, neighbours, completed)
         segments = _segments(start, tokens.shape[1], size)
         x = self.dropout(self.embedding(tokens))
-        encoded = None
+        encoded = last_states = None
         for number, layer in self._numbered():
             x = x + layer.attention(layer.attention_norm(x), cache=cache.self_attention[number - 1])
             if self.config.cca_layers and number == self.config.cca_layers[0]:
                 encoded = self._encode_completed(found, x, cache, completed)
+                last_states = None if encoded is None else encoded[:, -1].clone()
             if layer.cca is not None and layer.cca_norm is not None:
                 chunks = [cache.neighbours.get(number), *_project(layer.cca, encoded, found, completed)]
                 x = x + self._cached_cca(number, layer.cca, layer.cca_norm(x), chunks, segments, cache)
                 if completed:
                     last = chunks[-1]
-                    cache.neighbours[number] = None if last is None else last.detached()
+                    cache.neighbours[number] = None if last is None else last.detached(last_states)
             x = x + layer.ffn(layer.ffn_norm(x))
         cache.length = start + tokens.shape[1]
         return self._logits(x)
@@ -311,7 +312,9 @@ def _project(cca: ChunkedCrossAttention, encoded: Tensor | None, found: tuple[Te
              completed: int) -> list[ChunkNeighbours | None]:  # fmt: skip
     if encoded is None or found is None:
         return [None] * completed
+    batch, _, neighbours = encoded.shape[:3]
+    lengths = [None] * completed if found[1] is None else found[1].unbind(1)
+    if cca.absorbs(neighbours, encoded.device, decoding_batch=batch):
+        return [ChunkNeighbours(x, None, n) for x, n in zip(encoded.unbind(1), lengths, strict=True)]
     key, value = cca.keys_and_values(encoded)
-    lengths = found[1]
-    return [ChunkNeighbours(key[:, u], value[:, u], None if lengths is None else lengths[:, u])
-            for u in range(completed)]  # fmt: skip
+    return [ChunkNeighbours(k, v, n) for k, v, n in zip(key.unbind(1), value.unbind(1), lengths, strict=True)]
