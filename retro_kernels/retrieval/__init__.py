@@ -9,9 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .build import append_to_retrieval_set, build_retrieval_set, merge_retrieval_sets, tune_retrieval_set
+    from .build import build_retrieval_set
     from .embedder import Embedder, HashingEmbedder, load_embedder
     from .index import Index
+    from .merge import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
     from .retriever import Retriever
     from .store import ChunkStore
 
@@ -21,11 +22,11 @@ _HOME = {
     "HashingEmbedder": "embedder",
     "Index": "index",
     "Retriever": "retriever",
-    "append_to_retrieval_set": "build",
+    "append_to_retrieval_set": "merge",
     "build_retrieval_set": "build",
     "load_embedder": "embedder",
-    "merge_retrieval_sets": "build",
-    "tune_retrieval_set": "build",
+    "merge_retrieval_sets": "merge",
+    "tune_retrieval_set": "merge",
 }
 __all__ = [
     "ChunkStore", "Embedder", "HashingEmbedder", "Index", "Retriever", "append_to_retrieval_set", "build_retrieval_set",

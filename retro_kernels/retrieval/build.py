@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -36,8 +36,8 @@ from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
-from retro_kernels.retrieval.index import Index, choose_factory, require_faiss
-from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
+from retro_kernels.retrieval.index import EXACT, Index, choose_factory, require_faiss
+from retro_kernels.retrieval.store import hash_chunks, open_array, token_dtype
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
     ChunkWriter,
@@ -52,7 +52,7 @@ from retro_kernels.retrieval.writing import (
 )
 
 SHARD_CHUNKS = 4096
-_COPY_ROWS = 1 << 16
+_EXACT_FALLBACK = 1_000_000  # vectors: 8 ms of a core for a query
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Document]
 
@@ -108,14 +108,14 @@ def build_retrieval_set(
         require_faiss()
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)
-    reader = _source(paths, include, exclude)
-    builder = _Builder(Path(out), shard_chunks, progress)
-    options = _Options(tokenizer, vocab_size, index, recall, device, chunk_size, part, overwrite)
-    return _build(reader, builder, lambda: _as_embedder(embedder, device), options)
+    reader = reader_of(paths, include, exclude)
+    builder = Builder(Path(out), shard_chunks, progress)
+    options = Options(tokenizer, vocab_size, index, recall, device, chunk_size, part, overwrite)
+    return build_from(reader, builder, lambda: as_embedder(embedder, device), options)
 
 
 @dataclass
-class _Options:
+class Options:
     """Arguments of `build_retrieval_set`, checked."""
 
     tokenizer: Tokenizer | None
@@ -128,8 +128,8 @@ class _Options:
     overwrite: bool
 
 
-def _build(
-    reader: Reader, builder: _Builder, load: Callable[[], TextEmbedder], options: _Options
+def build_from(
+    reader: Reader, builder: Builder, load: Callable[[], TextEmbedder], options: Options
 ) -> dict[str, Any]:
     builder.check_target(options.overwrite)
     corpus = _survey(reader, options.part, None if options.tokenizer else TextSampler(), builder)
@@ -154,112 +154,18 @@ def _build(
         return builder.publish()
 
 
-def merge_retrieval_sets(
-    sets: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    index: str | None = None,
-    recall: float = 0.95,
-    device: Any = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Joins sets with the same tokenizer, embedder and chunk size into the set `out`, without embedding anything again.
+class _Describes(Protocol):
+    """What the manifest says of an embedder."""
 
-    Documents come in the order of the sets; of equal ones the first is kept. Where the first set holds at least half of
-    the chunks and no other kind of index is asked for, its trained index is kept and the others' vectors are added to
-    it; otherwise an index is trained anew. Arguments, errors and return value are those of `build_retrieval_set`.
-    """
-    if not sets:
-        raise InputError("merge: no retrieval sets were given.")
-    stores = [ChunkStore.open(path) for path in sets]
-    _check_mergeable(stores)
-    builder = _Builder(Path(out), SHARD_CHUNKS, progress)
-    builder.check_target(overwrite)
-    corpus, kept = _survey_sets(stores)
-    first = stores[0].manifest
-    plan = {
-        "corpus": corpus.fingerprint,
-        "chunk_size": first["chunk_size"],
-        "tokenizer": first["tokenizer"]["fingerprint"],
-        "embedder": first["embedder"]["fingerprint"],
-        "index": index or "by size",
-        "recall": recall,
-    }
-    if (manifest := builder.already_built(plan, overwrite)) is not None:
-        return manifest
-    with builder.work(plan, overwrite):
-        for store in stores:  # from here on no other builder can exchange `out`, if it is among them
-            if files.read_manifest(store.path) != store.manifest:
-                raise InputError(f"{store.path} was replaced while it was being read. Run the command again.")
-        if not builder.is_complete():
-            builder.copy(stores, kept)
-            model = builder.tokenizer(stores[0].tokenizer, corpus, None)
-            grown = Index.open(stores[0]) if _can_grow(stores[0], kept, index) else None
-            described = _Described(**{key: first["embedder"][key] for key in ("name", "fingerprint", "dim")})
-            builder.finish(plan, corpus, model, described, index, recall, device, grown)
-        return builder.publish()
+    name: str
+    dim: int
 
-
-def append_to_retrieval_set(
-    path: str | os.PathLike[str],
-    paths: Source,
-    *,
-    embedder: str | os.PathLike[str] | TextEmbedder | None = None,
-    device: Any = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    shard_chunks: int = SHARD_CHUNKS,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Adds the documents that the set does not hold yet, and returns the new manifest.
-
-    The set's tokenizer is used; the embedder must be the set's own. The larger set is written beside the old one and
-    exchanged for it in one step. The new part, built in `<path>.append`, is taken up after an interruption. Where the
-    set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
-    """
-    target = Path(path)
-    store = ChunkStore.open(target)
-    loaded = _as_embedder(embedder, device)
-    if loaded.fingerprint != store.manifest["embedder"]["fingerprint"]:
-        name = store.manifest["embedder"]["name"]
-        raise InputError(f"The set {target} was embedded with {name}; {loaded.name} here is not the same. Use that.")
-    known = set(store.document_hashes.tolist())
-    read = _source(paths, include, exclude)
-
-    def read_new(report: ReadReport) -> Iterator[Document]:
-        return (document for document in read(report) if document_hash(document.text) not in known)
-
-    if next(read_new(ReadReport()), None) is None:
-        _say(progress, f"{target}: holds every one of these documents already; nothing to do.")
-        return store.manifest
-    addition = target.with_name(target.name + ".append")
-    if (addition / files.MANIFEST).exists() and known.issuperset(ChunkStore.open(addition).document_hashes.tolist()):
-        shutil.rmtree(addition)  # of an earlier call that was killed after its last step but one
-    options = _Options(store.tokenizer, None, "Flat", 1.0, device, store.chunk_size, None, overwrite=False)
-    _build(read_new, _Builder(addition, shard_chunks, progress), lambda: loaded, options)
-    asked = store.manifest.get("build", {})
-    manifest = merge_retrieval_sets(
-        [target, addition], target, index=None if asked.get("index") == "by size" else asked.get("index"),
-        recall=asked.get("recall", 0.95), device=device, overwrite=True, progress=progress,
-    )  # fmt: skip
-    shutil.rmtree(addition)
-    return manifest
-
-
-def tune_retrieval_set(
-    path: str | os.PathLike[str], recall: float = 0.95, *, k: int = 10, device: Any = None
-) -> dict[str, Any]:
-    """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest."""
-    store = ChunkStore.open(path)
-    index = Index.open(store, device=device)
-    manifest = {**store.manifest, "index": {**store.manifest["index"], **index.tune(store.embeddings, recall, k=k)}}
-    files.write_manifest(store.path, manifest)
-    return manifest
+    @property
+    def fingerprint(self) -> str: ...
 
 
 @dataclass
-class _Corpus:
+class Corpus:
     """What one reading of the documents says about them."""
 
     fingerprint: str
@@ -270,24 +176,7 @@ class _Corpus:
     sampler: TextSampler | None = None
 
 
-@dataclass
-class _Described:
-    """An embedder that is not loaded: sets are merged by their stored vectors."""
-
-    name: str
-    fingerprint: str
-    dim: int
-
-
-@dataclass
-class _Kept:
-    """What of one set goes into a merged one."""
-
-    documents: np.ndarray  # int64: ids of the documents kept
-    rows: np.ndarray  # int64: rows of their chunks
-
-
-class _Fingerprint:
+class Fingerprint:
     """Hash of a sequence of documents, by their text and title."""
 
     def __init__(self) -> None:
@@ -304,7 +193,7 @@ class _Fingerprint:
 Reader = Callable[[ReadReport], Iterator[Document]]
 
 
-def _source(paths: Source, include: Sequence[str], exclude: Sequence[str]) -> Reader:
+def reader_of(paths: Source, include: Sequence[str], exclude: Sequence[str]) -> Reader:
     """A function that reads the documents; it can be called again, stdin included."""
     if not isinstance(paths, (str, os.PathLike)):
         paths = list(paths)  # type: ignore[assignment]
@@ -355,10 +244,10 @@ def _unique(documents: Iterator[Document], part: tuple[int, int] | None) -> Iter
                 yield text_hash, document
 
 
-def _survey(reader: Reader, part: tuple[int, int] | None, sampler: TextSampler | None, builder: _Builder) -> _Corpus:
+def _survey(reader: Reader, part: tuple[int, int] | None, sampler: TextSampler | None, builder: Builder) -> Corpus:
     """Reads everything once: what is it, is it new, and, for training a tokenizer, what does it look like."""
     report = ReadReport()
-    fingerprint = _Fingerprint()
+    fingerprint = Fingerprint()
     documents = duplicates = text_bytes = 0
     with builder.bar("reading", None, "documents") as bar:
         for text_hash, document in _unique(reader(report), part):
@@ -377,74 +266,21 @@ def _survey(reader: Reader, part: tuple[int, int] | None, sampler: TextSampler |
         raise InputError(f"There is no text to build a retrieval set from. {report.warning() or 'No file was found.'}")
     if duplicates:
         builder.say(f"{duplicates:,} copies of documents are left out.")
-    return _Corpus(fingerprint.hex(), documents, duplicates, text_bytes, dict(report.skipped), sampler)
+    return Corpus(fingerprint.hex(), documents, duplicates, text_bytes, dict(report.skipped), sampler)
 
 
 def _title(document: Document) -> str:
     return document.title[: files.MAX_TITLE_CHARS]
 
 
-def _as_embedder(embedder: str | os.PathLike[str] | TextEmbedder | None, device: Any) -> TextEmbedder:
+def as_embedder(embedder: str | os.PathLike[str] | TextEmbedder | None, device: Any) -> TextEmbedder:
     if embedder is None or isinstance(embedder, (str, os.PathLike)):
         return load_embedder(embedder, device=device)
     return embedder
 
 
-def _can_grow(store: ChunkStore, kept: list[_Kept], index: str | None) -> bool:
-    """Whether the index of the first set may be kept: what it was trained on is most of what it will hold."""
-    factory = store.manifest["index"]["factory"]
-    whole = len(kept[0].rows) == store.num_chunks
-    mostly = 2 * store.num_chunks >= sum(len(part.rows) for part in kept)
-    return factory not in ("Flat", "CAGRA") and index in (None, factory) and whole and mostly
-
-
-def _check_mergeable(stores: list[ChunkStore]) -> None:
-    first = stores[0]
-    for other in stores[1:]:
-        for what, keys in (
-            ("chunk size", ("chunk_size",)),
-            ("tokenizer", ("tokenizer", "fingerprint")),
-            ("embedder", ("embedder", "fingerprint")),
-        ):
-            a: Any = first.manifest
-            b: Any = other.manifest
-            for key in keys:
-                a, b = a[key], b[key]
-            if a != b:
-                raise InputError(
-                    f"{first.path} and {other.path} cannot be merged: they differ in the {what}. Build all parts with "
-                    "the same one."
-                )
-
-
-def _survey_sets(stores: list[ChunkStore]) -> tuple[_Corpus, list[_Kept]]:
-    fingerprint = _Fingerprint()
-    seen: set[int] = set()
-    kept, text_bytes, duplicates = [], 0, 0
-    skipped: dict[str, int] = {}
-    for store in stores:
-        mine = []
-        for i, text_hash in enumerate(store.document_hashes.tolist()):
-            if text_hash in seen:
-                duplicates += 1
-                continue
-            seen.add(text_hash)
-            mine.append(i)
-            entry = store._document(i)
-            fingerprint.add(text_hash, entry["title"])
-            text_bytes += int(entry.get("bytes", 0))
-        ids = np.array(mine, dtype=np.int64)
-        keep = np.zeros(store.num_documents, dtype=bool)
-        keep[ids] = True
-        kept.append(_Kept(ids, np.flatnonzero(keep[store.document_ids])))
-        for reason, count in store.manifest.get("corpus", {}).get("skipped", {}).items():
-            skipped[reason] = skipped.get(reason, 0) + count
-        duplicates += store.manifest.get("corpus", {}).get("duplicates", 0)
-    return _Corpus(fingerprint.hex(), len(seen), duplicates, text_bytes, skipped), kept
-
-
 @dataclass
-class _Builder:
+class Builder:
     """One build: where it takes place, what it has done, and how it speaks to the user."""
 
     out: Path
@@ -458,7 +294,7 @@ class _Builder:
         self.set = self.folder / "set"
 
     def say(self, text: str) -> None:
-        _say(self.progress, text)
+        say(self.progress, text)
 
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Any:
         return tqdm(
@@ -554,7 +390,7 @@ class _Builder:
     def is_complete(self) -> bool:
         return (self.set / files.MANIFEST).exists()
 
-    def tokenizer(self, given: Tokenizer | None, corpus: _Corpus, vocab_size: int | None) -> Tokenizer:
+    def tokenizer(self, given: Tokenizer | None, corpus: Corpus, vocab_size: int | None) -> Tokenizer:
         path = self.set / files.TOKENIZER
         if not path.exists():
             if given is not None:
@@ -567,7 +403,7 @@ class _Builder:
         return Tokenizer(path)
 
     def cut(
-        self, reader: Reader, part: tuple[int, int] | None, corpus: _Corpus, tokenizer: Tokenizer, chunk_size: int
+        self, reader: Reader, part: tuple[int, int] | None, corpus: Corpus, tokenizer: Tokenizer, chunk_size: int
     ) -> None:
         """Documents → rows of `chunk_size` tokens, saved every `shard_chunks` rows."""
         journal = self.folder / "cut.json"
@@ -576,7 +412,7 @@ class _Builder:
             return
         start = time.perf_counter()
         writer = ChunkWriter(self.set, tokenizer.vocab_size, chunk_size, state)
-        fingerprint = _Fingerprint()
+        fingerprint = Fingerprint()
         saved = state.chunks
         with self.bar("cutting into chunks", corpus.text_bytes, "B") as bar:
             for number, (text_hash, document) in enumerate(_unique(reader(ReadReport()), part)):
@@ -644,38 +480,12 @@ class _Builder:
             return False
         return True
 
-    def copy(self, stores: list[ChunkStore], kept: list[_Kept]) -> None:
-        """The rows kept of several sets, one after another. Begun anew after an interruption: it only copies."""
-        state = Progress()
-        manifest = stores[0].manifest
-        dim = manifest["embedder"]["dim"]
-        writer = ChunkWriter(self.set, manifest["tokenizer"]["vocab_size"], manifest["chunk_size"], state)
-        embeddings = GrowingArray(self.set / files.EMBEDDINGS, np.dtype(np.float16), (dim,), 0)
-        with self.bar("copying", sum(len(part.rows) for part in kept), "chunks") as bar:
-            for store, part in zip(stores, kept, strict=True):
-                number = np.full(store.num_documents, -1, dtype=np.int64)
-                number[part.documents] = state.documents + np.arange(len(part.documents))
-                for i in part.documents.tolist():
-                    entry = store._document(i)
-                    writer.add_document(int(store.document_hashes[i]), entry["title"], int(entry.get("bytes", 0)))
-                for start in range(0, len(part.rows), _COPY_ROWS):
-                    rows = part.rows[start : start + _COPY_ROWS]
-                    chunks = np.asarray(store.chunks[rows])
-                    writer.add_chunks(chunks, number[store.document_ids[rows]])
-                    state.tokens += _count_tokens(chunks)
-                    embeddings.append(store.embeddings[rows])
-                    bar.update(len(rows))
-        writer.close()
-        embeddings.close()
-        state.done = True
-        save_json(self.folder / "cut.json", vars(state))
-
     def finish(
         self,
         plan: dict[str, Any],
-        corpus: _Corpus,
+        corpus: Corpus,
         tokenizer: Tokenizer,
-        embedder: TextEmbedder | _Described,
+        embedder: _Describes,
         factory: str | None,
         recall: float,
         device: Any,
@@ -711,6 +521,7 @@ class _Builder:
     def _index(
         self, vectors: np.ndarray, factory: str | None, recall: float, device: Any, grown: Index | None
     ) -> dict[str, Any]:
+        by_size = factory is None
         factory = factory or (grown.factory if grown else choose_factory(len(vectors), vectors.shape[1], device))
         start = time.perf_counter()
         with self.bar(f"index {factory}", len(vectors), "chunks", len(grown) if grown else 0) as bar:
@@ -724,6 +535,9 @@ class _Builder:
         measured = index.tune(vectors, recall)
         if not measured["reached"]:
             self.say(f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished.")
+            if by_size and len(vectors) <= _EXACT_FALLBACK:
+                self.say("These vectors do not suit it; the exact index is taken.")
+                return self._index(vectors, EXACT, recall, device, None)
         if not index.is_exact:
             index.save(self.set / files.INDEX)
         return {"factory": factory, "metric": "squared L2", **measured, "build_seconds": self.seconds["index"]}
@@ -754,16 +568,11 @@ class _Builder:
         return manifest
 
 
-def _count_tokens(chunks: np.ndarray) -> int:
-    """Tokens before each row's trailing pads."""
-    return int((chunks != 0).sum())
-
-
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     names = [key for key in new if old.get(key) != new[key]]
     return ", ".join(f"another {name}" for name in names)
 
 
-def _say(progress: bool, text: str) -> None:
+def say(progress: bool, text: str) -> None:
     if progress:
         tqdm.write(text, file=sys.stderr)

@@ -14,9 +14,9 @@ from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, document_hash
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
-from retro_kernels.retrieval.build import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
 from retro_kernels.retrieval.embedder import HashingEmbedder
 from retro_kernels.retrieval.index import Index
+from retro_kernels.retrieval.merge import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
 from retro_kernels.retrieval.store import MANIFEST, ChunkStore
 
 CORPUS = documents(1, 20)
@@ -314,3 +314,11 @@ def test_real_corpora(data, corpus, tmp_path):
     rows = list(range(0, store.num_chunks, 37))
     _, ids = Index.open(store).search(store.embeddings[rows], 2)
     assert (store.find_chunks(store.chunks[ids[:, 0].numpy()]) == store.find_chunks(store.chunks[rows])).mean() > 0.95
+
+
+def test_an_index_chosen_by_size_that_finds_too_little_becomes_exact(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setattr(build_module, "choose_factory", lambda *_: "PQ2x4")
+    manifest = build(CORPUS, tmp_path / "set", tokenizer=model, progress=True)
+    assert manifest["index"]["factory"] == "Flat" and manifest["index"]["recall"] == 1.0
+    assert "do not suit it; the exact index is taken" in capsys.readouterr().err
+    assert build(CORPUS, tmp_path / "asked", tokenizer=model, index="PQ2x4")["index"]["factory"] == "PQ2x4"

@@ -14,9 +14,10 @@ from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
+from retro_kernels.retrieval import merge as merge_module
 from retro_kernels.retrieval import writing
-from retro_kernels.retrieval.build import append_to_retrieval_set, merge_retrieval_sets
 from retro_kernels.retrieval.embedder import HashingEmbedder
+from retro_kernels.retrieval.merge import append_to_retrieval_set, merge_retrieval_sets
 from retro_kernels.retrieval.store import ChunkStore
 
 CORPUS = documents(5, 16)
@@ -291,7 +292,7 @@ def test_two_appenders_lose_nothing(model, tmp_path, monkeypatch):
     stale = ChunkStore.open(out)
     append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False)
     build([Document("x", "some more text")], tmp_path / "more", tokenizer=model)
-    monkeypatch.setattr(build_module, "_check_mergeable", lambda stores: stores.__setitem__(0, stale))
+    monkeypatch.setattr(merge_module, "_check_mergeable", lambda stores: stores.__setitem__(0, stale))
     with pytest.raises(InputError, match="was replaced while it was being read"):
         merge_retrieval_sets([out, tmp_path / "more"], out, overwrite=True, progress=False)
     assert ChunkStore.open(out, verify="full").num_documents == 21
