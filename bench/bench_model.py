@@ -20,7 +20,7 @@ from cases import DEVICE, ON_GPU, TINY
 from torch import Tensor
 
 from retro_kernels.config import preset
-from retro_kernels.nn import Retro
+from retro_kernels.nn import ChunkedCrossAttention, Retro
 from retro_kernels.ops import NeighbourBatch, use_backend
 
 NAME = "retro_172m" if ON_GPU else "retro_tiny" if TINY else "retro_small"
@@ -35,6 +35,8 @@ def formulation(name: str) -> Iterator[None]:
         with (
             mock.patch("retro_kernels.nn.attention.chunked_cross_attention", peers.sdpa_chunked_cross_attention),
             mock.patch("retro_kernels.nn.attention.block_attention", peers.sdpa_block_attention),
+            mock.patch("retro_kernels.nn.attention._FEW_ROWS", 0),  # decoding goes through block_attention as well
+            mock.patch.object(ChunkedCrossAttention, "absorbs", lambda *args, **options: False),
         ):
             yield
     else:

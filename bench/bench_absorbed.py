@@ -1,0 +1,108 @@
+"""The K/V side of a layer, from query and encoder states to the heads' outputs, and its backward.
+
+"materialised" projects keys and values and runs our kernel on them, "absorbed" attends to the states themselves, "auto"
+takes the one that the cost model (`choose_projection`) predicts to be faster; "SDPA" projects and goes on as one would
+write it without a kernel. The states are E = 896 wide, as in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import pytest
+import roofline
+import timing
+import torch
+import torch.nn.functional as F
+from cases import DEVICE, DTYPE, ON_GPU, TINY, Case, Pass, Shape, grid
+from torch import Tensor
+
+from retro_kernels.ops import absorbed_cross_attention, choose_projection, chunked_cross_attention
+
+SMALL = (Shape(1, 512, 4, 32, 2), 128), (Shape(1, 512, 8, 32, 2), 256)  # retro_tiny and retro_small: narrow states
+SHAPES: list[tuple[Shape, int]] = [(s, roofline.ENCODER_DIM if not TINY else 32) for s in grid()]
+if not (ON_GPU or TINY):
+    SHAPES = [*SMALL, *((s, roofline.ENCODER_DIM) for s in grid() if s.neighbours < 40)]
+CASES = ("absorbed", "materialised", "auto", "SDPA")
+PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+Inputs = dict[str, Tensor]
+
+
+def _inputs(s: Shape, width: int) -> Inputs:
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=DEVICE, dtype=DTYPE) * std).requires_grad_()
+
+    weight = (s.heads * s.head_dim, width)
+    return {
+        "query": normal(s.batch, s.tokens, s.heads, s.head_dim),
+        "states": normal(s.batch, s.chunks, s.neighbours, s.neighbour_len, width),
+        "key_weight": normal(*weight, std=width**-0.5),
+        "value_weight": normal(*weight, std=width**-0.5),
+        "rel_bias": torch.randn(s.heads, s.columns, device=DEVICE).requires_grad_(),
+    }
+
+
+def _forward(case: str, s: Shape, width: int, x: Inputs, training: bool) -> Callable[[], Tensor]:
+    if case == "auto":
+        case = choose_projection(
+            head_dim=s.head_dim, encoder_dim=width, num_heads=s.heads, chunk_size=s.chunk,
+            neighbour_len=s.neighbour_len, num_neighbours=s.neighbours, training=training, device=DEVICE.type,
+        )  # fmt: skip
+    options: dict[str, Any] = {"chunk_size": s.chunk, "rel_bias": x["rel_bias"]}
+    if case == "absorbed":
+        return lambda: absorbed_cross_attention(
+            x["query"], x["states"], x["key_weight"], x["value_weight"], **options
+        )
+    attend = chunked_cross_attention if case == "materialised" else peers.sdpa_chunked_cross_attention
+
+    def projected() -> Tensor:
+        key, value = (F.linear(x["states"], x[name]) for name in ("key_weight", "value_weight"))
+        return attend(x["query"], *(y.unflatten(-1, (s.heads, s.head_dim)) for y in (key, value)), **options)
+
+    return projected
+
+
+def _call(which: Pass, forward: Callable[[], Tensor], x: Inputs) -> Callable[[], Any]:
+    if which == "forward":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return forward()
+
+        return infer
+    grad = torch.randn(x["query"].shape, device=DEVICE, dtype=DTYPE)
+    return lambda: torch.autograd.grad(forward(), list(x.values()), grad)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize(("shape", "width"), SHAPES, ids=[f"{s} E{width}" for s, width in SHAPES])
+def test_absorbed(benchmark: Any, shape: Shape, width: int, which: Pass, case: str,
+                  ceilings: roofline.Ceilings) -> None:  # fmt: skip
+    benchmark.group = f"absorbed training, {which}: {shape} E{width}"
+    costs = {"absorbed": roofline.absorbed_training, "materialised": roofline.materialised_training}
+    way = case if case in costs else "materialised"
+    floor = ceilings.floor(*costs[way](shape, width, which, DTYPE.itemsize))
+    benchmark.extra_info.update(case=case, what="absorbed training", **Case(shape).fields(), **{"pass": which}, E=width,
+                                floor_s=floor)  # fmt: skip
+    sets = timing.sets_to_rotate(int(sum(cost.bytes for cost in costs[way](shape, width, "forward", DTYPE.itemsize))))
+    inputs = [_inputs(shape, width) for _ in range(sets)]
+    calls = [_call(which, _forward(case, shape, width, x, which != "forward"), x) for x in inputs]
+    median = timing.measure(benchmark, calls)
+    if case != "auto":
+        benchmark.extra_info["share_of_floor"] = round(floor / median, 4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="peak memory is a GPU's")
+@pytest.mark.parametrize("case", ["absorbed", "materialised", "SDPA"])
+@pytest.mark.parametrize("shape", [s for s in grid() if s.heads == 32 or TINY], ids=str)
+def test_absorbed_memory(benchmark: Any, shape: Shape, case: str) -> None:
+    """Peak bytes of forward and backward beyond inputs, output and gradients."""
+    benchmark.group = f"absorbed memory: {shape}"
+    x = _inputs(shape, roofline.ENCODER_DIM)
+    call = _call("forward+backward", _forward(case, shape, roofline.ENCODER_DIM, x, True), x)
+    benchmark.extra_info.update(case=case, what="absorbed memory", **Case(shape).fields(),
+                                peak_bytes=timing.peak_bytes(call))  # fmt: skip
+    timing.measure(benchmark, call, rounds=10)
