@@ -146,7 +146,7 @@ def build_from(
     if (manifest := builder.already_built(plan, options.overwrite)) is not None:
         return manifest
     with builder.work(plan, options.overwrite):
-        if not builder.is_complete():
+        if not builder.is_complete(plan):
             model = builder.tokenizer(options.tokenizer, corpus, options.vocab_size)
             builder.cut(reader, options.part, corpus, model, options.chunk_size)
             builder.embed(embedder, model)
@@ -340,7 +340,7 @@ class Builder:
 
     def _drop_leftovers(self, plan: dict[str, Any]) -> None:
         """Of a build that was killed between its last rename and its tidying up."""
-        if load_json(self.folder / "plan.json") == plan and not self.set.exists():
+        if load_json(self.folder / "plan.json") == plan:
             with contextlib.suppress(OSError, InputError), self._lock():
                 shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -387,8 +387,10 @@ class Builder:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def is_complete(self) -> bool:
-        return (self.set / files.MANIFEST).exists()
+    def is_complete(self, plan: dict[str, Any]) -> bool:
+        """Whether only the renaming is missing. After an exchange the older set lies here: then it is not."""
+        manifest = load_json(self.set / files.MANIFEST)
+        return manifest is not None and manifest.get("build") == plan
 
     def tokenizer(self, given: Tokenizer | None, corpus: Corpus, vocab_size: int | None) -> Tokenizer:
         path = self.set / files.TOKENIZER

@@ -75,7 +75,7 @@ def merge_retrieval_sets(
         for store in stores:  # from here on no other builder can exchange `out`, if it is among them
             if files.read_manifest(store.path) != store.manifest:
                 raise InputError(f"{store.path} was replaced while it was being read. Run the command again.")
-        if not builder.is_complete():
+        if not builder.is_complete(plan):
             _copy(builder, stores, kept)
             model = builder.tokenizer(stores[0].tokenizer, corpus, None)
             grown = Index.open(stores[0]) if _can_grow(stores[0], kept, index) else None

@@ -39,7 +39,7 @@ def expected(tmp_path_factory, model):
 
 
 KILLED_EVERYWHERE = """
-    import os, signal, sys
+    import os, shutil, signal, sys
     from pathlib import Path
     from retrieval.corpora import build, contents, documents
     from retro_kernels.retrieval import build as build_module, store, writing
@@ -82,7 +82,7 @@ KILLED_EVERYWHERE = """
 
     # one build is killed again and again, a step later each time
     kills = 0
-    while run(folder / "again", 3 + kills):
+    while run(folder / "again", 3 + 2 * kills):
         kills += 1
         assert kills < 200
         if (folder / "again").exists():
@@ -91,20 +91,25 @@ KILLED_EVERYWHERE = """
     assert kills >= 5, kills
 
     # a set that is being replaced is the old one or the new one after a kill at any step
-    die_at, seen = 1, set()
-    while True:
+    def replaced(die_at):
         out = folder / f"replaced{die_at}"
         build(other, out, tokenizer=model)
         killed = run(out, die_at, overwrite=True)
         found = contents(out)
         assert found in (before, expected), die_at
-        seen.add(found == expected)
+        if killed:
+            seen.add(found == expected)
         assert not run(out, 0, overwrite=True)
         assert contents(out) == expected
         assert not (folder / f"{out.name}.build").exists(), die_at
-        if not killed:
-            break
-        die_at += 7
+        shutil.rmtree(out)
+        return killed
+
+    die_at, seen = 1, set()
+    while replaced(die_at):
+        die_at += 12
+    for last in range(die_at - 1, die_at - 14, -1):  # the swap and the tidying up, step by step
+        replaced(last)
     assert seen == {False, True} and die_at > 30, (seen, die_at)
     print("kills", kills, "steps", die_at)
 """
