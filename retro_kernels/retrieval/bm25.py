@@ -1,6 +1,8 @@
-"""BM25: neighbours by shared words, with the library bm25s; and the same weights to re-rank dense candidates (rerank.py).
+"""BM25: neighbours by shared words, with the library bm25s; and the same weights to re-rank dense candidates
+(rerank.py).
 
-At test time BM25 in place of dense retrieval lowers RETRO's perplexity further (Doostmohammadi et al. 2023, 2305.16243).
+At test time BM25 in place of dense retrieval lowers RETRO's perplexity further (Doostmohammadi et al. 2023,
+2305.16243).
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Training documents that copy evaluation documents: 13-gram Jaccard ≥ 0.8, as RETRO filters MassiveText (section 2.6, A.1).
+"""Training documents that copy evaluation documents: a Jaccard index of 13-grams of 0.8 or more, RETRO's rule for
+MassiveText (Borgeaud et al. 2021, arXiv 2112.04426, section 2.6).
 
-    words  →  hashes of 13-grams  →  MinHash, 128 permutations  →  16 bands of 8 rows  →  exact Jaccard of the candidates
+    words → hashes of 13-grams → MinHash, 128 permutations → 16 bands of 8 rows → exact Jaccard of the candidates
 
-Bands only propose. 16 × 8 misses a pair at J = 0.8 with probability (1 − 0.8⁸)¹⁶ = 5 %, and 0.02 % at 0.9; the usual 8 × 16
-would miss 80 % there. What is proposed is decided by the sets of hashes themselves.
+Bands only propose. 16 × 8 misses a pair at J = 0.8 with probability (1 − 0.8⁸)¹⁶ = 5 %, and 0.01 % at 0.9; the usual
+8 bands of 16 rows would miss 80 % at 0.8. What is proposed is decided by the sets of hashes themselves.
 
 For chunks inside documents use `leakage.containment`: a Jaccard index does not see copies shifted by six tokens.
 """
@@ -111,9 +112,12 @@ class DuplicateFinder:
     """The evaluation documents, ready to be compared with. Memory: their n-gram hashes, 8 bytes each."""
 
     def __init__(self, documents: Iterable[Document], *, n: int = N, threshold: float = THRESHOLD) -> None:
-        """n: words of a gram.  threshold: Jaccard index from which on a document counts as a copy, above 0 and at most 1."""
+        """n: words of a gram.  threshold: Jaccard index from which on a document counts as a copy, above 0 and at
+        most 1."""
         if not 0.0 < threshold <= 1.0:
-            raise InputError(f"dedup: the threshold is {threshold}; a Jaccard index above 0 and at most 1 is needed.")
+            raise InputError(
+                f"dedup: the threshold is {threshold}; a Jaccard index above 0 and at most 1 is needed."
+            )
         if n < 1:
             raise InputError(f"dedup: n is {n}; a gram has at least one word.")
         self.n, self.threshold = n, threshold
@@ -138,7 +142,8 @@ class DuplicateFinder:
         return gram_hashes(self._words(text), self.n)
 
     def find(self, text: str) -> tuple[str, float] | None:
-        """(title, Jaccard index) of the evaluation document that the text resembles most, if it reaches the threshold."""
+        """(title, Jaccard index) of the evaluation document that the text resembles most, if it reaches the
+        threshold."""
         grams = self._hashes(text)
         # a set cannot resemble one of a very different size: |a ∩ b| / |a ∪ b| ≤ smaller / larger
         smallest = bisect.bisect_left(self._sizes, self.threshold * len(grams))
@@ -149,7 +154,9 @@ class DuplicateFinder:
         return (self._titles[-best[1]], best[0]) if best[0] >= self.threshold else None
 
 
-def find_copies(documents: Iterable[Document], finder: DuplicateFinder) -> Iterator[tuple[Document, Copy | None]]:
+def find_copies(
+    documents: Iterable[Document], finder: DuplicateFinder
+) -> Iterator[tuple[Document, Copy | None]]:
     """Each training document, and what it copies or None."""
     for index, document in enumerate(documents):
         found = finder.find(document.text)
@@ -165,7 +172,8 @@ def deduplicate(data: Paths, against: Paths, *, out: str | os.PathLike[str] | No
 
     data, against: paths as `read_documents` takes them.  out: a `.jsonl` that gets the training documents which are no
     copies, whole or not at all.
-    Returns {"documents", "against", "copies": [{"title", "against", "jaccard", "index"}, …], "kept", "threshold", "n", "skipped"}.
+    Returns {"documents", "against", "copies": [{"title", "against", "jaccard", "index"}, …], "kept", "threshold",
+    "n", "skipped"}.
     Raises InputError for paths that do not exist, no evaluation document, or a bad threshold. Memory is bounded by the
     evaluation text.
     """
@@ -177,7 +185,9 @@ def deduplicate(data: Paths, against: Paths, *, out: str | os.PathLike[str] | No
     finder = DuplicateFinder(tqdm(read_documents(against, report=report_against), desc="evaluation text", **show),
                              threshold=threshold, n=n)  # fmt: skip
     if not len(finder):
-        raise InputError("dedup: there is no evaluation document to compare with: every file was empty, unreadable or left out.")
+        raise InputError(
+            "dedup: there is no evaluation document to compare with: every file was empty, unreadable or left out."
+        )
     copies: list[Copy] = []
     with _writer(out) as write:
         for document, copy in find_copies(tqdm(documents, desc="training text", **show), finder):

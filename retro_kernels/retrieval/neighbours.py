@@ -1,7 +1,8 @@
 """Neighbours found once and used again: a file made beforehand (`retro-kernels neighbours`), or a cache in memory.
 
 What is kept for a chunk is the list of its S nearest chunks outside one document, its own (or outside none). A later
-search that excludes that document among others takes the list, drops the others, and has the same k neighbours as a live
+search that excludes that document among others takes the list, drops the others, and has the same k neighbours as a
+live
 search would find, if k are left or the list holds all there is; else the row is searched live. So the file is not tied
 to a seed, a sequence length or the packing of documents.
 
@@ -27,7 +28,16 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError
-from retro_kernels.retrieval.search import DocumentTable, Searcher, Stats, mixed, row_hashes, take_first, to_device, unfilled
+from retro_kernels.retrieval.search import (
+    DocumentTable,
+    Searcher,
+    Stats,
+    mixed,
+    row_hashes,
+    take_first,
+    to_device,
+    unfilled,
+)
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.retrieval.writing import locked
 
@@ -66,7 +76,8 @@ class NeighbourFile:
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, store: ChunkStore | None = None,
              retriever: str | None = None) -> NeighbourFile:  # fmt: skip
-        """Checks format, shapes, checksum, and that it was made with this set and this kind of retriever; else InputError."""
+        """Checks format, shapes, checksum, and that it was made with this set and this kind of retriever; else
+        InputError."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -74,12 +85,14 @@ class NeighbourFile:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
                     raise InputError(f"{path} holds no neighbours of format version {VERSION}.")
-                found = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+                found = {name: file.get_slice(name).get_dtype() for name in file.keys()}
                 if found != _ARRAYS:
                     raise InputError(f"{path} is damaged: it holds {found}.")
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         except FileNotFoundError:
-            raise InputError(f"There is no file of neighbours {path}. Make one with: retro-kernels neighbours") from None
+            raise InputError(
+                f"There is no file of neighbours {path}. Make one with: retro-kernels neighbours"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is no whole file of neighbours: {error}") from None
         n = arrays["hashes"].shape
@@ -87,19 +100,24 @@ class NeighbourFile:
                 arrays["distances"].shape != arrays["ids"].shape:  # fmt: skip
             raise InputError(f"{path} is damaged: its arrays do not fit each other.")
         if _checksum(arrays) != metadata.get("checksum"):
-            raise InputError(f"{path} is damaged: its checksum is another. Make it again: retro-kernels neighbours")
+            raise InputError(
+                f"{path} is damaged: its checksum is another. Make it again: retro-kernels neighbours"
+            )
         if store is not None and metadata.get("set") != set_fingerprint(store):
             raise InputError(f"{path} was made with another retrieval set than {store.path}, or before it was changed. "
                              "Make it again: retro-kernels neighbours")  # fmt: skip
         if retriever is not None and metadata.get("retriever") != retriever:
-            raise InputError(f"{path} holds the neighbours of the retriever {metadata.get('retriever')!r}, not of {retriever!r}.")
+            raise InputError(
+                f"{path} holds the neighbours of the retriever {metadata.get('retriever')!r}, not of {retriever!r}."
+            )
         return cls(arrays, metadata)
 
     def to(self, device: torch.device | str) -> NeighbourFile:
         return NeighbourFile({name: getattr(self, name).to(device) for name in _ARRAYS}, self.metadata)
 
     def rows(self, queries: Tensor, exclude: Tensor | None) -> Tensor:
-        """int64 [Q]: a row whose list may serve a query [Q, M] that excludes documents [Q, E]; −1 where there is none."""
+        """int64 [Q]: a row whose list may serve a query [Q, M] that excludes documents [Q, E]; −1 where there is
+        none."""
         found = torch.full((len(queries),), -1, dtype=torch.int64, device=queries.device)
         if not self.num_rows:
             return found
@@ -117,14 +135,18 @@ class PrecomputedSearcher:
 
     def __init__(self, table: NeighbourFile, documents: DocumentTable, inner: Searcher | None,
                  stats: Stats | None = None) -> None:  # fmt: skip
-        """inner: the live searcher. None: what the file does not hold has no neighbours, and a GPU is never waited for."""
+        """inner: the live searcher. None: what the file does not hold has no neighbours, and a GPU is never waited
+        for."""
         self.device = documents.document_ids.device
         self.table, self.documents = table.to(self.device), documents
         self.inner, self.stats = inner, stats or Stats()
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `search.Searcher.search`."""
-        here, excluded = to_device(queries, self.device), None if exclude is None else to_device(exclude, self.device)
+        here, excluded = (
+            to_device(queries, self.device),
+            None if exclude is None else to_device(exclude, self.device),
+        )
         with self.stats.time("lookup"):
             rows = self.table.rows(here, excluded)
             place = rows.clamp(min=0)
@@ -174,7 +196,9 @@ class CachingSearcher:
             self._learn(queries, chunks, own, fresh)
         with self.stats.time("lookup"):
             place = chunks.clamp(min=0)
-            distances, ids, complete = _narrow(self._distances[place], self._ids[place] - 2, self._on_host, excluded, k)
+            distances, ids, complete = _narrow(
+                self._distances[place], self._ids[place] - 2, self._on_host, excluded, k
+            )
             live = (~(complete & usable)).nonzero().squeeze(1)
         self.stats.reused += len(queries) - live.numel() - fresh.numel()
         device = self.documents.document_ids.device
@@ -216,7 +240,8 @@ def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.
     progress: is told how many chunks were done, those of an interrupted run included.
 
     Interrupted, the next call with the same arguments goes on (finished blocks lie in `out`.partial); where `out` has
-    been made from the same input already, nothing is done. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
+    been made from the same input already, nothing is done. Returns {"rows", "chunks", "per_chunk", "path",
+    "done_before"}.
     """
     out, documents = Path(out), np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
     chunks = np.asarray(chunks)
@@ -226,10 +251,11 @@ def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.
     if per_chunk < 1:
         raise InputError(f"precompute: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
     metadata = {"format": FORMAT, "version": VERSION, "set": set_fingerprint(retriever.store),
-                "retriever": retriever.name, "per_chunk": str(per_chunk), "input": _input_hash(chunks, documents)}  # fmt: skip
+                "retriever": retriever.name, "per_chunk": str(per_chunk),
+                "input": _input_hash(chunks, documents)}  # fmt: skip
     result = {"chunks": len(chunks), "per_chunk": per_chunk, "path": str(out)}
     if out.exists():
-        with contextlib.suppress(InputError):  # another file, or a damaged one: replaced when the new one is whole
+        with contextlib.suppress(InputError):  # a damaged one is replaced, when the new one is whole
             old = NeighbourFile.open(out)
             if {name: old.metadata.get(name) for name in metadata} == metadata:
                 return {**result, "rows": old.num_rows, "done_before": True}
@@ -238,7 +264,11 @@ def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.
         parts = []
         for number, start in enumerate(range(0, len(chunks), _BLOCK)):
             rows = slice(start, start + _BLOCK)
-            parts.append(_block(retriever, chunks[rows], documents[rows], per_chunk, partial / f"{number:08d}.safetensors"))
+            parts.append(
+                _block(
+                    retriever, chunks[rows], documents[rows], per_chunk, partial / f"{number:08d}.safetensors"
+                )
+            )
             if progress:
                 progress(len(chunks[rows]))
         arrays = _merged(parts, per_chunk)
@@ -247,13 +277,15 @@ def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.
     return {**result, "rows": len(arrays["ids"]), "done_before": False}
 
 
-def _block(retriever: Retriever, chunks: np.ndarray, documents: np.ndarray, per_chunk: int, path: Path) -> dict[str, Tensor]:
+def _block(
+    retriever: Retriever, chunks: np.ndarray, documents: np.ndarray, per_chunk: int, path: Path
+) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     with contextlib.suppress(FileNotFoundError, SafetensorError):
         return load_file(path)
-    queries, own = torch.from_numpy(chunks.astype(np.int64)), torch.from_numpy(documents)
+    queries, own = torch.from_numpy(chunks.astype(np.int64)), torch.from_numpy(documents.copy())
     hashes, checks = _hashes(queries, own)
     distances, ids = retriever.search(queries, per_chunk, own[:, None], keep_copies=True)
     arrays = {"hashes": hashes, "checks": checks, "ids": ids.cpu().contiguous(),

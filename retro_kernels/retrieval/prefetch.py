@@ -35,13 +35,16 @@ def default_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
         return batch[0], batch[1]
     if hasattr(batch, "tokens"):
         return batch.tokens, getattr(batch, "exclude_documents", None)
-    raise TypeError(f"prefetch: a batch is a tensor of tokens, a pair (tokens, exclude_documents), or has these names; this "
-                    f"is a {type(batch).__name__}. Give inputs=, a function that takes both out of a batch.")  # fmt: skip
+    raise TypeError(
+        "prefetch: a batch is a tensor of tokens, a pair (tokens, exclude_documents), or has these names; this is a "
+        f"{type(batch).__name__}. Give inputs=, a function that takes both out of a batch."
+    )
 
 
 @dataclass
 class _Lane:
-    """What thread and training loop share. The thread knows this and not the iterator, so dropping the iterator ends it."""
+    """What thread and training loop share. The thread knows this and not the iterator, so dropping the iterator ends
+    it."""
 
     ready: queue.Queue[tuple[str, Any]]
     stop: threading.Event = field(default_factory=threading.Event)
@@ -57,7 +60,8 @@ class _Lane:
 
 
 class Prefetcher:
-    """`for batch, neighbours in Prefetcher(retriever, loader)`: each batch as the loader gave it, and its NeighbourBatch.
+    """`for batch, neighbours in Prefetcher(retriever, loader)`: each batch as the loader gave it, and its
+    NeighbourBatch.
 
     Starts anew with every `for`, as a loader does. The loader is read on the thread, at most depth + 1 batches ahead of
     the loop. An exception of the loader or the retriever is raised in the loop, with the thread's traceback, after
@@ -68,10 +72,16 @@ class Prefetcher:
 
     def __init__(self, retriever: Retriever, loader: Iterable[Any], *, num_neighbours: int = 2, depth: int = 1,
                  inputs: Inputs | None = None) -> None:  # fmt: skip
-        """depth: batches kept ready.  inputs: takes (tokens, exclude_documents) out of a batch; see `default_inputs`."""
+        """depth: batches kept ready.  inputs: takes (tokens, exclude_documents) out of a batch; see
+        `default_inputs`."""
         if depth < 1:
             raise ValueError(f"prefetch: depth is {depth}; at least 1 batch is kept ready.")
-        self.retriever, self.loader, self.num_neighbours, self.depth = retriever, loader, num_neighbours, depth
+        self.retriever, self.loader, self.num_neighbours, self.depth = (
+            retriever,
+            loader,
+            num_neighbours,
+            depth,
+        )
         self.inputs = inputs or default_inputs
         self.steps = 0
         self.stall_seconds = self.first_seconds = 0.0
@@ -119,7 +129,9 @@ class Prefetcher:
                 pass
 
 
-def _work(lane: _Lane, retriever: Retriever, loader: Iterable[Any], num_neighbours: int, inputs: Inputs) -> None:
+def _work(
+    lane: _Lane, retriever: Retriever, loader: Iterable[Any], num_neighbours: int, inputs: Inputs
+) -> None:
     try:
         stream = torch.cuda.Stream(retriever.device) if retriever.device.type == "cuda" else None
         for batch in loader:

@@ -23,7 +23,8 @@ _BLOCK = 64  # queries at a time
 
 
 class Reranker:
-    """The best k of another searcher's `fetch` first candidates, by another measure; its distances are that measure's."""
+    """The best k of another searcher's `fetch` first candidates, by another measure; its distances are that
+    measure's."""
 
     def __init__(self, inner: Searcher, store: ChunkStore, by: str, *, fetch: int = 64,
                  stats: Stats | None = None) -> None:  # fmt: skip

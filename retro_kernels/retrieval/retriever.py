@@ -4,7 +4,8 @@
     neighbours = retriever(tokens, num_neighbours=2, exclude_documents=documents)      # a NeighbourBatch
     for batch, neighbours in retriever.prefetch(loader): ...                           # one step ahead
 
-Tokens are cut into chunks; each chunk is searched for outside the excluded documents (search.py), and the tokens of what
+Tokens are cut into chunks; each chunk is searched for outside the excluded documents (search.py), and the tokens of
+what
 was found are gathered. Borgeaud et al. 2021 (arXiv 2112.04426), sections 2.2 and 2.3.
 
 Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neighbours, R = 2M, E excluded documents.
@@ -31,13 +32,28 @@ from retro_kernels.retrieval.leakage import containment
 from retro_kernels.retrieval.prefetch import Prefetcher
 from retro_kernels.retrieval.rerank import MEASURES, Reranker
 from retro_kernels.retrieval.search import (
-    DenseSearcher, DeviceStore, DocumentTable, RandomSearcher, Searcher, Stats, check_queries, take_first, to_device,
+    DenseSearcher,
+    DeviceStore,
+    DocumentTable,
+    InnerProductIndex,
+    RandomSearcher,
+    Searcher,
+    Stats,
+    check_queries,
+    take_first,
+    to_device,
     unfilled,
 )  # fmt: skip
 from retro_kernels.retrieval.store import ChunkStore
 
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
-RETRIEVERS = ("dense", "bm25", "random", *(f"dense+{by}" for by in MEASURES), *(f"bm25+{by}" for by in MEASURES))
+RETRIEVERS = (
+    "dense",
+    "bm25",
+    "random",
+    *(f"dense+{by}" for by in MEASURES),
+    *(f"bm25+{by}" for by in MEASURES),
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,8 @@ class Retriever:
         """From parts; `Retriever.from_pretrained` makes them. documents, device_store and the searcher's results are on
         `device`. Arguments as there."""
         if drop_copies is not None and not 0.0 < drop_copies <= 1.0:
-            raise InputError(f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, above 0 and "
+            raise InputError(f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, "
+                             f"above 0 and "
                              "at most 1.")  # fmt: skip
         self.store, self.searcher = store, searcher
         self.device = torch.device("cpu" if device is None else device)
@@ -85,6 +102,7 @@ class Retriever:
         retriever: str = "dense",
         embedder: TextEmbedder | str | os.PathLike[str] | None = None,
         query_embedder: TextEmbedder | str | os.PathLike[str] | None = None,
+        metric: str = "l2",
         neighbours: str | os.PathLike[str] | None = None,
         cache: int = 0,
         drop_copies: float | None = None,
@@ -101,6 +119,7 @@ class Retriever:
         embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
             object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
         query_embedder: another encoder for queries (as in DPR). Keys of the set are then never taken for queries.
+        metric: "l2" (squared, the set's index), or "inner product": exact search, distances are negative products.
         neighbours: a file of `retro-kernels neighbours` to take instead of searching, as far as it goes.
         cache: how many neighbours to keep in memory for each chunk of the set, 0 = none.
         drop_copies: leave out neighbours which, with continuation, hold this share or more of the chunk's 13-grams.
@@ -111,19 +130,28 @@ class Retriever:
         """
         if retriever not in RETRIEVERS:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
+        if metric not in ("l2", "inner product"):
+            raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
         store = ChunkStore.open(path, verify=verify)
         device = torch.device("cpu" if device is None else device)
         stats = Stats()
         documents = DocumentTable(store.document_ids, store.num_documents, device)
         device_store = _device_store(store, device)
         source, _, measure = retriever.partition("+")
+        name = (
+            retriever
+            if source != "dense" or (metric == "l2" and query_embedder is None)
+            else f"{retriever} of a pair, {metric}"
+        )
         searcher: Searcher
         if source == "dense":
+            product = metric == "inner product"
+            vectors = store.embeddings if device_store is None else device_store.embeddings
+            index = InnerProductIndex(vectors, device) if product else Index.open(store, device=device)
             searcher = DenseSearcher(
-                store, Index.open(store, device=device), _embedder_loader(store, embedder, query_embedder, device),
+                store, index, _embedder_loader(store, embedder, query_embedder, device),
                 documents=documents, stats=stats, device=device, device_store=device_store,
-                look_up=query_embedder is None, embed_unknown=embed_unknown,
-                inner_product=store.manifest["index"].get("metric") == "inner product",
+                look_up=query_embedder is None, embed_unknown=embed_unknown, inner_product=product,
             )  # fmt: skip
         elif source == "bm25":
             searcher = BM25Searcher(store, stats=stats)
@@ -134,7 +162,7 @@ class Retriever:
         if neighbours is not None:
             from retro_kernels.retrieval.neighbours import NeighbourFile, PrecomputedSearcher
 
-            table = NeighbourFile.open(neighbours, store=store, retriever=retriever)
+            table = NeighbourFile.open(neighbours, store=store, retriever=name)
             searcher = PrecomputedSearcher(table, documents, searcher, stats=stats)
         if cache:
             from retro_kernels.retrieval.neighbours import CachingSearcher
@@ -142,7 +170,7 @@ class Retriever:
             searcher = CachingSearcher(searcher, store, documents, per_chunk=cache, stats=stats)
         made = cls(store, searcher, documents=documents, device=device, device_store=device_store,
                    drop_copies=drop_copies, stats=stats)  # fmt: skip
-        made.name = retriever
+        made.name = name
         return made
 
     name: str = "custom"
@@ -169,8 +197,10 @@ class Retriever:
         own = self.store.manifest["tokenizer"]["fingerprint"]
         if fingerprint != own:
             raise InputError(
-                f"The retrieval set {self.store.path} has another tokenizer ({own[:12]}…) than the model or data it is to "
-                f"be used with ({fingerprint[:12]}…). Build the set again: retro-kernels index PATH --tokenizer MODEL --out SET"
+                f"The retrieval set {self.store.path} has another tokenizer ({own[:12]}…) than the model or "
+                f"data it is to "
+                f"be used with ({fingerprint[:12]}…). Build the set again: retro-kernels index PATH --tokenizer "
+                f"MODEL --out SET"
             )
 
     def __call__(self, tokens: Tensor, *, num_neighbours: int = 2,
@@ -182,7 +212,8 @@ class Retriever:
             the device of tokens. A training sequence lists every document that it holds.
 
         Returns tokens int64 [B, L, K, 2M], lengths, ids and distances [B, L, K] on the device of tokens where that is a
-        GPU, else on the retriever's. Missing neighbours: length 0, id −1, distance +inf. A chunk wholly of padding has none.
+        GPU, else on the retriever's. Missing neighbours: length 0, id −1, distance +inf. A chunk wholly of padding
+        has none.
         Raises ValueError for shapes that do not fit, InputError for a token id beyond the vocabulary.
         """
         self._check(tokens, num_neighbours, exclude_documents)
@@ -201,16 +232,24 @@ class Retriever:
             with self.stats.time("gather"):
                 found, lengths = self.gather(ids)
         shape = (b, chunks, num_neighbours)
-        return NeighbourBatch(found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape))
+        return NeighbourBatch(
+            found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape)
+        )
 
     def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}.")
+            raise ValueError(
+                f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
+            )
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise InputError(f"Retriever: num_neighbours is {k!r}; it must be an integer of at least 1.")
         if exclude is None:
             return
-        if exclude.dim() != 2 or exclude.shape[0] != tokens.shape[0] or exclude.dtype not in (torch.int64, torch.int32):
+        if (
+            exclude.dim() != 2
+            or exclude.shape[0] != tokens.shape[0]
+            or exclude.dtype not in (torch.int64, torch.int32)
+        ):
             raise ValueError(f"Retriever: exclude_documents must be int64 [B, E] with B = {tokens.shape[0]}, "
                              f"not {exclude.dtype} {list(exclude.shape)}.")  # fmt: skip
         if exclude.device != tokens.device:
@@ -234,7 +273,9 @@ class Retriever:
             return self._search(queries, k, exclude, drop)
         distances, ids = unfilled(queries.shape[0], k, self.device)
         if rows.numel():
-            found, found_ids = self._search(queries[rows], k, None if exclude is None else exclude[rows], drop)
+            found, found_ids = self._search(
+                queries[rows], k, None if exclude is None else exclude[rows], drop
+            )
             distances, ids = distances.to(found.device), ids.to(found.device)
             places = to_device(rows, found.device)
             distances[places], ids[places] = found, found_ids
@@ -262,11 +303,13 @@ class Retriever:
         return self.store.titles(document_ids)
 
     def find_documents(self, hashes: Iterable[int]) -> Tensor:
-        """int64 [n]: the set's document with each hash (`data.corpus.document_hash` of its text), −1 where it has none."""
+        """int64 [n]: the set's document with each hash (`data.corpus.document_hash` of its text), −1 where it has
+        none."""
         return torch.from_numpy(np.asarray(self.store.find_documents(hashes), dtype=np.int64))
 
     def search_text(self, text: str | list[str], k: int = 2) -> Any:
-        """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such lists."""
+        """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
+        lists."""
         texts = [text] if isinstance(text, str) else list(text)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
@@ -282,12 +325,19 @@ class Retriever:
         return hits[0] if isinstance(text, str) else hits
 
     def _hits(self, distances: list[float], ids: list[int]) -> list[Hit]:
-        ids = [i for i in ids if i >= 0]
-        documents = self.documents(torch.tensor(ids, dtype=torch.int64)).tolist()
-        following = [i + 1 if self.store.continuation[i] else -1 for i in ids]
-        columns = (distances[: len(ids)], ids, documents, self.titles(documents), self.store.texts(ids),
-                   self.store.texts(following))  # fmt: skip
-        return [Hit(*row) for row in zip(*columns, strict=True)]
+        chosen = torch.tensor([i for i in ids if i >= 0], dtype=torch.int64)
+        documents = self.documents(chosen)
+        tokens = self.gather(chosen)[0].reshape(len(chosen), 2, self.chunk_size).tolist()
+        rows = zip(
+            distances[: len(chosen)],
+            chosen.tolist(),
+            documents.tolist(),
+            self.titles(documents),
+            tokens,
+            strict=True,
+        )
+        return [Hit(*row, *(self.tokenizer.decode([t for t in half if t != self.tokenizer.pad_id]) for half in halves))
+                for *row, halves in rows]  # fmt: skip
 
     def prefetch(self, loader: Iterable[Any], *, num_neighbours: int = 2, depth: int = 1,
                  inputs: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None) -> Prefetcher:  # fmt: skip
@@ -314,7 +364,9 @@ def _search_without_copies(retriever: Retriever, queries: Tensor, k: int, exclud
             return result, result_ids
         rows, fetch = rows[short], 4 * fetch
         again = rows.to(queries.device)
-        distances, ids = retriever.searcher.search(queries[again], fetch, None if exclude is None else exclude[again])
+        distances, ids = retriever.searcher.search(
+            queries[again], fetch, None if exclude is None else exclude[again]
+        )
 
 
 def _embedder_loader(store: ChunkStore, embedder: Any, query_embedder: Any,
@@ -340,7 +392,7 @@ def _opened(given: Any, device: torch.device, dtype: torch.dtype | None = None) 
 def _named(store: ChunkStore, given: Any, device: torch.device) -> TextEmbedder:
     """The embedder that the set was built with, by its fingerprint; InputError if what is found is another."""
     name, fingerprint = store.manifest["embedder"]["name"], store.manifest["embedder"]["fingerprint"]
-    made = None
+    made: Any = None
     # a set may come from a machine with another default dtype, which changes the vectors and so the fingerprint
     for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
         try:
@@ -348,7 +400,8 @@ def _named(store: ChunkStore, given: Any, device: torch.device) -> TextEmbedder:
         except InputError as error:
             if given is not None:
                 raise
-            raise InputError(f"The retrieval set {store.path} was built with the embedder {name}, which is not found under "
+            raise InputError(f"The retrieval set {store.path} was built with the embedder {name}, which is not "
+                             f"found under "
                              f"that name; give the path of its folder (embedder=). {error}") from None  # fmt: skip
         if made.fingerprint == fingerprint:
             return made

@@ -82,7 +82,9 @@ class Stats:
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """x on the device, over pinned memory, so that nothing waits on the way to a GPU."""
     device = torch.device(device)
-    return x.pin_memory().to(device, non_blocking=True) if x.is_cpu and device.type == "cuda" else x.to(device)
+    return (
+        x.pin_memory().to(device, non_blocking=True) if x.is_cpu and device.type == "cuda" else x.to(device)
+    )
 
 
 def take_first(distances: Tensor, ids: Tensor, keep: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -157,10 +159,11 @@ class DocumentTable:
 
 
 Candidates = Callable[["Tensor | None", int], "tuple[Tensor, Tensor]"]
+Scan = Callable[[Tensor, int], "tuple[Tensor, Tensor]"]
 
 
 def search_excluding(candidates: Candidates, documents: DocumentTable, num_queries: int, k: int,
-                     exclude: Tensor | None, *, scan: Candidates | None, stats: Stats | None = None,
+                     exclude: Tensor | None, *, scan: Scan | None, stats: Stats | None = None,
                      max_fetch: int = WIDEST_FETCH) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The first k candidates of each query that are of no excluded document, [num_queries, k].
 
@@ -213,9 +216,9 @@ def scan_exact(keys: Tensor, embeddings: Any, documents: DocumentTable, exclude:
     best, best_ids = unfilled(keys.shape[0], k, keys.device)
     norms = keys.square().sum(1, keepdim=True)
     for start in range(0, documents.num_chunks, _SCAN_ROWS):
-        block = embeddings[start : start + _SCAN_ROWS]
-        block = torch.as_tensor(np.array(block) if isinstance(block, np.ndarray) else block)
-        block = block.to(keys.device, torch.float32)
+        rows = embeddings[start : start + _SCAN_ROWS]
+        as_tensor = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
+        block = as_tensor.to(keys.device, torch.float32)
         dots = keys @ block.T
         d = -dots if inner_product else (norms + block.square().sum(1) - 2 * dots).clamp_(min=0)
         ids = torch.arange(start, start + block.shape[0], device=keys.device).expand(d.shape)
@@ -252,7 +255,7 @@ class DenseSearcher:
     def keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(keys float32 [Q, D] on the search device, known bool [Q]: has a key) of queries int64 [Q, M]."""
         with self.stats.time("lookup"):
-            known, keys = self._looked_up(queries)
+            known, keys = self.known_keys(queries)
             keys = to_device(keys, self.device)
         if not self.embed_unknown:
             return keys, to_device(known, self.device)
@@ -265,10 +268,12 @@ class DenseSearcher:
                 keys[to_device(unknown, self.device)] = to_device(made, self.device)
         return keys, torch.ones(len(keys), dtype=torch.bool, device=self.device)
 
-    def _looked_up(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def known_keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(known bool [Q], keys [Q, D]), both on the host, or on the device where the set's tokens are there."""
         if not self.look_up or queries.shape[1] != self.store.chunk_size:
-            return torch.zeros(len(queries), dtype=torch.bool), torch.zeros(len(queries), self.store.embeddings.shape[1])
+            return torch.zeros(len(queries), dtype=torch.bool), torch.zeros(
+                len(queries), self.store.embeddings.shape[1]
+            )
         if self.device_store is not None and queries.is_cuda:
             ids = self.device_store.find_chunks(queries)
             return ids >= 0, self.device_store.embeddings[ids.clamp(min=0)].float()
@@ -306,6 +311,19 @@ class DenseSearcher:
         return search_excluding(candidates, documents, keys.shape[0], k, exclude, scan=scan, stats=self.stats)
 
 
+class InnerProductIndex:
+    """Exact search by inner product (the metric of DPR), over the stored embeddings. Distances are the negative
+    products."""
+
+    def __init__(self, embeddings: Any, device: torch.device | str = "cpu") -> None:
+        """embeddings: [C, D], a tensor or a (memory-mapped) array."""
+        self.embeddings = embeddings
+        self._documents = DocumentTable(np.zeros(len(embeddings), dtype=np.int64), 1, device)
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return scan_exact(queries, self.embeddings, self._documents, None, k, inner_product=True)
+
+
 class RandomSearcher:
     """The control: chunks drawn by chance, the same ones for the same query in every call. Distances are 0."""
 
@@ -313,7 +331,9 @@ class RandomSearcher:
         self.documents, self.seed = documents, seed
         num = documents.num_chunks
         generator = np.random.default_rng(seed)
-        strides = [s for s in generator.integers(1, max(num, 2), size=512).tolist() if np.gcd(s, num) == 1] or [1]
+        strides = [
+            s for s in generator.integers(1, max(num, 2), size=512).tolist() if np.gcd(s, num) == 1
+        ] or [1]
         self._strides = torch.tensor(strides, device=documents.document_ids.device)
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -370,7 +390,9 @@ class DeviceStore:
 
     @staticmethod
     def bytes_needed(store: ChunkStore) -> int:
-        return store.num_chunks * (store.chunks.dtype.itemsize * store.chunk_size + 2 * store.embeddings.shape[1] + 17)
+        return store.num_chunks * (
+            store.chunks.dtype.itemsize * store.chunk_size + 2 * store.embeddings.shape[1] + 17
+        )
 
     def find_chunks(self, tokens: Tensor) -> Tensor:
         """int64 [n] chunk ids of tokens [n, M], −1 where the set has no such chunk. Waits for nothing."""

@@ -125,7 +125,9 @@ def dense(store: ChunkStore, *, index: Any = None, embedder: Any = None, **optio
     return made
 
 
-def expected(store: ChunkStore, keys: Tensor, k: int, exclude: Tensor | None) -> tuple[list[list[int]], list[list[float]]]:
+def expected(
+    store: ChunkStore, keys: Tensor, k: int, exclude: Tensor | None
+) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and distances by sorting all chunks, query by query."""
     ids, distances = [], []
     for row, key in enumerate(keys):

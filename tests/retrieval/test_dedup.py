@@ -13,7 +13,15 @@ import pytest
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
-from retro_kernels.retrieval.dedup import DuplicateFinder, MinHash, _Words, deduplicate, find_copies, gram_hashes, jaccard
+from retro_kernels.retrieval.dedup import (
+    DuplicateFinder,
+    MinHash,
+    _Words,
+    deduplicate,
+    find_copies,
+    gram_hashes,
+    jaccard,
+)
 
 
 def words(num: int, vocabulary: int = 800) -> list[str]:
@@ -125,11 +133,21 @@ def textbooks(data: Path) -> dict[str, Document]:
     return {title: Document(title, "\n".join(texts)) for title, texts in books.items()}
 
 
-def test_the_ap_edition_of_college_physics_is_found_and_other_textbooks_are_not(textbooks: dict[str, Document]) -> None:
+def test_the_ap_edition_of_college_physics_is_found_and_other_textbooks_are_not(
+    textbooks: dict[str, Document],
+) -> None:
     ap = textbooks["college-physics-ap-courses-2e"]
     finder = DuplicateFinder([ap])
-    names = ["college-physics-2e", "university-physics-volume-1", "university-physics-volume-2", "astronomy-2e", "chemistry-2e"]
-    found = {document.title: copy for document, copy in find_copies((textbooks[name] for name in names), finder)}
+    names = [
+        "college-physics-2e",
+        "university-physics-volume-1",
+        "university-physics-volume-2",
+        "astronomy-2e",
+        "chemistry-2e",
+    ]
+    found = {
+        document.title: copy for document, copy in find_copies((textbooks[name] for name in names), finder)
+    }
     assert {name for name, copy in found.items() if copy} == {"college-physics-2e"}
     copy = found["college-physics-2e"]
     assert copy is not None and copy.against == ap.title and 0.9 < copy.jaccard < 1.0

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from retro_kernels.retrieval.leakage import (
-    common_runs, containment, filtered_bits_per_byte, longest_common_run, overlap,
+    common_runs,
+    containment,
+    filtered_bits_per_byte,
+    longest_common_run,
+    overlap,
 )  # fmt: skip
 
 
@@ -42,9 +46,13 @@ def test_runs_equal_the_slow_loop(seed: int) -> None:
     chunks, values, own, lengths = make()
     got = common_runs(chunks, values, chunk_lengths=own, value_lengths=lengths)
     for c, row in enumerate(values):
-        want = [slow_run(chunks[c, : own[c]].tolist(), v[: lengths[c, j]].tolist()) for j, v in enumerate(row)]
+        want = [
+            slow_run(chunks[c, : own[c]].tolist(), v[: lengths[c, j]].tolist()) for j, v in enumerate(row)
+        ]
         assert got[c].tolist() == want
-    assert torch.equal(longest_common_run(chunks, values, chunk_lengths=own, value_lengths=lengths), got.amax(1))
+    assert torch.equal(
+        longest_common_run(chunks, values, chunk_lengths=own, value_lengths=lengths), got.amax(1)
+    )
 
 
 def test_many_blocks_equal_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +72,10 @@ def test_pads_never_match_and_bound_the_chunk() -> None:
 
 
 def test_unsigned_tokens_and_no_neighbours() -> None:
-    chunk, value = torch.tensor([[60_000, 3]]).to(torch.uint16), torch.tensor([[[60_000, 3]]]).to(torch.uint16)
+    chunk, value = (
+        torch.tensor([[60_000, 3]]).to(torch.uint16),
+        torch.tensor([[[60_000, 3]]]).to(torch.uint16),
+    )
     assert longest_common_run(chunk, value).tolist() == [2]
     assert longest_common_run(chunk, value[:, :0]).tolist() == [0]
     assert longest_common_run(chunk[:0], value[:0]).shape == (0,)

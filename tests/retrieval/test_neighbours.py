@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from retrieval.sets import M, BagEmbedder, CountingIndex, MemoryStore, dense, make_documents
+from retrieval.sets import BagEmbedder, CountingIndex, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
 from retro_kernels.config import InputError
@@ -45,30 +45,49 @@ def with_file(store: MemoryStore, path: Path, index: Any = None) -> Retriever:
     return retriever
 
 
-def test_training_from_the_file_has_the_neighbours_of_a_live_search(store: MemoryStore, tmp_path: Path) -> None:
+def test_training_from_the_file_has_the_neighbours_of_a_live_search(
+    store: MemoryStore, tmp_path: Path
+) -> None:
     live = dense(store)
     result = precompute(live, store.chunks, store.document_ids, tmp_path / "near", per_chunk=8)
     assert result["rows"] <= store.num_chunks == result["chunks"] and not result["done_before"]
     index = CountingIndex(store.embeddings)
     kept = with_file(store, tmp_path / "near", index)
     tokens, exclude = packed(store)
-    same(kept(tokens, num_neighbours=2, exclude_documents=exclude), live(tokens, num_neighbours=2, exclude_documents=exclude))
-    assert kept.stats.reused > 0 and sum(rows for rows, _ in index.calls) <= 24 - kept.stats.reused + kept.stats.widened * 9
+    same(
+        kept(tokens, num_neighbours=2, exclude_documents=exclude),
+        live(tokens, num_neighbours=2, exclude_documents=exclude),
+    )
+    assert (
+        kept.stats.reused > 0
+        and sum(rows for rows, _ in index.calls) <= 24 - kept.stats.reused + kept.stats.widened * 9
+    )
 
 
 def test_all_of_a_whole_pass_comes_from_the_file(store: MemoryStore, tmp_path: Path) -> None:
     precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
     index = CountingIndex(store.embeddings)
     kept, live = with_file(store, tmp_path / "near", index), dense(store)
-    tokens, own = torch.from_numpy(store.chunks.astype(np.int64)), torch.from_numpy(store.document_ids)[:, None]
-    same(kept(tokens, num_neighbours=3, exclude_documents=own), live(tokens, num_neighbours=3, exclude_documents=own))
+    tokens, own = (
+        torch.from_numpy(store.chunks.astype(np.int64)),
+        torch.from_numpy(store.document_ids)[:, None],
+    )
+    same(
+        kept(tokens, num_neighbours=3, exclude_documents=own),
+        live(tokens, num_neighbours=3, exclude_documents=own),
+    )
     assert not index.calls
 
 
-@pytest.mark.parametrize("case", ["own document not excluded", "list too short", "unknown chunk", "none excluded"])
+@pytest.mark.parametrize(
+    "case", ["own document not excluded", "list too short", "unknown chunk", "none excluded"]
+)
 def test_rows_that_the_file_cannot_serve_are_searched(store: MemoryStore, tmp_path: Path, case: str) -> None:
     precompute(dense(store), store.chunks[:50], store.document_ids[:50], tmp_path / "near", per_chunk=3)
-    tokens, own = torch.from_numpy(store.chunks[:50].astype(np.int64)), torch.from_numpy(store.document_ids[:50])[:, None]
+    tokens, own = (
+        torch.from_numpy(store.chunks[:50].astype(np.int64)),
+        torch.from_numpy(store.document_ids[:50])[:, None],
+    )
     k, exclude = 2, own
     if case == "own document not excluded":
         exclude = (own + 7) % store.num_documents
@@ -79,7 +98,10 @@ def test_rows_that_the_file_cannot_serve_are_searched(store: MemoryStore, tmp_pa
     else:
         exclude = None
     kept, live = with_file(store, tmp_path / "near"), dense(store)
-    same(kept(tokens, num_neighbours=k, exclude_documents=exclude), live(tokens, num_neighbours=k, exclude_documents=exclude))
+    same(
+        kept(tokens, num_neighbours=k, exclude_documents=exclude),
+        live(tokens, num_neighbours=k, exclude_documents=exclude),
+    )
 
 
 def test_lists_made_for_text_outside_the_set_serve_any_exclusion(store: MemoryStore, tmp_path: Path) -> None:
@@ -88,14 +110,19 @@ def test_lists_made_for_text_outside_the_set_serve_any_exclusion(store: MemorySt
     index = CountingIndex(store.embeddings)
     kept, live, tokens = with_file(store, tmp_path / "near", index), dense(store), torch.from_numpy(chunks)
     exclude = torch.randint(-1, store.num_documents, (20, 3))
-    same(kept(tokens, num_neighbours=9, exclude_documents=exclude), live(tokens, num_neighbours=9, exclude_documents=exclude))
+    same(
+        kept(tokens, num_neighbours=9, exclude_documents=exclude),
+        live(tokens, num_neighbours=9, exclude_documents=exclude),
+    )
     assert not index.calls  # the lists hold everything: none can run short
 
 
 def test_without_a_live_searcher_the_rest_is_missing(store: MemoryStore, tmp_path: Path) -> None:
     precompute(dense(store), store.chunks[:9], store.document_ids[:9], tmp_path / "near", per_chunk=4)
     retriever = dense(store)
-    retriever.searcher = PrecomputedSearcher(NeighbourFile.open(tmp_path / "near"), retriever._documents, None)
+    retriever.searcher = PrecomputedSearcher(
+        NeighbourFile.open(tmp_path / "near"), retriever._documents, None
+    )
     own = torch.from_numpy(store.document_ids[:12])[:, None]
     got = retriever(torch.from_numpy(store.chunks[:12].astype(np.int64)), exclude_documents=own)
     assert (got.ids[:9] >= 0).all() and (got.ids[9:] == -1).all() and (got.lengths[9:] == 0).all()
@@ -105,7 +132,9 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_BLOCK", 16)
     done: list[int] = []
 
@@ -116,15 +145,21 @@ def test_an_interrupted_run_goes_on(store: MemoryStore, tmp_path: Path, monkeypa
 
     out = tmp_path / "near"
     with pytest.raises(Stop):
-        precompute(dense(store), store.chunks, store.document_ids, out, per_chunk=4, progress=stop_after_three)
+        precompute(
+            dense(store), store.chunks, store.document_ids, out, per_chunk=4, progress=stop_after_three
+        )
     assert not out.exists()
     damaged = sorted(tmp_path.glob("near.partial/*.safetensors"))[1]
     damaged.write_bytes(damaged.read_bytes()[:-7])
     index, done = CountingIndex(store.embeddings), []
-    precompute(dense(store, index=index), store.chunks, store.document_ids, out, per_chunk=4, progress=done.append)
+    precompute(
+        dense(store, index=index), store.chunks, store.document_ids, out, per_chunk=4, progress=done.append
+    )
     assert sum(done) == store.num_chunks
     first_fetches = [rows for rows, k in index.calls if rows == 16]
-    assert len(first_fetches) <= store.num_chunks // 16 - 2 + 1  # two whole blocks were kept, the damaged one was not
+    assert (
+        len(first_fetches) <= store.num_chunks // 16 - 2 + 1
+    )  # two whole blocks were kept, the damaged one was not
     assert [p.name for p in tmp_path.iterdir()] == ["near"]
     precompute(dense(store), store.chunks, store.document_ids, tmp_path / "again", per_chunk=4)
     a, b = NeighbourFile.open(out), NeighbourFile.open(tmp_path / "again")
@@ -134,14 +169,23 @@ def test_an_interrupted_run_goes_on(store: MemoryStore, tmp_path: Path, monkeypa
     assert out.read_bytes() == before
 
 
-def test_blocks_of_other_input_are_not_taken(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_other_input_are_not_taken(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_BLOCK", 16)
 
     def stop(n: int) -> None:
         raise Stop
 
     with pytest.raises(Stop):
-        precompute(dense(store), store.chunks[::-1], store.document_ids[::-1], tmp_path / "near", per_chunk=4, progress=stop)
+        precompute(
+            dense(store),
+            store.chunks[::-1],
+            store.document_ids[::-1],
+            tmp_path / "near",
+            per_chunk=4,
+            progress=stop,
+        )
     precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
     precompute(dense(store), store.chunks, store.document_ids, tmp_path / "again", per_chunk=4)
     assert torch.equal(NeighbourFile.open(tmp_path / "near").ids, NeighbourFile.open(tmp_path / "again").ids)
@@ -155,7 +199,9 @@ def test_two_processes_on_one_file(store: MemoryStore, tmp_path: Path) -> None:
     precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", progress=meanwhile)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "text", "missing", "other set", "other retriever", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "bit flipped", "text", "missing", "other set", "other retriever", "empty"]
+)
 def test_what_is_wrong_with_a_file_is_said(store: MemoryStore, tmp_path: Path, damage: str) -> None:
     path, wanted = tmp_path / "near", "dense"
     precompute(dense(store), store.chunks, store.document_ids, path, per_chunk=4)
@@ -182,13 +228,18 @@ def test_what_is_wrong_with_a_file_is_said(store: MemoryStore, tmp_path: Path, d
 def test_the_cache_has_the_neighbours_of_a_live_search(store: MemoryStore) -> None:
     live, index = dense(store), CountingIndex(store.embeddings)
     cached = dense(store, index=index)
-    cached.searcher = CachingSearcher(cached.searcher, store, cached._documents, per_chunk=8, stats=cached.stats)
+    cached.searcher = CachingSearcher(
+        cached.searcher, store, cached._documents, per_chunk=8, stats=cached.stats
+    )
     for _ in range(3):
         tokens, exclude = packed(store)
         unknown = torch.randint(1, 5000, (6, M))
         tokens = torch.cat([tokens, unknown], 1)
         for k in (2, 12):  # 12: more than are kept
-            same(cached(tokens, num_neighbours=k, exclude_documents=exclude), live(tokens, num_neighbours=k, exclude_documents=exclude))
+            same(
+                cached(tokens, num_neighbours=k, exclude_documents=exclude),
+                live(tokens, num_neighbours=k, exclude_documents=exclude),
+            )
         same(cached(tokens), live(tokens))
     own = torch.from_numpy(store.document_ids)[:, None]
     everything = torch.from_numpy(store.chunks.astype(np.int64))
@@ -196,7 +247,9 @@ def test_the_cache_has_the_neighbours_of_a_live_search(store: MemoryStore) -> No
     index.calls.clear()
     same(cached(everything, exclude_documents=own), live(everything, exclude_documents=own))
     repeated = store.num_chunks - len(np.unique(store.find_chunks(store.chunks)))
-    assert sum(rows for rows, _ in index.calls) <= 2 * repeated  # only the copy that another document holds first
+    assert (
+        sum(rows for rows, _ in index.calls) <= 2 * repeated
+    )  # only the copy that another document holds first
     with pytest.raises(InputError, match="per_chunk"):
         CachingSearcher(live.searcher, store, live._documents, per_chunk=0)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from retrieval.sets import M, BagEmbedder, MemoryStore, dense, make_documents
+from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
 from retro_kernels.retrieval.retriever import Retriever
@@ -156,8 +156,12 @@ def test_neighbours_made_on_another_stream_are_whole(seed: int) -> None:
     from retro_kernels.retrieval.search import DenseSearcher, DeviceStore, DocumentTable
 
     store, device = MemoryStore(make_documents(200), BagEmbedder()), torch.device("cuda")
-    on_device, documents = DeviceStore(store, device), DocumentTable(store.document_ids, store.num_documents, device)
-    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder, documents=documents,
+    on_device, documents = (
+        DeviceStore(store, device),
+        DocumentTable(store.document_ids, store.num_documents, device),
+    )
+    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder,
+    documents=documents,
                              device=device, device_store=on_device)  # fmt: skip
     on_gpu = Retriever(store, searcher, documents=documents, device=device, device_store=on_device)
     picked = torch.randint(store.num_chunks, (30, 4, 6))

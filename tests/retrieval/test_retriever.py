@@ -5,14 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from retrieval.sets import M, VOCAB, BagEmbedder, CountingIndex, MemoryStore, dense, expected, make_documents
+from retrieval.sets import VOCAB, BagEmbedder, CountingIndex, M, MemoryStore, dense, expected, make_documents
 from torch import Tensor
 
 from retro_kernels.config import InputError
 from retro_kernels.retrieval.leakage import containment
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.search import (
-    DenseSearcher, DeviceStore, DocumentTable, RandomSearcher, mixed, row_hashes, scan_exact, settle_ties,
+    DenseSearcher,
+    DeviceStore,
+    DocumentTable,
+    RandomSearcher,
+    mixed,
+    row_hashes,
+    scan_exact,
+    settle_ties,
     take_first,
 )  # fmt: skip
 from retro_kernels.retrieval.store import _mixed, hash_chunks
@@ -34,8 +41,14 @@ def test_neighbours_are_those_of_sorting_everything(seed: int) -> None:
     keys = torch.from_numpy(store.embeddings[store.find_chunks(tokens.reshape(-1, M))].astype(np.float32))
     ids, distances = expected(store, keys, 5, exclude.repeat_interleave(4, dim=0))
     assert got.ids.reshape(-1, 5).tolist() == ids
-    torch.testing.assert_close(got.distances.reshape(-1, 5).double(), torch.tensor(distances).double(), rtol=1e-4, atol=1e-4)
-    assert got.tokens.shape == (3, 4, 5, 2 * M) and got.tokens.dtype == torch.int64 and got.lengths.dtype == torch.int32
+    torch.testing.assert_close(
+        got.distances.reshape(-1, 5).double(), torch.tensor(distances).double(), rtol=1e-4, atol=1e-4
+    )
+    assert (
+        got.tokens.shape == (3, 4, 5, 2 * M)
+        and got.tokens.dtype == torch.int64
+        and got.lengths.dtype == torch.int32
+    )
     documents = retriever.documents(got.ids)
     assert not (documents[..., None] == exclude[:, None, None, :]).any()
     assert embedder.texts == store.num_chunks  # every key was looked up
@@ -45,7 +58,9 @@ def test_the_continuation_never_crosses_a_document(seed: int) -> None:
     store = MemoryStore(make_documents(40), BagEmbedder())
     tokens, _ = sequences(store, 2, 3)
     got = dense(store)(tokens, num_neighbours=4)
-    for i, row, length in zip(got.ids.flatten().tolist(), got.tokens.reshape(-1, 2 * M), got.lengths.flatten(), strict=True):
+    for i, row, length in zip(
+        got.ids.flatten().tolist(), got.tokens.reshape(-1, 2 * M), got.lengths.flatten(), strict=True
+    ):
         whole = store.chunks[i].tolist()
         last = i + 1 == store.num_chunks or store.document_ids[i + 1] != store.document_ids[i]
         whole += [0] * M if last else store.chunks[i + 1].tolist()
@@ -64,7 +79,8 @@ def test_a_book_of_100_000_chunks_queried_by_its_own_chunks(seed: int) -> None:
     own = torch.from_numpy(chunks[generator.integers(0, book, 3)].astype(np.int64))
     mixed_batch = torch.cat([own, torch.from_numpy(chunks[-2:].astype(np.int64))]).reshape(1, -1)
     got = retriever(mixed_batch, num_neighbours=2, exclude_documents=torch.tensor([[0, -1]]))
-    ids, _ = expected(store, torch.from_numpy(store.embeddings[store.find_chunks(mixed_batch.reshape(-1, M))].astype("f4")),
+    ids, _ = expected(store, torch.from_numpy(store.embeddings[store.find_chunks(mixed_batch.reshape(-1,
+    M))].astype("f4")),
                       2, torch.zeros(5, 1))  # fmt: skip
     assert got.ids[0].tolist() == ids
     assert (got.ids >= book).all()
@@ -78,12 +94,19 @@ def test_a_book_of_100_000_chunks_queried_by_its_own_chunks(seed: int) -> None:
 def test_what_cannot_be_filled_is_missing_all_the_way(seed: int, case: str) -> None:
     store = MemoryStore(make_documents(4, longest=30), BagEmbedder())
     tokens, _ = sequences(store, 1, 2)
-    banned = {"k beyond the set": [-1], "everything excluded": [0, 1, 2, 3], "all but one excluded": [0, 3, 1]}[case]
+    banned = {
+        "k beyond the set": [-1],
+        "everything excluded": [0, 1, 2, 3],
+        "all but one excluded": [0, 3, 1],
+    }[case]
     k = store.num_chunks + 3
     got = dense(store)(tokens, num_neighbours=k, exclude_documents=torch.tensor([banned]))
     left = int((~np.isin(store.document_ids, banned)).sum())
     for j in range(2):
-        assert sorted(got.ids[0, j, :left].tolist()) == np.flatnonzero(~np.isin(store.document_ids, banned)).tolist()
+        assert (
+            sorted(got.ids[0, j, :left].tolist())
+            == np.flatnonzero(~np.isin(store.document_ids, banned)).tolist()
+        )
     assert (got.ids[0, :, left:] == -1).all() and got.distances[0, :, left:].isinf().all()
     assert (got.lengths[0, :, left:] == 0).all() and (got.tokens[0, :, left:] == 0).all()
     assert (got.lengths[0, :, :left] > 0).all() and got.distances[0, :, :left].isfinite().all()
@@ -143,7 +166,9 @@ def test_unknown_chunks_get_nothing_where_the_embedder_is_switched_off(seed: int
     store = MemoryStore(make_documents(30, shared=False), BagEmbedder())
     retriever = dense(store)
     retriever.searcher.embed_unknown = False
-    tokens = torch.cat([torch.from_numpy(store.chunks[4].astype(np.int64)), torch.full((M,), VOCAB - 1)])[None]
+    tokens = torch.cat([torch.from_numpy(store.chunks[4].astype(np.int64)), torch.full((M,), VOCAB - 1)])[
+        None
+    ]
     got = retriever(tokens, num_neighbours=2)
     assert got.ids[0, 0, 0] == 4 and (got.ids[0, 1] == -1).all() and got.distances[0, 1].isinf().all()
 
@@ -166,11 +191,15 @@ def test_copies_come_in_the_order_of_their_ids(seed: int) -> None:
                               [1.0, 1.0, 2.0, 2.0, torch.inf, torch.inf]])  # fmt: skip
     ids = torch.tensor([[9, 7, 2, 5, 1, -1], [4, 3, 2, 1, -1, -1], [8, 3, 1, 0, -1, -1]])
     d, i = settle_ties(distances, ids)
-    assert i.tolist() == [[9, 2, 5, 7, 1, -1], [4, 3, 2, 1, -1, -1], [3, 8, 0, 1, -1, -1]] and torch.equal(d, distances)
+    assert i.tolist() == [[9, 2, 5, 7, 1, -1], [4, 3, 2, 1, -1, -1], [3, 8, 0, 1, -1, -1]] and torch.equal(
+        d, distances
+    )
     text = list(range(1, M + 1))
     store = MemoryStore([text] * 20 + make_documents(10, shared=False), BagEmbedder())
     for rows in (1, 64):  # FAISS searches few and many queries differently
-        got = dense(store)(torch.tensor([text * rows]), num_neighbours=5, exclude_documents=torch.tensor([[2, 0]]))
+        got = dense(store)(
+            torch.tensor([text * rows]), num_neighbours=5, exclude_documents=torch.tensor([[2, 0]])
+        )
         assert got.ids[0].tolist() == [[1, 3, 4, 5, 6]] * rows
 
 
@@ -188,7 +217,10 @@ def test_near_copies_can_be_dropped(seed: int) -> None:
     text = torch.randint(1, VOCAB, (6 * M,)).tolist()
     store = MemoryStore([text[2:], text[5:], *make_documents(25, shared=False)], BagEmbedder())
     tokens = torch.tensor([text[: 4 * M]])
-    plain, filtered = dense(store)(tokens, num_neighbours=4), dense(store, drop_copies=0.5)(tokens, num_neighbours=4)
+    plain, filtered = (
+        dense(store)(tokens, num_neighbours=4),
+        dense(store, drop_copies=0.5)(tokens, num_neighbours=4),
+    )
     copies = containment(tokens.reshape(-1, M), plain.tokens.reshape(-1, 4, 2 * M)) >= 0.5
     assert copies.any()
     chunks, values = tokens.reshape(-1, M), filtered.tokens.reshape(-1, 4, 2 * M)
@@ -203,12 +235,16 @@ def test_random_is_a_repeatable_control(seed: int) -> None:
     queries, exclude = torch.randint(1, 60, (20, M)), torch.randint(0, 40, (20, 3))
     distances, ids = RandomSearcher(documents, seed=3).search(queries, 6, exclude)
     again = RandomSearcher(documents, seed=3).search(queries[5:9], 6, exclude[5:9])[1]
-    assert torch.equal(ids[5:9], again) and not torch.equal(ids, RandomSearcher(documents, seed=4).search(queries, 6, exclude)[1])
+    assert torch.equal(ids[5:9], again) and not torch.equal(
+        ids, RandomSearcher(documents, seed=4).search(queries, 6, exclude)[1]
+    )
     assert all(len(set(row)) == 6 for row in ids.tolist()) and (distances == 0).all()
     assert not (documents.of(ids)[..., None] == exclude[:, None]).any()
     _, everything = RandomSearcher(documents).search(queries[:2], store.num_chunks + 1)
     assert [sorted(row) for row in everything.tolist()] == [[-1, *range(store.num_chunks)]] * 2
-    assert abs(ids.double().mean() / store.num_chunks - 0.5) < 0.15  # 120 draws: 0.026 is one standard deviation
+    assert (
+        abs(ids.double().mean() / store.num_chunks - 0.5) < 0.15
+    )  # 120 draws: 0.026 is one standard deviation
 
 
 def test_search_text(seed: int) -> None:
@@ -218,7 +254,11 @@ def test_search_text(seed: int) -> None:
     text = store.texts([chunk])[0]
     hits = retriever.search_text(text, k=3)
     assert [hit.distance for hit in hits] == sorted(hit.distance for hit in hits)
-    assert hits[0].text == text and hits[0].chunk == chunk and hits[0].continuation == store.texts([chunk + 1])[0]
+    assert (
+        hits[0].text == text
+        and hits[0].chunk == chunk
+        and hits[0].continuation == store.texts([chunk + 1])[0]
+    )
     assert hits[0].title == f"document {hits[0].document}" and hits[0].document == store.document_ids[chunk]
     both = retriever.search_text([text, "1 2 3 4 5 6 7 8 9 10 11 12"], k=3)  # longer than a chunk
     assert both[0][0].chunk == chunk and len(both[1]) == 3
@@ -277,7 +317,9 @@ def test_times_and_counts_are_kept(seed: int) -> None:
 
 def test_hashes_on_tensors_are_those_of_the_store(seed: int) -> None:
     tokens = np.random.default_rng(seed).integers(0, VOCAB, (50, 64)).astype(np.uint16)
-    assert np.array_equal(row_hashes(torch.from_numpy(tokens.astype(np.int64))).numpy().view(np.uint64), hash_chunks(tokens))
+    assert np.array_equal(
+        row_hashes(torch.from_numpy(tokens.astype(np.int64))).numpy().view(np.uint64), hash_chunks(tokens)
+    )
     x = np.random.default_rng(seed).integers(0, 2**64, 1000, dtype=np.uint64)
     assert np.array_equal(mixed(torch.from_numpy(x.view(np.int64))).numpy().view(np.uint64), _mixed(x))
 
@@ -299,7 +341,9 @@ def test_scan_is_exact_over_several_blocks(seed: int, monkeypatch: pytest.Monkey
     table = DocumentTable(store.document_ids, 30)
     distances, ids = scan_exact(keys, store.embeddings, table, exclude, 9)
     want, want_distances = expected(store, keys, 9, exclude)
-    torch.testing.assert_close(distances.double(), torch.tensor(want_distances).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        distances.double(), torch.tensor(want_distances).double(), rtol=1e-4, atol=1e-4
+    )
     assert [set(a) for a in ids.tolist()] == [set(b) for b in want]
     products = scan_exact(keys, store.embeddings, table, None, 3, inner_product=True)
     want = (keys @ torch.from_numpy(store.embeddings.astype("f4")).T).topk(3)
@@ -315,9 +359,12 @@ def test_a_step_on_a_gpu_waits_for_nothing(seed: int) -> None:
     device = torch.device("cuda")
     on_device, stats = DeviceStore(store, device), Stats()
     documents = DocumentTable(store.document_ids, store.num_documents, device)
-    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder, documents=documents,
+    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder,
+    documents=documents,
                              stats=stats, device=device, device_store=on_device, embed_unknown=False)  # fmt: skip
-    retriever = Retriever(store, searcher, documents=documents, device=device, device_store=on_device, stats=stats)
+    retriever = Retriever(
+        store, searcher, documents=documents, device=device, device_store=on_device, stats=stats
+    )
     host_tokens, host_exclude = sequences(store, 4, 5)
     tokens, exclude = host_tokens.to(device), host_exclude.to(device)
     retriever(tokens, num_neighbours=2, exclude_documents=exclude)

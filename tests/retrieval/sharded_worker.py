@@ -1,0 +1,82 @@
+"""One rank of test_sharded.py: `sharded_worker.py RANK WORLD FOLDER SEED`. Writes what it found to
+FOLDER/rank-RANK.pt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
+from torch import Tensor
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.sharded import ShardedRetriever
+
+BATCHES = ((3, 2), (0, 4), (1, 0))  # sequences of ranks 0 and 1 in each call
+K = 5
+
+
+def corpus(seed: int) -> list[list[int]]:
+    torch.manual_seed(seed)
+    text = torch.randint(1, 5000, (3 * M,)).tolist()
+    documents = make_documents(60, shared=False)
+    return [text, *documents, text]  # a copy on either rank: equal distances
+
+
+def share(documents: list[Any], rank: int, world: int) -> list[Any]:
+    size = -(-len(documents) // world)
+    return documents[rank * size : (rank + 1) * size]
+
+
+def batch(documents: list[list[int]], rank: int, call: int, num: int) -> tuple[Tensor, Tensor | None]:
+    """Chunks of both shards, one unknown and one of padding; excluded documents of both shards."""
+    generator = torch.Generator().manual_seed(100 * call + rank)
+    rows = []
+    for _ in range(num):
+        picked = torch.randint(len(documents), (3,), generator=generator).tolist()
+        chunks = [(documents[i][:M] + [0] * M)[:M] for i in picked]
+        chunks += [torch.randint(1, 5000, (M,), generator=generator).tolist(), [0] * M]
+        rows.append(sum(chunks, []))
+    tokens = torch.tensor(rows, dtype=torch.int64).reshape(num, 5 * M)
+    if call == 2:
+        return tokens, None
+    return tokens, torch.randint(-1, len(documents), (num, 2 + rank), generator=generator)
+
+
+def main(rank: int, world: int, folder: Path, seed: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    documents = corpus(seed)
+    embedder = BagEmbedder()
+    retriever = ShardedRetriever.of(
+        dense(MemoryStore(share(documents, rank, world), embedder), embedder=embedder)
+    )
+    found: dict[str, Any] = {"num": (retriever.num_chunks, retriever.num_documents)}
+    for call, sizes in enumerate(BATCHES):
+        tokens, exclude = batch(documents, rank, call, sizes[rank])
+        near = retriever(tokens, num_neighbours=K, exclude_documents=exclude)
+        found[f"call {call}"] = (*near, retriever.documents(near.ids))
+    found["titles"] = retriever.titles([0, -1] if rank else [len(documents) - 1])
+    found["documents"] = retriever.find_documents([7, 8] if rank else [1007])
+    found["hits"] = [
+        hit.to_dict() for hit in retriever.search_text(" ".join(map(str, documents[-1][:M])), k=3)
+    ]
+    prefetched = list(retriever.prefetch([batch(documents, rank, 0, BATCHES[0][rank])], num_neighbours=K))
+    found["prefetched"] = prefetched[0][1].ids
+    try:
+        retriever(tokens, num_neighbours=2 + rank)
+    except ValueError as error:
+        found["different k"] = str(error)
+    retriever.store.manifest["tokenizer"]["fingerprint"] = str(rank)
+    try:
+        ShardedRetriever.of(dense(retriever.store, embedder=embedder))
+    except InputError as error:
+        found["different tokenizer"] = str(error)
+    torch.save(found, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,136 @@
+"""Retrievers opened from a set on disk, in each of their kinds."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document, document_hash
+from retro_kernels.retrieval.build import build_retrieval_set
+from retro_kernels.retrieval.embedder import HashingEmbedder
+from retro_kernels.retrieval.neighbours import precompute
+from retro_kernels.retrieval.retriever import RETRIEVERS, Retriever
+
+WORDS = [
+    a + b
+    for a in ("bar", "cor", "del", "fen", "gul", "him")
+    for b in ("ao", "eda", "isk", "ola", "um", "yx", "zent")
+]
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[Document]:
+    generator = random.Random(random.SystemRandom().random())
+    return [
+        Document(f"title {i}", " ".join(generator.choices(WORDS, k=generator.randrange(20, 400))))
+        for i in range(40)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(documents: list[Document], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sets") / "set"
+    build_retrieval_set(documents, path, vocab_size=330, embedder="hashing:64", chunk_size=16, progress=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", RETRIEVERS)
+def test_every_kind_excludes_and_fills(folder: Path, documents: list[Document], kind: str) -> None:
+    retriever = Retriever.from_pretrained(folder, retriever=kind, rerank_fetch=8)
+    tokens = [
+        retriever.tokenizer.encode(document.text)[:48] for document in documents if len(document.text) > 400
+    ][:5]
+    own = retriever.find_documents([document_hash(d.text) for d in documents if len(d.text) > 400][:5])[
+        :, None
+    ]
+    assert (own >= 0).all()
+    got = retriever(torch.tensor(tokens), num_neighbours=3, exclude_documents=own)
+    assert got.tokens.shape == (5, 3, 3, 32) and (got.ids >= 0).all()
+    assert not (retriever.documents(got.ids) == own[:, None]).any()
+    assert (got.distances.diff(dim=-1) >= 0).all() and got.distances.isfinite().all()
+    hits = retriever.search_text(documents[3].text[:80], k=4)
+    assert len(hits) == 4 and {h.title for h in hits} <= {d.title for d in documents}
+
+
+def test_text_is_found_where_it_stands(folder: Path, documents: list[Document]) -> None:
+    for kind in ("dense", "bm25", "dense+run"):
+        retriever = Retriever.from_pretrained(folder, retriever=kind)
+        chunk = 5
+        text = retriever.store.texts([chunk])[0]
+        hit = retriever.search_text(text, k=1)[0]
+        assert (hit.chunk, hit.text) == (chunk, text), kind
+        assert text in next(d.text for d in documents if d.title == hit.title)
+
+
+def test_the_file_of_neighbours_and_the_cache_change_nothing(folder: Path, tmp_path: Path) -> None:
+    live = Retriever.from_pretrained(folder)
+    precompute(live, live.store.chunks, live.store.document_ids, tmp_path / "near", per_chunk=6)
+    tokens = torch.from_numpy(live.store.chunks[:60].astype(np.int64)).reshape(10, -1)
+    own = torch.from_numpy(live.store.document_ids[:60].copy()).reshape(10, -1)
+    want = live(tokens, exclude_documents=own)
+    for options in (
+        {"neighbours": tmp_path / "near"},
+        {"cache": 6},
+        {"neighbours": tmp_path / "near", "cache": 6},
+    ):
+        retriever = Retriever.from_pretrained(folder, **options)
+        for _ in range(2):
+            got = retriever(tokens, exclude_documents=own)
+            assert torch.equal(got.ids, want.ids) and torch.equal(got.tokens, want.tokens)
+        assert retriever.stats.reused > 0
+    with pytest.raises(InputError, match="'dense', not of 'bm25'"):
+        Retriever.from_pretrained(folder, retriever="bm25", neighbours=tmp_path / "near")
+
+
+def test_another_embedder_is_refused_when_it_is_needed(folder: Path) -> None:
+    known = torch.from_numpy(Retriever.from_pretrained(folder).store.chunks[:1].astype(np.int64))
+    for wrong, message in (("hashing:32", "numbers|was loaded"), (HashingEmbedder(128), "was loaded")):
+        retriever = Retriever.from_pretrained(folder, embedder=wrong)
+        retriever(known)  # every key is in the set: no embedder is loaded
+        with pytest.raises(InputError, match=message):
+            retriever(known.flip(1))
+    assert Retriever.from_pretrained(folder, embedder=HashingEmbedder(64))(known.flip(1)).ids.min() >= 0
+
+
+class QueryEncoder:
+    """Queries have an encoder of their own: here one that turns everything into the same vector."""
+
+    name, fingerprint = "query", "q"
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def embed(self, texts: list[str], progress: object = None) -> torch.Tensor:
+        return torch.ones(len(texts), self.dim)
+
+
+def test_queries_may_have_an_encoder_of_their_own(folder: Path) -> None:
+    retriever = Retriever.from_pretrained(folder, query_embedder=QueryEncoder(64))
+    tokens = torch.from_numpy(retriever.store.chunks[:6].astype(np.int64))
+    got = retriever(tokens, num_neighbours=4)
+    nearest = (
+        (torch.from_numpy(retriever.store.embeddings.astype("f4")) - 1).square().sum(1).sort().values[:4]
+    )
+    torch.testing.assert_close(got.distances[:, 0], nearest.expand(6, 4), rtol=1e-4, atol=1e-4)
+    dpr = Retriever.from_pretrained(folder, query_embedder=QueryEncoder(64), metric="inner product")
+    near = dpr(tokens, num_neighbours=4, exclude_documents=torch.zeros(6, 1, dtype=torch.int64))
+    products = torch.from_numpy(dpr.store.embeddings.astype("f4")).sum(1)
+    best = products[torch.from_numpy(dpr.store.document_ids != 0)].sort(descending=True).values[:4]
+    torch.testing.assert_close(-near.distances[:, 0], best.expand(6, 4), rtol=1e-3, atol=1e-3)
+    assert (dpr.documents(near.ids) > 0).all()
+    with pytest.raises(InputError, match="metric"):
+        Retriever.from_pretrained(folder, metric="cosine")
+    with pytest.raises(InputError, match="makes 3"):
+        Retriever.from_pretrained(folder, query_embedder=QueryEncoder(3))(tokens)
+
+
+def test_unknown_kinds_and_missing_sets(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dense, bm25, random"):
+        Retriever.from_pretrained(folder, retriever="dpr")
+    with pytest.raises(InputError, match="No retrieval set"):
+        Retriever.from_pretrained(tmp_path)

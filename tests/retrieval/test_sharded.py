@@ -1,0 +1,78 @@
+"""A set on two ranks against one set: two gloo processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from retrieval import sharded_worker
+from retrieval.sets import BagEmbedder, M, MemoryStore, dense
+
+from retro_kernels.config import InputError
+from retro_kernels.retrieval.sharded import ShardedRetriever
+
+WORLD = 2
+
+
+def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
+    here = Path(__file__).resolve().parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(here / "sharded_worker.py")]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(WORLD), str(tmp_path), str(seed)], env=environment,
+                         stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]  # fmt: skip
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+    documents = sharded_worker.corpus(seed)
+    one = dense(MemoryStore(documents, BagEmbedder()))
+    for rank in range(WORLD):
+        found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        assert found["num"] == (one.num_chunks, one.num_documents)
+        for call, sizes in enumerate(sharded_worker.BATCHES):
+            tokens, exclude = sharded_worker.batch(documents, rank, call, sizes[rank])
+            want = one(tokens, num_neighbours=sharded_worker.K, exclude_documents=exclude)
+            got_tokens, lengths, ids, distances, owners = found[f"call {call}"]
+            # of copies in either shard, equally near up to rounding, one may come before the other
+            assert torch.equal(got_tokens[..., :M], want.tokens[..., :M]) and torch.equal(
+                ids < 0, want.ids < 0
+            )
+            assert (ids == want.ids).sum() >= 0.7 * ids.numel()
+            assert torch.equal(got_tokens, one.gather(ids)[0]) and torch.equal(lengths, one.gather(ids)[1])
+            torch.testing.assert_close(distances, want.distances, rtol=1e-4, atol=1e-4)
+            assert torch.equal(owners, one.documents(ids))
+            if call == 0:
+                assert torch.equal(found["prefetched"], ids)
+        last = one.num_documents - 1
+        # the shards' own stores name their documents from 0 on
+        local = last - -(-one.num_documents // WORLD)
+        assert found["titles"] == (["document 0", ""] if rank else [f"document {local}"])
+        assert found["documents"].tolist() == ([0, -1] if rank else [1])
+        want_hits = one.search_text(" ".join(map(str, documents[-1][:M])), k=3)
+        assert [h["text"] for h in found["hits"]] == [h.text for h in want_hits]
+        assert {h["continuation"] for h in found["hits"][:2]} == {h.continuation for h in want_hits[:2]}
+        assert "different numbers of neighbours, [2, 3]" in found["different k"]
+        assert "ranks 0 and 1 have different" in found["different tokenizer"]
+
+
+def test_one_process_is_told_what_to_do(seed: int) -> None:
+    with pytest.raises(InputError, match="init_process_group"):
+        ShardedRetriever.of(dense(MemoryStore(sharded_worker.corpus(seed), BagEmbedder())))
+    with pytest.raises(InputError, match="only the dense"):
+        ShardedRetriever.from_pretrained("x", retriever="bm25")
+    with pytest.raises(InputError, match="cache"):
+        ShardedRetriever.from_pretrained("x", cache=4)
