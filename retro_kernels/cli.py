@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(verb: str, message: str) -> None:
-    print(f"{verb}: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    print(f"{verb}: {message.removeprefix(verb.rpartition(' ')[2] + ': ')}", file=sys.stderr)
 
 
 def _message(error: Exception) -> str:
@@ -63,19 +64,27 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False, formatter_class=_Formatter)
         self.verbs: dict[str, _Parser] = {}
+        self.given: list[str] = []
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
+        for parser in self.verbs.values():
+            parser.given = argv
         args, unknown = self.parse_known_args(argv)
         if unknown:
             parser = self.verbs.get(getattr(args, "verb", ""), self)
-            option = next((word for word in unknown if word.startswith("-")), None)
-            if option is None:
-                parser.error(f"unexpected argument {unknown[0]!r}")
-            known = [name for name in parser._option_string_actions if name.startswith("--")]
-            parser.error(f"unknown option {option.partition('=')[0]}{_nearest(option.partition('=')[0], known)}")
+            parser.error(parser._unknown(unknown) or f"unexpected argument {unknown[0]!r}")
         return args
 
+    def _unknown(self, words: Sequence[str]) -> str | None:
+        """What to say of the first word that looks like an option and is none."""
+        options = [word.partition("=")[0] for word in words if re.match("--?[a-z]", word)]
+        option = next((word for word in options if word not in self._option_string_actions), None)
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        return option and f"unknown option {option}{_nearest(option, known)}"
+
     def error(self, message: str) -> NoReturn:
+        if "are required" in message:  # a mistyped option is missing as well
+            message = self._unknown(self.given[1:]) or message
         if found := re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message):
             name, given, allowed = found.groups()
             choices = [choice.strip("' ") for choice in allowed.split(",")]
@@ -282,6 +291,7 @@ def _add_neighbours(parser: _Parser) -> None:
 def _add_dedup(parser: _Parser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="training text")
     parser.add_argument("--against", required=True, nargs="+", metavar="PATH", help="evaluation text")
+    parser.add_argument("--out", metavar="JSONL", help="write the training documents that are no copies")
     parser.add_argument("--threshold", type=_number(float, above=0, high=1), default=0.8, metavar="J",
                         help="Jaccard index of 13-grams from which on a document counts as a copy (default: %(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -306,24 +316,24 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from .retrieval import build
+    from . import retrieval
 
     if args.append + args.merge + (args.part is not None) > 1:
         raise InputError("--append, --merge and --part exclude one another.")
     common: dict[str, Any] = {"device": args.device}
     reading = {"include": args.include, "exclude": args.exclude, "embedder": args.embedder}
     if args.append:
-        manifest = build.append_to_retrieval_set(args.out, args.paths, **common, **reading)
+        manifest = retrieval.append_to_retrieval_set(args.out, args.paths, **common, **reading)
     elif args.merge:
-        manifest = build.merge_retrieval_sets(args.paths, args.out, index=args.index, overwrite=args.overwrite, **common)
+        manifest = retrieval.merge_retrieval_sets(args.paths, args.out, index=args.index, overwrite=args.overwrite, **common)
     else:
-        manifest = build.build_retrieval_set(
+        manifest = retrieval.build_retrieval_set(
             args.paths, args.out, tokenizer=args.tokenizer, vocab_size=args.vocab_size, index=args.index, part=_part(args.part),
             chunk_size=args.chunk_size, overwrite=args.overwrite, **common, **reading,
             **({} if args.tune is None else {"recall": args.tune}),
         )  # fmt: skip
     if args.tune is not None and manifest["index"]["factory"] != "Flat":
-        manifest = build.tune_retrieval_set(args.out, args.tune, device=args.device)
+        manifest = retrieval.tune_retrieval_set(args.out, args.tune, device=args.device)
     if args.json:
         _print_json(manifest)
         return
@@ -390,11 +400,12 @@ def _generate(args: argparse.Namespace) -> None:
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
+    shown: list[str] = []
 
-    if not args.json:
-        show(prompt)
+    def show(text: str) -> None:  # the prompt comes with the first word, when all has been found usable
+        print(text if shown else prompt + text, end="", flush=True)
+        shown.append(text)
+
     result = generate(
         args.model, prompt, set=args.set, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, seed=args.seed, num_neighbours=args.k, ignore_end=args.ignore_end, device=args.device,
@@ -403,7 +414,7 @@ def _generate(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(result)
         return
-    print()
+    print("" if shown else prompt)
     if args.show_neighbours:
         print(show_chunks(result["chunks"]))
 
@@ -428,7 +439,15 @@ def _neighbours(args: argparse.Namespace) -> None:
 
 
 def _dedup(args: argparse.Namespace) -> None:
-    raise InputError("dedup: not there yet")
+    from .retrieval.dedup import deduplicate
+
+    result = deduplicate(args.data, args.against, out=args.out, threshold=args.threshold)
+    if args.json:
+        _print_json(result)
+        return
+    for copy in result["copies"]:
+        print(f"{copy['jaccard']:.3f}  {copy['title']}  copies  {copy['against']}")
+    print(f"{len(result['copies']):,} of {result['documents']:,} documents are copies")
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -194,7 +194,7 @@ class TrainConfig:
     steps: int = 1000
     """updates of the weights"""
     seed: int = 0
-    """of the initial weights, the order of the data and dropout"""
+    """of the initial weights, the order of the data and dropout; the default is 0"""
     batch_size: int = 8
     """sequences in a forward pass"""
     accumulate: int = 1
@@ -244,6 +244,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):
                 raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least {low}.")
+        preset(self.preset, **{**parse_overrides(self.model), **({} if self.set else {"cca_layers": ()})})
         if not self.data:
             raise InputError("train: no data was given; name at least one folder or file of text.")
         if self.dtype not in ("auto", "fp32", "bf16"):

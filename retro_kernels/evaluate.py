@@ -75,6 +75,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     documents: Sequence[Document] | None = None,
+    found: Found | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def evaluate(
 
     set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a plain decoder
         uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
+    found: neighbours from `find_neighbours` for the same documents and K, instead of searching.
     num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and half
         of it. seed: of the shuffle. plot: a PNG with the filtered curve.
 
@@ -92,7 +94,7 @@ def evaluate(
     where = pick_device(device)
     loaded = run if isinstance(run, Run) else load_run(run, where)
     model, tokenizer = loaded.model.to(where), loaded.tokenizer
-    retriever = open_set(loaded, set, where)
+    retriever = open_set(loaded, set, where) if found is None else None
     size = model.config.chunk_size
     window = loaded.sequence_length if window is None else window
     stride = max(size, window // 2 // size * size) if stride is None else stride
@@ -108,7 +110,8 @@ def evaluate(
         if warning := report.warning():
             note(warning)
     corpus = tokenise(documents, tokenizer, size)
-    found = None if retriever is None else find_neighbours(corpus, retriever, k, seed, progress)
+    if retriever is not None:
+        found = find_neighbours(corpus, retriever, k, seed, progress)
 
     modes = ["off"]
     if found is not None and model.config.cca_layers:

@@ -152,6 +152,8 @@ class _Trainer:
         if self.device.type != settings["device"]:
             note(f"The run was started on {settings['device']} and goes on on {self.device.type}: not bit for bit.")
         self.settings["dtype"] = settings["dtype"]
+        if "summary" in settings:
+            self.settings["summary"] = settings["summary"]
         weights = Retro.from_pretrained(checkpoint, device=self.device).state_dict()
         self.model.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
@@ -179,6 +181,8 @@ class _Trainer:
         tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
         log = _Log(self.folder / METRICS, tokens_per_step)
         first = self.step
+        if first >= until and "summary" in self.settings:  # a finished run that is "resumed"
+            return self.settings["summary"]
         self.model.train()
         with interruptible() as asked, log, progress_bar(
             config.steps, "training", "step", show=self.progress, initial=first
@@ -207,7 +211,9 @@ class _Trainer:
         if asked.is_set() and self.step < until:
             raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written. Continue with: "
                               f"{_resume_command(config)}")  # fmt: skip
-        return self._summary(log, (self.step - first) * tokens_per_step)
+        self.settings["summary"] = self._summary(log, (self.step - first) * tokens_per_step)
+        write_json(self.folder / SETTINGS, self.settings)
+        return self.settings["summary"]
 
     def _accumulate(self, batches: Iterator[tuple[_Batch, NeighbourBatch | None]], forward: Any, dtype: torch.dtype,
                     log: _Log) -> Tensor:  # fmt: skip
@@ -368,7 +374,7 @@ def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
     return Retro.from_decoder(base.model, model_config.cca_layers, freeze=not config.unfreeze, **changes)
 
 
-_RETROFIT_FIELDS = ("encoder_dim", "encoder_layers", "encoder_heads", "encoder_head_dim", "encoder_ffn_dim",
+_RETROFIT_FIELDS = ("chunk_size", "neighbour_len", "encoder_dim", "encoder_layers", "encoder_heads", "encoder_head_dim", "encoder_ffn_dim",
                     "encoder_cross_layers", "cca_position", "share_encoder_embedding", "normalise_conditioning",
                     "normalise_encoder_output", "dropout")  # fmt: skip
 

@@ -1,0 +1,137 @@
+"""The command line as a user meets it: one line for an error, JSON alone on standard output, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import World, run
+
+from retro_kernels import cli
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = ("import sys\nfrom retro_kernels import cli\nstatus = cli.main(['train', '--help'])\n"
+            "heavy = {'torch', 'numpy', 'faiss', 'transformers'} & set(sys.modules)\n"
+            "sys.exit(status or (f'imported {heavy}' if heavy else 0))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--num-neighbours" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("verb", ["info", "demo", "index", "search", "train", "eval", "generate", "bench", "neighbours", "dedup"])
+def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    assert f"usage: retro-kernels {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "required: verb"),
+        (["trian"], "unknown verb 'trian'; did you mean train?"),
+        (["search", "x", "--sett", "y"], "did you mean --set?"),
+        (["search", "x"], "required: --set"),
+        (["search", "x", "--set", "/nowhere"], "/nowhere"),
+        (["search", "x", "--set", "/nowhere", "-k", "0"], "'0' is not an integer of at least 1"),
+        (["search", "x", "y", "--set", "z"], "unexpected argument 'y'"),
+        (["train", "--data", "x", "--out", "y", "--preset", "retro_tinny"], "did you mean retro_tiny?"),
+        (["train", "--data", "x", "--out", "y", "--steps", "-3"], "'-3' is not an integer of at least 0"),
+        (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
+        (["train", "--data", "/nowhere", "--out", "{tmp}/y"], "/nowhere does not exist"),
+        (["train", "--data", "{tmp}", "--out", "{tmp}/y", "--model", "wide=3"], "'wide=3' is not FIELD=VALUE"),
+        (["eval", "--run", "/nowhere", "--data", "x"], "/nowhere is no training run"),
+        (["generate", "x", "--run", "/nowhere"], "/nowhere is no training run"),
+        (["generate", "x", "--run", "/nowhere", "--top-p", "2"], "'2' is not a number above 0 and at most 1"),
+        (["generate", "x", "--run", "/nowhere", "--temperature", "nan"], "'nan' is not a number"),
+        (["index", "/nowhere", "--out", "{tmp}/s"], "/nowhere does not exist"),
+        (["index", "{tmp}", "--out", "{tmp}/s", "--part", "1-4"], "--part is '1-4'"),
+        (["index", "{tmp}/empty.txt", "--out", "{tmp}/s"], "empty"),
+        (["eval", "--run", "x", "--data", "y", "--device", "gpu"], "device is 'gpu'"),
+        (["search", "x", "--set", "y", "--device", "gpu"], "device is 'gpu'"),
+    ],
+)  # fmt: skip
+def test_one_line_for_what_cannot_be_used(
+    words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    if "wide=3" in words:
+        (tmp_path / "a.txt").write_text("some text to train on, and more of it\n" * 40)
+        words = [*words, "--vocab-size", "300"]
+    assert run(*(word.replace("{tmp}", str(tmp_path)) for word in words)) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("retro-kernels")]
+    assert len(lines) == 1 and said in lines[0] and err.splitlines()[-1] == lines[0]
+    assert not (tmp_path / "s").exists() and not (tmp_path / "y").exists()
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_info", interrupt)
+    assert run("info") == 130
+    assert capsys.readouterr().err == "retro-kernels info: interrupted\n"
+
+
+def test_reader_that_left(world: World) -> None:
+    """`retro-kernels search … | head -1` ends quietly."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "retro_kernels.cli", "search", "lomi", "--set", str(world.set), "--device", "cpu"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_info(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("info", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["backends"]["torch"]["works"] and all(entry["why"] for entry in found["backends"].values())
+    assert run("info") == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in ("triton", "csrc", "faiss cpu", "faiss gpu", "embedder"))
+
+
+def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["index", world.train, "--out", tmp_path / "s", "--tokenizer", world.set / "tokenizer.model",
+             "--embedder", "hashing:64"]  # fmt: skip
+    assert run(*words, "--json") == 0
+    manifest = json.loads(capfd.readouterr().out)
+    assert manifest["num_documents"] == 8
+    assert run(*words) == 0  # a second time, nothing is done
+    capfd.readouterr()
+    passage = "\n".join((world.train / "train-3.txt").read_text().splitlines()[:2])
+    assert run("search", passage, "--set", tmp_path / "s", "-k", 3, "--json", "--device", "cpu") == 0
+    hits = json.loads(capfd.readouterr().out)["neighbours"]
+    assert len(hits) == 3 and hits[0]["distance"] <= hits[1]["distance"]
+    assert run("search", passage, "--set", tmp_path / "s", "-k", 1, "--device", "cpu") == 0
+    assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
+
+
+def test_train_json_is_alone_on_standard_output(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from small import MODEL
+
+    words = ["train", "--data", world.train, "--out", tmp_path / "r", "--set", world.set, "--steps", 2, "--json", *MODEL]
+    assert run(*words) == 0
+    summary = json.loads(capfd.readouterr().out)
+    assert summary["steps"] == 2 and 0 <= summary["stall_share"] <= 1 and summary["tokens_per_second"] > 0
+
+
+def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "training").mkdir()
+    copied = (world.held_out / "held-out-1.txt").read_text()
+    (tmp_path / "training" / "copy.txt").write_text(copied + "a few words more")
+    (tmp_path / "training" / "other.txt").write_text((world.train / "train-0.txt").read_text())
+    kept = tmp_path / "kept.jsonl"
+    assert run("dedup", "--data", tmp_path / "training", "--against", world.held_out, "--out", kept, "--json") == 0
+    result = json.loads(capfd.readouterr().out)
+    assert [copy["title"] for copy in result["copies"]] == ["copy.txt"]
+    assert [json.loads(line)["title"] for line in kept.read_text().splitlines()] == ["other.txt"]
+    assert run("dedup", "--data", tmp_path / "training", "--against", world.held_out) == 0
+    assert "copy.txt  copies  held-out-1.txt" in capfd.readouterr().out

@@ -1,0 +1,55 @@
+"""The demo, on a corpus of a few kilobytes: every stage, the table, and that a second run repeats nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small import MODEL, World, run
+
+from retro_kernels import demo as module
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document
+from retro_kernels.demo import Size, demo, read_corpus, split
+
+TINY = Size(held_out_share=0.4, vocab_size=400, model=tuple(MODEL[MODEL.index("--model") + 1 :]), steps=3, batch_size=2,
+            sequence_length=128, prompt_tokens=70, generated_tokens=60)  # fmt: skip
+
+
+def test_demo(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(module, "Size", lambda: TINY)
+    words = ["demo", "--corpus", world.train, "--out", tmp_path / "d", "--embedder", "hashing:64"]
+    assert run(*words) == 0
+    table = capfd.readouterr().out
+    for name in ("plain decoder", "RETRO off", "RETRO on", "shuffled neighbours", "tokens/s", "waiting for retrieval", "recall@10"):
+        assert name in table
+    result = json.loads((tmp_path / "d" / "result.json").read_text())
+    assert set(result["bits_per_byte"]) == {"plain", "off", "on", "shuffled"}
+    assert all(f"{value:.4f}" in table for value in result["bits_per_byte"].values())
+    assert result["training"]["retro"]["tokens"] == result["training"]["plain"]["tokens"] == 3 * 2 * 128
+    assert result["generation"]["chunks"][0]["neighbours"][0]["title"].startswith("train-")
+    page = (tmp_path / "d" / "report.md").read_text()
+    assert table.strip() in page and result["generation"]["chunks"][0]["neighbours"][0]["title"] in page
+    assert run(*words, "--json") == 0
+    again = json.loads(capfd.readouterr().out)
+    assert again["bits_per_byte"] == result["bits_per_byte"]
+    assert again["generation"]["text"] == result["generation"]["text"]
+
+
+def test_standard_library() -> None:
+    documents, source = read_corpus(None)
+    titles = {document.title for document in documents}
+    assert "argparse.py" in titles and len(titles) > 200
+    assert not any(part in title.split("/") for title in titles for part in ("test", "encodings", "pydoc_data", "site-packages"))
+    training, held_out = split(documents, Size(), 0)
+    assert sum(len(d.text.encode()) for d in training) <= Size.train_bytes
+    assert not {d.text for d in training} & {d.text for d in held_out} and len(held_out) >= 2
+    again = split(list(reversed(documents)), Size(), 0)  # a document's side depends on its text alone
+    assert [{d.text for d in side} for side in again] == [{d.text for d in side} for side in (training, held_out)]
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(InputError, match="two to hold out"):
+        split([Document("a", "b" * 100)], replace(Size(), held_out_share=0.5), 0)

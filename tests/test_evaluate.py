@@ -1,0 +1,137 @@
+"""Evaluation: bits per byte by its definition, one token at a time, against the windows and batches of the script."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import CHUNK, SEQUENCE, World, run
+
+from retro_kernels.config import InputError
+from retro_kernels.data.corpus import Document, document_hash, read_documents
+from retro_kernels.data.packing import tokenise
+from retro_kernels.evaluate import derangement, evaluate, find_neighbours, windows
+from retro_kernels.retrieval import Retriever
+from retro_kernels.runs import load_run
+
+
+def score_by_definition(world: World, window: int, stride: int, on: bool) -> float:
+    """Bits of all documents: every token from one forward pass of its own, over what its window has before it."""
+    loaded, retriever = load_run(world.run), Retriever.from_pretrained(world.set)
+    total = 0.0
+    for document in read_documents([world.held_out]):
+        tokens = torch.tensor(loaded.tokenizer.encode(document.text))
+        for place in range(len(tokens)):
+            start = max(0, -(-(place - window) // stride)) * stride  # of the first window that holds the token as a target
+            context = tokens[None, start:place] if place else torch.zeros(1, 1, dtype=torch.int64)
+            near = retriever(context) if on else None
+            with torch.no_grad():
+                logits = loaded.model(context, near)[0, -1].double()
+            total -= torch.log_softmax(logits, -1)[tokens[place]].item() / math.log(2)
+    return total
+
+
+@pytest.mark.parametrize("window, stride", [(SEQUENCE, SEQUENCE // 2), (3 * CHUNK, CHUNK)])
+def test_bits_per_byte_is_its_definition(world: World, window: int, stride: int) -> None:
+    result = evaluate(world.run, [world.held_out], window=window, stride=stride, batch_size=3, device="cpu", progress=False)
+    texts = [document.text for document in read_documents([world.held_out])]
+    size = sum(len(text.encode()) for text in texts)
+    assert result["bytes"] == size and result["words"] == sum(len(text.split()) for text in texts)
+    for mode in ("off", "on"):
+        expected = score_by_definition(world, window, stride, mode == "on") / size
+        assert result["bits_per_byte"][mode] == pytest.approx(expected, rel=2e-6)
+    assert len({*result["bits_per_byte"].values()}) == 3
+    assert result["filtered"]["1"] == pytest.approx(result["bits_per_byte"]["on"], rel=1e-12)
+    assert result["filtered_off"]["1"] == pytest.approx(result["bits_per_byte"]["off"], rel=1e-12)
+
+
+def test_windows_score_each_token_once(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        stride = int(rng.integers(1, 5)) * CHUNK
+        window = stride + int(rng.integers(0, 5)) * CHUNK
+        length = int(rng.integers(1, 400))
+        scored = [0] * length
+        for w in windows(length, window, stride):
+            assert w.start % CHUNK == 0 and w.stop - w.start <= window
+            for place in range(w.scored + 1, min(w.stop, length - 1) + 1):
+                scored[place] += 1
+                assert place - w.start >= min(place, window - stride)
+        assert scored == [0] + [1] * (length - 1)
+
+
+def test_derangement(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        counts = rng.integers(1, 20, rng.integers(2, 8))
+        owner = np.repeat(np.arange(len(counts)), counts)
+        partner = derangement(owner, seed)
+        assert partner is not None and (owner[partner] != owner).all()
+        assert np.array_equal(partner, derangement(owner, seed))
+        if counts.max() * 2 <= counts.sum():
+            assert np.array_equal(np.sort(partner), np.arange(len(owner)))
+    assert derangement(np.zeros(5, np.int64), seed) is None
+
+
+def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
+    loaded, retriever = load_run(world.run), Retriever.from_pretrained(world.set)
+    documents = list(read_documents([world.train]))
+    corpus = tokenise(documents, loaded.tokenizer, CHUNK)
+    found = find_neighbours(corpus, retriever, 2, 0, progress=False)
+    ids = retriever.find_documents([document_hash(d.text) for d in documents]).numpy()
+    assert (ids >= 0).all()
+    for chunk, (tokens, lengths) in enumerate(zip(found.tokens, found.lengths, strict=True)):
+        own = torch.from_numpy(corpus.tokens(corpus.of_chunks()[chunk]).astype(np.int32)).unfold(0, CHUNK, 1)
+        for neighbour, length in zip(tokens, lengths, strict=True):
+            if length == 2 * CHUNK:  # would stand in the document as it is, if it came from there
+                assert not (own[:, None] == neighbour[:CHUNK]).all(-1).any() or _elsewhere(corpus, chunk, neighbour)
+
+
+def _elsewhere(corpus, chunk: int, neighbour: torch.Tensor) -> bool:  # type: ignore[no-untyped-def]
+    owner = corpus.of_chunks()
+    rows = (corpus.chunks.astype(np.int64) == neighbour[:CHUNK].numpy()).all(1)
+    return bool((owner[rows] != owner[chunk]).any())
+
+
+def test_plain_decoder_and_single_document(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    plain = evaluate(world.plain, [world.held_out], device="cpu", progress=False)
+    assert list(plain["bits_per_byte"]) == ["off"] and plain["filtered"] == {} == plain["filtered_off"]
+    with_set = evaluate(world.plain, [world.held_out], set=world.set, device="cpu", progress=False)
+    assert with_set["bits_per_byte"] == plain["bits_per_byte"]
+    assert with_set["filtered_off"]["1"] == pytest.approx(plain["bits_per_byte"]["off"], rel=1e-12)
+    one = evaluate(world.run, documents=[Document("a", "lomi")], device="cpu", progress=False)
+    assert list(one["bits_per_byte"]) == ["off", "on"] and "only one document" in capfd.readouterr().err
+    assert one["bits_per_byte"]["on"] == one["bits_per_byte"]["off"]  # shorter than a chunk: nothing to attend to
+
+
+def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    words = ["eval", "--run", world.run, "--data", world.held_out, "--set", world.set, "-k", 3, "--device", "cpu"]
+    assert run(*words, "--json", "--plot", tmp_path / "curve.png") == 0
+    result = json.loads(capfd.readouterr().out)
+    assert {"off", "on", "shuffled"} == set(result["bits_per_byte"]) and result["num_neighbours"] == 3
+    assert list(result["filtered"])[-1] == "1" and result["words"] > 0 and result["bytes"] > 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 1
+    assert run(*words) == 0
+    shown = capfd.readouterr().out
+    assert all(name in shown for name in ("RETRO off", "RETRO on", "RETRO shuffled", "r ≤ 0.125"))
+    assert f"{result['bits_per_byte']['on']:.4f}" in shown
+
+
+def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert run("index", world.held_out, "--out", other, "--vocab-size", 350, "--embedder", "hashing:64", "--chunk-size", CHUNK) == 0
+    with pytest.raises(InputError, match="another tokenizer"):
+        evaluate(world.run, [world.held_out], set=other, device="cpu", progress=False)
+    with pytest.raises(InputError, match="multiples of the chunk size"):
+        evaluate(world.run, [world.held_out], window=SEQUENCE + 1, device="cpu", progress=False)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    with pytest.raises(InputError, match="no document"):
+        evaluate(world.run, [empty], device="cpu", progress=False)
+    with pytest.raises(InputError, match="no training run"):
+        evaluate(tmp_path, [world.held_out], device="cpu", progress=False)

@@ -1,0 +1,129 @@
+"""Generation: the cache and the retrieval at chunk boundaries against whole forward passes, and sampling."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from small import CHUNK, SEQUENCE, World, run
+
+from retro_kernels import generate as module
+from retro_kernels.config import InputError
+from retro_kernels.generate import generate, sample
+from retro_kernels.retrieval import Retriever
+from retro_kernels.runs import load_run
+
+PROMPTS = {"short": "lomi ka", "a chunk and a bit": "lomi kater suneka " * 6, "empty": ""}
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_greedy_text_is_that_of_whole_forward_passes(world: World, prompt: str, on: bool) -> None:
+    loaded = load_run(world.run if on else world.plain)
+    retriever = Retriever.from_pretrained(world.set) if on else None
+    result = generate(loaded, prompt, max_tokens=24, temperature=0, ignore_end=True, device="cpu")
+    tokens = loaded.tokenizer.encode(prompt)
+    start = len(tokens)
+    while len(tokens) < start + 24:
+        context = torch.tensor([tokens or [0]])
+        near = retriever(context) if retriever else None
+        with torch.no_grad():
+            logits = loaded.model(context, near)[0, -1]
+        logits[:4] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    assert result["text"] == loaded.tokenizer.decode(tokens[start:])
+    assert result["tokens"] == 24 and not result["ended"]
+    assert len(result["chunks"]) == len(tokens) // CHUNK
+    expected = retriever(torch.tensor([tokens])) if retriever else None
+    for u, chunk in enumerate(result["chunks"]):
+        assert chunk["text"] == loaded.tokenizer.decode(tokens[u * CHUNK : (u + 1) * CHUNK])
+        ids = [near["chunk"] for near in chunk["neighbours"]]
+        assert ids == ([] if expected is None else [i for i in expected.ids[0, u].tolist() if i >= 0])
+
+
+def test_text_longer_than_the_window(world: World) -> None:
+    """The first half is dropped on the grid of chunks; the next token is that of a forward pass over the rest."""
+    loaded = load_run(world.run)
+    retriever = Retriever.from_pretrained(world.set)
+    reader = module._Reader(loaded, retriever, 2, torch.float32)
+    text = torch.randint(4, loaded.tokenizer.vocab_size, (3 * SEQUENCE,)).tolist()
+    logits = reader.read(text[:10])
+    for token in text[10:]:
+        logits = reader.read([token])
+        assert reader.start % CHUNK == 0 and 0 < len(reader.tokens) - reader.start <= SEQUENCE
+    context = torch.tensor([text[reader.start :]])
+    with torch.no_grad():
+        expected = loaded.model(context, retriever(context))[0, -1]
+    torch.testing.assert_close(logits, expected)
+    assert len(reader.traces) == 3 * SEQUENCE // CHUNK
+    whole = module._Reader(loaded, retriever, 2, torch.float32).read(text)  # a prompt longer than the window
+    assert torch.isfinite(whole).all()
+
+
+def test_same_seed_same_text_and_the_stream_is_the_text(world: World, seed: int) -> None:
+    parts: list[str] = []
+    options = {"max_tokens": 60, "temperature": 1.5, "seed": seed, "ignore_end": True, "device": "cpu"}
+    loaded = load_run(world.run)
+    first = generate(loaded, "lomi", on_text=parts.append, **options)  # type: ignore[arg-type]
+    assert "".join(parts) == first["text"] and first["tokens"] == 60 and len(parts) > 20
+    assert generate(loaded, "lomi", **options)["text"] == first["text"]  # type: ignore[arg-type]
+    options["seed"] = seed + 1
+    assert generate(loaded, "lomi", **options)["text"] != first["text"]  # type: ignore[arg-type]
+
+
+def test_stream_waits_for_whole_characters(world: World) -> None:
+    tokenizer = load_run(world.run).tokenizer
+    parts: list[str] = []
+    stream = module._Stream(tokenizer, parts.append)
+    for token in tokenizer.encode("é€🙂Ω"):
+        stream.add(token)
+    stream.close()
+    assert "".join(parts) == "é€🙂Ω" and "\ufffd" not in "".join(parts)
+
+
+def test_sampling_keeps_what_it_should(seed: int) -> None:
+    probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
+    logits = probabilities.log()
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(**options) -> dict[int, int]:  # type: ignore[no-untyped-def]
+        options = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
+        counts: dict[int, int] = {}
+        for _ in range(400):
+            token = sample(logits, generator=generator, **options)
+            counts[token] = counts.get(token, 0) + 1
+        return counts
+
+    assert set(drawn(temperature=0)) == {1} == set(drawn(top_k=1)) == set(drawn(top_p=0.3))
+    assert set(drawn(top_k=2)) == {1, 3}
+    assert set(drawn(top_p=0.6)) == {1, 3} and set(drawn(top_p=0.7)) == {1, 3, 4}
+    assert set(drawn()) == {0, 1, 2, 3, 4}
+    assert abs(drawn()[1] / 400 - 0.4) < 0.15
+    assert drawn(temperature=0.25)[1] > 300
+
+
+def test_the_end_of_the_document(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sample", lambda logits, *_: 0 if torch.isfinite(logits[0]) else 5)
+    ended = generate(world.run, "lomi", max_tokens=3, device="cpu")
+    assert ended["ended"] and ended["text"] == "" and ended["tokens"] == 0
+    assert not generate(world.run, "lomi", max_tokens=3, ignore_end=True, device="cpu")["ended"]
+
+
+def test_command_line(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", PROMPTS["a chunk and a bit"], "--run", world.run, "--max-tokens", 20, "--seed", 3, "--device", "cpu"]
+    assert run(*words, "--json") == 0
+    result = json.loads(capfd.readouterr().out)
+    assert run(*words, "--show-neighbours", "--top-k", 400, "--top-p", 1.0) == 0
+    shown = capfd.readouterr().out
+    assert shown.startswith(result["prompt"] + result["text"])
+    neighbours = [near for chunk in result["chunks"] for near in chunk["neighbours"]]
+    assert neighbours and all(near["title"] in shown and f"{near['distance']:.3f}" in shown for near in neighbours)
+    assert all(near["title"].startswith("train-") for near in neighbours)
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5},
+                                     {"num_neighbours": 0}])  # fmt: skip
+def test_settings_out_of_range(world: World, options: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="generate"):
+        generate(world.run, "x", device="cpu", **options)  # type: ignore[arg-type]
