@@ -78,10 +78,11 @@ struct Copier {
 #endif
   }
 
-  // Copies one chunk of `n` tokens; returns how many stand before its trailing pads.
-  int64_t copy_chunk(const Token* src, Out* dst) const {
-    for (int64_t c = 0; c < g.chunk_size; ++c) dst[c] = static_cast<Out>(src[c]);
-    int64_t length = g.chunk_size;
+  // Copies one chunk of m tokens; returns how many stand before its trailing pads. No alias: without that word, and with
+  // m read from g, a store of int64 could change m, and the loop would stay scalar.
+  int64_t copy_chunk(const Token* __restrict src, Out* __restrict dst, const int64_t m) const {
+    for (int64_t c = 0; c < m; ++c) dst[c] = static_cast<Out>(src[c]);
+    int64_t length = m;
     while (length > 0 && static_cast<int64_t>(src[length - 1]) == g.pad_id) --length;
     return length;
   }
@@ -94,9 +95,9 @@ struct Copier {
     if (id < 0) {
       std::fill_n(dst, 2 * m, pad);
     } else {
-      length = copy_chunk(row(id), dst);
+      length = copy_chunk(row(id), dst, m);
       if (continues(id)) {
-        if (const int64_t more = copy_chunk(row(id + 1), dst + m)) length = m + more;
+        if (const int64_t more = copy_chunk(row(id + 1), dst + m, m)) length = m + more;
       } else {
         std::fill_n(dst + m, m, pad);
       }
