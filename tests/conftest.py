@@ -75,3 +75,11 @@ def data() -> Iterator[Path]:
     if not folder.is_dir():
         pytest.skip(f"no corpora here: RETRO_DATA is not set and {beside} does not exist")
     yield folder
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Text, a retrieval set, a RETRO and a plain decoder (small.py), shared by the tests of the scripts: read only."""
+    import small
+
+    return small.build(tmp_path_factory.mktemp("world"))

@@ -114,7 +114,7 @@ def test_against_projection(backend: str, dtype: torch.dtype, sizes: Any, dropou
     ours, grads = run(absorbed_cross_attention, tensors, grad_out, dtype, backend=backend, **options)
     assert_accurate(ours, yardstick, exact, "output")
     for name in GRADIENTS:
-        assert_accurate(grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}")
+        assert_accurate(grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}", gradient=True)
     assert torch.equal(grads["key_bias"], torch.zeros_like(grads["key_bias"]))
     M = tensors["chunk_size"]
     assert ours[:, : M - 1].eq(0).all()
@@ -261,4 +261,4 @@ def test_gpu(dtype: torch.dtype, seed: int) -> None:
     ours, grads = run(absorbed_cross_attention, tensors, grad_out, dtype, backend="triton")
     assert_accurate(ours, yardstick, exact, "output")
     for name in GRADIENTS:
-        assert_accurate(grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}")
+        assert_accurate(grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}", gradient=True)

@@ -84,7 +84,7 @@ def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if HAS_TRITON:
         from retro_kernels.ops.cca import decode_kernel
 
-        monkeypatch.setattr(decode_kernel, "wanted_programs", lambda device: 10_000 * request.param)
+        monkeypatch.setattr(decode_kernel, "slots", lambda device, resident: 10_000 if request.param else 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -170,17 +170,13 @@ def test_gradients_run_plainly(seed: int) -> None:
 @needs_triton
 def test_opcheck_and_fullgraph(seed: int) -> None:
     tensors = make(*SIZES[0], dtype=torch.float32)
-    projected = project(tensors)
-    B, T, H, D = tensors["query"].shape
-    rel = torch.randn(H, B * T, 23, device=DEVICE)
-    rows, lengths = tensors["rows"].int(), tensors["neighbour_lengths"].int()
-    torch.library.opcheck(
-        decode._cca_decode,
-        (tensors["query"], projected["key"], projected["value"], rows, rel, tensors["content_bias"],
-         tensors["rel_bias"], lengths, 0.25),
-    )  # fmt: skip
-    mixing = torch.randn(B, T, H, 24, device=DEVICE)
-    torch.library.opcheck(decode._cca_absorbed_decode, (mixing, tensors["states"], rows, rel, None, None, 0.25))
+    terms = [tensors[name] for name in ("rows", "rel_key", "content_bias", "position_bias", "rel_bias",
+                                        "neighbour_lengths")]  # fmt: skip
+    projected = [project(tensors)[name] for name in ("query", "key", "value")]
+    torch.library.opcheck(decode._cca_decode, (*projected, *terms, 0.25))
+    absorbed = [tensors[name] for name in ("query", "states", "key_weight", "value_weight")]
+    torch.library.opcheck(decode._cca_absorbed_decode, (*absorbed, *terms, 0.25))
+    torch.library.opcheck(decode._cca_absorbed_decode, (*absorbed, tensors["rows"], *(None,) * 5, 0.25))
     compiled = torch.compile(absorbed_decode, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**tensors, backend="triton"), absorbed_decode(**tensors, backend="triton"))
 
@@ -201,6 +197,17 @@ def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
         absorbed_decode(**{**tensors, **change})
     with pytest.raises(TypeError, match="rows is"):
         absorbed_decode(**{**tensors, "rows": tensors["rows"].float()})
+
+
+@needs_triton
+def test_splits_fill_the_last_wave() -> None:
+    from retro_kernels.ops.cca.decode_kernel import splits
+
+    for programs in (1, 3, 64, 132, 133, 5000):
+        for tiles in (1, 4, 20, 80):
+            parts = splits(programs, tiles, 132)
+            assert 1 <= parts <= tiles and (parts - 1) * -(-tiles // parts) < tiles  # none is empty
+    assert splits(5000, 80, 132) <= 2 and splits(1, 80, 132) >= 20 and splits(64, 80, 132) in (2, 4)
 
 
 @pytest.mark.gpu

@@ -339,7 +339,7 @@ def backward(
     repeat: int,
     scale: float,
     dropout_p: float,
-    needs: tuple[bool, bool, bool, bool] = (True, True, True, True),
+    needs: tuple[bool, ...] = (True, True, True, True),
     *,
     config: tiles.Config | None = None,
     tma: bool | None = None,
@@ -408,7 +408,7 @@ def backward(
     by_column = grad_position = grad_content = grad_rel = None
     if columns is not None:
         summed = columns.view(g.blocks, g.row_tiles, g.num_heads, key_tiles, window).sum(0)
-        by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys).squeeze(-1)  # [H, columns]
+        by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[..., 0]  # [H, columns]
     if by_column is not None and rel_key is not None and (need_position or need_rows):
         grad_position = torch.bmm(by_column[:, None], rel_key.float())[:, 0] * scale
     if rows is not None:
@@ -464,4 +464,4 @@ def _fold(parts: Tensor, block: int, num_keys: int, rows: int, keys: int) -> Ten
         for c in range(key_tiles):
             start = i * rows + (key_tiles - 1 - c) * keys
             total[:, start : start + window] += parts[i, :, c]
-    return total[:, -first : -first + block + num_keys - 1]
+    return total[:, -first : -first + block + num_keys - 1].contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import pick_backend, why_not_triton
 from retro_kernels.ops._register import register
-from retro_kernels.ops.cca.absorbed import _by_head, _on_device
+from retro_kernels.ops.cca.absorbed import _by_head, _on_device, _per_head
 from retro_kernels.ops.cca.op import _check_lengths, _check_table
 
 
@@ -74,9 +74,9 @@ def chunked_cross_attention_decode(
     chosen = pick_backend(name, backend, _candidates(query, gradient, None))
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "triton":
-        rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
-        lengths = None if neighbour_lengths is None else neighbour_lengths.int()
-        return _cca_decode(query, key, value, rows.int(), rel, content_bias, rel_bias, lengths, scale)
+        return _cca_decode(
+            query, key, value, rows, rel_key, content_bias, position_bias, rel_bias, neighbour_lengths, scale
+        )
 
     query, key, value, add, dtype = _plain_inputs(
         chosen, query, key, value, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbour_len
@@ -181,19 +181,20 @@ def absorbed_decode(
             backend="reference",
         ).to(query.dtype)  # fmt: skip
 
-    content = query if content_bias is None else (query + content_bias).to(query.dtype)
-    absorbed = torch.einsum("bthd,hde->bthe", content, _by_head(key_weight, heads, head_dim))
     if chosen == "triton":
-        rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
-        lengths = None if neighbour_lengths is None else neighbour_lengths.int()
-        mixed = _cca_absorbed_decode(absorbed, states, rows.int(), rel, rel_bias, lengths, scale)
+        out = _cca_absorbed_decode(
+            query, states, key_weight, value_weight, rows, rel_key, content_bias, position_bias, rel_bias,
+            neighbour_lengths, scale,
+        )  # fmt: skip
     else:
+        content = query if content_bias is None else (query + content_bias).to(query.dtype)
+        absorbed = torch.einsum("bthd,hde->bthe", content, _by_head(key_weight, heads, head_dim))
         add = _added_logits(query, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbours,
                             neighbour_len)  # fmt: skip
         flat = states.flatten(1, 2)
         logits = (absorbed.flatten(1, 2) @ flat.transpose(1, 2)).unflatten(1, (tokens, heads))  # [B, T, H, K * R]
         mixed = (_weights(logits, add, scale).to(flat.dtype).flatten(1, 2) @ flat).unflatten(1, (tokens, heads))
-    out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
+        out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
     if value_bias is not None:
         bias = _by_head(value_bias[:, None], heads, head_dim)[..., 0]
         out = out + bias * _present(rows, neighbours, neighbour_lengths)
@@ -329,31 +330,52 @@ def _check_positions(
             _check_table(name, label, table, shape, query)
 
 
-def _decode(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
+    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
     from retro_kernels.ops.cca.decode_kernel import decode_triton
 
-    return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale)
+    rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
+    lengths = None if lengths is None else lengths.int()
+    return decode_triton(query, key, value, rows.int(), rel, content_bias, rel_bias, lengths, scale)
 
 
-def _absorbed(absorbed, states, rows, rel, rel_bias, lengths, scale):  # type: ignore[no-untyped-def]
+def _absorbed(
+    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, rows: Tensor, rel_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
     from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
 
-    return absorbed_decode_triton(absorbed, states, rows, rel, rel_bias, lengths, scale)
+    batch, tokens, heads, head_dim = query.shape
+    width = states.shape[-1]
+    content = query if content_bias is None else query + content_bias
+    absorbed = query.new_empty((batch * tokens, heads, width))
+    _per_head(content.flatten(0, 1), _by_head(key_weight, heads, head_dim), absorbed)
+    rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
+    lengths = None if lengths is None else lengths.int()
+    mixed = absorbed_decode_triton(
+        absorbed.view(batch, tokens, heads, width), states, rows.int(), rel, rel_bias, lengths, scale
+    )
+    out = query.new_empty(query.shape)
+    _per_head(mixed.flatten(0, 1), _by_head(value_weight, heads, head_dim).transpose(1, 2), out.flatten(0, 1))
+    return out
 
 
 def _like_query(query: Tensor, *rest: object) -> Tensor:
     return query.new_empty(query.shape)
 
 
+_TERMS = (
+    "Tensor rows, Tensor? rel_key, Tensor? content_bias, Tensor? position_bias, Tensor? rel_bias, Tensor? lengths, "
+    "float scale"
+)
 _cca_decode = register(
-    "cca_decode(Tensor query, Tensor key, Tensor value, Tensor rows, Tensor? rel, Tensor? content_bias, "
-    "Tensor? rel_bias, Tensor? lengths, float scale) -> Tensor",
-    _on_device(_decode),
-    _like_query,
+    f"cca_decode(Tensor query, Tensor key, Tensor value, {_TERMS}) -> Tensor", _on_device(_decode), _like_query
 )
 _cca_absorbed_decode = register(
-    "cca_absorbed_decode(Tensor absorbed, Tensor states, Tensor rows, Tensor? rel, Tensor? rel_bias, "
-    "Tensor? lengths, float scale) -> Tensor",
+    f"cca_absorbed_decode(Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, {_TERMS}) -> Tensor",
     _on_device(_absorbed),
     _like_query,
 )

@@ -257,6 +257,7 @@ def decode_tile(head_dim: int, rows: int, itemsize: int) -> dict[str, int]:
         "BN": 64 if width * itemsize <= 256 and itemsize < 4 else 32 if width * itemsize <= 512 else 16,
         "STAGES": 2,
         "num_warps": 8 if width > (128 if itemsize == 4 else 64) else 4,
+        "resident": 5 if width * itemsize <= 128 else 2,
     }
 
 
@@ -272,6 +273,7 @@ def absorbed_tile(width: int, rows: int, itemsize: int) -> dict[str, int]:
         "BN": 32 if wide <= 1024 else 16,
         "STAGES": 2,
         "num_warps": 8 if wide > 256 or itemsize == 4 else 4,
+        "resident": 1 if wide > 256 or itemsize == 4 else 2,
     }
 
 
@@ -280,28 +282,35 @@ def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def wanted_programs(device: torch.device) -> int:
-    """Two programs on every multiprocessor fill the memory system; an interpreter runs one after another."""
-    return 2 * _multiprocessors(device.index or 0) if device.type == "cuda" else 1
+def slots(device: torch.device, resident: int) -> int:
+    """Programs that run at the same time; an interpreter has one after another."""
+    return resident * _multiprocessors(device.index or 0) if device.type == "cuda" else 1
 
 
-def _splits(programs: int, tiles: int, device: torch.device) -> int:
-    splits = min(max(1, triton.cdiv(wanted_programs(device), programs)), tiles)
-    return triton.cdiv(tiles, triton.cdiv(tiles, splits))  # none is empty
+@functools.cache
+def splits(programs: int, tiles: int, slots: int) -> int:
+    """Into how many parts the `tiles` of keys of each of `programs` groups of rows are cut, so that the last wave of
+    programs is full. A program's start and end, and the merging, weigh as much as two tiles."""
+    best = min(range(1, min(tiles, slots) + 1), key=lambda n: -(-programs * n // slots) * (-(-tiles // n) + 2))
+    return -(-tiles // -(-tiles // best))  # none is empty
 
 
-def _run(kernel: Any, launch: Callable[..., None], programs: int, tiles: int, out: Tensor) -> Tensor:
+def _run(
+    kernel: Any, launch: Callable[..., None], programs: int, tiles: int, resident: int, out: Tensor
+) -> Tensor:
     """Launches `kernel` for `programs` groups of rows, split over their `tiles` of keys, and merges the parts."""
-    splits = _splits(programs, tiles, out.device)
+    parts_of_row = splits(programs, tiles, slots(out.device, resident))
     width, rows = out.shape[-1], out.numel() // out.shape[-1]
-    if splits == 1:
+    if parts_of_row == 1:
         launch(kernel[(programs,)], out, out, 1)
         return out
-    parts = torch.empty((rows, splits, width), dtype=torch.float32, device=out.device)
-    lse = torch.empty((rows, splits), dtype=torch.float32, device=out.device)
-    launch(kernel[(programs * splits,)], parts, lse, splits)
+    parts = torch.empty((rows, parts_of_row, width), dtype=torch.float32, device=out.device)
+    lse = torch.empty((rows, parts_of_row), dtype=torch.float32, device=out.device)
+    launch(kernel[(programs * parts_of_row,)], parts, lse, parts_of_row)
     block = min(triton.next_power_of_2(width), 256)
-    _cca_decode_merge_kernel[(rows, triton.cdiv(width, block))](parts, lse, out, width, splits, BW=block, num_warps=4)
+    _cca_decode_merge_kernel[(rows, triton.cdiv(width, block))](
+        parts, lse, out, width, parts_of_row, BW=block, num_warps=4
+    )
     return out
 
 
@@ -324,6 +333,7 @@ def decode_triton(
         return out.zero_()
     of_group = tokens * heads // kv_heads
     sizes = decode_tile(head_dim, of_group, query.element_size())
+    resident = sizes.pop("resident")
     programs = batch * kv_heads * triton.cdiv(of_group, sizes["BQ"])
     columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
 
@@ -337,7 +347,7 @@ def decode_triton(
         )  # fmt: skip
 
     tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-    return _run(_cca_decode_kernel, launch, programs, tiles, out)
+    return _run(_cca_decode_kernel, launch, programs, tiles, resident, out)
 
 
 def absorbed_decode_triton(
@@ -356,6 +366,7 @@ def absorbed_decode_triton(
     if out.numel() == 0 or states.numel() == 0:
         return out.zero_()
     sizes = absorbed_tile(width, tokens * heads, absorbed.element_size())
+    resident = sizes.pop("resident")
     programs = batch * triton.cdiv(tokens * heads, sizes["BQ"])
     columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
 
@@ -369,4 +380,4 @@ def absorbed_decode_triton(
         )  # fmt: skip
 
     tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-    return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, out)
+    return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, resident, out)

@@ -1,4 +1,4 @@
-"""Chunked cross-attention and block attention: the public functions.
+"""Chunked cross-attention and block attention: registration, autograd and the public functions.
 
 Both are one family (its definition is `reference.py`), told apart by how query rows are cut into blocks. A backend
 other than "reference" is a module with
@@ -6,22 +6,146 @@ other than "reference" is a module with
     forward(query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
             block, shift, repeat, scale, dropout_p) -> (out, lse)
     backward(grad_out, out, lse, query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
-             block, shift, repeat, scale, dropout_p) -> seven gradients, in the order of the forward's tensors
+             block, shift, repeat, scale, dropout_p, needs) -> seven gradients, in the order of the forward's tensors
 
-where query is [S, N, H, D], key and value are [G, J, TK, Hkv, D], lengths [G, J] and lse float32 [P, H, TQ].
+where query is [S, N, H, D], key and value are [G, J, TK, Hkv, D], lengths [G, J] and lse float32 (float64 for float64)
+[P, H, TQ], which a backend that does not need it leaves empty. Results are contiguous and new; `needs` says which of
+the last four gradients are wanted, the others are None. Nothing in it may use autograd: it runs below it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops._register import register
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 _HAS_CPU_PATH = importlib.util.find_spec("retro_kernels.ops.cca.cpu") is not None
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
+    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None,
+    block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    args = (
+        query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
+        block, shift, repeat, scale, dropout_p,
+    )  # fmt: skip
+    if backend == "triton":
+        from retro_kernels.ops.cca.forward import forward
+    else:
+        forward = importlib.import_module("retro_kernels.ops.cca.cpu").forward
+    if query.device.type == "cuda" and query.device.index != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            return forward(*args)
+    return forward(*args)
+
+
+def _forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
+    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None,
+    block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    accumulated = torch.promote_types(query.dtype, torch.float32)
+    if backend == "torch":  # makes the softmax again without it
+        return query.new_empty(query.shape), query.new_empty(0)
+    lse = query.new_empty((key.shape[0] * repeat, query.shape[2], block), dtype=accumulated)
+    return query.new_empty(query.shape), lse
+
+
+def _backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+    seed: Tensor | None, block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    args = (
+        grad_out, out, lse, query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
+        block, shift, repeat, scale, dropout_p, tuple(needs),
+    )  # fmt: skip
+    if backend == "triton":
+        from retro_kernels.ops.cca.backward import backward
+    else:
+        backward = importlib.import_module("retro_kernels.ops.cca.cpu").backward
+    if query.device.type == "cuda" and query.device.index != torch.cuda.current_device():
+        with torch.cuda.device(query.device):
+            grads = backward(*args)
+    else:
+        grads = backward(*args)
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_fake(
+    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None,
+    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+    seed: Tensor | None, block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    tables = (rel_key, content_bias, position_bias, rel_bias)
+    return tuple(x.new_empty(x.shape) for x in (query, key, value)) + tuple(
+        query.new_empty(0) if x is None or not need else x.new_empty(x.shape)
+        for x, need in zip(tables, needs, strict=True)
+    )
+
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? rel_key, Tensor? content_bias, Tensor? position_bias, "
+    "Tensor? rel_bias, Tensor? lengths, Tensor? seed"
+)
+_OPTIONS = "int block, int shift, int repeat, float scale, float dropout_p, str backend"
+_cca_fwd = register(f"cca_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_cca_bwd = register(
+    f"cca_bwd(Tensor grad_out, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Keeps the inputs, the output and the log-sum-exp; the weights are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        out, lse = _cca_fwd(*args)
+        ctx.save_for_backward(out, lse, *args[:9])
+        ctx.options = args[9:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        args = (ctx.needs_input_grad[3:7], grad_out, *ctx.saved_tensors, *ctx.options)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (*_FirstDerivative.apply(*args), *(None,) * 8)  # create_graph=True
+        return (*_gradients(*args), *(None,) * 8)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The gradients once more as a node of the graph, so that differentiating them fails by name."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            'block attention has no second derivative on this backend; backend="reference" has one (slow).'
+        )
+
+
+def _gradients(needs: tuple[bool, ...], grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Any, ...]:
+    wanted = [need and x is not None for need, x in zip(needs, args[3:7], strict=True)]
+    grads = _cca_bwd(grad_out, out, lse, *args, wanted)
+    return (*grads[:3], *(grad if need else None for grad, need in zip(grads[3:], wanted, strict=True)))
 
 
 def chunked_cross_attention(
@@ -185,7 +309,8 @@ def _attend(
         if table is not None:
             _check_table(name, label, table, shape, query)
 
-    if torch.is_autocast_enabled(query.device.type):
+    autocast = torch.is_autocast_enabled(query.device.type)
+    if autocast:
         # rel_bias stays as it is: it is added to the float32 logits
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -199,23 +324,34 @@ def _attend(
     if rel_key is not None:
         rel_key = rel_key.to(query.dtype)
 
-    chosen = pick_backend(name, backend, _candidates(query))
+    empty = query.numel() == 0 or key.numel() == 0
+    chosen = "reference" if empty else pick_backend(name, backend, _candidates(query))
     scale = head_dim**-0.5 if scale is None else float(scale)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
+    # the backends walk query, key and value by their strides; the small tensors they expect whole
+    rel_key, content_bias, position_bias, rel_bias, lengths = (
+        None if x is None else x.contiguous() for x in (rel_key, content_bias, position_bias, rel_bias, lengths)
+    )
     tensors = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed)
-    options = {"block": block, "shift": shift, "repeat": repeat, "scale": scale, "dropout_p": dropout_p}
-    if chosen == "reference":
-        return block_attention_reference(*tensors, **options)
-    raise NotImplementedError(chosen)
+    with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        if chosen == "reference":
+            options = {"block": block, "shift": shift, "repeat": repeat, "scale": scale, "dropout_p": dropout_p}
+            return block_attention_reference(*tensors, **options)
+        args = (*tensors, block, shift, repeat, scale, dropout_p, chosen)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+            return _BlockAttention.apply(*args)
+        return _cca_fwd(*args)[0]
 
 
 def _candidates(query: Tensor) -> dict[str, str | None]:
-    on_cpu = query.device.type == "cpu"
-    candidates = {"triton": why_not_triton(query.device, query.dtype)}
-    if on_cpu:
-        candidates["triton"] = "not built yet"
-    candidates["reference"] = None
-    return candidates
+    """Backends, best first, with the reason why one cannot run here."""
+    triton = why_not_triton(query.device, query.dtype)
+    if triton is None and query.shape[-1] > 256:
+        triton = f"the kernels hold a head in registers, at most 256 wide; this one has {query.shape[-1]}"
+    if query.device.type != "cpu":
+        return {"triton": triton, "torch": "it is the fast path of CPUs", "reference": None}
+    missing = None if _HAS_CPU_PATH else "it is not part of this installation"
+    return {"torch": missing, "reference": None, "triton": triton}
 
 
 def _check_ranks(name: str, query: Tensor, key: Tensor, value: Tensor, rank: int, legend: str) -> None:

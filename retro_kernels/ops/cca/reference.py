@@ -85,9 +85,12 @@ def relative_column(block: int, num_keys: int, device: torch.device | None = Non
     return rows[:, None] - torch.arange(num_keys, device=device) + (num_keys - 1)
 
 
-def dropout_keep(seed: Tensor, shape: torch.Size | tuple[int, ...], dropout_p: float) -> Tensor:
+def dropout_keep(
+    seed: Tensor, shape: torch.Size | tuple[int, ...], dropout_p: float, first_block: int = 0
+) -> Tensor:
     """Which weights stay, bool [P, H, TQ, keys]: Philox-4x32-10 (Salmon et al. 2011) with key `seed` and counter
-    (key, row, head, block), bit for bit what the kernels draw, and independent of how they are tiled."""
+    (key, row, head, block), bit for bit what the kernels draw, and independent of how they are tiled. `first_block`
+    is the number of the first block in `shape`."""
     low = 0xFFFFFFFF
 
     def product(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +101,7 @@ def dropout_keep(seed: Tensor, shape: torch.Size | tuple[int, ...], dropout_p: f
         return total >> 16, ((total << 16) | (lower & 0xFFFF)) & low
 
     counters = [torch.arange(size, device=seed.device) for size in shape]
+    counters[0] = counters[0] + first_block
     c3, c2, c1, c0 = torch.meshgrid(*counters, indexing="ij")
     k0, k1 = seed & low, (seed >> 32) & low
     for _ in range(10):

@@ -1,0 +1,25 @@
+"""One small way to register an op: `torch.library` define and impl, which cost 2.5 µs a call (`custom_op`: 20)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("retro_kernels", "FRAGMENT")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines `retro_kernels::<schema>` for CPU and CUDA tensors and returns the overload to call.
+
+    `fake` allocates results of the same shapes, dtypes and strides without computing; allocate them in both with
+    `new_empty(shape)` and never with `empty_like`, so that the strides agree for permuted inputs too. Autograd goes
+    outside, as an autograd.Function around two such ops: the implementations run below autograd.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, implementation, device)
+    torch.library.register_fake(f"retro_kernels::{name}", fake, lib=_library)
+    return getattr(torch.ops.retro_kernels, name).default

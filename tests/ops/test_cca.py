@@ -1,0 +1,364 @@
+"""Chunked cross-attention and block attention: definition against loops from the paper, backends against the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from numerics import assert_accurate
+from torch import Tensor
+
+from retro_kernels import block_attention, chunked_cross_attention, use_backend
+from retro_kernels.ops.cca.reference import block_attention_reference
+
+M, R, D = 16, 32, 16
+TABLES = ("rel_key", "content_bias", "position_bias", "rel_bias")
+BACKENDS = ("torch", "triton")
+
+
+def inputs(dtype=torch.float32, device="cpu", *, batch=2, tokens=3 * M, heads=2, kv_heads=None, neighbours=2,
+           chunk=M, length=R, size=D, tables=TABLES, lengths=True):  # fmt: skip
+    """Query, key, value and the optional arguments of one call; lengths include none and all."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    chunks = tokens // chunk
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(*shape, dtype=torch.float64) * scale).to(device, dtype)
+
+    shapes = {
+        "rel_key": (heads, chunk + length - 1, size),
+        "content_bias": (heads, size),
+        "position_bias": (heads, size),
+        "rel_bias": (heads, chunk + length - 1),
+    }
+    options = {name: draw(*shapes[name], scale=0.5) for name in tables}
+    if lengths and chunks:
+        given = torch.randint(0, length + 1, (batch, chunks, neighbours))
+        given[0, 0, 0], given[-1, -1, -1] = 0, length
+        if chunks > 1:
+            given[0, 1] = 0  # a chunk without any neighbour
+        options["neighbour_lengths"] = given.to(device)
+    block = (batch, chunks, neighbours, length, kv_heads, size)
+    return [draw(batch, tokens, heads, size), draw(*block), draw(*block)], options
+
+
+def loop(query, key, value, *, chunk_size=M, rel_key=None, content_bias=None, position_bias=None, rel_bias=None,
+         neighbour_lengths=None, scale=None):  # fmt: skip
+    """Section 2.4 and eq. 6 of the paper, one token, head, neighbour and key at a time, in float64."""
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    batch, tokens, heads, size = query.shape
+    neighbours, length, kv_heads = key.shape[2:5]
+    scale = 1 / math.sqrt(size) if scale is None else scale
+    for b in range(batch):
+        for t in range(chunk_size - 1, tokens):
+            u, a = (t + 1) // chunk_size - 1, (t + 1) % chunk_size
+            for h in range(heads):
+                q, g = query[b, t, h].double(), h // (heads // kv_heads)
+                logits, values = [], []
+                for j in range(neighbours):
+                    real = length if neighbour_lengths is None else int(neighbour_lengths[b, u, j])
+                    for c in range(real):
+                        distance = a - c + chunk_size - 1
+                        column = distance + length - chunk_size
+                        content = q if content_bias is None else q + content_bias[h].double()
+                        logit = content @ key[b, u, j, c, g].double() * scale
+                        if rel_key is not None:
+                            position = q if position_bias is None else q + position_bias[h].double()
+                            logit = logit + position @ rel_key[h, column].double() * scale
+                        if rel_bias is not None:
+                            logit = logit + rel_bias[h, column].double()
+                        logits.append(logit)
+                        values.append(value[b, u, j, c, g].double())
+                if logits:
+                    out[b, t, h] = torch.softmax(torch.stack(logits), 0) @ torch.stack(values)
+    return out
+
+
+def run(function, tensors, options, grad, **fixed):
+    """Output and the gradients of every floating tensor, by name."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    named = {n: x.detach().clone().requires_grad_() if x.is_floating_point() else x for n, x in options.items()}
+    out = function(*leaves, **named, **fixed)
+    out.backward(grad.to(out.dtype))
+    result = {"out": out.detach()}
+    result |= {name: x.grad for name, x in zip(("query", "key", "value"), leaves)}
+    return result | {name: x.grad for name, x in named.items() if x.is_floating_point()}
+
+
+def plain(*tensors, chunk_size=M, neighbour_lengths=None, scale=None, **tables):
+    """The definition, rounding where plain PyTorch code in the inputs' dtype would: the yardstick of the tolerance."""
+    query, key, value = tensors
+    blocks = (-1, *key.shape[2:])
+    lengths = None if neighbour_lengths is None else neighbour_lengths.flatten(0, 1)
+    return block_attention_reference(
+        query, key.reshape(blocks), value.reshape(blocks), tables.get("rel_key"), tables.get("content_bias"),
+        tables.get("position_bias"), tables.get("rel_bias"), lengths, block=chunk_size, shift=chunk_size - 1,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale, upcast=False,
+    )  # fmt: skip
+
+
+def compare(backend, dtype, device="cpu", **sizes):
+    tensors, options = inputs(dtype, device, **sizes)
+    chunk = {"chunk_size": sizes.get("chunk", M)}
+    grad = torch.randn(tensors[0].shape, dtype=torch.float64, device=device).to(dtype)
+    ours = run(chunked_cross_attention, tensors, options, grad, backend=backend, **chunk)
+    yardstick = run(plain, tensors, options, grad, **chunk)
+    exact_options = {n: x.double() if x.is_floating_point() else x for n, x in options.items()}
+    exact = run(chunked_cross_attention, [x.double() for x in tensors], exact_options, grad.double(),
+                backend="reference", **chunk)  # fmt: skip
+    for name in exact:
+        assert_accurate(ours[name], yardstick[name], exact[name], f"{backend} {name}", gradient=name != "out")
+
+
+SHAPES = {
+    "everything": {},
+    "no positions": {"tables": (), "lengths": False},
+    "relative keys": {"tables": ("rel_key",)},
+    "content bias alone": {"tables": ("content_bias",)},
+    "additive bias": {"tables": ("rel_bias",)},
+    "grouped heads": {"heads": 4, "kv_heads": 2},
+    "one token past a chunk's end": {"tokens": 2 * M},
+    "one token short of a chunk": {"tokens": 3 * M - 1},
+    "five tokens past": {"tokens": 2 * M + 5},
+    "only the last token attends": {"tokens": M},
+    "five neighbours": {"neighbours": 5},
+    "length no power of two": {"length": 48},
+    "wide heads": {"size": 64, "heads": 1},
+    "odd heads": {"size": 24, "heads": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_compute_the_definition(seed, backend, shape, dtype):
+    compare(backend, dtype, **SHAPES[shape])
+
+
+@pytest.mark.parametrize("shape", ["everything", "grouped heads", "five tokens past"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_cpu_path_in_other_dtypes(seed, shape, dtype):
+    if dtype != torch.float64:
+        return compare("torch", dtype, **SHAPES[shape])
+    tensors, options = inputs(dtype, **SHAPES[shape])
+    grad = torch.randn_like(tensors[0])
+    ours, exact = (run(chunked_cross_attention, tensors, options, grad, backend=b, chunk_size=M)
+                   for b in ("torch", "reference"))  # fmt: skip
+    for name in exact:
+        torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [16, 64, 128, 256])
+@pytest.mark.parametrize("shape", ["everything", "relative keys", "additive bias", "grouped heads", "five tokens past"])
+def test_kernels_on_the_gpu(seed, shape, size, dtype):
+    compare("triton", dtype, "cuda", **{**SHAPES[shape], "chunk": 64, "length": 128, "tokens": 64 * 3 + 5, "size": size})
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tokens": M + 3}, {"heads": 4, "kv_heads": 2, "tables": ("rel_key",)},
+                                   {"tables": ("rel_bias",), "lengths": False}, {"tokens": M - 1}])  # fmt: skip
+def test_definition_is_the_papers(seed, sizes):
+    """Traps 1, 2, 3, 5 and 6 of other implementations would all show here."""
+    sizes = {"batch": 1, "chunk": 4, "length": 8, "size": 4, **sizes}
+    sizes["tokens"] = {3 * M: 11, M + 3: 7, M - 1: 3}[sizes.get("tokens", 3 * M)]
+    tensors, options = inputs(torch.float64, **sizes)
+    exact = loop(*tensors, chunk_size=4, **options)
+    out = chunked_cross_attention(*tensors, chunk_size=4, backend="reference", **options)
+    torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+    assert torch.equal(out[:, :3], torch.zeros_like(out[:, :3]))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_gradcheck(seed, backend):
+    tensors, options = inputs(torch.float64, batch=1, tokens=5, chunk=2, length=4, size=3, heads=2, kv_heads=1)
+    names = [n for n, x in options.items() if x.is_floating_point()]
+    lengths = options["neighbour_lengths"]
+
+    def f(query, key, value, *tables):
+        return chunked_cross_attention(query, key, value, chunk_size=2, neighbour_lengths=lengths, backend=backend,
+                                       **dict(zip(names, tables)))  # fmt: skip
+
+    leaves = [x.requires_grad_() for x in (*tensors, *(options[n] for n in names))]
+    torch.autograd.gradcheck(f, leaves, fast_mode=False)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunk_reaches_its_attending_tokens_only(seed, backend):
+    """Changing chunk u's neighbours changes tokens (u+1)M − 1 … (u+2)M − 2, nothing else (trap 22)."""
+    tensors, options = inputs(tokens=3 * M + 2, lengths=False)
+    before = chunked_cross_attention(*tensors, chunk_size=M, backend=backend, **options)
+    for u in range(3):
+        key, value = tensors[1].clone(), tensors[2].clone()
+        key[:, u] += 1
+        value[:, u] -= 1
+        after = chunked_cross_attention(tensors[0], key, value, chunk_size=M, backend=backend, **options)
+        changed = (before != after).flatten(2).any(2).all(0).nonzero().flatten().tolist()
+        assert changed == list(range((u + 1) * M - 1, min((u + 2) * M - 1, 3 * M + 2)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_neighbours_have_no_order_and_copies_change_nothing(seed, backend):
+    tensors, options = inputs(neighbours=3)
+    lengths = options.pop("neighbour_lengths")
+    order = torch.randperm(3)
+    query, key, value = tensors
+
+    def call(k, v, n):
+        return chunked_cross_attention(query, k, v, chunk_size=M, neighbour_lengths=n, backend=backend, **options)
+
+    base = call(key, value, lengths)
+    torch.testing.assert_close(call(key[:, :, order], value[:, :, order], lengths[:, :, order]), base)
+    one = call(key[:, :, :1], value[:, :, :1], lengths[:, :, :1])
+    copies = call(key[:, :, [0, 0, 0]], value[:, :, [0, 0, 0]], lengths[:, :, [0, 0, 0]])
+    torch.testing.assert_close(copies, one)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_nothing_to_attend_to_is_exactly_zero(seed, backend):
+    tensors, options = inputs(neighbours=2)
+    options["neighbour_lengths"] = torch.zeros_like(options["neighbour_lengths"])
+    result = run(chunked_cross_attention, tensors, options, torch.ones_like(tensors[0]), chunk_size=M, backend=backend)
+    for name, x in result.items():
+        assert torch.equal(x, torch.zeros_like(x)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_behind_a_length_is_never_read_into_the_result(seed, backend):
+    tensors, options = inputs()
+    lengths = options["neighbour_lengths"]
+    base = chunked_cross_attention(*tensors, chunk_size=M, backend=backend, **options)
+    hidden = (torch.arange(R) >= lengths[..., None])[..., None, None]
+    key, value = (torch.where(hidden, torch.randn_like(x) * 50, x) for x in tensors[1:])
+    assert torch.equal(chunked_cross_attention(tensors[0], key, value, chunk_size=M, backend=backend, **options), base)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_do_not_matter(seed, backend):
+    tensors, options = inputs()
+    base = chunked_cross_attention(*tensors, chunk_size=M, backend=backend, **options)
+    query = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
+    key = tensors[1].transpose(3, 4).contiguous().transpose(3, 4)
+    value = torch.cat((tensors[2], tensors[2]), -1)[..., :D]
+    for name, x in options.items():  # a view of every second element
+        options[name] = torch.stack((x, x), -1)[..., 0]
+    assert torch.equal(chunked_cross_attention(query, key, value, chunk_size=M, backend=backend, **options), base)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_run_is_the_same(seed, backend):
+    tensors, options = inputs(tokens=2 * M + 3)
+    grad = torch.randn_like(tensors[0])
+    first = run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=backend)
+    for _ in range(20 if backend == "torch" else 2):
+        again = run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=backend)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_every_run_is_the_same_on_the_gpu(seed):
+    tensors, options = inputs(torch.bfloat16, "cuda", tokens=64 * 8, chunk=64, length=128, size=64)
+    grad = torch.randn_like(tensors[0])
+    first = run(chunked_cross_attention, tensors, options, grad, backend="triton")
+    for _ in range(20):
+        again = run(chunked_cross_attention, tensors, options, grad, backend="triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_in_half_precision(seed, backend):
+    tensors, options = inputs(torch.float16, tables=("rel_bias",))
+    tensors = [tensors[0] * 30, tensors[1] * 30, tensors[2]]
+    grad = torch.randn_like(tensors[0])
+    result = run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=backend)
+    assert all(x.isfinite().all() for x in result.values())
+    exact = chunked_cross_attention(*(x.double() for x in tensors), chunk_size=M, backend="reference",
+                                    **{n: x.double() if x.is_floating_point() else x for n, x in options.items()})  # fmt: skip
+    assert_accurate(result["out"], plain(*tensors, **options), exact, "out")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_is_that_of_the_definition(seed, backend):
+    """One seed draws the same weights on every backend; what is kept grows so that the mean stays."""
+    tensors, options = inputs(batch=1, tokens=2 * M)
+    grad = torch.randn_like(tensors[0])
+    results = []
+    for name in ("reference", backend):
+        torch.manual_seed(seed)
+        results.append(run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=name, dropout_p=0.3))
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name], rtol=2e-4, atol=2e-5, msg=name)
+    with use_backend(backend):
+        other = chunked_cross_attention(*tensors, chunk_size=M, dropout_p=0.3, **options)
+    assert not torch.equal(other, results[1]["out"])
+
+
+BLOCKS = {
+    "self": dict(blocks=5, rows=R, sets=1, keys=R, repeat=1),
+    "cross": dict(blocks=6, rows=R, sets=1, keys=M, repeat=3),
+    "sets": dict(blocks=4, rows=M, sets=3, keys=R, repeat=2),
+}
+
+
+@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_block_attention_is_the_definition(seed, backend, shape):
+    s = BLOCKS[shape]
+    groups = s["blocks"] // s["repeat"]
+    tensors = [torch.randn(s["blocks"], s["rows"], 4, D), *(torch.randn(groups, s["sets"], s["keys"], 2, D) for _ in "kv")]
+    columns = s["rows"] + s["keys"] - 1
+    options = {"rel_key": torch.randn(4, columns, D) * 0.5, "content_bias": torch.randn(4, D),
+               "position_bias": torch.randn(4, D), "rel_bias": torch.randn(4, columns),
+               "lengths": torch.randint(0, s["keys"] + 1, (groups, s["sets"]))}  # fmt: skip
+    options["lengths"][0] = s["keys"]
+    fixed = {"key_repeat": s["repeat"]}
+    grad = torch.randn_like(tensors[0])
+
+    def narrow(query, key, value, *, key_repeat, rel_key, content_bias, position_bias, rel_bias, lengths):
+        return block_attention_reference(query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths,
+                                         block=query.shape[1], repeat=key_repeat, scale=D**-0.5, upcast=False)  # fmt: skip
+
+    ours = run(block_attention, tensors, options, grad, backend=backend, **fixed)
+    yardstick = run(narrow, tensors, options, grad, **fixed)
+    exact = run(block_attention, [x.double() for x in tensors],
+                {n: x.double() if x.is_floating_point() else x for n, x in options.items()}, grad.double(),
+                backend="reference", **fixed)  # fmt: skip
+    for name in exact:
+        assert_accurate(ours[name], yardstick[name], exact[name], f"{backend} {name}", gradient=name != "out")
+
+
+def test_it_saves_its_inputs_and_its_output_only(seed):
+    """For a plain call nothing else, whatever the number of logits."""
+    tensors, options = inputs(tokens=8 * M)
+    leaves = [x.requires_grad_() for x in tensors]
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = chunked_cross_attention(*leaves, chunk_size=M, backend="torch", **options)
+    known = {x.untyped_storage().data_ptr() for x in (*leaves, out, *options.values())}
+    extra = sum(x.numel() * x.element_size() for x in saved if x.untyped_storage().data_ptr() not in known)
+    assert extra <= out.numel() * out.element_size() // 8
+
+
+def test_bad_arguments_say_what_to_do(seed):
+    (query, key, value), options = inputs()
+    cases = [
+        (dict(key=key[:, 1:], value=value[:, 1:]), ValueError, "2 chunks.*48 tokens.*3 expected"),
+        (dict(query=query.int()), TypeError, "floating-point"),
+        (dict(query=query.half()), TypeError, "the same"),
+        (dict(value=value[..., :8]), ValueError, "value has shape"),
+        (dict(neighbour_lengths=torch.ones(2, 3)), TypeError, "integers"),
+        (dict(neighbour_lengths=torch.ones(2, 3, 5, dtype=torch.int32)), ValueError, "expected"),
+        (dict(rel_key=options["rel_key"][:, 1:]), ValueError, "rel_key has shape"),
+        (dict(rel_bias=options["rel_bias"][:1]), ValueError, "rel_bias has shape"),
+        (dict(position_bias=options["position_bias"], rel_key=None), ValueError, "without rel_key"),
+        (dict(dropout_p=1.0), ValueError, "dropout_p"),
+        (dict(chunk_size=0), ValueError, "chunk_size"),
+        (dict(backend="cuda"), ValueError, "no backend"),
+        (dict(query=query[:1]), ValueError, "batch"),
+        (dict(query=torch.cat((query, query[..., :1]), -1)), ValueError, "head size"),
+    ]
+    for changes, error, message in cases:
+        call = {"query": query, "key": key, "value": value, "chunk_size": M, **changes}
+        with pytest.raises(error, match=message):
+            chunked_cross_attention(**call)

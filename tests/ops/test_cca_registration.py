@@ -1,0 +1,115 @@
+"""The ops as PyTorch sees them: schema, fakes, compilation, autocast, checkpointing, export, second derivatives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from retro_kernels import chunked_cross_attention
+from retro_kernels.ops.cca import op
+
+M, R, D = 8, 16, 16
+
+
+def example(backend, requires_grad=True):
+    names = ("query", "key", "value", "rel_key", "content_bias", "position_bias", "rel_bias")
+    shapes = ((2, 3 * M, 2, D), (2, 3, 2, R, 2, D), (2, 3, 2, R, 2, D), (2, M + R - 1, D), (2, D), (2, D), (2, M + R - 1))
+    tensors = {n: torch.randn(s, requires_grad=requires_grad) for n, s in zip(names, shapes)}
+    lengths = torch.randint(0, R + 1, (2, 3, 2))
+    return tensors, {"neighbour_lengths": lengths, "chunk_size": M, "backend": backend}
+
+
+def flat(backend):
+    tensors, options = example(backend, requires_grad=False)
+    tensors["key"], tensors["value"] = (tensors[n].flatten(0, 1) for n in ("key", "value"))
+    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)  # strides must agree here too
+    lengths = options["neighbour_lengths"].flatten(0, 1)
+    return [*tensors.values(), lengths, None], (M, M - 1, 1, D**-0.5, 0.0, backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(seed, backend):
+    tensors, options = flat(backend)
+    torch.library.opcheck(op._cca_fwd, (*tensors, *options))
+    out, lse = op._cca_fwd(*tensors, *options)
+    grad = torch.randn_like(out)
+    for needs in ([True] * 4, [True, False, True, False]):
+        torch.library.opcheck(op._cca_bwd, (grad, out, lse, *tensors, *options, needs))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_whole_with_equal_gradients(seed, backend):
+    tensors, options = example(backend)
+
+    def f(**given):
+        return chunked_cross_attention(**given, **options) * 2
+
+    eager = f(**tensors)
+    expected = torch.autograd.grad(eager.sum(), tensors.values())
+    out = torch.compile(f, fullgraph=True, backend="aot_eager")(**tensors)
+    torch.testing.assert_close(out, eager)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), tensors.values()), expected)
+
+
+def test_checkpointing_computes_the_same(seed):
+    tensors, options = example("torch")
+
+    def f(*given):
+        return chunked_cross_attention(*given[:3], rel_key=given[3], content_bias=given[4], position_bias=given[5],
+                                       rel_bias=given[6], dropout_p=0.2, **options)  # fmt: skip
+
+    results = []
+    for run in (f, lambda *x: checkpoint(f, *x, use_reentrant=False)):
+        torch.manual_seed(seed)
+        out = run(*tensors.values())
+        results.append((out, *torch.autograd.grad(out.sum(), tensors.values())))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_multiplies_in_the_lower_dtype(seed, backend):
+    tensors, options = example(backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = chunked_cross_attention(**tensors, **options)
+    assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(out.float().sum(), tensors.values())
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
+    torch.testing.assert_close(out.float(), chunked_cross_attention(**tensors, **options), rtol=0.05, atol=0.05)
+
+
+def test_exports(seed):
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value, rel_key):
+            return chunked_cross_attention(query, key, value, rel_key=rel_key, chunk_size=M)
+
+    tensors, _ = example("torch", requires_grad=False)
+    given = tuple(tensors[n] for n in ("query", "key", "value", "rel_key"))
+    exported = torch.export.export(Module(), given)
+    assert "retro_kernels.cca_fwd" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(*given), Module()(*given))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_second_derivative_says_so(seed, backend):
+    tensors, options = example(backend)
+    out = chunked_cross_attention(**tensors, **options)
+    (gradient,) = torch.autograd.grad(out.square().sum(), [tensors["query"]], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.gpu
+def test_captures_into_a_cuda_graph(seed):
+    tensors, options = example("triton")
+    tensors = {n: x.detach().cuda() for n, x in tensors.items()}
+    options["neighbour_lengths"] = options["neighbour_lengths"].cuda()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = chunked_cross_attention(**tensors, **options)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chunked_cross_attention(**tensors, **options)
+    graph.replay()
+    torch.testing.assert_close(out, expected)
