@@ -22,7 +22,9 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=h
 def find_nvcc() -> str | None:
     wish = os.environ.get("RETRO_CUDA", "auto")
     if wish not in ("0", "1", "auto"):
-        raise SystemExit(f"RETRO_CUDA is {wish!r}; it must be 0 (never), 1 (must) or auto (where nvcc is found).")
+        raise SystemExit(
+            f"RETRO_CUDA is {wish!r}; it must be 0 (never), 1 (must) or auto (where nvcc is found)."
+        )
     if wish == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -38,7 +40,9 @@ def toolkit_root(nvcc: str) -> Path:
     for line in dry_run.stderr.splitlines():
         if " TOP=" in line:
             return Path(line.split(" TOP=", 1)[1]).resolve()
-    raise SystemExit(f"{nvcc} --dryrun names no toolkit (TOP=). Set CUDA_HOME, or RETRO_CUDA=0 to build without.")
+    raise SystemExit(
+        f"{nvcc} --dryrun names no toolkit (TOP=). Set CUDA_HOME, or RETRO_CUDA=0 to build without."
+    )
 
 
 class BuildExt(build_ext):
@@ -63,6 +67,8 @@ class BuildExt(build_ext):
 
 ParallelCompile("MAX_JOBS").install()
 setup(
-    ext_modules=[Pybind11Extension("retro_kernels._C", CPU_SOURCES, depends=[*HEADERS, *CUDA_SOURCES], cxx_std=17)],
+    ext_modules=[
+        Pybind11Extension("retro_kernels._C", CPU_SOURCES, depends=[*HEADERS, *CUDA_SOURCES], cxx_std=17)
+    ],
     cmdclass={"build_ext": BuildExt},
 )

@@ -21,7 +21,10 @@ from torch import Tensor
 
 from retro_kernels.ops import absorbed_cross_attention, choose_projection, chunked_cross_attention
 
-SMALL = (Shape(1, 512, 4, 32, 2), 128), (Shape(1, 512, 8, 32, 2), 256)  # retro_tiny and retro_small: narrow states
+SMALL = (
+    (Shape(1, 512, 4, 32, 2), 128),
+    (Shape(1, 512, 8, 32, 2), 256),
+)  # retro_tiny and retro_small: narrow states
 SHAPES: list[tuple[Shape, int]] = [(s, roofline.ENCODER_DIM if not TINY else 32) for s in grid()]
 if not (ON_GPU or TINY):
     SHAPES = [*SMALL, *((s, roofline.ENCODER_DIM) for s in grid() if s.neighbours < 40)]
@@ -47,9 +50,15 @@ def _inputs(s: Shape, width: int) -> Inputs:
 def _forward(case: str, s: Shape, width: int, x: Inputs, training: bool) -> Callable[[], Tensor]:
     if case == "auto":
         case = choose_projection(
-            head_dim=s.head_dim, encoder_dim=width, num_heads=s.heads, chunk_size=s.chunk,
-            neighbour_len=s.neighbour_len, num_neighbours=s.neighbours, training=training, device=DEVICE.type,
-        )  # fmt: skip
+            head_dim=s.head_dim,
+            encoder_dim=width,
+            num_heads=s.heads,
+            chunk_size=s.chunk,
+            neighbour_len=s.neighbour_len,
+            num_neighbours=s.neighbours,
+            training=training,
+            device=DEVICE.type,
+        )
     options: dict[str, Any] = {"chunk_size": s.chunk, "rel_bias": x["rel_bias"]}
     if case == "absorbed":
         return lambda: absorbed_cross_attention(
@@ -79,15 +88,19 @@ def _call(which: Pass, forward: Callable[[], Tensor], x: Inputs) -> Callable[[],
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize(("shape", "width"), SHAPES, ids=[f"{s} E{width}" for s, width in SHAPES])
-def test_absorbed(benchmark: Any, shape: Shape, width: int, which: Pass, case: str,
-                  ceilings: roofline.Ceilings) -> None:  # fmt: skip
+def test_absorbed(
+    benchmark: Any, shape: Shape, width: int, which: Pass, case: str, ceilings: roofline.Ceilings
+) -> None:
     benchmark.group = f"absorbed training, {which}: {shape} E{width}"
     costs = {"absorbed": roofline.absorbed_training, "materialised": roofline.materialised_training}
     way = case if case in costs else "materialised"
     floor = ceilings.floor(*costs[way](shape, width, which, DTYPE.itemsize))
-    benchmark.extra_info.update(case=case, what="absorbed training", **Case(shape).fields(), **{"pass": which}, E=width,
-                                floor_s=floor)  # fmt: skip
-    sets = timing.sets_to_rotate(int(sum(cost.bytes for cost in costs[way](shape, width, "forward", DTYPE.itemsize))))
+    benchmark.extra_info.update(
+        case=case, what="absorbed training", **Case(shape).fields(), **{"pass": which}, E=width, floor_s=floor
+    )
+    sets = timing.sets_to_rotate(
+        int(sum(cost.bytes for cost in costs[way](shape, width, "forward", DTYPE.itemsize)))
+    )
     inputs = [_inputs(shape, width) for _ in range(sets)]
     calls = [_call(which, _forward(case, shape, width, x, which != "forward"), x) for x in inputs]
     median = timing.measure(benchmark, calls)
@@ -103,6 +116,7 @@ def test_absorbed_memory(benchmark: Any, shape: Shape, case: str) -> None:
     benchmark.group = f"absorbed memory: {shape}"
     x = _inputs(shape, roofline.ENCODER_DIM)
     call = _call("forward+backward", _forward(case, shape, roofline.ENCODER_DIM, x, True), x)
-    benchmark.extra_info.update(case=case, what="absorbed memory", **Case(shape).fields(),
-                                peak_bytes=timing.peak_bytes(call))  # fmt: skip
+    benchmark.extra_info.update(
+        case=case, what="absorbed memory", **Case(shape).fields(), peak_bytes=timing.peak_bytes(call)
+    )
     timing.measure(benchmark, call, rounds=10)

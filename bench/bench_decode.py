@@ -34,13 +34,19 @@ def _calls(model: str, batch: int, neighbours: int) -> dict[str, Callable[[], Te
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
-    query, states = normal(batch, 1, heads, head_dim), normal(batch, neighbours, NEIGHBOUR_LEN, roofline.ENCODER_DIM)
+    query, states = (
+        normal(batch, 1, heads, head_dim),
+        normal(batch, neighbours, NEIGHBOUR_LEN, roofline.ENCODER_DIM),
+    )
     weights = [normal(inner, roofline.ENCODER_DIM) * roofline.ENCODER_DIM**-0.5 for _ in range(2)]
     key, value = (normal(batch, neighbours, NEIGHBOUR_LEN, heads, head_dim) for _ in range(2))
     row = 17  # the same in all sequences, so that SDPA can take a slice of the tables
     rows = torch.full((batch, 1), row, device=DEVICE)
-    tables = {"rel_key": normal(heads, CHUNK + NEIGHBOUR_LEN - 1, head_dim),
-              "content_bias": normal(heads, head_dim), "position_bias": normal(heads, head_dim)}  # fmt: skip
+    tables = {
+        "rel_key": normal(heads, CHUNK + NEIGHBOUR_LEN - 1, head_dim),
+        "content_bias": normal(heads, head_dim),
+        "position_bias": normal(heads, head_dim),
+    }
     sliced = {**tables, "rel_key": tables["rel_key"][:, row : row + NEIGHBOUR_LEN]}
     return {
         "absorbed": lambda: absorbed_decode(query, states, *weights, rows=rows, **tables),
@@ -52,8 +58,9 @@ def _calls(model: str, batch: int, neighbours: int) -> dict[str, Callable[[], Te
 @pytest.mark.parametrize("case", ["absorbed", "materialised", "SDPA"])
 @pytest.mark.parametrize(("model", "batch", "neighbours"), RUNS)
 @torch.no_grad()
-def test_decode(benchmark: Any, model: str, batch: int, neighbours: int, case: str,
-                ceilings: roofline.Ceilings) -> None:  # fmt: skip
+def test_decode(
+    benchmark: Any, model: str, batch: int, neighbours: int, case: str, ceilings: roofline.Ceilings
+) -> None:
     benchmark.group = f"decode, {model}, batch {batch}, K {neighbours}"
     keys = neighbours * NEIGHBOUR_LEN
     costs = roofline.decode(batch, *SIZES[model], keys, roofline.ENCODER_DIM, DTYPE.itemsize)

@@ -56,7 +56,9 @@ class Kept:
         return cls.sets
 
     @classmethod
-    def forwards(cls, case: Case, peer: peers.Peer | None) -> list[tuple[Callable[[], Tensor], list[Tensor], Tensor]]:
+    def forwards(
+        cls, case: Case, peer: peers.Peer | None
+    ) -> list[tuple[Callable[[], Tensor], list[Tensor], Tensor]]:
         """For each buffer set: the forward, the tensors whose gradients are wanted, the gradient of the output."""
         sets = cls.tensors(case)
         key = (case, peer.name if peer else OURS)
@@ -73,7 +75,9 @@ def _ours(t: cases.Tensors) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]
     return lambda: chunked_cross_attention(t.query, t.key, t.value, **arguments), t.wanted(), t.grad_out
 
 
-def _theirs(case: Case, peer: peers.Peer, t: cases.Tensors) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
+def _theirs(
+    case: Case, peer: peers.Peer, t: cases.Tensors
+) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
     blocks = peers.leaf_blocks(t, peer.positions)
     attend = peer.build(case, blocks)
     return lambda: attend(blocks), blocks.leaves, blocks.grad_out
@@ -101,7 +105,12 @@ def _passes(case: Case, peer: peers.Peer | None) -> tuple[Pass, ...]:
     """Forward and backward in one call: asked for where the table's gradient or relative keys make the difference."""
     if peer and peer.name == "SDPA math" and not ON_GPU and case.positions != "none":
         return PASSES[1:]  # forward alone, flash serves every mask on a CPU
-    if not ON_GPU or peer is None or case.positions == "relative" or (case.table_grad and peer.name.startswith("SDPA")):
+    if (
+        not ON_GPU
+        or peer is None
+        or case.positions == "relative"
+        or (case.table_grad and peer.name.startswith("SDPA"))
+    ):
         return PASSES
     return PASSES[:2]
 
@@ -144,11 +153,19 @@ def _refused(error: BaseException) -> str:
 
 
 @pytest.mark.parametrize(("case", "which", "peer"), _parameters())
-def test_cca(benchmark: Any, case: Case, which: Pass, peer: peers.Peer | None, ceilings: roofline.Ceilings) -> None:
+def test_cca(
+    benchmark: Any, case: Case, which: Pass, peer: peers.Peer | None, ceilings: roofline.Ceilings
+) -> None:
     cost = roofline.attention(case, which, DTYPE.itemsize)
     floor = ceilings.floor(cost)
-    benchmark.extra_info.update(case=peer.name if peer else OURS, what="core", **case.fields(), **{"pass": which},
-                                floor_s=floor, as_written=bool(peer and peer.as_written))  # fmt: skip
+    benchmark.extra_info.update(
+        case=peer.name if peer else OURS,
+        what="core",
+        **case.fields(),
+        **{"pass": which},
+        floor_s=floor,
+        as_written=bool(peer and peer.as_written),
+    )
     if peer and (reason := peer.why_not(case, DEVICE.type, which != "forward")):
         pytest.skip(reason)
     try:
@@ -215,8 +232,13 @@ def test_memory(benchmark: Any, case: Case, name: str) -> None:
         pytest.skip(_refused(error))
     given = timing.size(wanted)
     outputs = t.query.nbytes + given  # the output, and one gradient for each input
-    timing.measure(benchmark, lambda: torch.autograd.grad(forward(), wanted, grad), rounds=3, extra_bytes=extra,
-                   extra_share=round(extra / (given + outputs), 4))  # fmt: skip
+    timing.measure(
+        benchmark,
+        lambda: torch.autograd.grad(forward(), wanted, grad),
+        rounds=3,
+        extra_bytes=extra,
+        extra_share=round(extra / (given + outputs), 4),
+    )
 
 
 OVERHEAD = Case(Shape(1, 128 if not TINY else 64, 4, 64, 2), "bias")
@@ -267,9 +289,14 @@ def test_first_call(benchmark: Any, positions: str, head_dim: int) -> None:
         def first() -> float:
             done = subprocess.run(
                 [sys.executable, "-c", FIRST_CALL, str(Path(__file__).parent), positions, str(head_dim)],
-                env={**os.environ, "TRITON_CACHE_DIR": cache}, capture_output=True, text=True, check=True,
-            )  # fmt: skip
+                env={**os.environ, "TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             return float(json.loads(done.stdout.strip().splitlines()[-1]))
 
         cold, warm = first(), first()
-    timing.record(benchmark, [warm], case="warm cache", what="first call", cold_s=cold, positions=positions, D=head_dim)
+    timing.record(
+        benchmark, [warm], case="warm cache", what="first call", cold_s=cold, positions=positions, D=head_dim
+    )

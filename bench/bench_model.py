@@ -33,9 +33,13 @@ FORMULATIONS = ("retro_kernels", "SDPA", "einsum")
 def formulation(name: str) -> Iterator[None]:
     if name == "SDPA":
         with (
-            mock.patch("retro_kernels.nn.attention.chunked_cross_attention", peers.sdpa_chunked_cross_attention),
+            mock.patch(
+                "retro_kernels.nn.attention.chunked_cross_attention", peers.sdpa_chunked_cross_attention
+            ),
             mock.patch("retro_kernels.nn.attention.block_attention", peers.sdpa_block_attention),
-            mock.patch("retro_kernels.nn.attention._FEW_ROWS", 0),  # decoding goes through block_attention as well
+            mock.patch(
+                "retro_kernels.nn.attention._FEW_ROWS", 0
+            ),  # decoding goes through block_attention as well
             mock.patch.object(ChunkedCrossAttention, "absorbs", lambda *args, **options: False),
         ):
             yield
@@ -58,7 +62,9 @@ def data(config: Any, batch: int, tokens: int) -> tuple[Tensor, NeighbourBatch]:
     return text, NeighbourBatch(found, lengths)
 
 
-def training_step(net: Retro, optimiser: torch.optim.Optimizer, text: Tensor, found: NeighbourBatch | None) -> None:
+def training_step(
+    net: Retro, optimiser: torch.optim.Optimizer, text: Tensor, found: NeighbourBatch | None
+) -> None:
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
         logits = net(text[:, :-1], found)
         loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
@@ -75,8 +81,14 @@ def test_training_step(benchmark: Any, name: str) -> None:
     text, found = data(net.config, BATCH, TOKENS)
     neighbours = None if name == "RETRO off" else found
     with formulation(name):
-        median = timing.measure(benchmark, lambda: training_step(net, optimiser, text, neighbours),
-                                rounds=20 if ON_GPU else 3, wall=True, case=name, what="step")  # fmt: skip
+        median = timing.measure(
+            benchmark,
+            lambda: training_step(net, optimiser, text, neighbours),
+            rounds=20 if ON_GPU else 3,
+            wall=True,
+            case=name,
+            what="step",
+        )
         benchmark.extra_info["shown"] = {"tokens/s": BATCH * TOKENS / median}
         if ON_GPU:
             torch.cuda.reset_peak_memory_stats()
@@ -106,5 +118,11 @@ def test_generated_token(benchmark: Any, name: str) -> None:
                     return net.decode(text[:, -1:], cache)
 
             # 40 rounds and the warm-up stay within a chunk of 64
-            timing.measure(benchmark, call, rounds=40 if not name.startswith("no cache") else 5, wall=True,
-                           case=name, what="token")  # fmt: skip
+            timing.measure(
+                benchmark,
+                call,
+                rounds=40 if not name.startswith("no cache") else 5,
+                wall=True,
+                case=name,
+                what="token",
+            )

@@ -25,7 +25,9 @@ DIM = 384
 SIZES = (1_000_000, 10_000_000) if ON_GPU else (2_000,) if TINY else (50_000,)
 QUERIES = 100 if TINY else 1000
 TARGET = 0.95
-FACTORIES = ("Flat", "IVF*,SQfp16", "CAGRA") if ON_GPU else ("Flat", "IVF*,PQ192x4fs,Refine(SQfp16)", "HNSW32,SQ8")
+FACTORIES = (
+    ("Flat", "IVF*,SQfp16", "CAGRA") if ON_GPU else ("Flat", "IVF*,PQ192x4fs,Refine(SQfp16)", "HNSW32,SQ8")
+)
 
 
 @functools.lru_cache(1)
@@ -38,14 +40,26 @@ def _group(n: int) -> str:
     return f"search, {n:,} x {DIM}, recall@10 of {TARGET}"
 
 
-def _measure(benchmark: Any, n: int, name: str, call: Callable[[], Any], recall: float, build: float,
-             setting: str) -> None:  # fmt: skip
+def _measure(
+    benchmark: Any, n: int, name: str, call: Callable[[], Any], recall: float, build: float, setting: str
+) -> None:
     if not benchmark.disabled:
         samples = timing.samples([call], 5, wall=True)
-        timing.record(benchmark, [s / QUERIES for s in samples], case=name, what="search", n=n, recall=recall,
-                      build_s=build,
-                      shown={"recall": recall, "queries/s": QUERIES / sorted(samples)[2], "build s": build,
-                             "setting": setting or "-"})  # fmt: skip
+        timing.record(
+            benchmark,
+            [s / QUERIES for s in samples],
+            case=name,
+            what="search",
+            n=n,
+            recall=recall,
+            build_s=build,
+            shown={
+                "recall": recall,
+                "queries/s": QUERIES / sorted(samples)[2],
+                "build s": build,
+                "setting": setting or "-",
+            },
+        )
 
 
 def _indexes() -> list[tuple[int, str]]:
@@ -62,7 +76,9 @@ def _indexes() -> list[tuple[int, str]]:
 def test_index(benchmark: Any, n: int, factory: str) -> None:
     data, truth = base(n)
     benchmark.group = _group(n)
-    name = f"retro_kernels: {factory}" + (" (the default)" if factory == choose_factory(n, DIM, DEVICE) else "")
+    name = f"retro_kernels: {factory}" + (
+        " (the default)" if factory == choose_factory(n, DIM, DEVICE) else ""
+    )
     benchmark.extra_info["case"] = name
     begin = time.perf_counter()
     try:
@@ -120,7 +136,9 @@ def _scann(data: np.ndarray) -> tuple[Callable[[np.ndarray, int], np.ndarray], l
     leaves = 4 * int(len(data) ** 0.5)
     index = (
         scann.scann_ops_pybind.builder(data.astype(np.float32), 11, "squared_l2")
-        .tree(num_leaves=leaves, num_leaves_to_search=leaves // 20, training_sample_size=min(len(data), 250_000))
+        .tree(
+            num_leaves=leaves, num_leaves_to_search=leaves // 20, training_sample_size=min(len(data), 250_000)
+        )
         .score_ah(2, anisotropic_quantization_threshold=0.2)
         .reorder(100)
         .build()

@@ -37,9 +37,16 @@ def retriever() -> Retriever:
     on_device = DeviceStore(store, DEVICE) if ON_GPU else None
     index = Index.build(store.embeddings, "Flat", device=DEVICE)
     stats = Stats()
-    searcher = DenseSearcher(store, index, lambda: pytest.fail("a chunk of the set was not found in it"),
-                             documents=documents, stats=stats, device=DEVICE, device_store=on_device,
-                             embed_unknown=not ON_GPU)  # fmt: skip
+    searcher = DenseSearcher(
+        store,
+        index,
+        lambda: pytest.fail("a chunk of the set was not found in it"),
+        documents=documents,
+        stats=stats,
+        device=DEVICE,
+        device_store=on_device,
+        embed_unknown=not ON_GPU,
+    )
     return Retriever(store, searcher, documents=documents, device=DEVICE, device_store=on_device, stats=stats)
 
 
@@ -59,7 +66,9 @@ def loader(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield tokens.to(DEVICE, non_blocking=True), exclude.to(DEVICE, non_blocking=True)
 
 
-@pytest.mark.benchmark(group=f"training, {NAME}, B {BATCH}, N {TOKENS}, K {NEIGHBOURS}, set of {CHUNKS:,} chunks")
+@pytest.mark.benchmark(
+    group=f"training, {NAME}, B {BATCH}, N {TOKENS}, K {NEIGHBOURS}, set of {CHUNKS:,} chunks"
+)
 @pytest.mark.parametrize("name", WAYS)
 def test_training(benchmark: Any, name: str) -> None:
     """The row's time is that of a step: the whole of a run over its number of steps, the first few left out."""
@@ -99,4 +108,3 @@ def test_training(benchmark: Any, name: str) -> None:
         extra["stall_share"] = waited / (marks[-1] - marks[0])
         extra["shown"]["waiting for neighbours, %"] = round(100 * extra["stall_share"], 2)
     timing.record(benchmark, times, case=name, what="training", **extra)
-

@@ -152,7 +152,9 @@ class Tensors:
         return [x for x in (self.query, self.key, self.value, *self.tables.values()) if x.requires_grad]
 
 
-def tensors(case: Case, device: torch.device = DEVICE, dtype: torch.dtype = DTYPE, grad: bool = True) -> Tensors:
+def tensors(
+    case: Case, device: torch.device = DEVICE, dtype: torch.dtype = DTYPE, grad: bool = True
+) -> Tensors:
     """Random arguments. With lengths, about a third of the neighbours are cut short and a tenth are missing, but
     every chunk keeps one (the peers differ in what they do for a row without any key)."""
     s = case.shape
@@ -168,7 +170,9 @@ def tensors(case: Case, device: torch.device = DEVICE, dtype: torch.dtype = DTYP
         lengths[..., 0].clamp_(min=1)
     tables: dict[str, Tensor] = {}
     if case.positions == "bias":
-        table = torch.randn(s.heads, s.columns, device=device)  # the logits' own precision, as parameters have
+        table = torch.randn(
+            s.heads, s.columns, device=device
+        )  # the logits' own precision, as parameters have
         tables["rel_bias"] = table.requires_grad_(grad and case.table_grad)
     elif case.positions == "relative":
         tables["rel_key"] = normal(s.heads, s.columns, s.head_dim, learned=case.table_grad)

@@ -28,7 +28,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if call.when == "call" and fixture is not None:
         name = item.name.split("[")[0].removeprefix("test_")
         extra = dict(fixture.extra_info)
-        row: dict[str, Any] = {"group": fixture.group or name, "case": extra.pop("case", fixture.param or name)}
+        row: dict[str, Any] = {
+            "group": fixture.group or name,
+            "case": extra.pop("case", fixture.param or name),
+        }
         if report.passed and fixture.stats:
             stats = fixture.stats.stats
             row |= {"median_s": stats.median, "min_s": stats.min, "max_s": stats.max, "rounds": stats.rounds}

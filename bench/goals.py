@@ -46,11 +46,15 @@ class Goal:
 def select(rows: list[Row], case: str | None = OURS, **fields: Any) -> list[Row]:
     """Measured rows of a case with these fields; a field given as a tuple may have any of its values."""
     return [
-        row for row in rows
-        if "median_s" in row and (case is None or row["case"] == case)
-        and all(row.get("extra", {}).get(name) in (want if isinstance(want, tuple) else (want,))
-                for name, want in fields.items())
-    ]  # fmt: skip
+        row
+        for row in rows
+        if "median_s" in row
+        and (case is None or row["case"] == case)
+        and all(
+            row.get("extra", {}).get(name) in (want if isinstance(want, tuple) else (want,))
+            for name, want in fields.items()
+        )
+    ]
 
 
 def _where(row: Row) -> str:
@@ -69,8 +73,13 @@ def over(best_of: str, **fields: Any) -> Callable[[list[Row]], Found]:
     def find(rows: list[Row]) -> Found:
         found = []
         for ours in select(rows, **fields):
-            peers = [r["median_s"] for r in select(rows, None) if r["group"] == ours["group"]
-                     and r["case"].startswith(best_of) and r["case"] != "SDPA without positions"]  # fmt: skip
+            peers = [
+                r["median_s"]
+                for r in select(rows, None)
+                if r["group"] == ours["group"]
+                and r["case"].startswith(best_of)
+                and r["case"] != "SDPA without positions"
+            ]
             if peers:
                 found.append((min(peers) / ours["median_s"], _where(ours)))
         return found
@@ -83,7 +92,11 @@ def ratio(top: dict[str, Any], bottom: dict[str, Any], case: str = OURS) -> Call
 
     def find(rows: list[Row]) -> Found:
         below = {_where(r): r["median_s"] for r in select(rows, case, **bottom)}
-        return [(r["median_s"] / below[_where(r)], _where(r)) for r in select(rows, case, **top) if _where(r) in below]
+        return [
+            (r["median_s"] / below[_where(r)], _where(r))
+            for r in select(rows, case, **top)
+            if _where(r) in below
+        ]
 
     return find
 
@@ -93,15 +106,21 @@ def between(what: str, top: str, bottom: str, **fields: Any) -> Callable[[list[R
 
     def find(rows: list[Row]) -> Found:
         below = {r["group"]: r["median_s"] for r in select(rows, bottom, what=what, **fields)}
-        return [(r["median_s"] / below[r["group"]], _where(r))
-                for r in select(rows, top, what=what, **fields) if r["group"] in below]  # fmt: skip
+        return [
+            (r["median_s"] / below[r["group"]], _where(r))
+            for r in select(rows, top, what=what, **fields)
+            if r["group"] in below
+        ]
 
     return find
 
 
-def extra(name: str, scale: float = 1.0, case: str | None = OURS, **fields: Any) -> Callable[[list[Row]], Found]:
-    return lambda rows: [(scale * r["extra"][name], _where(r)) for r in select(rows, case, **fields)
-                         if name in r["extra"]]  # fmt: skip
+def extra(
+    name: str, scale: float = 1.0, case: str | None = OURS, **fields: Any
+) -> Callable[[list[Row]], Found]:
+    return lambda rows: [
+        (scale * r["extra"][name], _where(r)) for r in select(rows, case, **fields) if name in r["extra"]
+    ]
 
 
 def seconds(scale: float = 1.0, case: str | None = OURS, **fields: Any) -> Callable[[list[Row]], Found]:
@@ -118,73 +137,231 @@ def _pass(which: str) -> dict[str, str]:
 
 
 GPU_GOALS = (
-    Goal("forward, share of the floor, D 128, K = 2", 0.75, 0.90, share(**LEARNED, **_pass("forward"), D=128, K=2)),
-    Goal("forward, share of the floor, D 128, K ≥ 10", 0.85, 0.93,
-         share(**LEARNED, **_pass("forward"), D=128, K=(10, 40))),
-    Goal("forward, share of the floor, D 64, K = 2", 0.70, 0.87, share(**LEARNED, **_pass("forward"), D=64, K=2)),
-    Goal("forward, share of the floor, D 64, K ≥ 10", 0.80, 0.91,
-         share(**LEARNED, **_pass("forward"), D=64, K=(10, 40))),
-    Goal("backward without table gradient, share of the floor, D 128", 0.70, 0.87,
-         share(**FIXED, **_pass("backward"), D=128)),
-    Goal("backward without table gradient, share of the floor, D 64", 0.60, 0.82,
-         share(**FIXED, **_pass("backward"), D=64)),
-    Goal("table gradient: backward with over without", 1.15, 1.04,
-         ratio({**LEARNED, **_pass("backward")}, {**FIXED, **_pass("backward")}), smaller=True),
-    Goal("relative keys over additive bias, forward, K = 2", 1.35, 1.15,
-         ratio({**RELATIVE, **_pass("forward"), "K": 2}, {**LEARNED, **_pass("forward"), "K": 2}), smaller=True),
-    Goal("relative keys over additive bias, forward, K = 40", 1.08, 1.03,
-         ratio({**RELATIVE, **_pass("forward"), "K": 40}, {**LEARNED, **_pass("forward"), "K": 40}), smaller=True),
-    Goal("over the best FlexAttention: forward", 1.1, 1.5, over("Flex", **LEARNED, **_pass("forward")), unit="×"),
-    Goal("over the best FlexAttention: backward", 1.25, 1.7, over("Flex", **FIXED, **_pass("backward")), unit="×"),
-    Goal("over the best FlexAttention: backward with learned table", 2, 4,
-         over("Flex", **LEARNED, **_pass("backward")), unit="×"),
-    Goal("over the best FlexAttention: relative keys, forward + backward", 1.8, 3,
-         over("Flex", **RELATIVE, **_pass("forward+backward")), unit="×"),
+    Goal(
+        "forward, share of the floor, D 128, K = 2",
+        0.75,
+        0.90,
+        share(**LEARNED, **_pass("forward"), D=128, K=2),
+    ),
+    Goal(
+        "forward, share of the floor, D 128, K ≥ 10",
+        0.85,
+        0.93,
+        share(**LEARNED, **_pass("forward"), D=128, K=(10, 40)),
+    ),
+    Goal(
+        "forward, share of the floor, D 64, K = 2",
+        0.70,
+        0.87,
+        share(**LEARNED, **_pass("forward"), D=64, K=2),
+    ),
+    Goal(
+        "forward, share of the floor, D 64, K ≥ 10",
+        0.80,
+        0.91,
+        share(**LEARNED, **_pass("forward"), D=64, K=(10, 40)),
+    ),
+    Goal(
+        "backward without table gradient, share of the floor, D 128",
+        0.70,
+        0.87,
+        share(**FIXED, **_pass("backward"), D=128),
+    ),
+    Goal(
+        "backward without table gradient, share of the floor, D 64",
+        0.60,
+        0.82,
+        share(**FIXED, **_pass("backward"), D=64),
+    ),
+    Goal(
+        "table gradient: backward with over without",
+        1.15,
+        1.04,
+        ratio({**LEARNED, **_pass("backward")}, {**FIXED, **_pass("backward")}),
+        smaller=True,
+    ),
+    Goal(
+        "relative keys over additive bias, forward, K = 2",
+        1.35,
+        1.15,
+        ratio({**RELATIVE, **_pass("forward"), "K": 2}, {**LEARNED, **_pass("forward"), "K": 2}),
+        smaller=True,
+    ),
+    Goal(
+        "relative keys over additive bias, forward, K = 40",
+        1.08,
+        1.03,
+        ratio({**RELATIVE, **_pass("forward"), "K": 40}, {**LEARNED, **_pass("forward"), "K": 40}),
+        smaller=True,
+    ),
+    Goal(
+        "over the best FlexAttention: forward",
+        1.1,
+        1.5,
+        over("Flex", **LEARNED, **_pass("forward")),
+        unit="×",
+    ),
+    Goal(
+        "over the best FlexAttention: backward",
+        1.25,
+        1.7,
+        over("Flex", **FIXED, **_pass("backward")),
+        unit="×",
+    ),
+    Goal(
+        "over the best FlexAttention: backward with learned table",
+        2,
+        4,
+        over("Flex", **LEARNED, **_pass("backward")),
+        unit="×",
+    ),
+    Goal(
+        "over the best FlexAttention: relative keys, forward + backward",
+        1.8,
+        3,
+        over("Flex", **RELATIVE, **_pass("forward+backward")),
+        unit="×",
+    ),
     Goal("over the best masked SDPA: forward", 1.4, 2, over("SDPA", **LEARNED, **_pass("forward")), unit="×"),
-    Goal("over the best masked SDPA: forward + backward with bias gradient", 1.8, 3,
-         over("SDPA", **LEARNED, **_pass("forward+backward")), unit="×"),
-    Goal("peak memory beyond inputs, outputs and gradients", 2, 1,
-         extra("extra_share", 100, what="memory"), smaller=True, unit=" %"),
-    Goal("absorbed over materialised in training, D 128, K = 10", 1.25, 1.6,
-         between("absorbed training", "materialised", "absorbed", D=128, K=10, **_pass("forward+backward")), unit="×"),
-    Goal("absorbed over materialised in training, D 128, K = 40", 1.4, 1.8,
-         between("absorbed training", "materialised", "absorbed", D=128, K=40, **_pass("forward+backward")), unit="×"),
-    Goal('projection="auto" over the better of the two', 1.03, 1.0,
-         lambda rows: _auto_over_best(rows), smaller=True),
-    Goal("absorbed decoding, share of bandwidth", 0.70, 0.87,
-         extra("share_of_floor", case="absorbed", what="decode", K=(10, 40))),
-    Goal("absorbed decoding over K/V decoding, 7.5B", 4, 7,
-         between("decode", "materialised", "absorbed", model="7.5B", K=(10, 40)), unit="×"),
-    Goal("absorbed decoding over K/V decoding, 172M", 1.4, 2,
-         between("decode", "materialised", "absorbed", model="172M", K=(10, 40)), unit="×"),
-    Goal("CPU overhead, forward without gradients", 40, 20,
-         seconds(1e6, what="overhead", **_pass("forward")), smaller=True, unit=" µs"),
-    Goal("CPU overhead, forward + backward", 120, 60,
-         seconds(1e6, what="overhead", **_pass("forward+backward")), smaller=True, unit=" µs"),
-    Goal("first call, warm cache", 1, 0.5, seconds(case="warm cache", what="first call"), smaller=True, unit=" s"),
-    Goal("first call, empty cache", 20, 10,
-         extra("cold_s", case="warm cache", what="first call"), smaller=True, unit=" s"),
-    Goal("gather on the GPU, share of copy bandwidth", 0.80, 0.90, extra("share_of_floor", case=None, what="gather")),
-    Goal("training with live retrieval: stall, share of the step", 3, 1,
-         extra("stall_share", 100, case=None, what="training"), smaller=True, unit=" %"),
-)  # fmt: skip
+    Goal(
+        "over the best masked SDPA: forward + backward with bias gradient",
+        1.8,
+        3,
+        over("SDPA", **LEARNED, **_pass("forward+backward")),
+        unit="×",
+    ),
+    Goal(
+        "peak memory beyond inputs, outputs and gradients",
+        2,
+        1,
+        extra("extra_share", 100, what="memory"),
+        smaller=True,
+        unit=" %",
+    ),
+    Goal(
+        "absorbed over materialised in training, D 128, K = 10",
+        1.25,
+        1.6,
+        between("absorbed training", "materialised", "absorbed", D=128, K=10, **_pass("forward+backward")),
+        unit="×",
+    ),
+    Goal(
+        "absorbed over materialised in training, D 128, K = 40",
+        1.4,
+        1.8,
+        between("absorbed training", "materialised", "absorbed", D=128, K=40, **_pass("forward+backward")),
+        unit="×",
+    ),
+    Goal(
+        'projection="auto" over the better of the two',
+        1.03,
+        1.0,
+        lambda rows: _auto_over_best(rows),
+        smaller=True,
+    ),
+    Goal(
+        "absorbed decoding, share of bandwidth",
+        0.70,
+        0.87,
+        extra("share_of_floor", case="absorbed", what="decode", K=(10, 40)),
+    ),
+    Goal(
+        "absorbed decoding over K/V decoding, 7.5B",
+        4,
+        7,
+        between("decode", "materialised", "absorbed", model="7.5B", K=(10, 40)),
+        unit="×",
+    ),
+    Goal(
+        "absorbed decoding over K/V decoding, 172M",
+        1.4,
+        2,
+        between("decode", "materialised", "absorbed", model="172M", K=(10, 40)),
+        unit="×",
+    ),
+    Goal(
+        "CPU overhead, forward without gradients",
+        40,
+        20,
+        seconds(1e6, what="overhead", **_pass("forward")),
+        smaller=True,
+        unit=" µs",
+    ),
+    Goal(
+        "CPU overhead, forward + backward",
+        120,
+        60,
+        seconds(1e6, what="overhead", **_pass("forward+backward")),
+        smaller=True,
+        unit=" µs",
+    ),
+    Goal(
+        "first call, warm cache",
+        1,
+        0.5,
+        seconds(case="warm cache", what="first call"),
+        smaller=True,
+        unit=" s",
+    ),
+    Goal(
+        "first call, empty cache",
+        20,
+        10,
+        extra("cold_s", case="warm cache", what="first call"),
+        smaller=True,
+        unit=" s",
+    ),
+    Goal(
+        "gather on the GPU, share of copy bandwidth",
+        0.80,
+        0.90,
+        extra("share_of_floor", case=None, what="gather"),
+    ),
+    Goal(
+        "training with live retrieval: stall, share of the step",
+        3,
+        1,
+        extra("stall_share", 100, case=None, what="training"),
+        smaller=True,
+        unit=" %",
+    ),
+)
 
 CPU_GOALS = (
-    Goal("module, additive bias, over SDPA with bias", 1.0, 1.2,
-         between("module", "SDPA with bias", OURS, positions="bias"), unit="×"),
-    Goal("module, relative positions: time over SDPA with bias", 1.15, 1.0,
-         between("module", OURS, "SDPA with bias", positions="relative"), smaller=True),
+    Goal(
+        "module, additive bias, over SDPA with bias",
+        1.0,
+        1.2,
+        between("module", "SDPA with bias", OURS, positions="bias"),
+        unit="×",
+    ),
+    Goal(
+        "module, relative positions: time over SDPA with bias",
+        1.15,
+        1.0,
+        between("module", OURS, "SDPA with bias", positions="relative"),
+        smaller=True,
+    ),
     Goal("host gather over numpy, warm", 3, 5, between("host gather", "numpy", OURS), unit="×"),
-    Goal("training with live retrieval: stall, share of the step", 5, 2,
-         extra("stall_share", 100, case=None, what="training"), smaller=True, unit=" %"),
-)  # fmt: skip
+    Goal(
+        "training with live retrieval: stall, share of the step",
+        5,
+        2,
+        extra("stall_share", 100, case=None, what="training"),
+        smaller=True,
+        unit=" %",
+    ),
+)
 
 
 def _auto_over_best(rows: list[Row]) -> Found:
     found = []
     for auto in select(rows, "auto", what="absorbed training"):
-        rivals = [r["median_s"] for r in select(rows, None) if r["group"] == auto["group"]
-                  and r["case"] in ("absorbed", "materialised")]  # fmt: skip
+        rivals = [
+            r["median_s"]
+            for r in select(rows, None)
+            if r["group"] == auto["group"] and r["case"] in ("absorbed", "materialised")
+        ]
         if rivals:
             found.append((auto["median_s"] / min(rivals), _where(auto)))
     return found
@@ -208,7 +385,9 @@ def report(result: dict[str, Any]) -> tuple[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--gpu", action="store_true", help="a GPU's goals, wherever it was measured (a rehearsal)")
+    parser.add_argument(
+        "--gpu", action="store_true", help="a GPU's goals, wherever it was measured (a rehearsal)"
+    )
     args = parser.parse_args()
     if not args.file.exists():
         parser.exit(2, f"goals: there is no {args.file}; python bench/run.py writes it.\n")

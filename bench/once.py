@@ -1,7 +1,7 @@
 """Run one case a few times and nothing else: what a profiler or a memory checker is put in front of.
 
-    ncu --clock-control none python bench/once.py --pass backward -D 128 -K 10
-    compute-sanitizer python bench/once.py --small
+ncu --clock-control none python bench/once.py --pass backward -D 128 -K 10
+compute-sanitizer python bench/once.py --small
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--lengths", action="store_true")
-    parser.add_argument("--small", action="store_true", help="a shape with a short last chunk that takes no time")
+    parser.add_argument(
+        "--small", action="store_true", help="a shape with a short last chunk that takes no time"
+    )
     parser.add_argument("--repeat", type=int, default=1)
     args = parser.parse_args()
     for positions in args.positions:

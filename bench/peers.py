@@ -47,8 +47,15 @@ def cut(t: Tensors) -> Blocks:
 
     keys = (blocks, neighbours * neighbour_len, heads, dim)
     lengths = None if t.lengths is None else t.lengths.reshape(blocks, neighbours)
-    return Blocks(rows(t.query), t.key.reshape(keys), t.value.reshape(keys), rows(t.grad_out), t.tables, lengths,
-                  t.wanted())  # fmt: skip
+    return Blocks(
+        rows(t.query),
+        t.key.reshape(keys),
+        t.value.reshape(keys),
+        rows(t.grad_out),
+        t.tables,
+        lengths,
+        t.wanted(),
+    )
 
 
 def uncut(out: Tensor, t: Tensors) -> Tensor:
@@ -105,7 +112,9 @@ def _real(case: Case, lengths: Tensor) -> Tensor:
 
 def _by_distance(b: Blocks) -> Tensor:
     """(q + v)·rel_key, [P, H, M, G]."""
-    return torch.einsum("pmhd,hgd->phmg", _with_bias(b.query, b.tables.get("position_bias")), b.tables["rel_key"])
+    return torch.einsum(
+        "pmhd,hgd->phmg", _with_bias(b.query, b.tables.get("position_bias")), b.tables["rel_key"]
+    )
 
 
 def _position_logits(case: Case, b: Blocks, dtype: torch.dtype) -> Tensor | None:
@@ -165,7 +174,11 @@ def _mask_learned(case: Case) -> bool:
 
 def _sdpa_why_not(backend: SDPBackend) -> Callable[[Case, str, bool], str | None]:
     def why_not(case: Case, device: str, grad: bool) -> str | None:
-        if backend == SDPBackend.FLASH_ATTENTION and device == "cuda" and (case.positions != "none" or case.lengths):
+        if (
+            backend == SDPBackend.FLASH_ATTENTION
+            and device == "cuda"
+            and (case.positions != "none" or case.lengths)
+        ):
             return "flash takes no mask"
         if backend == SDPBackend.FLASH_ATTENTION and grad and _mask_learned(case):
             return "flash has no gradient for its mask"
@@ -202,8 +215,13 @@ def _compiled(mode: str | None) -> Any:
     return torch.compile(flex_attention, dynamic=False, mode=mode)
 
 
-def _flex(fold: bool, query_block: int = 64, options: dict[str, Any] | None = None, mode: str | None = None,
-          compile: bool = True) -> Callable[[Case, Blocks], Attend]:  # fmt: skip
+def _flex(
+    fold: bool,
+    query_block: int = 64,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    compile: bool = True,
+) -> Callable[[Case, Blocks], Attend]:
     def build(case: Case, b: Blocks) -> Attend:
         attention = _compiled(mode) if compile else flex_attention
         block_mask = None if fold else _chunk_mask(case, b, query_block)
@@ -222,9 +240,13 @@ def _flex(fold: bool, query_block: int = 64, options: dict[str, Any] | None = No
                     by_distance = by_distance.unflatten(0, (shape.batch, -1)).transpose(1, 2).flatten(2, 3)
             query = _with_bias(b.query, b.tables.get("content_bias"))
             out = attention(
-                lay(query), lay(b.key), lay(b.value), score_mod=_score_mod(case, b, by_distance, fold),
-                block_mask=block_mask, kernel_options=options,
-            )  # fmt: skip
+                lay(query),
+                lay(b.key),
+                lay(b.value),
+                score_mod=_score_mod(case, b, by_distance, fold),
+                block_mask=block_mask,
+                kernel_options=options,
+            )
             return out.transpose(1, 2).reshape(b.query.shape)
 
         return attend
@@ -246,9 +268,14 @@ def _chunk_mask(case: Case, b: Blocks, query_block: int) -> BlockMask:
         return own & (j % s.neighbour_len < lengths[batch, chunk, j % s.keys // s.neighbour_len])
 
     return create_block_mask(
-        mask_mod, None if lengths is None else s.batch, None, s.chunks * s.chunk, s.chunks * s.keys,
-        device=b.query.device.type, BLOCK_SIZE=(query_block, s.neighbour_len if query_block == s.chunk else s.keys),
-    )  # fmt: skip
+        mask_mod,
+        None if lengths is None else s.batch,
+        None,
+        s.chunks * s.chunk,
+        s.chunks * s.keys,
+        device=b.query.device.type,
+        BLOCK_SIZE=(query_block, s.neighbour_len if query_block == s.chunk else s.keys),
+    )
 
 
 def _flex_why_not(case: Case, device: str, grad: bool) -> str | None:
@@ -264,15 +291,39 @@ def _never(case: Case, device: str, grad: bool) -> None:
 
 
 # The main kernel instead of the decoding one, with tiles that fit 64 rows; w4 and w8 differ in the key tile.
-_TILES_W4 = {"FORCE_USE_FLEX_ATTENTION": True, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4,
-             "fwd_num_stages": 2, "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
-             "bwd_num_warps": 4, "bwd_num_stages": 2}  # fmt: skip
-_TILES_W8 = {"FORCE_USE_FLEX_ATTENTION": True, "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 128, "fwd_num_warps": 4,
-             "fwd_num_stages": 2, "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 128, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64,
-             "bwd_num_warps": 8, "bwd_num_stages": 2}  # fmt: skip
+_TILES_W4 = {
+    "FORCE_USE_FLEX_ATTENTION": True,
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 64,
+    "fwd_num_warps": 4,
+    "fwd_num_stages": 2,
+    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 4,
+    "bwd_num_stages": 2,
+}
+_TILES_W8 = {
+    "FORCE_USE_FLEX_ATTENTION": True,
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 128,
+    "fwd_num_warps": 4,
+    "fwd_num_stages": 2,
+    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_N1": 128,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 8,
+    "bwd_num_stages": 2,
+}
 
-_SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-         "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
+_SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 PEERS: tuple[Peer, ...] = (
     Peer("einsum", _einsum, _never),
@@ -280,10 +331,13 @@ PEERS: tuple[Peer, ...] = (
     Peer("FlexAttention, chunks as batch", _flex(True), _flex_why_not, as_written=True),
     Peer("FlexAttention, chunks as batch, tiles 64x64", _flex(True, options=_TILES_W4), _flex_why_not),
     Peer("FlexAttention, chunks as batch, tiles 64x128", _flex(True, options=_TILES_W8), _flex_why_not),
-    Peer("FlexAttention, block mask 64, max-autotune",
-         _flex(False, 64, mode="max-autotune-no-cudagraphs"), _flex_why_not),
+    Peer(
+        "FlexAttention, block mask 64, max-autotune",
+        _flex(False, 64, mode="max-autotune-no-cudagraphs"),
+        _flex_why_not,
+    ),
     Peer("FlexAttention, block mask 128", _flex(False, 128), _flex_why_not),
-)  # fmt: skip
+)
 
 WITHOUT_POSITIONS = Peer(
     "SDPA without positions",
@@ -293,9 +347,16 @@ WITHOUT_POSITIONS = Peer(
 )
 
 
-def sdpa_chunked_cross_attention(query: Tensor, key: Tensor, value: Tensor, *, chunk_size: int = 64,
-                                 neighbour_lengths: Tensor | None = None, backend: str | None = None,
-                                 **tables: Tensor | None) -> Tensor:  # fmt: skip
+def sdpa_chunked_cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    chunk_size: int = 64,
+    neighbour_lengths: Tensor | None = None,
+    backend: str | None = None,
+    **tables: Tensor | None,
+) -> Tensor:
     """The library's function on SDPA with a materialised mask: what a model is built on where there is no kernel."""
     batch, tokens, heads, dim = query.shape
     if key.shape[1] == 0:
@@ -306,9 +367,16 @@ def sdpa_chunked_cross_attention(query: Tensor, key: Tensor, value: Tensor, *, c
     return uncut(_attend_with_sdpa(shape, cut(t)), t)
 
 
-def sdpa_block_attention(query: Tensor, key: Tensor, value: Tensor, *, lengths: Tensor | None = None,
-                         key_repeat: int = 1, backend: str | None = None,
-                         **tables: Tensor | None) -> Tensor:  # fmt: skip
+def sdpa_block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    key_repeat: int = 1,
+    backend: str | None = None,
+    **tables: Tensor | None,
+) -> Tensor:
     """`block_attention` in the same way."""
     blocks, rows, heads, dim = query.shape
     key, value = (x.repeat_interleave(key_repeat, 0) if key_repeat > 1 else x for x in (key, value))
@@ -316,11 +384,15 @@ def sdpa_block_attention(query: Tensor, key: Tensor, value: Tensor, *, lengths: 
         lengths = lengths.repeat_interleave(key_repeat, 0)
     given = {name: table for name, table in tables.items() if table is not None}
     shape = Shape(blocks, rows, heads, dim, key.shape[1], rows, key.shape[2])
-    return _attend_with_sdpa(shape, Blocks(query, key.flatten(1, 2), value.flatten(1, 2), query, given, lengths, []))
+    return _attend_with_sdpa(
+        shape, Blocks(query, key.flatten(1, 2), value.flatten(1, 2), query, given, lengths, [])
+    )
 
 
 def _attend_with_sdpa(shape: Shape, b: Blocks) -> Tensor:
-    positions: Positions = "relative" if "rel_key" in b.tables else "bias" if "rel_bias" in b.tables else "none"
+    positions: Positions = (
+        "relative" if "rel_key" in b.tables else "bias" if "rel_bias" in b.tables else "none"
+    )
     out = _sdpa(*_SDPA.values())(Case(shape, positions, b.lengths is not None), b)(b)
     if b.lengths is not None:  # a row without keys is NaN in SDPA
         out = torch.where((b.lengths > 0).any(1)[:, None, None, None], out, 0.0)

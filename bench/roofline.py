@@ -114,7 +114,9 @@ def absorbed_training(s: Shape, encoder_dim: int, which: Pass, e: int = 2) -> li
     narrow, wide = rows * s.head_dim * e, rows * encoder_dim * e  # q or out; q~ or o~
     states, weights = s.blocks * s.keys * encoder_dim * e, rows * s.keys * e
     fold = Cost(narrow + wide, 2 * rows * s.head_dim * encoder_dim)
-    product = Cost(wide + states + weights, 2 * rows * s.keys * encoder_dim)  # between q~ or o~, E, and the weights
+    product = Cost(
+        wide + states + weights, 2 * rows * s.keys * encoder_dim
+    )  # between q~ or o~, E, and the weights
     if which == "forward":
         return [fold, product, Cost(2 * weights, 0), product, fold]
     # each product has two gradients; the softmax reads weights and their gradient and writes that of the logits
@@ -141,8 +143,12 @@ def gather(ids: int, chunk: int = 64, element: int = 2, out_element: int = 8) ->
 
 # The share of the floor that the prototypes' static figures suggest (registers, spills, resident programs), low and
 # high. Not measured; the run on a GPU is to refute it.
-EXPECTED = {("forward", 128): (0.80, 0.90), ("forward", 64): (0.75, 0.88),
-            ("backward", 128): (0.70, 0.85), ("backward", 64): (0.60, 0.80)}  # fmt: skip
+EXPECTED = {
+    ("forward", 128): (0.80, 0.90),
+    ("forward", 64): (0.75, 0.88),
+    ("backward", 128): (0.70, 0.85),
+    ("backward", 64): (0.60, 0.80),
+}
 
 
 ENCODER_DIM = 896
@@ -151,8 +157,13 @@ MODELS = (("172M", 16, 64), ("425M", 12, 128), ("1.5B", 16, 128), ("7.5B", 32, 1
 
 def _rivals(group: str, floors: dict[str, float]) -> dict[str, object]:
     absorbed, materialised = floors["absorbed"], floors["materialised"]
-    return {"predicted": True, "group": group, "floor_s": absorbed, "materialised_floor_s": materialised,
-            "floor_ratio": round(materialised / absorbed, 3)}  # fmt: skip
+    return {
+        "predicted": True,
+        "group": group,
+        "floor_s": absorbed,
+        "materialised_floor_s": materialised,
+        "floor_ratio": round(materialised / absorbed, 3),
+    }
 
 
 def predictions() -> dict[str, object]:
@@ -167,23 +178,42 @@ def predictions() -> dict[str, object]:
                 low, high = EXPECTED[which, s.head_dim]
                 # short loops (two neighbours) sit at the lower end, long ones at the upper
                 share = {2: low, 10: (low + high) / 2, 40: high}[s.neighbours]
-                rows.append({
-                    "predicted": True, "group": f"cca {which}: {case}", **case.fields(), "pass": which,
-                    "bytes": cost.bytes, "flops": cost.flops, "floor_s": floor, "predicted_share": round(share, 3),
-                    "predicted_s": floor / share,
-                })  # fmt: skip
-        floors = {"absorbed": H200.floor(*absorbed_training(s, ENCODER_DIM, "forward+backward")),
-                  "materialised": H200.floor(*materialised_training(s, ENCODER_DIM, "forward+backward"))}  # fmt: skip
-        rows.append(_rivals(f"absorbed training: {s}", floors) | {**Case(s).fields(), "pass": "forward+backward"})
+                rows.append(
+                    {
+                        "predicted": True,
+                        "group": f"cca {which}: {case}",
+                        **case.fields(),
+                        "pass": which,
+                        "bytes": cost.bytes,
+                        "flops": cost.flops,
+                        "floor_s": floor,
+                        "predicted_share": round(share, 3),
+                        "predicted_s": floor / share,
+                    }
+                )
+        floors = {
+            "absorbed": H200.floor(*absorbed_training(s, ENCODER_DIM, "forward+backward")),
+            "materialised": H200.floor(*materialised_training(s, ENCODER_DIM, "forward+backward")),
+        }
+        rows.append(
+            _rivals(f"absorbed training: {s}", floors) | {**Case(s).fields(), "pass": "forward+backward"}
+        )
     for name, heads, head_dim in MODELS:
         for neighbours in (2, 10, 40):
             costs = decode(64, heads, head_dim, neighbours * 128, ENCODER_DIM)
             floors = {way: H200.floor(cost) for way, cost in costs.items()}
-            rows.append(_rivals(f"decode, batch 64: {name} K{neighbours}", floors) | {"model": name, "K": neighbours})
-    rows.append({
-        "predicted": True, "group": "gather of 327,680 ids on the GPU", "floor_s": H200.floor(gather(327_680)),
-        "predicted_s": H200.floor(gather(327_680)) / 0.8, "predicted_share": 0.8,
-    })  # fmt: skip
+            rows.append(
+                _rivals(f"decode, batch 64: {name} K{neighbours}", floors) | {"model": name, "K": neighbours}
+            )
+    rows.append(
+        {
+            "predicted": True,
+            "group": "gather of 327,680 ids on the GPU",
+            "floor_s": H200.floor(gather(327_680)),
+            "predicted_s": H200.floor(gather(327_680)) / 0.8,
+            "predicted_share": 0.8,
+        }
+    )
     return {
         "note": "Predictions for an H200: nothing here was measured on a GPU. floor_s is arithmetic; predicted_share "
         "is what the static figures (registers, spills, resident programs) lead one to expect. floor_ratio is that of "
@@ -202,9 +232,15 @@ def print_floors(ceilings: Ceilings, gpu: bool, e: int) -> None:
         for positions in ("bias", "relative"):
             for which in ("forward", "backward"):
                 cost = attention(Case(s, positions), which, e)
-                bound = "memory" if cost.bytes / ceilings.bandwidth > cost.flops / ceilings.matmul else "arithmetic"
-                print(f"| {Case(s, positions)} | {which} | {cost.bytes / 1e9:.3f} | {cost.flops / 1e9:.1f} | "
-                      f"{cost.flops / cost.bytes:.0f} | {ceilings.floor(cost) * 1e6:,.0f} µs | {bound} |")  # fmt: skip
+                bound = (
+                    "memory"
+                    if cost.bytes / ceilings.bandwidth > cost.flops / ceilings.matmul
+                    else "arithmetic"
+                )
+                print(
+                    f"| {Case(s, positions)} | {which} | {cost.bytes / 1e9:.3f} | {cost.flops / 1e9:.1f} | "
+                    f"{cost.flops / cost.bytes:.0f} | {ceilings.floor(cost) * 1e6:,.0f} µs | {bound} |"
+                )
 
 
 def main() -> None:

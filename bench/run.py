@@ -25,8 +25,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch", "triton", "numpy", "faiss-cpu", "faiss-gpu", "hnswlib", "usearch", "scann", "transformers",
-            "sentencepiece")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "faiss-cpu",
+    "faiss-gpu",
+    "hnswlib",
+    "usearch",
+    "scann",
+    "transformers",
+    "sentencepiece",
+)
 
 
 def processor() -> str:
@@ -90,8 +100,11 @@ def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
         return new
     commit = old["environment"]["commit"]
     have = {(r["group"], r["case"]) for r in new["results"]}
-    kept = [r if "commit" in r or commit == new["environment"]["commit"] else {**r, "commit": commit}
-            for r in old["results"] if (r["group"], r["case"]) not in have]  # fmt: skip
+    kept = [
+        r if "commit" in r or commit == new["environment"]["commit"] else {**r, "commit": commit}
+        for r in old["results"]
+        if (r["group"], r["case"]) not in have
+    ]
     return {**new, "ceilings": new["ceilings"] or old.get("ceilings", {}), "results": kept + new["results"]}
 
 
@@ -108,18 +121,41 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-k", default="", help="only cases whose name matches, as pytest's -k")
     parser.add_argument("--out", type=Path, help="result file (default: bench/results/<cpu or gpu>.json)")
     parser.add_argument("--merge", action="store_true", help="keep the file's other rows")
-    parser.add_argument("--seconds", type=float, help="stop after so long, and keep what was measured until then")
-    parser.add_argument("--rehearse", "--quick", action="store_true",
-                        help="tiny sizes, once each, and nothing written unless --out is given")  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, help="stop after so long, and keep what was measured until then"
+    )
+    parser.add_argument(
+        "--rehearse",
+        "--quick",
+        action="store_true",
+        help="tiny sizes, once each, and nothing written unless --out is given",
+    )
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         rows_file = Path(folder) / "rows.jsonl"
-        command = [sys.executable, "-m", "pytest", *(args.files or [str(HERE)]), "-o", "python_files=bench_*.py", "-q",
-                   "-k", args.k, "-p", "no:cacheprovider", "--benchmark-only", "--benchmark-quiet", "-rf",
-                   "-W", "ignore:Benchmark fixture was not used"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *(args.files or [str(HERE)]),
+            "-o",
+            "python_files=bench_*.py",
+            "-q",
+            "-k",
+            args.k,
+            "-p",
+            "no:cacheprovider",
+            "--benchmark-only",
+            "--benchmark-quiet",
+            "-rf",
+            "-W",
+            "ignore:Benchmark fixture was not used",
+        ]
         tiny = {"RETRO_BENCH_TINY": "1"} if args.rehearse else {}
-        with subprocess.Popen(command, env={**os.environ, "RETRO_BENCH_ROWS": str(rows_file), **tiny}) as process:
+        with subprocess.Popen(
+            command, env={**os.environ, "RETRO_BENCH_ROWS": str(rows_file), **tiny}
+        ) as process:
             # told to end, it still writes what the cases left
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:

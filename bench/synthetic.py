@@ -46,7 +46,9 @@ class Store:
 
     chunk_size = 64
 
-    def __init__(self, n: int, dim: int = 384, vocab_size: int = 8192, device: torch.device | None = None) -> None:
+    def __init__(
+        self, n: int, dim: int = 384, vocab_size: int = 8192, device: torch.device | None = None
+    ) -> None:
         device = device or torch.device("cpu")
         self.num_chunks = n
         self.embeddings = vectors(n, dim, device).cpu().numpy()

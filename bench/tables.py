@@ -15,7 +15,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 # <!-- bench:cpu --> for a whole result file, <!-- bench:cpu cca forward --> for the groups whose name begins so
-MARKER = re.compile(r"(<!-- bench:(?P<name>[\w-]+)(?: (?P<only>[^>]*?))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+MARKER = re.compile(
+    r"(<!-- bench:(?P<name>[\w-]+)(?: (?P<only>[^>]*?))? -->\n).*?(<!-- /bench -->)", re.DOTALL
+)
 
 
 def conditions(result: dict[str, Any]) -> str:
@@ -47,12 +49,16 @@ def note(extra: dict[str, Any]) -> str:
     if "share_of_floor" in extra:
         parts.append(f"{100 * extra['share_of_floor']:.0f} % of the floor's speed")
     if "extra_bytes" in extra:
-        parts.append(f"{extra['extra_bytes'] / 2**20:,.1f} MiB beyond inputs, outputs, gradients "
-                     f"({100 * extra['extra_share']:.1f} %)")  # fmt: skip
+        parts.append(
+            f"{extra['extra_bytes'] / 2**20:,.1f} MiB beyond inputs, outputs, gradients "
+            f"({100 * extra['extra_share']:.1f} %)"
+        )
     if "cold_s" in extra:
         parts.append(f"{duration(extra['cold_s'])} with an empty cache")
-    parts += [f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-              for name, value in extra.get("shown", {}).items()]  # fmt: skip
+    parts += [
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in extra.get("shown", {}).items()
+    ]
     return ", ".join(parts)
 
 

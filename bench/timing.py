@@ -82,8 +82,9 @@ def wall_seconds(call: Call) -> float:
     return time.perf_counter() - begin
 
 
-def measure(benchmark: Any, calls: Call | Sequence[Call], rounds: int | None = None, wall: bool = False,
-            **extra: Any) -> float:  # fmt: skip
+def measure(
+    benchmark: Any, calls: Call | Sequence[Call], rounds: int | None = None, wall: bool = False, **extra: Any
+) -> float:
     """Time `calls` (buffer sets taken in turn) as one pytest-benchmark case; returns the median in seconds.
 
     `extra` goes into the result row. The samples are handed to the fixture instead of being taken by it, because its
@@ -132,7 +133,9 @@ def cpu_seconds_per_call(call: Call, repeats: int = 100) -> float:
 
 def size(tensors: Sequence[Tensor | None]) -> int:
     """Bytes of the distinct storages behind some tensors."""
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x is not None}
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x is not None
+    }
     return sum(storages.values())
 
 

@@ -1,6 +1,7 @@
 """The command line. Nothing heavy is imported before the arguments have been read.
 
-A verb prints its result on standard output, with --json as one JSON object, and everything else on standard error. Exit status: 0
+A verb prints its result on standard output, with --json as one JSON object, and everything else on standard
+error. Exit status: 0
 where all that was asked is done, 2 for arguments or input that cannot be used (one line says why), 130 after Ctrl-C.
 """
 
@@ -104,24 +105,31 @@ def _nearest(given: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _number(kind: type, low: float | None = None, above: float | None = None,
-            high: float | None = None) -> Callable[[str], Any]:  # fmt: skip
+def _number(
+    kind: type, low: float | None = None, above: float | None = None, high: float | None = None
+) -> Callable[[str], Any]:
     """A converter that says what is allowed."""
     allowed = " ".join(
-        part for part in (
+        part
+        for part in (
             "an integer" if kind is int else "a number",
             f"of at least {low:g}" if low is not None else "",
             f"above {above:g}" if above is not None else "",
             f"and at most {high:g}" if high is not None else "",
-        ) if part
-    )  # fmt: skip
+        )
+        if part
+    )
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}") from None
-        inside = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        inside = (
+            (low is None or value >= low)
+            and (above is None or value > above)
+            and (high is None or value <= high)
+        )
         if not inside or value in (float("inf"), float("-inf")):
             raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
         return value
@@ -133,7 +141,9 @@ _COUNT, _NATURAL = _number(int, low=1), _number(int, low=0)
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog=PROG, description="RETRO: language models that retrieve, from raw text to a trained model.")
+    parser = _Parser(
+        prog=PROG, description="RETRO: language models that retrieve, from raw text to a trained model."
+    )
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="verb", required=True)
 
@@ -145,13 +155,21 @@ def _parser() -> _Parser:
 
     info = verb("info", _info, "which backends work here, and why the others do not")
     info.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_demo(verb("demo", _demo, "train, evaluate and generate on real text that is already here, in minutes"))
+    _add_demo(
+        verb("demo", _demo, "train, evaluate and generate on real text that is already here, in minutes")
+    )
     _add_index(verb("index", _index, "build a retrieval set from text"))
     _add_search(verb("search", _search, "print the neighbours of a text"))
     _add_train(verb("train", _train, "train a model, with a retrieval set or without"))
-    _add_eval(verb("eval", _eval, "bits per byte of held-out text: RETRO on, off, shuffled, filtered by leakage"))
+    _add_eval(
+        verb("eval", _eval, "bits per byte of held-out text: RETRO on, off, shuffled, filtered by leakage")
+    )
     _add_generate(verb("generate", _generate, "continue a prompt, retrieving at every chunk"))
-    _add_neighbours(verb("neighbours", _neighbours, "find the neighbours of a training corpus once, for train --neighbours"))
+    _add_neighbours(
+        verb(
+            "neighbours", _neighbours, "find the neighbours of a training corpus once, for train --neighbours"
+        )
+    )
     _add_dedup(verb("dedup", _dedup, "find training text that copies evaluation text"))
     bench = verb("bench", _bench, "time the kernels and the steps (in a checkout)")
     bench.add_argument("-k", default="", metavar="NAME", help="only cases whose name matches")
@@ -165,32 +183,64 @@ def _add_set(parser: _Parser, *, required: bool, help: str) -> None:
 
 
 def _add_device(parser: _Parser, default: str | None = "auto") -> None:
-    parser.add_argument("--device", default=default, metavar="D", help="cpu, cuda, cuda:1; default: a GPU where there is one")
+    parser.add_argument(
+        "--device", default=default, metavar="D", help="cpu, cuda, cuda:1; default: a GPU where there is one"
+    )
 
 
 def _add_demo(parser: _Parser) -> None:
-    parser.add_argument("--corpus", metavar="PATH", help="text to use (default: the sources of Python's standard library)")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="where set, models and report go (default: %(default)s)")
-    parser.add_argument("--steps", type=_COUNT, default=None, metavar="N", help="training steps of each model")
+    parser.add_argument(
+        "--corpus", metavar="PATH", help="text to use (default: the sources of Python's standard library)"
+    )
+    parser.add_argument(
+        "--out", default="demo", metavar="DIR", help="where set, models and report go (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=_COUNT, default=None, metavar="N", help="training steps of each model"
+    )
     parser.add_argument("--embedder", metavar="PATH", help="as for index")
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_index(parser: _Parser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="folders, text files, .jsonl, .gz, .xz, - for stdin")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="folders, text files, .jsonl, .gz, .xz, - for stdin"
+    )
     parser.add_argument("--out", required=True, metavar="SET", help="folder of the retrieval set")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="SentencePiece model (default: one is trained on the text)")
-    parser.add_argument("--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained")
-    parser.add_argument("--embedder", metavar="PATH", help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2)")
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL", help="SentencePiece model (default: one is trained on the text)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained"
+    )
+    parser.add_argument(
+        "--embedder", metavar="PATH", help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2)"
+    )
     parser.add_argument("--index", metavar="FACTORY", help="FAISS factory string (default: chosen by size)")
-    parser.add_argument("--tune", type=_number(float, above=0, high=1), nargs="?", const=0.95, metavar="RECALL",
-                        help="find the fastest search setting with this recall@10 (default: 0.95)")  # fmt: skip
-    parser.add_argument("--include", action="append", default=[], metavar="PATTERN", help="only such files of folders")
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="no such files of folders")
-    parser.add_argument("--chunk-size", type=_COUNT, default=64, metavar="M", help="tokens in a chunk (default: 64)")
-    parser.add_argument("--part", metavar="I/N", help="only every N-th document from the I-th (0-based) on, to be merged")
-    parser.add_argument("--append", action="store_true", help="add the text to the set SET instead of building one")
+    parser.add_argument(
+        "--tune",
+        type=_number(float, above=0, high=1),
+        nargs="?",
+        const=0.95,
+        metavar="RECALL",
+        help="find the fastest search setting with this recall@10 (default: 0.95)",
+    )
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN", help="only such files of folders"
+    )
+    parser.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="no such files of folders"
+    )
+    parser.add_argument(
+        "--chunk-size", type=_COUNT, default=64, metavar="M", help="tokens in a chunk (default: 64)"
+    )
+    parser.add_argument(
+        "--part", metavar="I/N", help="only every N-th document from the I-th (0-based) on, to be merged"
+    )
+    parser.add_argument(
+        "--append", action="store_true", help="add the text to the set SET instead of building one"
+    )
     parser.add_argument("--merge", action="store_true", help="the PATHs are sets; join them into SET")
     parser.add_argument("--overwrite", action="store_true", help="replace a set made from other text")
     _add_device(parser, default=None)
@@ -200,22 +250,35 @@ def _add_index(parser: _Parser) -> None:
 def _add_search(parser: _Parser) -> None:
     parser.add_argument("text", metavar="TEXT")
     _add_set(parser, required=True, help="retrieval set")
-    parser.add_argument("-k", type=_COUNT, default=5, metavar="N", help="neighbours to show (default: %(default)s)")
-    parser.add_argument("--retriever", default="dense", metavar="NAME", help="dense, bm25, random, dense+bm25, dense+edit, …")
+    parser.add_argument(
+        "-k", type=_COUNT, default=5, metavar="N", help="neighbours to show (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--retriever", default="dense", metavar="NAME", help="dense, bm25, random, dense+bm25, dense+edit, …"
+    )
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_train(parser: _Parser) -> None:
-    """The options are the fields of TrainConfig. Those not given stay out of the namespace: --resume keeps the old ones."""
-    special = {"data": {"nargs": "+", "metavar": "PATH"}, "model": {"nargs": "+", "metavar": "FIELD=VALUE"},
-               "preset": {"metavar": "NAME", "choices": PRESETS}, "dtype": {"choices": ("auto", "fp32", "bf16")},
-               "out": {"metavar": "RUN"}, "set": {"metavar": "SET"}, "retrofit": {"metavar": "RUN"},
-               "tokenizer": {"metavar": "MODEL"}, "neighbours": {"metavar": "FILE"}, "device": {"metavar": "D"}}  # fmt: skip
+    """The options are the fields of TrainConfig. Those not given stay out of the namespace: --resume keeps
+    the old ones."""
+    special = {
+        "data": {"nargs": "+", "metavar": "PATH"},
+        "model": {"nargs": "+", "metavar": "FIELD=VALUE"},
+        "preset": {"metavar": "NAME", "choices": PRESETS},
+        "dtype": {"choices": ("auto", "fp32", "bf16")},
+        "out": {"metavar": "RUN"},
+        "set": {"metavar": "SET"},
+        "retrofit": {"metavar": "RUN"},
+        "tokenizer": {"metavar": "MODEL"},
+        "neighbours": {"metavar": "FILE"},
+        "device": {"metavar": "D"},
+    }
     comments = _field_comments()
     for entry in dataclasses.fields(TrainConfig):
         flag = "--" + entry.name.replace("_", "-")
-        options: dict[str, Any] = {"help": comments[entry.name], **special.get(entry.name, {})}
+        options: dict[str, Any] = {"help": comments[entry.name], **special.get(entry.name, {})}  # type: ignore[dict-item]
         if entry.default is False:
             options["action"] = "store_true"
         elif entry.name not in special:
@@ -223,11 +286,17 @@ def _add_train(parser: _Parser) -> None:
             options["metavar"] = "N" if "int" in str(entry.type) else "X"
         if entry.default not in (dataclasses.MISSING, None, False, ()):
             options["help"] += f" (default: {entry.default})"
-        aliases = ["-k"] if entry.name == "num_neighbours" else ["--lr"] if entry.name == "learning_rate" else []
+        aliases = (
+            ["-k"] if entry.name == "num_neighbours" else ["--lr"] if entry.name == "learning_rate" else []
+        )
         required = entry.default is dataclasses.MISSING
-        parser.add_argument(flag, *aliases, dest=entry.name, required=required, default=argparse.SUPPRESS, **options)
+        parser.add_argument(
+            flag, *aliases, dest=entry.name, required=required, default=argparse.SUPPRESS, **options
+        )
     parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
-    parser.add_argument("--stop-after", type=_COUNT, metavar="N", help="stop with a checkpoint after N steps of this call")
+    parser.add_argument(
+        "--stop-after", type=_COUNT, metavar="N", help="stop with a checkpoint after N steps of this call"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -238,7 +307,7 @@ def _field_comments() -> dict[str, str]:
 
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
     return {
-        field.target.id: comment.value.value.replace("%", "%%")
+        field.target.id: comment.value.value.replace("%", "%%")  # type: ignore[union-attr, attr-defined]
         for field, comment in zip(body, body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(comment, ast.Expr)
     }
@@ -249,9 +318,15 @@ def _add_eval(parser: _Parser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="held-out text")
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
-    parser.add_argument("--window", type=_COUNT, metavar="N", help="tokens in a window (default: the training sequence)")
-    parser.add_argument("--stride", type=_COUNT, metavar="N", help="tokens between windows (default: half a window)")
-    parser.add_argument("--batch-size", type=_COUNT, default=8, metavar="N", help="windows at a time (default: %(default)s)")
+    parser.add_argument(
+        "--window", type=_COUNT, metavar="N", help="tokens in a window (default: the training sequence)"
+    )
+    parser.add_argument(
+        "--stride", type=_COUNT, metavar="N", help="tokens between windows (default: half a window)"
+    )
+    parser.add_argument(
+        "--batch-size", type=_COUNT, default=8, metavar="N", help="windows at a time (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
@@ -264,25 +339,46 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument("--run", required=True, dest="model", metavar="RUN", help="trained model")
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("--max-tokens", type=_COUNT, default=200, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=_number(float, low=0), default=0.8, metavar="T", help="0: the likeliest "
-                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--temperature",
+        type=_number(float, low=0),
+        default=0.8,
+        metavar="T",
+        help="0: the likeliest (default: %(default)s)",
+    )
     parser.add_argument("--top-k", type=_COUNT, metavar="N", help="sample from the N likeliest tokens")
-    parser.add_argument("--top-p", type=_number(float, above=0, high=1), metavar="P",
-                        help="sample from the likeliest tokens that together have probability P")  # fmt: skip
+    parser.add_argument(
+        "--top-p",
+        type=_number(float, above=0, high=1),
+        metavar="P",
+        help="sample from the likeliest tokens that together have probability P",
+    )
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
-    parser.add_argument("--ignore-end", action="store_true", help="go on where the model would end the document")
-    parser.add_argument("--show-neighbours", action="store_true", help="print what was retrieved for each chunk")
+    parser.add_argument(
+        "--ignore-end", action="store_true", help="go on where the model would end the document"
+    )
+    parser.add_argument(
+        "--show-neighbours", action="store_true", help="print what was retrieved for each chunk"
+    )
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_neighbours(parser: _Parser) -> None:
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text that will be trained on")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PATH", help="text that will be trained on"
+    )
     _add_set(parser, required=True, help="retrieval set")
     parser.add_argument("--out", required=True, metavar="FILE", help="file of neighbours")
-    parser.add_argument("--per-chunk", type=_COUNT, default=16, metavar="N", help="neighbours kept of each chunk, more "
-                        "than are used, for other documents to be dropped (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--per-chunk",
+        type=_COUNT,
+        default=16,
+        metavar="N",
+        help="neighbours kept of each chunk, more "
+        "than are used, for other documents to be dropped (default: %(default)s)",
+    )
     parser.add_argument("--retriever", default="dense", metavar="NAME", help="as for search")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -292,8 +388,13 @@ def _add_dedup(parser: _Parser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="training text")
     parser.add_argument("--against", required=True, nargs="+", metavar="PATH", help="evaluation text")
     parser.add_argument("--out", metavar="JSONL", help="write the training documents that are no copies")
-    parser.add_argument("--threshold", type=_number(float, above=0, high=1), default=0.8, metavar="J",
-                        help="Jaccard index of 13-grams from which on a document counts as a copy (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--threshold",
+        type=_number(float, above=0, high=1),
+        default=0.8,
+        metavar="J",
+        help="Jaccard index of 13-grams from which on a document counts as a copy (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -325,13 +426,23 @@ def _index(args: argparse.Namespace) -> None:
     if args.append:
         manifest = retrieval.append_to_retrieval_set(args.out, args.paths, **common, **reading)
     elif args.merge:
-        manifest = retrieval.merge_retrieval_sets(args.paths, args.out, index=args.index, overwrite=args.overwrite, **common)
+        manifest = retrieval.merge_retrieval_sets(
+            args.paths, args.out, index=args.index, overwrite=args.overwrite, **common
+        )
     else:
         manifest = retrieval.build_retrieval_set(
-            args.paths, args.out, tokenizer=args.tokenizer, vocab_size=args.vocab_size, index=args.index, part=_part(args.part),
-            chunk_size=args.chunk_size, overwrite=args.overwrite, **common, **reading,
+            args.paths,
+            args.out,
+            tokenizer=args.tokenizer,
+            vocab_size=args.vocab_size,
+            index=args.index,
+            part=_part(args.part),
+            chunk_size=args.chunk_size,
+            overwrite=args.overwrite,
+            **common,
+            **reading,
             **({} if args.tune is None else {"recall": args.tune}),
-        )  # fmt: skip
+        )
     if args.tune is not None and manifest["index"]["factory"] != "Flat":
         manifest = retrieval.tune_retrieval_set(args.out, args.tune, device=args.device)
     if args.json:
@@ -339,8 +450,10 @@ def _index(args: argparse.Namespace) -> None:
         return
     index = manifest["index"]
     recall = index.get("recall")
-    print(f"{args.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, index {index['factory']}"
-          + (f", {recall}" if recall is not None else ""))  # fmt: skip
+    print(
+        f"{args.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, "
+        f"index {index['factory']}" + (f", {recall}" if recall is not None else "")
+    )
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -380,17 +493,32 @@ def _train(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(summary)
         return
-    print(f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, {summary['parameters']:,} parameters, "
-          f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
-          "waiting for neighbours" if summary["seconds"] else f"{summary['run']}: nothing left to do at step "
-          f"{summary['steps']:,}")  # fmt: skip
+    print(
+        f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, "
+        f"{summary['parameters']:,} parameters, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
+        "waiting for neighbours"
+        if summary["seconds"]
+        else f"{summary['run']}: nothing left to do at step {summary['steps']:,}"
+    )
 
 
 def _eval(args: argparse.Namespace) -> None:
     from .evaluate import evaluate, table
 
-    result = evaluate(args.model, args.data, set=args.set, num_neighbours=args.k, batch_size=args.batch_size, plot=args.plot,
-                      window=args.window, stride=args.stride, seed=args.seed, device=args.device, dtype=args.dtype)  # fmt: skip
+    result = evaluate(
+        args.model,
+        args.data,
+        set=args.set,
+        num_neighbours=args.k,
+        batch_size=args.batch_size,
+        plot=args.plot,
+        window=args.window,
+        stride=args.stride,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+    )
     _print_json(result) if args.json else print(table(result))
 
 
@@ -407,10 +535,19 @@ def _generate(args: argparse.Namespace) -> None:
         shown.append(text)
 
     result = generate(
-        args.model, prompt, set=args.set, max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed, num_neighbours=args.k, ignore_end=args.ignore_end, device=args.device,
+        args.model,
+        prompt,
+        set=args.set,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        num_neighbours=args.k,
+        ignore_end=args.ignore_end,
+        device=args.device,
         on_text=None if args.json else show,
-    )  # fmt: skip
+    )
     if args.json:
         _print_json(result)
         return
@@ -433,9 +570,12 @@ def _neighbours(args: argparse.Namespace) -> None:
         note(warning)
     documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
     with progress_bar(len(corpus.chunks), "searching", "chunk") as bar:
-        result = precompute(retriever, corpus.chunks, documents, args.out, per_chunk=args.per_chunk, progress=bar.update)
-    _print_json(result) if args.json else print(f"{args.out}: neighbours of {result['rows']:,} chunks, "
-                                                f"{result['per_chunk']} for each")  # fmt: skip
+        result = precompute(
+            retriever, corpus.chunks, documents, args.out, per_chunk=args.per_chunk, progress=bar.update
+        )
+    _print_json(result) if args.json else print(
+        f"{args.out}: neighbours of {result['rows']:,} chunks, {result['per_chunk']} for each"
+    )
 
 
 def _dedup(args: argparse.Namespace) -> None:
@@ -456,9 +596,17 @@ def _bench(args: argparse.Namespace) -> None:
 
     script = Path(__file__).resolve().parent.parent / "bench" / "run.py"
     if not script.exists():
-        raise InputError("bench runs in a checkout of the repository, where the folder bench/ is; this is an installed package.")
-    command = [sys.executable, str(script), "-k", args.k, *(["--out", args.out] if args.out else []),
-               *(["--quick"] if args.quick else [])]  # fmt: skip
+        raise InputError(
+            "bench runs in a checkout of the repository, where the folder bench/ is; this is an installed package."
+        )
+    command = [
+        sys.executable,
+        str(script),
+        "-k",
+        args.k,
+        *(["--out", args.out] if args.out else []),
+        *(["--quick"] if args.quick else []),
+    ]
     if status := subprocess.run(command).returncode:
         raise InputError(f"a benchmark failed (exit status {status}).")
 

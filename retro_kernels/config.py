@@ -59,30 +59,52 @@ class RetroConfig:
     def __post_init__(self) -> None:
         for name in ("cca_layers", "encoder_cross_layers"):  # JSON gives lists
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
-        for name in ("vocab_size", "dim", "num_layers", "num_heads", "head_dim", "ffn_dim", "encoder_dim",
-                     "encoder_layers", "encoder_heads", "encoder_head_dim", "encoder_ffn_dim",
-                     "chunk_size", "neighbour_len"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "dim",
+            "num_layers",
+            "num_heads",
+            "head_dim",
+            "ffn_dim",
+            "encoder_dim",
+            "encoder_layers",
+            "encoder_heads",
+            "encoder_head_dim",
+            "encoder_ffn_dim",
+            "chunk_size",
+            "neighbour_len",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"RetroConfig: {name} is {value!r}; it must be an integer of at least 1.")
         for name, layers in (("cca_layers", self.num_layers), ("encoder_cross_layers", self.encoder_layers)):
             given = getattr(self, name)
             if any(not 1 <= p <= layers for p in given) or len(set(given)) != len(given):
-                raise InputError(f"RetroConfig: {name} is {given}; layer numbers are 1-based, "
-                                 f"distinct, and at most {layers} here.")  # fmt: skip
-        for name, allowed in (("self_attention", ("relative", "rotary")),
-                              ("cca_position", ("relative", "bias", "none"))):  # fmt: skip
+                raise InputError(
+                    f"RetroConfig: {name} is {given}; layer numbers are 1-based, "
+                    f"distinct, and at most {layers} here."
+                )
+        for name, allowed in (
+            ("self_attention", ("relative", "rotary")),
+            ("cca_position", ("relative", "bias", "none")),
+        ):
             if getattr(self, name) not in allowed:
-                raise InputError(f"RetroConfig: {name} is {getattr(self, name)!r}; it must be one of {allowed}.")
+                raise InputError(
+                    f"RetroConfig: {name} is {getattr(self, name)!r}; it must be one of {allowed}."
+                )
         if self.self_attention == "rotary" and self.head_dim % 2:
             raise InputError(f"RetroConfig: rotary positions need an even head_dim, not {self.head_dim}.")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"RetroConfig: dropout is {self.dropout}; it must lie in [0, 1).")
         if self.share_encoder_embedding and self.dim != self.encoder_dim:
-            raise InputError(f"RetroConfig: share_encoder_embedding needs dim == encoder_dim, "
-                             f"not {self.dim} and {self.encoder_dim}.")  # fmt: skip
+            raise InputError(
+                f"RetroConfig: share_encoder_embedding needs dim == encoder_dim, "
+                f"not {self.dim} and {self.encoder_dim}."
+            )
         if not 0 <= self.pad_id < self.vocab_size:
-            raise InputError(f"RetroConfig: pad_id is {self.pad_id}; the vocabulary has {self.vocab_size} entries.")
+            raise InputError(
+                f"RetroConfig: pad_id is {self.pad_id}; the vocabulary has {self.vocab_size} entries."
+            )
 
     def replace(self, **changes: Any) -> RetroConfig:
         """A copy with some fields changed (checked again)."""
@@ -108,8 +130,9 @@ class RetroConfig:
         decoder = self.num_layers * ((4 + relative) * self.dim * inner + 2 * self.dim * self.ffn_dim)
         if not self.cca_layers:
             return decoder
-        encoder = self.encoder_layers * (5 * self.encoder_dim * encoder_inner
-                                         + 2 * self.encoder_dim * self.encoder_ffn_dim)  # fmt: skip
+        encoder = self.encoder_layers * (
+            5 * self.encoder_dim * encoder_inner + 2 * self.encoder_dim * self.encoder_ffn_dim
+        )
         cross = (3 * self.encoder_dim + 2 * self.dim) * encoder_inner
         cca_relative = int(self.cca_position == "relative")
         cca = ((2 + cca_relative) * self.dim + 2 * self.encoder_dim) * inner
@@ -128,13 +151,34 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "retro_1_5b": dict(dim=2048, ffn_dim=8192, num_heads=16, head_dim=128, num_layers=24),
     "retro_7_5b": dict(dim=4096, ffn_dim=16384, num_heads=32, head_dim=128, num_layers=32),
     # for a laptop: the same architecture, narrow
-    "retro_tiny": dict(vocab_size=4096, dim=128, ffn_dim=512, num_heads=4, head_dim=32, num_layers=4,
-                       cca_layers=(2, 4), encoder_dim=128, encoder_layers=1, encoder_heads=4,
-                       encoder_head_dim=32, encoder_ffn_dim=512),
-    "retro_small": dict(vocab_size=8192, dim=256, ffn_dim=1024, num_heads=8, head_dim=32, num_layers=6,
-                        cca_layers=(3, 6), encoder_dim=256, encoder_heads=8,
-                        encoder_head_dim=32, encoder_ffn_dim=1024),
-}  # fmt: skip
+    "retro_tiny": dict(
+        vocab_size=4096,
+        dim=128,
+        ffn_dim=512,
+        num_heads=4,
+        head_dim=32,
+        num_layers=4,
+        cca_layers=(2, 4),
+        encoder_dim=128,
+        encoder_layers=1,
+        encoder_heads=4,
+        encoder_head_dim=32,
+        encoder_ffn_dim=512,
+    ),
+    "retro_small": dict(
+        vocab_size=8192,
+        dim=256,
+        ffn_dim=1024,
+        num_heads=8,
+        head_dim=32,
+        num_layers=6,
+        cca_layers=(3, 6),
+        encoder_dim=256,
+        encoder_heads=8,
+        encoder_head_dim=32,
+        encoder_ffn_dim=1024,
+    ),
+}
 PRESETS = tuple(_PRESETS)
 
 
@@ -179,7 +223,8 @@ def retro_small(**overrides: Any) -> RetroConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `set=None` trains the plain decoder. The comments under the fields are the command line's help."""
+    """One training run. `set=None` trains the plain decoder. The comments under the fields are the command
+    line's help."""
 
     data: tuple[str, ...]
     """folders or files of text to train on (.txt, .jsonl, sources, .gz, .xz)"""
@@ -235,8 +280,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("data", "model"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("steps", "batch_size", "accumulate", "sequence_length", "num_neighbours", "vocab_size",
-                     "save_every", "log_every"):  # fmt: skip
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "sequence_length",
+            "num_neighbours",
+            "vocab_size",
+            "save_every",
+            "log_every",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"train: {name} is {value!r}; it must be an integer of at least 1.")
@@ -255,7 +308,9 @@ class TrainConfig:
         if self.unfreeze and not self.retrofit:
             raise InputError("train: unfreeze only means something together with retrofit.")
         if self.tokenizer and self.set:
-            raise InputError("train: the tokenizer is that of the retrieval set; give tokenizer or set, not both.")
+            raise InputError(
+                "train: the tokenizer is that of the retrieval set; give tokenizer or set, not both."
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -279,7 +334,9 @@ def parse_overrides(changes: tuple[str, ...]) -> dict[str, Any]:
     for change in changes:
         name, equals, text = change.partition("=")
         if not equals or name not in defaults:
-            raise InputError(f"model: {change!r} is not FIELD=VALUE with one of the fields {', '.join(defaults)}.")
+            raise InputError(
+                f"model: {change!r} is not FIELD=VALUE with one of the fields {', '.join(defaults)}."
+            )
         default = defaults[name]
         try:
             if isinstance(default, bool):
@@ -287,7 +344,7 @@ def parse_overrides(changes: tuple[str, ...]) -> dict[str, Any]:
             elif isinstance(default, tuple):
                 values[name] = tuple(int(part) for part in text.split(",") if part)
             else:
-                values[name] = type(default)(text)
+                values[name] = type(default)(text)  # type: ignore[misc]
         except (KeyError, ValueError):
             raise InputError(f"model: {text!r} is no value for {name}; its default is {default!r}.") from None
     return values

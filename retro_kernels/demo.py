@@ -1,8 +1,9 @@
 """The whole path on text that is already here: tokenizer, retrieval set, two models, evaluation, generation, one table.
 
-The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; of the rest a set is
-built, and on the rest a RETRO and the same decoder without retrieval are trained, on the same tokens in the same order. What
-comes out is what is printed.
+The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; of
+the rest a set is
+built, and on the rest a RETRO and the same decoder without retrieval are trained, on the same tokens in the
+same order. What comes out is what is printed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from .retrieval import Retriever, build_retrieval_set
 from .runs import load_run, note, write_json
 from .train import train
 
-LEFT_OUT = ("test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__")
+LEFT_OUT = (
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,8 @@ def demo(
 ) -> dict[str, Any]:
     """Runs all of it in the folder `out` and returns the results, with the table as text under "report".
 
-    corpus: files or a folder instead of the standard library. steps: of each model. embedder: as `build_retrieval_set`. size: other
-        amounts. say: is handed what is told on the way.
+    corpus: files or a folder instead of the standard library. steps: of each model. embedder: as
+    `build_retrieval_set`. size: other     amounts. say: is handed what is told on the way.
     In the folder: set/, retro/, plain/, report.md, result.json, curve.png. Interrupted, the same call goes on.
     Raises InputError where there is too little text.
     """
@@ -73,53 +83,106 @@ def demo(
     documents, source = read_corpus(corpus)
     training, held_out = split(documents, size, seed)
     names = {"corpus": source, "corpus_sha256": corpus_hash(documents), "python": platform.python_version()}
-    say(f"Corpus: {source}, {len(documents):,} documents, hash {names['corpus_sha256'][:16]}, Python {names['python']}")
+    say(
+        f"Corpus: {source}, {len(documents):,} documents, hash {names['corpus_sha256'][:16]}, Python {names['python']}"
+    )
     say(f"Training: {_amount(training)}. Held out: {_amount(held_out)}.")
 
     clock.start("tokenizer and retrieval set")
-    manifest = build_retrieval_set(training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress)
+    manifest = build_retrieval_set(
+        training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
+    )
     common: dict[str, Any] = dict(
-        data=(source,), preset=size.preset, steps=steps or size.steps, batch_size=size.batch_size, seed=seed, device="cpu",
-        sequence_length=size.sequence_length, learning_rate=size.learning_rate, save_every=100,
-    )  # fmt: skip
+        data=(source,),
+        preset=size.preset,
+        steps=steps or size.steps,
+        batch_size=size.batch_size,
+        seed=seed,
+        device="cpu",
+        sequence_length=size.sequence_length,
+        learning_rate=size.learning_rate,
+        save_every=100,
+    )
     clock.start("training RETRO")
-    retro = train(TrainConfig(out=str(folder / "retro"), set=str(folder / "set"), model=size.model, **common),
-                  documents=training, resume=True, progress=progress)  # fmt: skip
+    retro = train(
+        TrainConfig(out=str(folder / "retro"), set=str(folder / "set"), model=size.model, **common),
+        documents=training,
+        resume=True,
+        progress=progress,
+    )
     clock.start("training the plain decoder")
-    plain = train(TrainConfig(out=str(folder / "plain"), tokenizer=str(folder / "set" / "tokenizer.model"), model=size.model,
-                              **common), documents=training, resume=True, progress=progress)  # fmt: skip
+    plain = train(
+        TrainConfig(
+            out=str(folder / "plain"),
+            tokenizer=str(folder / "set" / "tokenizer.model"),
+            model=size.model,
+            **common,
+        ),
+        documents=training,
+        resume=True,
+        progress=progress,
+    )
 
     clock.start("evaluation")
     retriever = Retriever.from_pretrained(folder / "set")
     run = load_run(folder / "retro")
-    found = find_neighbours(tokenise(held_out, run.tokenizer, run.model.config.chunk_size), retriever, run.num_neighbours, seed,
-                            progress)  # fmt: skip
-    scores = {name: evaluate(model, documents=held_out, found=found, device="cpu", progress=progress)
-              for name, model in (("retro", run), ("plain", load_run(folder / "plain")))}  # fmt: skip
+    found = find_neighbours(
+        tokenise(held_out, run.tokenizer, run.model.config.chunk_size),
+        retriever,
+        run.num_neighbours,
+        seed,
+        progress,
+    )
+    scores = {
+        name: evaluate(model, documents=held_out, found=found, device="cpu", progress=progress)
+        for name, model in (("retro", run), ("plain", load_run(folder / "plain")))
+    }
 
     clock.start("generation")
     prompt = run.tokenizer.decode(run.tokenizer.encode(held_out[0].text)[: size.prompt_tokens])
-    text = generate(run, prompt, set=retriever, max_tokens=size.generated_tokens, temperature=0.8, top_p=0.9, seed=seed,
-                    device="cpu")  # fmt: skip
+    text = generate(
+        run,
+        prompt,
+        set=retriever,
+        max_tokens=size.generated_tokens,
+        temperature=0.8,
+        top_p=0.9,
+        seed=seed,
+        device="cpu",
+    )
     clock.stop()
 
-    result = {
+    result: dict[str, Any] = {
         **names,
-        "bits_per_byte": {"plain": scores["plain"]["bits_per_byte"]["off"], **scores["retro"]["bits_per_byte"]},
+        "bits_per_byte": {
+            "plain": scores["plain"]["bits_per_byte"]["off"],
+            **scores["retro"]["bits_per_byte"],
+        },
         "training": {"retro": retro, "plain": plain},
         "evaluation": scores,
-        "set": {"chunks": manifest["num_chunks"], "documents": manifest["num_documents"],
-                "index": manifest["index"]["factory"], "recall": manifest["index"]["recall"],
-                "embedder": manifest["embedder"]["name"]},
+        "set": {
+            "chunks": manifest["num_chunks"],
+            "documents": manifest["num_documents"],
+            "index": manifest["index"]["factory"],
+            "recall": manifest["index"]["recall"],
+            "embedder": manifest["embedder"]["name"],
+        },
         "seconds": clock.seconds,
         "generation": {"title": held_out[0].title, **text},
-    }  # fmt: skip
+    }
     drawn = draw(scores["retro"], folder / "curve.png", {"plain decoder": scores["plain"]})
     result["report"] = report(result)
     write_json(folder / "result.json", result)
-    passage = f"## A passage after the first {size.prompt_tokens} tokens of `{held_out[0].title}`\n\n```\n{prompt}⟦ from here on generated: ⟧" \
-              f"{text['text']}\n```\n\n```{show_chunks(text['chunks'])}\n```\n"  # fmt: skip
-    page = [result["report"], *(["![bits per byte by leakage](curve.png)\n"] if drawn else []), passage]
+    passage = (
+        f"## A passage after the first {size.prompt_tokens} tokens of `{held_out[0].title}`\n\n"
+        f"```\n{prompt}⟦ from here on generated: ⟧"
+        f"{text['text']}\n```\n\n```{show_chunks(text['chunks'])}\n```\n"
+    )
+    page = [
+        result["report"],
+        *(["![bits per byte by leakage](curve.png)\n"] if drawn else []),
+        passage,
+    ]
     _write_whole(folder / "report.md", "\n".join(page).encode())
     say(passage)
     say(f"Written: {folder / 'report.md'}")
@@ -147,14 +210,19 @@ def corpus_hash(documents: Sequence[Document]) -> str:
 
 
 def split(documents: Sequence[Document], size: Size, seed: int) -> tuple[list[Document], list[Document]]:
-    """(training, held out), each a random part of at most so many bytes. Which side a document is on depends on its text."""
+    """(training, held out), each a random part of at most so many bytes. Which side a document is on depends
+    on its text."""
     unique = list({document.text: document for document in documents}.values())
     training, held_out = split_documents(unique, size.held_out_share, seed)
-    training, held_out = (_part(side, limit, size.largest_document) for side, limit in
-                          ((training, size.train_bytes), (held_out, size.held_out_bytes)))  # fmt: skip
+    training, held_out = (
+        _part(side, limit, size.largest_document)
+        for side, limit in ((training, size.train_bytes), (held_out, size.held_out_bytes))
+    )
     if not training or len(held_out) < 2:
-        raise InputError(f"The corpus has {len(unique):,} usable documents; a demo needs some to train on and two to hold out. "
-                         "Give a folder with more files of up to 100,000 bytes.")  # fmt: skip
+        raise InputError(
+            f"The corpus has {len(unique):,} usable documents; a demo needs some to train on and two to hold out. "
+            "Give a folder with more files of up to 100,000 bytes."
+        )
     return training, held_out
 
 
@@ -178,19 +246,38 @@ def report(result: dict[str, Any]) -> str:
         ("bits per byte: RETRO on", f"{bpb['on']:.4f}"),
         ("bits per byte: RETRO, shuffled neighbours", f"{bpb['shuffled']:.4f}"),
         ("training, plain decoder", f"{training['plain']['tokens_per_second']:,.0f} tokens/s"),
-        ("training, RETRO with retrieval in the step", f"{training['retro']['tokens_per_second']:,.0f} tokens/s"),
+        (
+            "training, RETRO with retrieval in the step",
+            f"{training['retro']['tokens_per_second']:,.0f} tokens/s",
+        ),
         ("share of the step spent waiting for retrieval", f"{training['retro']['stall_share']:.1%}"),
         ("recall@10 of the index", f"{found['recall']:.3f} ({found['index']})"),
-        ("parameters, plain and RETRO", f"{training['plain']['parameters']:,} and {training['retro']['parameters']:,}"),
+        (
+            "parameters, plain and RETRO",
+            f"{training['plain']['parameters']:,} and {training['retro']['parameters']:,}",
+        ),
         ("training tokens, each", f"{training['retro']['tokens']:,} in {training['retro']['steps']:,} steps"),
-        ("retrieval set", f"{found['chunks']:,} chunks of {found['documents']:,} documents, {found['embedder']}"),
-        ("held out", f"{result['evaluation']['retro']['documents']} documents, {result['evaluation']['retro']['bytes']:,} bytes"),
-        ("time", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
-                 + f"; in all {sum(result['seconds'].values()):.0f} s"),
-    ]  # fmt: skip
+        (
+            "retrieval set",
+            f"{found['chunks']:,} chunks of {found['documents']:,} documents, {found['embedder']}",
+        ),
+        (
+            "held out",
+            f"{result['evaluation']['retro']['documents']} documents, {result['evaluation']['retro']['bytes']:,} bytes",
+        ),
+        (
+            "time",
+            ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
+            + f"; in all {sum(result['seconds'].values()):.0f} s",
+        ),
+    ]
     wide = max(len(name) for name, _ in rows), max(len(value) for _, value in rows)
-    lines = [f"{result['corpus']} (hash {result['corpus_sha256'][:16]}), Python {result['python']}", "",
-             f"| {'':<{wide[0]}} | {'':<{wide[1]}} |", f"|{'-' * (wide[0] + 2)}|{'-' * (wide[1] + 2)}|"]  # fmt: skip
+    lines = [
+        f"{result['corpus']} (hash {result['corpus_sha256'][:16]}), Python {result['python']}",
+        "",
+        f"| {'':<{wide[0]}} | {'':<{wide[1]}} |",
+        f"|{'-' * (wide[0] + 2)}|{'-' * (wide[1] + 2)}|",
+    ]
     lines += [f"| {name:<{wide[0]}} | {value:<{wide[1]}} |" for name, value in rows]
     return "\n".join(lines) + "\n"
 

@@ -2,14 +2,18 @@
 
     result = evaluate("run", ["held-out/"], set="set")
 
-Whole documents are scored (Borgeaud et al. 2021, section 3): windows as long as the training sequences, moved by half of one,
-cut on the grid of chunks that starts with the document, so a chunk has the same neighbours in every window. Each token is
-scored once, with at least half a window before it where the document has that much. A document's first token is predicted
+Whole documents are scored (Borgeaud et al. 2021, section 3): windows as long as the training sequences,
+moved by half of one,
+cut on the grid of chunks that starts with the document, so a chunk has the same neighbours in every window.
+Each token is
+scored once, with at least half a window before it where the document has that much. A document's first token
+is predicted
 from a lone pad. Bits per byte divides by all UTF-8 bytes of the documents, whatever the tokenizer made of them.
 
-Shuffled: every chunk gets the neighbours of a chunk of another document. A model that does as well with them does not use
-what was retrieved. Filtered: bpb(α) over the chunks that share at most a part α of their length, in one run of tokens, with
-any of their ten nearest neighbours and their continuations (section 2.6).
+Shuffled: every chunk gets the neighbours of a chunk of another document. A model that does as well with them
+does not use
+what was retrieved. Filtered: bpb(α) over the chunks that share at most a part α of their length, in one run
+of tokens, with any of their ten nearest neighbours and their continuations (section 2.6).
 """
 
 from __future__ import annotations
@@ -81,11 +85,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `data` (files, folders), or `documents`, with the model in the folder `run`.
 
-    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a plain decoder
+    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a
+    plain decoder
         uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
     found: neighbours from `find_neighbours` for the same documents and K, instead of searching.
-    num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and half
-        of it. seed: of the shuffle. plot: a PNG with the filtered curve.
+    num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training
+    sequence and half     of it. seed: of the shuffle. plot: a PNG with the filtered curve.
 
     Returns bits_per_byte {off, on, shuffled} (those that apply), filtered {α: bpb} of RETRO on and filtered_off,
     bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
@@ -99,8 +104,10 @@ def evaluate(
     window = loaded.sequence_length if window is None else window
     stride = max(size, window // 2 // size * size) if stride is None else stride
     if window < size or window % size or stride < size or stride % size or stride > window:
-        raise InputError(f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
-                         "and the stride at most the window.")  # fmt: skip
+        raise InputError(
+            f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
+            "and the stride at most the window."
+        )
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
     if k < 1:
         raise InputError(f"eval: -k is {k}; it must be at least 1.")
@@ -117,7 +124,10 @@ def evaluate(
     if found is not None and model.config.cca_layers:
         modes += ["on"] if found.shuffled is None else ["on", "shuffled"]
         if found.shuffled is None:
-            note("There is only one document, so neighbours cannot be shuffled among documents: that control is left out.")
+            note(
+                "There is only one document, so neighbours cannot be shuffled among documents: "
+                "that control is left out."
+            )
     scorer = _Scorer(loaded, corpus, window, stride, batch_size, pick_dtype(dtype, where))
     bits = {}
     with progress_bar(len(modes) * scorer.tokens_read, "evaluating", "token", show=progress) as bar:
@@ -136,17 +146,22 @@ def open_set(run: Run, given: Any, device: torch.device) -> Retriever | None:
         if given is None:
             return None
         if not Path(given).is_dir():
-            raise InputError(f"The model was trained with the retrieval set {given}, which is not there. Name one with --set.")
+            raise InputError(
+                f"The model was trained with the retrieval set {given}, which is not there. Name one with --set."
+            )
     retriever = given if isinstance(given, Retriever) else Retriever.from_pretrained(given, device=device)
     retriever.check_tokenizer(run.tokenizer.fingerprint)
     if retriever.chunk_size != run.model.config.chunk_size:
-        raise InputError(f"The retrieval set has chunks of {retriever.chunk_size} tokens, the model of "
-                         f"{run.model.config.chunk_size}. Build the set again, or give another.")  # fmt: skip
+        raise InputError(
+            f"The retrieval set has chunks of {retriever.chunk_size} tokens, the model of "
+            f"{run.model.config.chunk_size}. Build the set again, or give another."
+        )
     return retriever
 
 
 def find_neighbours(corpus: TokenDocuments, retriever: Retriever, k: int, seed: int, progress: bool) -> Found:
-    """Neighbours of every chunk, never of the chunk's own document, and how much of the chunk they hold word for word."""
+    """Neighbours of every chunk, never of the chunk's own document, and how much of the chunk they hold word
+    for word."""
     from .retrieval.leakage import overlap
 
     owner = corpus.of_chunks()
@@ -179,7 +194,9 @@ def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
         return None
     rank = np.empty(owner.max() + 1, np.int64)
     rank[rng.permutation(documents)] = np.arange(len(documents))
-    order = np.lexsort((rng.random(len(owner)), rank[owner]))  # documents in random order, chunks in random order within
+    order = np.lexsort(
+        (rng.random(len(owner)), rank[owner])
+    )  # documents in random order, chunks in random order within
     # A turn by the largest document's chunks leaves every document, unless that is more than the rest.
     partner = np.roll(order, -counts.max())
     for same in np.flatnonzero(owner[order] == owner[partner]):
@@ -202,15 +219,18 @@ def windows(num_tokens: int, window: int, stride: int, document: int = 0) -> Ite
 class _Scorer:
     """Negative log-likelihoods in bits of every token of every document."""
 
-    def __init__(self, run: Run, corpus: TokenDocuments, window: int, stride: int, batch_size: int,
-                 dtype: torch.dtype) -> None:  # fmt: skip
+    def __init__(
+        self, run: Run, corpus: TokenDocuments, window: int, stride: int, batch_size: int, dtype: torch.dtype
+    ) -> None:
         self.model, self.corpus, self.dtype = run.model.eval(), corpus, dtype
         self.device = next(run.model.parameters()).device
         self.size = run.model.config.chunk_size
         lengths = [len(corpus.tokens(d)) for d in range(corpus.num_documents)]
         # longest first, so that a batch holds little padding and running out of memory happens at once
-        todo = sorted((w for d, n in enumerate(lengths) for w in windows(n, window, stride, d)),
-                      key=lambda w: w.start - w.stop)  # fmt: skip
+        todo = sorted(
+            (w for d, n in enumerate(lengths) for w in windows(n, window, stride, d)),
+            key=lambda w: w.start - w.stop,
+        )
         self.batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         self.tokens_read = sum(w.stop - w.start for w in todo)
 
@@ -229,10 +249,14 @@ class _Scorer:
                 text = torch.from_numpy(self._text(w).astype(np.int64))
                 tokens[row, : w.stop - w.start] = text[: w.stop - w.start]
                 targets[row, : len(text) - 1] = text[1:]
-            neighbours = None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
+            neighbours = (
+                None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
+            )
             with autocast(self.device, self.dtype):
                 logits = self.model(tokens.to(self.device), neighbours)[:, :stop]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="none")
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="none"
+            )
             loss = (loss.double() / np.log(2)).view(targets.shape).cpu().numpy()
             for row, w in enumerate(batch):
                 base = int(self.corpus.starts[w.document]) * self.size
@@ -243,7 +267,9 @@ class _Scorer:
 
     def _text(self, w: Window) -> np.ndarray:
         """The window's tokens and the one after it, where the document has one."""
-        flat = self.corpus.chunks[self.corpus.starts[w.document] : self.corpus.starts[w.document + 1]].reshape(-1)
+        flat = self.corpus.chunks[
+            self.corpus.starts[w.document] : self.corpus.starts[w.document + 1]
+        ].reshape(-1)
         text = flat[w.start : w.stop + 1]
         return text[: np.count_nonzero(text)]
 
@@ -268,8 +294,15 @@ class _Scorer:
         return NeighbourBatch(near.to(self.device), lengths.to(self.device), None, None)
 
 
-def _report(run: Run, corpus: TokenDocuments, found: Found | None, bits: dict[str, np.ndarray], k: int, rate: float,
-            plot: str | os.PathLike[str] | None) -> dict[str, Any]:  # fmt: skip
+def _report(
+    run: Run,
+    corpus: TokenDocuments,
+    found: Found | None,
+    bits: dict[str, np.ndarray],
+    k: int,
+    rate: float,
+    plot: str | os.PathLike[str] | None,
+) -> dict[str, Any]:
     from .retrieval.leakage import filtered_bits_per_byte
 
     num_bytes = int(corpus.num_bytes.sum())
@@ -299,18 +332,26 @@ def _report(run: Run, corpus: TokenDocuments, found: Found | None, bits: dict[st
 
 def table(result: dict[str, Any]) -> str:
     """The result for a reader: one line a mode, one line an α."""
-    lines = [f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['words']:,} words, "
-             f"{result['tokens']:,} tokens", "", f"{'':<24}{'bits per byte':>14}"]  # fmt: skip
+    lines = [
+        f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['words']:,} words, "
+        f"{result['tokens']:,} tokens",
+        "",
+        f"{'':<24}{'bits per byte':>14}",
+    ]
     lines += [f"{'RETRO ' + mode:<24}{value:>14.4f}" for mode, value in result["bits_per_byte"].items()]
     if result["filtered_off"]:
         lines += ["", f"{'leakage filter':<24}{'RETRO on':>14}{'RETRO off':>14}"]
         for alpha, off in result["filtered_off"].items():
             cells = (result["filtered"].get(alpha), off)
-            lines.append(f"{'r ≤ ' + alpha:<24}" + "".join(f"{'–' if x is None else f'{x:.4f}':>14}" for x in cells))
+            lines.append(
+                f"{'r ≤ ' + alpha:<24}" + "".join(f"{'–' if x is None else f'{x:.4f}':>14}" for x in cells)
+            )
     return "\n".join(lines)
 
 
-def draw(result: dict[str, Any], path: str | os.PathLike[str], also: dict[str, dict[str, Any]] | None = None) -> bool:
+def draw(
+    result: dict[str, Any], path: str | os.PathLike[str], also: dict[str, dict[str, Any]] | None = None
+) -> bool:
     """Writes the filtered curves as a PNG; `also` names further results. False where matplotlib is missing."""
     try:
         import matplotlib
@@ -327,7 +368,10 @@ def draw(result: dict[str, Any], path: str | os.PathLike[str], also: dict[str, d
         points = [(float(alpha), value) for alpha, value in curve.items() if value is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(xlabel="largest share α of a chunk found word for word", ylabel="bits per byte of chunks with r(C) ≤ α")
+    axes.set(
+        xlabel="largest share α of a chunk found word for word",
+        ylabel="bits per byte of chunks with r(C) ≤ α",
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     temporary = Path(path).with_name(f"{Path(path).name}.tmp-{os.getpid()}")

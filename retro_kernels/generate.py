@@ -3,8 +3,8 @@
     result = generate("run", "def main():", set="set", max_tokens=200, on_text=print)
 
 The chunks of the prompt are searched for like those that are generated: when a chunk is complete, its neighbours are
-retrieved, and its last token is the first that sees them. A text longer than the training sequences goes on with the last half
-of one, read anew with the neighbours it had.
+retrieved, and its last token is the first that sees them. A text longer than the training sequences goes on
+with the last half of one, read anew with the neighbours it had.
 """
 
 from __future__ import annotations
@@ -66,12 +66,15 @@ def generate(
 ) -> dict[str, Any]:
     """Continues `prompt` by up to `max_tokens` tokens with the model in the folder `run`.
 
-    set: as in `evaluate`. temperature: 0 takes the likeliest token. top_k, top_p: sample from the k likeliest, from the likeliest
-        that together have probability p. seed: the same seed gives the same text on the same device. ignore_end: go on where
+    set: as in `evaluate`. temperature: 0 takes the likeliest token. top_k, top_p: sample from the k
+    likeliest, from the likeliest
+        that together have probability p. seed: the same seed gives the same text on the same device.
+        ignore_end: go on where
         the model would end the document. on_text: is handed every piece of text, the prompt left out, as soon as it
         stands.
 
-    Returns prompt, text (what was added), tokens, ended (whether the document ended), tokens_per_second, retrieval_seconds, and
+    Returns prompt, text (what was added), tokens, ended (whether the document ended), tokens_per_second,
+    retrieval_seconds, and
     chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
     Raises InputError for settings out of range, or where set and model do not fit.
     """
@@ -98,7 +101,9 @@ def generate(
             break
         added.append(token)
         stream.add(token)
-        if len(added) < max_tokens or (len(reader.tokens) + 1) % reader.size == 0:  # a last whole chunk is traced too
+        if (
+            len(added) < max_tokens or (len(reader.tokens) + 1) % reader.size == 0
+        ):  # a last whole chunk is traced too
             logits = reader.read([token])
     stream.close()
     seconds = time.perf_counter() - started
@@ -124,8 +129,9 @@ def check_sampling(max_tokens: int, temperature: float, top_k: int | None, top_p
         raise InputError(f"generate: top_p is {top_p}; it must lie above 0 and be at most 1.")
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None,
-           generator: torch.Generator) -> int:  # fmt: skip
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> int:
     """One token id by logits [V]. top_p keeps the smallest set of likeliest tokens with that probability or more."""
     if temperature == 0:
         return int(logits.argmax())
@@ -142,7 +148,13 @@ class _Reader:
     """Feeds tokens to the model, retrieves at chunk boundaries, and forgets the first half of a window that is full."""
 
     def __init__(self, run: Run, retriever: Retriever | None, k: int, dtype: torch.dtype) -> None:
-        self.model, self.tokenizer, self.retriever, self.k, self.dtype = run.model, run.tokenizer, retriever, k, dtype
+        self.model, self.tokenizer, self.retriever, self.k, self.dtype = (
+            run.model,
+            run.tokenizer,
+            retriever,
+            k,
+            dtype,
+        )
         self.device = next(run.model.parameters()).device
         self.size = run.model.config.chunk_size
         self.window = max(run.sequence_length, 2 * self.size)
@@ -165,7 +177,9 @@ class _Reader:
         keep = max(self.size, self.window // 2 // self.size * self.size)
         self.start = (len(self.tokens) - keep) // self.size * self.size
         self.cache = self.model.new_cache(1)
-        return self._decode(self.tokens[self.start :], self.cache, self._between(self.start, len(self.tokens)))
+        return self._decode(
+            self.tokens[self.start :], self.cache, self._between(self.start, len(self.tokens))
+        )
 
     def _between(self, start: int, stop: int) -> list[NeighbourBatch]:
         """Neighbours of the chunks completed by the tokens start … stop − 1."""
@@ -174,22 +188,29 @@ class _Reader:
     def _decode(self, new: list[int], cache: Any, found: list[NeighbourBatch]) -> Tensor:
         neighbours = None
         if found:
-            neighbours = NeighbourBatch(torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1),
-                                        None, None)  # fmt: skip
+            neighbours = NeighbourBatch(
+                torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1), None, None
+            )
         with torch.inference_mode(), autocast(self.device, self.dtype):
-            return self.model.decode(torch.tensor([new], device=self.device), cache, neighbours)[0, -1].float()
+            return self.model.decode(torch.tensor([new], device=self.device), cache, neighbours)[
+                0, -1
+            ].float()
 
     def _retrieve(self) -> None:
         done, whole = len(self.traces), len(self.tokens) // self.size
         if done == whole:
             return
         started = time.perf_counter()
-        text = torch.tensor(self.tokens[done * self.size : whole * self.size], device=self.device).view(-1, self.size)
+        text = torch.tensor(self.tokens[done * self.size : whole * self.size], device=self.device).view(
+            -1, self.size
+        )
         self.traces += [ChunkTrace(self.tokenizer.decode(row)) for row in text.tolist()]
         if self.retriever is not None:
             near = self.retriever(text.view(1, -1), num_neighbours=self.k).to(self.device)
             for u, trace in enumerate(self.traces[done:]):
-                self.found.append(NeighbourBatch(near.tokens[:, u : u + 1], near.lengths[:, u : u + 1], None, None))
+                self.found.append(
+                    NeighbourBatch(near.tokens[:, u : u + 1], near.lengths[:, u : u + 1], None, None)
+                )
                 trace.neighbours = self._described(near, u)
         self.retrieval_seconds += time.perf_counter() - started
 
@@ -197,10 +218,20 @@ class _Reader:
         assert self.retriever is not None and near.ids is not None and near.distances is not None
         ids = near.ids[0, u].cpu()
         documents = self.retriever.documents(ids)
-        rows = zip(ids.tolist(), near.distances[0, u].tolist(), documents.tolist(), self.retriever.titles(documents),
-                   near.tokens[0, u].tolist(), near.lengths[0, u].tolist(), strict=True)  # fmt: skip
-        return [Neighbour(distance, chunk, document, title, self.tokenizer.decode(tokens[:length]))
-                for chunk, distance, document, title, tokens, length in rows if chunk >= 0]  # fmt: skip
+        rows = zip(
+            ids.tolist(),
+            near.distances[0, u].tolist(),
+            documents.tolist(),
+            self.retriever.titles(documents),
+            near.tokens[0, u].tolist(),
+            near.lengths[0, u].tolist(),
+            strict=True,
+        )
+        return [
+            Neighbour(distance, chunk, document, title, self.tokenizer.decode(tokens[:length]))
+            for chunk, distance, document, title, tokens, length in rows
+            if chunk >= 0
+        ]
 
 
 class _Stream:
@@ -237,6 +268,8 @@ def show_chunks(chunks: list[dict[str, Any]]) -> str:
         if not chunk["neighbours"]:
             lines.append("   (no neighbour)")
         for rank, near in enumerate(chunk["neighbours"], 1):
-            lines.append(f"   {rank}. {near['title']}  (chunk {near['chunk']:,}, distance {near['distance']:.3f})")
+            lines.append(
+                f"   {rank}. {near['title']}  (chunk {near['chunk']:,}, distance {near['distance']:.3f})"
+            )
             lines += ["      │ " + line for line in near["text"].strip("\n").splitlines()]
     return "\n".join(lines)

@@ -13,12 +13,16 @@ from . import __version__
 
 
 def collect() -> dict[str, Any]:
-    """`versions`, `device` and `backends`: for each of them `works`, and `why` with what was found or what is missing."""
+    """`versions`, `device` and `backends`: for each of them `works`, and `why` with what was found or what
+    is missing."""
     import torch
 
     backends = {
-        "torch": (True, f"{torch.__version__}, {torch.get_num_threads()} threads, "
-                        f"{torch.backends.cpu.get_cpu_capability()}"),
+        "torch": (
+            True,
+            f"{torch.__version__}, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}",
+        ),
         "cuda": _cuda(torch),
         "triton": _triton(torch),
         "triton interpreter": _interpreter(),
@@ -31,22 +35,29 @@ def collect() -> dict[str, Any]:
         "dedup": _package("rensa", "rensa"),
         "plot": _package("matplotlib", "matplotlib"),
         "tensorboard": _package("tensorboard", "tensorboard"),
-    }  # fmt: skip
+    }
     return {
         "retro_kernels": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-        if hasattr(os, "sched_getaffinity") else f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        if hasattr(os, "sched_getaffinity")
+        else f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "processor": _processor(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "backends": {name: {"works": works, "why": why} for name, (works, why) in backends.items()},
-    }  # fmt: skip
+    }
 
 
 def table(found: dict[str, Any]) -> str:
-    lines = [f"retro_kernels {found['retro_kernels']}, Python {found['python']}, {found['machine']}",
-             f"processor: {found['processor']}; device: {found['device']}", ""]  # fmt: skip
-    lines += [f"{'yes' if entry['works'] else 'no':<5}{name:<20}{entry['why']}" for name, entry in found["backends"].items()]
+    lines = [
+        f"retro_kernels {found['retro_kernels']}, Python {found['python']}, {found['machine']}",
+        f"processor: {found['processor']}; device: {found['device']}",
+        "",
+    ]
+    lines += [
+        f"{'yes' if entry['works'] else 'no':<5}{name:<20}{entry['why']}"
+        for name, entry in found["backends"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -63,7 +74,12 @@ def _package(module: str, wheel: str) -> tuple[bool, str]:
         importlib.import_module(module)
     except Exception as error:  # a broken installation raises anything
         missing = isinstance(error, ImportError) and (error.name or "").partition(".")[0] == module
-        return False, f"not installed: pip install {wheel}" if missing else f"installed, but fails: {_first_line(error)}"
+        return (
+            False,
+            f"not installed: pip install {wheel}"
+            if missing
+            else f"installed, but fails: {_first_line(error)}",
+        )
     try:
         return True, f"{wheel} {metadata.version(wheel)}"
     except metadata.PackageNotFoundError:
@@ -92,7 +108,10 @@ def _triton(torch: Any) -> tuple[bool, str]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         return False, "kernels are interpreted in this process (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
-        return False, f"{version} is here, but its kernels need a CUDA GPU; on the CPU the torch backend is used"
+        return (
+            False,
+            f"{version} is here, but its kernels need a CUDA GPU; on the CPU the torch backend is used",
+        )
     why = why_not_triton(torch.device("cuda"), torch.float32)
     return why is None, why or version
 
@@ -103,14 +122,20 @@ def _interpreter() -> tuple[bool, str]:
         return False, version
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True, f"{version}, on (for tests: slow; fp32 and fp16 only)"
-    return False, f"{version} has it, but it is off: set TRITON_INTERPRET=1 before Python starts (for tests: slow)"
+    return (
+        False,
+        f"{version} has it, but it is off: set TRITON_INTERPRET=1 before Python starts (for tests: slow)",
+    )
 
 
 def _native() -> tuple[bool, str]:
     try:
         native = importlib.import_module("retro_kernels._C")
     except Exception as error:
-        return False, f"the extension is not built or does not load ({_first_line(error)}): pip install . in the checkout"
+        return (
+            False,
+            f"the extension is not built or does not load ({_first_line(error)}): pip install . in the checkout",
+        )
     return True, f"C++ gather, {Path(native.__file__ or '').name}"
 
 
@@ -120,7 +145,10 @@ def _native_cuda(torch: Any) -> tuple[bool, str]:
     except Exception:
         return False, "the extension is not built"
     if not native.cuda:
-        return False, "built without nvcc: install the CUDA toolkit and run pip install . again (RETRO_CUDA=1)"
+        return (
+            False,
+            "built without nvcc: install the CUDA toolkit and run pip install . again (RETRO_CUDA=1)",
+        )
     if not torch.cuda.is_available():
         return False, "built, but there is no GPU"
     return True, "built with CUDA"
@@ -131,7 +159,10 @@ def _faiss() -> tuple[bool, str]:
         faiss = importlib.import_module("faiss")
     except Exception as error:
         if isinstance(error, ImportError) and error.name == "faiss":
-            return False, "not installed: pip install faiss-cpu (or faiss-gpu, never both); sets are searched exactly in torch"
+            return (
+                False,
+                "not installed: pip install faiss-cpu (or faiss-gpu, never both); sets are searched exactly in torch",
+            )
         return False, f"installed, but fails: {_first_line(error)}"
     return True, f"faiss {faiss.__version__}"
 

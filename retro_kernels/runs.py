@@ -6,8 +6,8 @@
     RUN/metrics.jsonl                    one JSON object every few steps
     RUN/checkpoint-00001000/             weights, optimiser, RNG at one moment; the newest is kept
 
-A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser always belong
-together. `model.safetensors` beside it is a hard link to the same bytes where the file system has such.
+A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser
+always belong together. `model.safetensors` beside it is a hard link to the same bytes where the file system has such.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str = "cpu")
     model = Retro.from_pretrained(folder, device=device)
     tokenizer = Tokenizer(folder / TOKENIZER)
     if model.config.vocab_size != tokenizer.vocab_size:
-        raise InputError(f"{folder}: the model has {model.config.vocab_size:,} tokens, but tokenizer.model has "
-                         f"{tokenizer.vocab_size:,}. They do not belong together.")  # fmt: skip
+        raise InputError(
+            f"{folder}: the model has {model.config.vocab_size:,} tokens, but tokenizer.model has "
+            f"{tokenizer.vocab_size:,}. They do not belong together."
+        )
     return Run(folder, model, tokenizer, settings)
 
 
@@ -75,8 +77,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings["config"]["sequence_length"], settings["config"]["num_neighbours"]
         return settings
     except FileNotFoundError:
-        raise InputError(f"{folder} is no training run (no {SETTINGS} in it). Give the folder that "
-                         "`retro-kernels train --out` wrote.") from None  # fmt: skip
+        raise InputError(
+            f"{folder} is no training run (no {SETTINGS} in it). Give the folder that "
+            "`retro-kernels train --out` wrote."
+        ) from None
     except (ValueError, TypeError, KeyError, NotADirectoryError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
 
@@ -121,7 +125,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{checkpoint / STATE} cannot be read ({reason}). Remove {checkpoint} and start again.") from None
+        raise InputError(
+            f"{checkpoint / STATE} cannot be read ({reason}). Remove {checkpoint} and start again."
+        ) from None
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -133,7 +139,9 @@ def pick_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         raise InputError(f"device is {name!r}; give auto, cpu, cuda or cuda:0, cuda:1, ….") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, but this torch ({torch.__version__}) sees no GPU. Use --device cpu.")
+        raise InputError(
+            f"device is {name!r}, but this torch ({torch.__version__}) sees no GPU. Use --device cpu."
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs.")
     return device
@@ -155,8 +163,17 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def progress_bar(total: int, description: str, unit: str, *, show: bool = True, initial: int = 0) -> tqdm:
     """On standard error, redrawn seldom where that is a file."""
-    return tqdm(total=total, desc=description, unit=unit, initial=initial, disable=not show, file=sys.stderr,
-                dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10, smoothing=0.05)  # fmt: skip
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        disable=not show,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 10,
+        smoothing=0.05,
+    )
 
 
 def note(message: str) -> None:
@@ -166,7 +183,8 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Within, the first SIGINT or SIGTERM sets the event, so that a step can be finished; the second one stops at once."""
+    """Within, the first SIGINT or SIGTERM sets the event, so that a step can be finished; the second one
+    stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield asked

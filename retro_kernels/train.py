@@ -2,8 +2,10 @@
 
     summary = train(TrainConfig(data=("corpus/",), out="run", set="set"))
 
-One step: `accumulate` batches of packed sequences; for each the neighbours of its chunks (found while the step before was
-computed), the forward pass, the backward pass; then one update by AdamW. The order of the data, the learning rate and all
+One step: `accumulate` batches of packed sequences; for each the neighbours of its chunks (found while the
+step before was
+computed), the forward pass, the backward pass; then one update by AdamW. The order of the data, the learning
+rate and all
 random numbers are functions of the seed and the step, so a run continues from a checkpoint as if it had never stopped.
 """
 
@@ -15,7 +17,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,13 +68,15 @@ def train(
 ) -> dict[str, Any]:
     """Trains one model into the folder `config.out` and returns what was measured.
 
-    resume: continue from the newest checkpoint there; where there is none, start. On a CPU the weights come out as those of
+    resume: continue from the newest checkpoint there; where there is none, start. On a CPU the weights come
+    out as those of
         a run that never stopped, to the last bit. stop_after: leave with a checkpoint after so many steps of this call.
     documents: in place of reading `config.data`.
 
-    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share (the
-    part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of them, before
-    the clock starts), parameters, dtype.
+    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second,
+    stall_share (the
+    part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first
+    of them, before the clock starts), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
     folder = Path(config.out)
@@ -80,7 +84,9 @@ def train(
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
     elif not resume and (saved or (folder / "model.safetensors").exists()):
-        raise InputError(f"{folder} holds a training run already. Continue it with --resume, or give another --out.")
+        raise InputError(
+            f"{folder} holds a training run already. Continue it with --resume, or give another --out."
+        )
     if saved:
         _check_same(config, TrainConfig.from_dict(read_settings(folder)["config"]), folder)
 
@@ -91,7 +97,12 @@ def train(
     tokenizer = _tokenizer(config, retriever, documents)
     model_config = _model_config(config, tokenizer, retriever)
     corpus = tokenise(documents, tokenizer, model_config.chunk_size)
-    packed = Packed(corpus, config.sequence_length, config.seed, None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy())
+    packed = Packed(
+        corpus,
+        config.sequence_length,
+        config.seed,
+        None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
+    )
 
     torch.manual_seed(config.seed)
     model = _new_model(config, model_config).to(device)
@@ -118,12 +129,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2)
+    return config.learning_rate * (
+        FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    )
 
 
 class _Batch(NamedTuple):
-    """One forward pass: tokens and targets [B, N], documents [B, E]; the targets scored in the whole step, so that every token
-    of a step counts alike, whichever of its batches it stands in."""
+    """One forward pass: tokens and targets [B, N], documents [B, E]; the targets scored in the whole step,
+    so that every token of a step counts alike, whichever of its batches it stands in."""
 
     tokens: Tensor
     targets: Tensor
@@ -134,8 +147,16 @@ class _Batch(NamedTuple):
 class _Trainer:
     """Model, optimiser and place in the data of one run."""
 
-    def __init__(self, config: TrainConfig, folder: Path, model: Retro, packed: Packed, retriever: Retriever | None,
-                 settings: dict[str, Any], progress: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        model: Retro,
+        packed: Packed,
+        retriever: Retriever | None,
+        settings: dict[str, Any],
+        progress: bool,
+    ) -> None:
         self.config, self.folder, self.model, self.packed = config, folder, model, packed
         self.retriever, self.settings, self.progress = retriever, settings, progress
         self.device = next(model.parameters()).device
@@ -147,10 +168,14 @@ class _Trainer:
         state = load_state(checkpoint)
         for name, what in (("corpus", "The data"), ("tokenizer", "The tokenizer")):
             if settings[name] != self.settings[name]:
-                raise InputError(f"{what} changed since {self.folder} was started, so it cannot be continued. "
-                                 "Give the same --data and --set, or another --out.")  # fmt: skip
+                raise InputError(
+                    f"{what} changed since {self.folder} was started, so it cannot be continued. "
+                    "Give the same --data and --set, or another --out."
+                )
         if self.device.type != settings["device"]:
-            note(f"The run was started on {settings['device']} and goes on on {self.device.type}: not bit for bit.")
+            note(
+                f"The run was started on {settings['device']} and goes on on {self.device.type}: not bit for bit."
+            )
         self.settings["dtype"] = settings["dtype"]
         if "summary" in settings:
             self.settings["summary"] = settings["summary"]
@@ -162,13 +187,19 @@ class _Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
         if state["steps"] != self.config.steps:
-            note(f"The run was planned for {state['steps']:,} steps and now for {self.config.steps:,}: "
-                 "the learning rate follows the new plan from here on.")  # fmt: skip
+            note(
+                f"The run was planned for {state['steps']:,} steps and now for {self.config.steps:,}: "
+                "the learning rate follows the new plan from here on."
+            )
         _cut_metrics(self.folder / METRICS, self.step)
 
     def save(self) -> None:
-        state: dict[str, Any] = {"step": self.step, "steps": self.config.steps, "rng": torch.get_rng_state(),
-                                 "optimiser": self.optimiser.state_dict()}  # fmt: skip
+        state: dict[str, Any] = {
+            "step": self.step,
+            "steps": self.config.steps,
+            "rng": torch.get_rng_state(),
+            "optimiser": self.optimiser.state_dict(),
+        }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         save_checkpoint(self.folder, self.step, self.model, state)
@@ -184,9 +215,11 @@ class _Trainer:
         if first >= until and "summary" in self.settings:  # a finished run that is "resumed"
             return self.settings["summary"]
         self.model.train()
-        with interruptible() as asked, log, progress_bar(
-            config.steps, "training", "step", show=self.progress, initial=first
-        ) as bar:  # fmt: skip
+        with (
+            interruptible() as asked,
+            log,
+            progress_bar(config.steps, "training", "step", show=self.progress, initial=first) as bar,
+        ):
             batches = self._batches(until)
             while self.step < until and not asked.is_set():
                 rate = learning_rate(config, self.step)
@@ -200,8 +233,10 @@ class _Trainer:
                 bar.update()
                 if log.add(loss, norm) == config.log_every or self.step == until:
                     line = log.write(self.step, rate)
-                    bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
-                                        f"waiting {line['stall_share']:.1%}")  # fmt: skip
+                    bar.set_postfix_str(
+                        f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
+                        f"waiting {line['stall_share']:.1%}"
+                    )
                     self._check_finite(line)
                 if self.step % config.save_every == 0 and self.step < until:
                     self.save()
@@ -209,14 +244,21 @@ class _Trainer:
             if self.step > first:
                 self.save()
         if asked.is_set() and self.step < until:
-            raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written. Continue with: "
-                              f"{_resume_command(config)}")  # fmt: skip
+            raise Interrupted(
+                f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written. Continue with: "
+                f"{_resume_command(config)}"
+            )
         self.settings["summary"] = self._summary(log, (self.step - first) * tokens_per_step)
         write_json(self.folder / SETTINGS, self.settings)
         return self.settings["summary"]
 
-    def _accumulate(self, batches: Iterator[tuple[_Batch, NeighbourBatch | None]], forward: Any, dtype: torch.dtype,
-                    log: _Log) -> Tensor:  # fmt: skip
+    def _accumulate(
+        self,
+        batches: Iterator[tuple[_Batch, NeighbourBatch | None]],
+        forward: Any,
+        dtype: torch.dtype,
+        log: _Log,
+    ) -> Tensor:
         """Gradients of one step; returns its mean loss over the scored tokens of all its batches."""
         total = torch.zeros((), device=self.device)
         for _ in range(self.config.accumulate):
@@ -226,22 +268,25 @@ class _Trainer:
             tokens, targets = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets))
             with autocast(self.device, dtype):
                 logits = forward(tokens, neighbours)
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+            )
             loss = loss / batch.scored_in_step
             loss.backward()
             total += loss.detach()
         return total
 
-    def _batches(self, until: int) -> Iterator[tuple[_Batch, NeighbourBatch | None]]:
+    def _batches(self, until: int) -> Generator[tuple[_Batch, NeighbourBatch | None], None, None]:
         """The batches from the present step on, each with the neighbours of its chunks on the device."""
         batches = self._read(until)
         if self.retriever is None:
             yield from ((batch, None) for batch in batches)
             return
         found = self.retriever.prefetch(
-            batches, num_neighbours=self.config.num_neighbours,
+            batches,
+            num_neighbours=self.config.num_neighbours,
             inputs=lambda batch: (batch.tokens.to(self.device), batch.documents.to(self.device)),
-        )  # fmt: skip
+        )
         with contextlib.closing(found):
             for batch, neighbours in found:
                 yield batch, neighbours.to(self.device)
@@ -250,15 +295,23 @@ class _Trainer:
         size = self.config.batch_size
         for step in range(self.step, until):
             first = step * self.config.accumulate * size
-            parts = [self.packed.read(range(i, i + size)) for i in range(first, first + self.config.accumulate * size, size)]
+            parts = [
+                self.packed.read(range(i, i + size))
+                for i in range(first, first + self.config.accumulate * size, size)
+            ]
             scored = max(1, sum(int((part.targets != IGNORE).sum()) for part in parts))
             for part in parts:
-                yield _Batch(*(torch.from_numpy(x) for x in (part.tokens, part.targets, part.documents)), scored)
+                tokens, targets, documents = map(
+                    torch.from_numpy, (part.tokens, part.targets, part.documents)
+                )
+                yield _Batch(tokens, targets, documents, scored)
 
     def _check_finite(self, line: dict[str, Any]) -> None:
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
-            raise InputError(f"The loss is {line['loss']} at step {self.step:,}: training diverged. Give a lower "
-                             f"--learning-rate or a longer --warmup; checkpoints up to here are in {self.folder}.")  # fmt: skip
+            raise InputError(
+                f"The loss is {line['loss']} at step {self.step:,}: training diverged. Give a lower "
+                f"--learning-rate or a longer --warmup; checkpoints up to here are in {self.folder}."
+            )
 
     def _summary(self, log: _Log, tokens: int) -> dict[str, Any]:
         return {
@@ -287,7 +340,7 @@ class _Log:
         self._norm: Tensor | None = None
 
     def __enter__(self) -> _Log:
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file = open(self._path, "a", encoding="utf-8")
         self._board = _tensorboard(self._path.parent)
         self._started = time.perf_counter()
         return self
@@ -360,7 +413,10 @@ def _optimiser(config: TrainConfig, model: Retro) -> torch.optim.Optimizer:
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in trained if p.ndim == 2 and name.endswith("weight")]
     rest = [p for name, p in trained if not (p.ndim == 2 and name.endswith("weight"))]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -374,9 +430,21 @@ def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
     return Retro.from_decoder(base.model, model_config.cca_layers, freeze=not config.unfreeze, **changes)
 
 
-_RETROFIT_FIELDS = ("chunk_size", "neighbour_len", "encoder_dim", "encoder_layers", "encoder_heads", "encoder_head_dim", "encoder_ffn_dim",
-                    "encoder_cross_layers", "cca_position", "share_encoder_embedding", "normalise_conditioning",
-                    "normalise_encoder_output", "dropout")  # fmt: skip
+_RETROFIT_FIELDS = (
+    "chunk_size",
+    "neighbour_len",
+    "encoder_dim",
+    "encoder_layers",
+    "encoder_heads",
+    "encoder_head_dim",
+    "encoder_ffn_dim",
+    "encoder_cross_layers",
+    "cca_position",
+    "share_encoder_embedding",
+    "normalise_conditioning",
+    "normalise_encoder_output",
+    "dropout",
+)
 
 
 def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retriever | None) -> RetroConfig:
@@ -388,15 +456,21 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retrieve
         overrides["neighbour_len"] = 2 * retriever.chunk_size
     model_config = preset(config.preset, **overrides)
     if retriever is not None and not model_config.cca_layers:
-        raise InputError("train: the model has no cca_layers, so it cannot use the set. Name layers, or leave out --set.")
+        raise InputError(
+            "train: the model has no cca_layers, so it cannot use the set. Name layers, or leave out --set."
+        )
     if config.sequence_length % model_config.chunk_size:
-        raise InputError(f"train: sequence_length is {config.sequence_length}; it must be a multiple of the chunk size, "
-                         f"{model_config.chunk_size}.")  # fmt: skip
+        raise InputError(
+            f"train: sequence_length is {config.sequence_length}; it must be a multiple of the chunk size, "
+            f"{model_config.chunk_size}."
+        )
     if config.retrofit:
         settings = read_settings(Path(config.retrofit))
         if settings["tokenizer"] != tokenizer.fingerprint:
-            raise InputError(f"retrofit: {config.retrofit} has another tokenizer than {config.set}. Build the set with "
-                             f"--tokenizer {Path(config.retrofit) / TOKENIZER}.")  # fmt: skip
+            raise InputError(
+                f"retrofit: {config.retrofit} has another tokenizer than {config.set}. Build the set with "
+                f"--tokenizer {Path(config.retrofit) / TOKENIZER}."
+            )
     return model_config
 
 
@@ -433,11 +507,19 @@ def _fingerprint(corpus: TokenDocuments) -> str:
 
 def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
     old, new = before.to_dict(), config.to_dict()
-    for name in ("data", "set", "tokenizer", "retrofit", "neighbours"):  # the same place may be spelt in two ways
+    for name in (
+        "data",
+        "set",
+        "tokenizer",
+        "retrofit",
+        "neighbours",
+    ):  # the same place may be spelt in two ways
         old[name], new[name] = _absolute(old[name]), _absolute(new[name])
     different = [name for name in old if name not in _FREE and old[name] != new[name]]
     if different:
-        shown = ", ".join(f"{name} was {getattr(before, name)!r} and is now {getattr(config, name)!r}" for name in different)
+        shown = ", ".join(
+            f"{name} was {getattr(before, name)!r} and is now {getattr(config, name)!r}" for name in different
+        )
         raise InputError(f"{folder} cannot be continued: {shown}. Give the same options, or another --out.")
 
 

@@ -1,7 +1,8 @@
 """The one tolerance of every kernel test (FlashAttention's): against float64, the error of ours is at most twice the
 error that plain PyTorch makes in the same dtype (a gradient's largest error: three times), plus the rounding noise.
 
-Noise: one rounding of the result to its dtype, and eight of float32, in which everything is accumulated: a logit between 8
+Noise: one rounding of the result to its dtype, and eight of float32, in which everything is accumulated: a
+logit between 8
 and 16 is rounded to half of 2^-20, which the exponential turns into a relative error of its weight."""
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def assert_accurate(
     exact = exact.detach()
     assert exact.norm() > 0, f"{what}: the exact result is zero everywhere, so the comparison is empty"
     noise = torch.finfo(ours.dtype).eps + 8 * torch.finfo(torch.promote_types(ours.dtype, torch.float32)).eps
-    for norm, name, factor in ((_largest, "largest", 3 if gradient else 2), (_quadratic_mean, "quadratic mean", 2)):
+    for norm, name, factor in (
+        (_largest, "largest", 3 if gradient else 2),
+        (_quadratic_mean, "quadratic mean", 2),
+    ):
         error = norm(ours.detach().double() - exact)
         allowed = factor * norm(plain.detach().double() - exact) + noise * norm(exact)
         assert error <= allowed, f"{what}: {name} error {error:.3e}, allowed {allowed:.3e}"  # NaN fails too

@@ -1,4 +1,5 @@
-"""A world small enough for every test of the scripts: text, a retrieval set, a RETRO and a plain decoder trained for seconds."""
+"""A world small enough for every test of the scripts: text, a retrieval set, a RETRO and a plain decoder
+trained for seconds."""
 
 from __future__ import annotations
 
@@ -9,9 +10,27 @@ from pathlib import Path
 from retro_kernels import cli
 
 CHUNK, SEQUENCE = 16, 64
-MODEL = ["--preset", "retro_tiny", "--sequence-length", str(SEQUENCE), "--batch-size", "2", "--device", "cpu", "--model",
-         "dim=32", "ffn_dim=64", "num_heads=2", "head_dim=16", "num_layers=2", "cca_layers=1,2", "encoder_dim=32",
-         "encoder_heads=2", "encoder_head_dim=16", "encoder_ffn_dim=64"]  # fmt: skip
+MODEL = [
+    "--preset",
+    "retro_tiny",
+    "--sequence-length",
+    str(SEQUENCE),
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+    "--model",
+    "dim=32",
+    "ffn_dim=64",
+    "num_heads=2",
+    "head_dim=16",
+    "num_layers=2",
+    "cca_layers=1,2",
+    "encoder_dim=32",
+    "encoder_heads=2",
+    "encoder_head_dim=16",
+    "encoder_ffn_dim=64",
+]
 PLAIN = [*(word for word in MODEL if not word.startswith(("cca_", "encoder_"))), f"chunk_size={CHUNK}"]
 
 
@@ -40,7 +59,9 @@ def text(rng: random.Random, passages: list[str], words: int) -> str:
 
 
 def _word(rng: random.Random) -> str:
-    return "".join(rng.choice(["ka", "lo", "mi", "ter", "su", "ne", "ra", "po"]) for _ in range(rng.randint(1, 3)))
+    return "".join(
+        rng.choice(["ka", "lo", "mi", "ter", "su", "ne", "ra", "po"]) for _ in range(rng.randint(1, 3))
+    )
 
 
 def build(root: Path) -> World:
@@ -50,11 +71,41 @@ def build(root: Path) -> World:
     for folder, count in (("train", 8), ("held-out", 3)):
         (root / folder).mkdir(parents=True)
         for i in range(count):
-            (root / folder / f"{folder}-{i}.txt").write_text(text(rng, passages, 150 + 40 * i), encoding="utf-8")
+            (root / folder / f"{folder}-{i}.txt").write_text(
+                text(rng, passages, 150 + 40 * i), encoding="utf-8"
+            )
     world = World(root, root / "train", root / "held-out", root / "set", root / "run", root / "plain")
-    assert run("index", world.train, "--out", world.set, "--vocab-size", 400, "--embedder", "hashing:64",
-               "--chunk-size", CHUNK) == 0  # fmt: skip
-    assert run("train", "--data", world.train, "--out", world.run, "--set", world.set, "--steps", 6, *MODEL) == 0
-    assert run("train", "--data", world.train, "--out", world.plain, "--tokenizer", world.set / "tokenizer.model",
-               "--steps", 6, *PLAIN) == 0  # fmt: skip
+    assert (
+        run(
+            "index",
+            world.train,
+            "--out",
+            world.set,
+            "--vocab-size",
+            400,
+            "--embedder",
+            "hashing:64",
+            "--chunk-size",
+            CHUNK,
+        )
+        == 0
+    )
+    assert (
+        run("train", "--data", world.train, "--out", world.run, "--set", world.set, "--steps", 6, *MODEL) == 0
+    )
+    assert (
+        run(
+            "train",
+            "--data",
+            world.train,
+            "--out",
+            world.plain,
+            "--tokenizer",
+            world.set / "tokenizer.model",
+            "--steps",
+            6,
+            *PLAIN,
+        )
+        == 0
+    )
     return world

@@ -49,8 +49,21 @@ def test_every_gpu_case_fills_the_chip_and_fits_its_memory() -> None:
 
 
 def row(seconds: float, case: str = "retro_kernels", group: str = "g", **extra: object) -> dict:
-    fields = {"what": "core", "positions": "bias", "lengths": False, "table_grad": True, "H": 16, "D": 128, "K": 2}
-    return {"group": group, "case": case, "median_s": seconds, "extra": {**fields, "pass": "forward", **extra}}
+    fields = {
+        "what": "core",
+        "positions": "bias",
+        "lengths": False,
+        "table_grad": True,
+        "H": 16,
+        "D": 128,
+        "K": 2,
+    }
+    return {
+        "group": group,
+        "case": case,
+        "median_s": seconds,
+        "extra": {**fields, "pass": "forward", **extra},
+    }
 
 
 def verdicts(rows: list[dict]) -> dict[str, tuple[str, str, str]]:
@@ -59,10 +72,15 @@ def verdicts(rows: list[dict]) -> dict[str, tuple[str, str, str]]:
 
 def test_a_goal_is_judged_by_its_worst_shape_and_its_best_opponent() -> None:
     rows = [
-        row(1.0, share_of_floor=0.95), row(1.6, "FlexAttention, a"), row(1.2, "FlexAttention, b"),
-        row(0.5, "SDPA without positions"), row(9.9, "SDPA math"), row(2.1, "SDPA efficient"),
-        row(1.0, group="h", share_of_floor=0.80, H=32), row(1.05, "FlexAttention, a", group="h", H=32),
-    ]  # fmt: skip
+        row(1.0, share_of_floor=0.95),
+        row(1.6, "FlexAttention, a"),
+        row(1.2, "FlexAttention, b"),
+        row(0.5, "SDPA without positions"),
+        row(9.9, "SDPA math"),
+        row(2.1, "SDPA efficient"),
+        row(1.0, group="h", share_of_floor=0.80, H=32),
+        row(1.05, "FlexAttention, a", group="h", H=32),
+    ]
     found = verdicts(rows)
     assert found["forward, share of the floor, D 128, K = 2"] == ("0.8", "H32 D128 K2", "met")
     assert found["over the best FlexAttention: forward"] == ("1.05×", "H32 D128 K2", "MISSED")
@@ -71,14 +89,23 @@ def test_a_goal_is_judged_by_its_worst_shape_and_its_best_opponent() -> None:
 
 
 def test_the_price_of_the_table_gradient_is_a_ratio_of_two_runs() -> None:
-    rows = [row(1.1, **{"pass": "backward"}), row(1.0, table_grad=False, **{"pass": "backward"}),
-            row(5.0, what="memory")]  # fmt: skip
+    rows = [
+        row(1.1, **{"pass": "backward"}),
+        row(1.0, table_grad=False, **{"pass": "backward"}),
+        row(5.0, what="memory"),
+    ]
     assert verdicts(rows)["table gradient: backward with over without"] == ("1.1", "H16 D128 K2", "met")
 
 
 def result(commit: str, rows: list[dict], device: str = "chip") -> dict:
-    environment = {"device": device, "commit": commit, "versions": {"torch": "2"}, "torch_threads": 2, "python": "3",
-                   "date": "2000-01-01"}  # fmt: skip
+    environment = {
+        "device": device,
+        "commit": commit,
+        "versions": {"torch": "2"},
+        "torch_threads": 2,
+        "python": "3",
+        "date": "2000-01-01",
+    }
     return {"environment": environment, "ceilings": {}, "results": rows}
 
 
@@ -86,12 +113,18 @@ def test_a_merged_file_says_which_commit_a_row_is_from() -> None:
     old = result("a", [row(1.0), row(2.0, "other")])
     both = run.merged(old, result("b", [row(3.0)]))
     assert [(r["case"], r["median_s"], r.get("commit")) for r in both["results"]] == [
-        ("other", 2.0, "a"), ("retro_kernels", 3.0, None)]  # fmt: skip
+        ("other", 2.0, "a"),
+        ("retro_kernels", 3.0, None),
+    ]
     assert run.merged(old, result("b", [row(3.0)], "another chip"))["results"] == [row(3.0)]
 
 
 def test_tables_show_ratios_to_the_first_row_and_why_a_row_is_missing(tmp_path: Path) -> None:
-    rows = [row(1e-3, share_of_floor=0.5), row(2e-3, "other"), {"group": "g", "case": "third", "skipped": "no such"}]
+    rows = [
+        row(1e-3, share_of_floor=0.5),
+        row(2e-3, "other"),
+        {"group": "g", "case": "third", "skipped": "no such"},
+    ]
     (tmp_path / "gpu.json").write_text(json.dumps(result("a", rows)))
     readme = "before\n<!-- bench:gpu g -->\nold\n<!-- /bench -->\n<!-- bench:gpu h -->\nold\n<!-- /bench -->\nafter\n"
     text = tables.rendered(readme, tmp_path)

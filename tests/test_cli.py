@@ -15,15 +15,19 @@ from retro_kernels import cli
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = ("import sys\nfrom retro_kernels import cli\nstatus = cli.main(['train', '--help'])\n"
-            "heavy = {'torch', 'numpy', 'faiss', 'transformers'} & set(sys.modules)\n"
-            "sys.exit(status or (f'imported {heavy}' if heavy else 0))")  # fmt: skip
+    code = (
+        "import sys\nfrom retro_kernels import cli\nstatus = cli.main(['train', '--help'])\n"
+        "heavy = {'torch', 'numpy', 'faiss', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(status or (f'imported {heavy}' if heavy else 0))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--num-neighbours" in done.stdout and done.stderr == ""
 
 
-@pytest.mark.parametrize("verb", ["info", "demo", "index", "search", "train", "eval", "generate", "bench", "neighbours", "dedup"])
+@pytest.mark.parametrize(
+    "verb", ["info", "demo", "index", "search", "train", "eval", "generate", "bench", "neighbours", "dedup"]
+)
 def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     assert f"usage: retro-kernels {verb}" in capsys.readouterr().out
@@ -43,7 +47,10 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["train", "--data", "x", "--out", "y", "--steps", "-3"], "'-3' is not an integer of at least 0"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
         (["train", "--data", "/nowhere", "--out", "{tmp}/y"], "/nowhere does not exist"),
-        (["train", "--data", "{tmp}", "--out", "{tmp}/y", "--model", "wide=3"], "'wide=3' is not FIELD=VALUE"),
+        (
+            ["train", "--data", "{tmp}", "--out", "{tmp}/y", "--model", "wide=3"],
+            "'wide=3' is not FIELD=VALUE",
+        ),
         (["eval", "--run", "/nowhere", "--data", "x"], "/nowhere is no training run"),
         (["generate", "x", "--run", "/nowhere"], "/nowhere is no training run"),
         (["generate", "x", "--run", "/nowhere", "--top-p", "2"], "'2' is not a number above 0 and at most 1"),
@@ -54,7 +61,7 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["eval", "--run", "x", "--data", "y", "--device", "gpu"], "device is 'gpu'"),
         (["search", "x", "--set", "y", "--device", "gpu"], "device is 'gpu'"),
     ],
-)  # fmt: skip
+)
 def test_one_line_for_what_cannot_be_used(
     words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +90,17 @@ def test_reader_that_left(world: World) -> None:
     """`retro-kernels search … | head -1` ends quietly."""
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "retro_kernels.cli", "search", "lomi", "--set", str(world.set), "--device", "cpu"]
+    words = [
+        sys.executable,
+        "-m",
+        "retro_kernels.cli",
+        "search",
+        "lomi",
+        "--set",
+        str(world.set),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception" not in done.stderr
@@ -99,8 +116,16 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["index", world.train, "--out", tmp_path / "s", "--tokenizer", world.set / "tokenizer.model",
-             "--embedder", "hashing:64"]  # fmt: skip
+    words = [
+        "index",
+        world.train,
+        "--out",
+        tmp_path / "s",
+        "--tokenizer",
+        world.set / "tokenizer.model",
+        "--embedder",
+        "hashing:64",
+    ]
     assert run(*words, "--json") == 0
     manifest = json.loads(capfd.readouterr().out)
     assert manifest["num_documents"] == 8
@@ -114,10 +139,24 @@ def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
 
 
-def test_train_json_is_alone_on_standard_output(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_json_is_alone_on_standard_output(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from small import MODEL
 
-    words = ["train", "--data", world.train, "--out", tmp_path / "r", "--set", world.set, "--steps", 2, "--json", *MODEL]
+    words = [
+        "train",
+        "--data",
+        world.train,
+        "--out",
+        tmp_path / "r",
+        "--set",
+        world.set,
+        "--steps",
+        2,
+        "--json",
+        *MODEL,
+    ]
     assert run(*words) == 0
     summary = json.loads(capfd.readouterr().out)
     assert summary["steps"] == 2 and 0 <= summary["stall_share"] <= 1 and summary["tokens_per_second"] > 0
@@ -129,7 +168,10 @@ def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     (tmp_path / "training" / "copy.txt").write_text(copied + "a few words more")
     (tmp_path / "training" / "other.txt").write_text((world.train / "train-0.txt").read_text())
     kept = tmp_path / "kept.jsonl"
-    assert run("dedup", "--data", tmp_path / "training", "--against", world.held_out, "--out", kept, "--json") == 0
+    assert (
+        run("dedup", "--data", tmp_path / "training", "--against", world.held_out, "--out", kept, "--json")
+        == 0
+    )
     result = json.loads(capfd.readouterr().out)
     assert [copy["title"] for copy in result["copies"]] == ["copy.txt"]
     assert [json.loads(line)["title"] for line in kept.read_text().splitlines()] == ["other.txt"]

@@ -12,18 +12,36 @@ from small import MODEL, World, run
 from retro_kernels import demo as module
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
-from retro_kernels.demo import Size, demo, read_corpus, split
+from retro_kernels.demo import Size, read_corpus, split
 
-TINY = Size(held_out_share=0.4, vocab_size=400, model=tuple(MODEL[MODEL.index("--model") + 1 :]), steps=3, batch_size=2,
-            sequence_length=128, prompt_tokens=70, generated_tokens=60)  # fmt: skip
+TINY = Size(
+    held_out_share=0.4,
+    vocab_size=400,
+    model=tuple(MODEL[MODEL.index("--model") + 1 :]),
+    steps=3,
+    batch_size=2,
+    sequence_length=128,
+    prompt_tokens=70,
+    generated_tokens=60,
+)
 
 
-def test_demo(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_demo(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(module, "Size", lambda: TINY)
     words = ["demo", "--corpus", world.train, "--out", tmp_path / "d", "--embedder", "hashing:64"]
     assert run(*words) == 0
     table = capfd.readouterr().out
-    for name in ("plain decoder", "RETRO off", "RETRO on", "shuffled neighbours", "tokens/s", "waiting for retrieval", "recall@10"):
+    for name in (
+        "plain decoder",
+        "RETRO off",
+        "RETRO on",
+        "shuffled neighbours",
+        "tokens/s",
+        "waiting for retrieval",
+        "recall@10",
+    ):
         assert name in table
     result = json.loads((tmp_path / "d" / "result.json").read_text())
     assert set(result["bits_per_byte"]) == {"plain", "off", "on", "shuffled"}
@@ -42,12 +60,18 @@ def test_standard_library() -> None:
     documents, source = read_corpus(None)
     titles = {document.title for document in documents}
     assert "argparse.py" in titles and len(titles) > 200
-    assert not any(part in title.split("/") for title in titles for part in ("test", "encodings", "pydoc_data", "site-packages"))
+    assert not any(
+        part in title.split("/")
+        for title in titles
+        for part in ("test", "encodings", "pydoc_data", "site-packages")
+    )
     training, held_out = split(documents, Size(), 0)
     assert sum(len(d.text.encode()) for d in training) <= Size.train_bytes
     assert not {d.text for d in training} & {d.text for d in held_out} and len(held_out) >= 2
     again = split(list(reversed(documents)), Size(), 0)  # a document's side depends on its text alone
-    assert [{d.text for d in side} for side in again] == [{d.text for d in side} for side in (training, held_out)]
+    assert [{d.text for d in side} for side in again] == [
+        {d.text for d in side} for side in (training, held_out)
+    ]
 
 
 def test_too_little_text() -> None:

@@ -26,7 +26,9 @@ def score_by_definition(world: World, window: int, stride: int, on: bool) -> flo
     for document in read_documents([world.held_out]):
         tokens = torch.tensor(loaded.tokenizer.encode(document.text))
         for place in range(len(tokens)):
-            start = max(0, -(-(place - window) // stride)) * stride  # of the first window that holds the token as a target
+            start = (
+                max(0, -(-(place - window) // stride)) * stride
+            )  # of the first window that holds the token as a target
             context = tokens[None, start:place] if place else torch.zeros(1, 1, dtype=torch.int64)
             near = retriever(context) if on else None
             with torch.no_grad():
@@ -37,7 +39,9 @@ def score_by_definition(world: World, window: int, stride: int, on: bool) -> flo
 
 @pytest.mark.parametrize("window, stride", [(SEQUENCE, SEQUENCE // 2), (3 * CHUNK, CHUNK)])
 def test_bits_per_byte_is_its_definition(world: World, window: int, stride: int) -> None:
-    result = evaluate(world.run, [world.held_out], window=window, stride=stride, batch_size=3, device="cpu", progress=False)
+    result = evaluate(
+        world.run, [world.held_out], window=window, stride=stride, batch_size=3, device="cpu", progress=False
+    )
     texts = [document.text for document in read_documents([world.held_out])]
     size = sum(len(text.encode()) for text in texts)
     assert result["bytes"] == size and result["words"] == sum(len(text.split()) for text in texts)
@@ -88,7 +92,9 @@ def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
         own = torch.from_numpy(corpus.tokens(corpus.of_chunks()[chunk]).astype(np.int32)).unfold(0, CHUNK, 1)
         for neighbour, length in zip(tokens, lengths, strict=True):
             if length == 2 * CHUNK:  # would stand in the document as it is, if it came from there
-                assert not (own[:, None] == neighbour[:CHUNK]).all(-1).any() or _elsewhere(corpus, chunk, neighbour)
+                assert not (own[:, None] == neighbour[:CHUNK]).all(-1).any() or _elsewhere(
+                    corpus, chunk, neighbour
+                )
 
 
 def _elsewhere(corpus, chunk: int, neighbour: torch.Tensor) -> bool:  # type: ignore[no-untyped-def]
@@ -105,12 +111,26 @@ def test_plain_decoder_and_single_document(world: World, capfd: pytest.CaptureFi
     assert with_set["filtered_off"]["1"] == pytest.approx(plain["bits_per_byte"]["off"], rel=1e-12)
     one = evaluate(world.run, documents=[Document("a", "lomi")], device="cpu", progress=False)
     assert list(one["bits_per_byte"]) == ["off", "on"] and "only one document" in capfd.readouterr().err
-    assert one["bits_per_byte"]["on"] == one["bits_per_byte"]["off"]  # shorter than a chunk: nothing to attend to
+    assert (
+        one["bits_per_byte"]["on"] == one["bits_per_byte"]["off"]
+    )  # shorter than a chunk: nothing to attend to
 
 
 def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    words = ["eval", "--run", world.run, "--data", world.held_out, "--set", world.set, "-k", 3, "--device", "cpu"]
+    words = [
+        "eval",
+        "--run",
+        world.run,
+        "--data",
+        world.held_out,
+        "--set",
+        world.set,
+        "-k",
+        3,
+        "--device",
+        "cpu",
+    ]
     assert run(*words, "--json", "--plot", tmp_path / "curve.png") == 0
     result = json.loads(capfd.readouterr().out)
     assert {"off", "on", "shuffled"} == set(result["bits_per_byte"]) and result["num_neighbours"] == 3
@@ -124,7 +144,21 @@ def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.Capture
 
 def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    assert run("index", world.held_out, "--out", other, "--vocab-size", 350, "--embedder", "hashing:64", "--chunk-size", CHUNK) == 0
+    assert (
+        run(
+            "index",
+            world.held_out,
+            "--out",
+            other,
+            "--vocab-size",
+            350,
+            "--embedder",
+            "hashing:64",
+            "--chunk-size",
+            CHUNK,
+        )
+        == 0
+    )
     with pytest.raises(InputError, match="another tokenizer"):
         evaluate(world.run, [world.held_out], set=other, device="cpu", progress=False)
     with pytest.raises(InputError, match="multiples of the chunk size"):

@@ -111,19 +111,41 @@ def test_the_end_of_the_document(world: World, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_command_line(world: World, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["generate", PROMPTS["a chunk and a bit"], "--run", world.run, "--max-tokens", 20, "--seed", 3, "--device", "cpu"]
+    words = [
+        "generate",
+        PROMPTS["a chunk and a bit"],
+        "--run",
+        world.run,
+        "--max-tokens",
+        20,
+        "--seed",
+        3,
+        "--device",
+        "cpu",
+    ]
     assert run(*words, "--json") == 0
     result = json.loads(capfd.readouterr().out)
     assert run(*words, "--show-neighbours", "--top-k", 400, "--top-p", 1.0) == 0
     shown = capfd.readouterr().out
     assert shown.startswith(result["prompt"] + result["text"])
     neighbours = [near for chunk in result["chunks"] for near in chunk["neighbours"]]
-    assert neighbours and all(near["title"] in shown and f"{near['distance']:.3f}" in shown for near in neighbours)
+    assert neighbours and all(
+        near["title"] in shown and f"{near['distance']:.3f}" in shown for near in neighbours
+    )
     assert all(near["title"].startswith("train-") for near in neighbours)
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5},
-                                     {"num_neighbours": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"num_neighbours": 0},
+    ],
+)
 def test_settings_out_of_range(world: World, options: dict[str, float]) -> None:
     with pytest.raises(InputError, match="generate"):
         generate(world.run, "x", device="cpu", **options)  # type: ignore[arg-type]

@@ -41,7 +41,9 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Names in the source archive, built in a copy so that the checkout stays as it is."""
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path_factory.mktemp("sdist") / "checkout"
-    unwanted = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "runs", "sets")
+    unwanted = shutil.ignore_patterns(
+        ".*", "*.so", "*.egg-info", "__pycache__", "build", "dist", "runs", "sets"
+    )
     shutil.copytree(ROOT, copy, ignore=unwanted)
     code = "import setuptools.build_meta as b; print(b.build_sdist('..'))"
     built = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
@@ -52,7 +54,14 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 def test_sdist_holds_all_that_a_build_needs(sdist: set[str]) -> None:
     wanted = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*")}
-    wanted |= {"LICENSE", "README.md", "setup.py", "pyproject.toml", "retro_kernels/py.typed", "retro_kernels/_C.pyi"}
+    wanted |= {
+        "LICENSE",
+        "README.md",
+        "setup.py",
+        "pyproject.toml",
+        "retro_kernels/py.typed",
+        "retro_kernels/_C.pyi",
+    }
     assert {"csrc/cuda/gather.cu", "csrc/cpu/gather.cpp", "csrc/bindings.cpp", "csrc/ops.h"} <= wanted
     assert not wanted - sdist
 
@@ -67,9 +76,20 @@ def test_every_module_is_packaged(sdist: set[str]) -> None:
 def test_top_level() -> None:
     """A stranger reads this first. A new entry wants a reason, and a line in the README's file map."""
     assert {name.split("/")[0] for name in tracked()} <= {
-        ".ci", ".gitignore", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "bench", "constraints.txt", "csrc",
-        "pyproject.toml", "retro_kernels", "setup.py", "tests",
-    }  # fmt: skip
+        ".ci",
+        ".gitignore",
+        "LICENSE",
+        "MANIFEST.in",
+        "Makefile",
+        "README.md",
+        "bench",
+        "constraints.txt",
+        "csrc",
+        "pyproject.toml",
+        "retro_kernels",
+        "setup.py",
+        "tests",
+    }
 
 
 def test_licence() -> None:
@@ -89,9 +109,13 @@ def test_import_is_cheap() -> None:
     code = "import sys, retro_kernels; print(*{name.split('.')[0] for name in sys.modules})"
     # -S: without site, so that nothing else's .pth files count
     run = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+        [sys.executable, "-S", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     heavy = {"torch", "triton", "numpy", "faiss", "transformers", "sentencepiece", "safetensors"}
     assert "retro_kernels" in run.stdout.split()
     assert not heavy & set(run.stdout.split())
@@ -114,8 +138,12 @@ def direct_dependencies() -> list[Requirement]:
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_pin_every_direct_dependency(python: str) -> None:
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    environment = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
-                   "platform_machine": "x86_64"}  # fmt: skip
+    environment = {
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+        "sys_platform": "linux",
+        "platform_machine": "x86_64",
+    }
     pins: dict[str, str] = {}
     for pin in (Requirement(line) for line in lines if line):
         if pin.marker is None or pin.marker.evaluate(environment):
@@ -190,7 +218,9 @@ def put_nvcc(folder: Path, top: Path) -> Path:
     return nvcc
 
 
-def test_finds_nvcc_and_its_toolkit(build: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_nvcc_and_its_toolkit(
+    build: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "toolkit").mkdir()
     nvcc = put_nvcc(tmp_path / "somewhere", tmp_path / "toolkit")
     monkeypatch.setenv("PATH", f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
@@ -207,7 +237,9 @@ def test_without_nvcc(build: dict[str, Any], tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     assert build["find_nvcc"]() is None
     monkeypatch.setenv("RETRO_CUDA", "1")
-    with pytest.raises(SystemExit, match="RETRO_CUDA=1, but nvcc was not found. Put it on PATH or set CUDA_HOME"):
+    with pytest.raises(
+        SystemExit, match="RETRO_CUDA=1, but nvcc was not found. Put it on PATH or set CUDA_HOME"
+    ):
         build["find_nvcc"]()
     monkeypatch.setenv("RETRO_CUDA", "yes")
     with pytest.raises(SystemExit, match="RETRO_CUDA is 'yes'; it must be 0"):
@@ -215,7 +247,10 @@ def test_without_nvcc(build: dict[str, Any], tmp_path: Path, monkeypatch: pytest
 
 
 def test_build_needs_no_torch() -> None:
-    assert {Requirement(line).name for line in PROJECT["build-system"]["requires"]} == {"setuptools", "pybind11"}
+    assert {Requirement(line).name for line in PROJECT["build-system"]["requires"]} == {
+        "setuptools",
+        "pybind11",
+    }
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
     assert len((ROOT / "setup.py").read_text().splitlines()) < 80

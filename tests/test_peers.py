@@ -67,7 +67,9 @@ def test_model_functions_on_sdpa_equal_the_definition(positions: cases.Positions
     key, value = (torch.randn(3, 1, 32, 2, 8, dtype=torch.float64) for _ in range(2))
     options = {"lengths": torch.tensor([[32], [5], [0]]), "key_repeat": 2, **t.tables}
     expected = block_attention(query, key, value, **options, backend="reference")
-    torch.testing.assert_close(peers.sdpa_block_attention(query, key, value, **options), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        peers.sdpa_block_attention(query, key, value, **options), expected, rtol=1e-7, atol=1e-7
+    )
 
 
 def test_leaf_blocks_share_what_the_blocks_hold(seed: int) -> None:

@@ -53,8 +53,11 @@ def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:
     place = 0
     while place < len(tokens) and tokens[place]:  # documents one after another, in any order
         rest = tokens[place:]
-        number = next(d for d in range(len(documents)) if d not in seen
-                      and np.array_equal(rest[: len(corpus.tokens(d))], corpus.tokens(d)))  # fmt: skip
+        number = next(
+            d
+            for d in range(len(documents))
+            if d not in seen and np.array_equal(rest[: len(corpus.tokens(d))], corpus.tokens(d))
+        )
         seen.add(number)
         text = corpus.tokens(number)
         assert np.array_equal(targets[place : place + len(text)], [*text[1:], 0])
@@ -76,15 +79,31 @@ def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:
 def test_learning_rate() -> None:
     config = TrainConfig(data=("x",), out="y", steps=100, warmup=10, learning_rate=2.0)
     rates = [learning_rate(config, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == rates[10] == 2.0
+    assert (
+        rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and max(rates) == rates[10] == 2.0
+    )
     assert rates[55] == pytest.approx(2.0 * 0.55)  # half way down from 1 to 0.1
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.2 < rates[99] < 0.21
 
 
 def test_resume_is_bit_for_bit(world: World, tmp_path: Path, seed: int) -> None:
     """With live retrieval, dropout and accumulation: 4 and 4 steps are the 8 steps of a run that never stopped."""
-    options = ["--data", world.train, "--set", world.set, "--steps", 8, "--seed", seed % 1000, "--accumulate", 2,
-               "--log-every", 1, *MODEL, "dropout=0.1"]  # fmt: skip
+    options = [
+        "--data",
+        world.train,
+        "--set",
+        world.set,
+        "--steps",
+        8,
+        "--seed",
+        seed % 1000,
+        "--accumulate",
+        2,
+        "--log-every",
+        1,
+        *MODEL,
+        "dropout=0.1",
+    ]
     assert run("train", "--out", tmp_path / "whole", *options) == 0
     assert run("train", "--out", tmp_path / "parts", *options, "--stop-after", 4) == 0
     assert weights(tmp_path / "parts") != weights(tmp_path / "whole")
@@ -94,20 +113,41 @@ def test_resume_is_bit_for_bit(world: World, tmp_path: Path, seed: int) -> None:
     assert [step for step, _ in checkpoints(tmp_path / "parts")] == [8]
     assert not list(tmp_path.rglob("*.tmp-*"))
     before = losses(tmp_path / "parts")
-    assert run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume") == 0  # nothing is left to do
+    assert (
+        run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume") == 0
+    )  # nothing is left to do
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole") and losses(tmp_path / "parts") == before
     state = load_state(checkpoints(tmp_path / "parts")[0][1])  # loads without unpickling
     assert state["step"] == 8 and state["optimiser"]["state"]
 
 
 def test_training_learns(world: World, tmp_path: Path) -> None:
-    assert run("train", "--data", world.train, "--out", tmp_path / "r", "--set", world.set, "--steps", 60, "--lr", "1e-2",
-               "--log-every", 5, *MODEL) == 0  # fmt: skip
+    assert (
+        run(
+            "train",
+            "--data",
+            world.train,
+            "--out",
+            tmp_path / "r",
+            "--set",
+            world.set,
+            "--steps",
+            60,
+            "--lr",
+            "1e-2",
+            "--log-every",
+            5,
+            *MODEL,
+        )
+        == 0
+    )
     curve = losses(tmp_path / "r")
     assert curve[-1][1] < curve[0][1] - 1.0
 
 
-def test_interrupt_saves_and_says_how_to_go_on(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_interrupt_saves_and_says_how_to_go_on(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "r"
 
     def interrupt() -> None:
@@ -118,7 +158,23 @@ def test_interrupt_saves_and_says_how_to_go_on(world: World, tmp_path: Path, cap
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    assert run("train", "--data", world.train, "--out", out, "--set", world.set, "--steps", 100000, "--log-every", 2, *MODEL) == 130
+    assert (
+        run(
+            "train",
+            "--data",
+            world.train,
+            "--out",
+            out,
+            "--set",
+            world.set,
+            "--steps",
+            100000,
+            "--log-every",
+            2,
+            *MODEL,
+        )
+        == 130
+    )
     thread.join()
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert "Continue with: retro-kernels train" in last and last.endswith("--resume")
@@ -130,9 +186,23 @@ def test_interrupt_saves_and_says_how_to_go_on(world: World, tmp_path: Path, cap
 def test_killed_at_any_moment(world: World, tmp_path: Path) -> None:
     """kill -9 leaves a checkpoint that training goes on from."""
     out = tmp_path / "r"
-    words = ["train", "--data", world.train, "--out", out, "--tokenizer", world.set / "tokenizer.model", "--steps", 10**6,
-             "--save-every", 1, *PLAIN]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "retro_kernels.cli", *map(str, words)], stderr=subprocess.DEVNULL)
+    words = [
+        "train",
+        "--data",
+        world.train,
+        "--out",
+        out,
+        "--tokenizer",
+        world.set / "tokenizer.model",
+        "--steps",
+        10**6,
+        "--save-every",
+        1,
+        *PLAIN,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retro_kernels.cli", *map(str, words)], stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 90
     while len(losses(out) if (out / "metrics.jsonl").exists() else []) < 1:
         assert process.poll() is None and time.monotonic() < deadline
@@ -172,7 +242,9 @@ def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest
     assert weights(out) == before
 
 
-def test_precomputed_neighbours_train_the_same(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_precomputed_neighbours_train_the_same(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "neighbours.safetensors"
     assert run("neighbours", "--data", world.train, "--set", world.set, "--out", file, "--device", "cpu") == 0
     options = ["--data", world.train, "--set", world.set, "--steps", 3, *MODEL]
@@ -190,12 +262,30 @@ def test_precomputed_neighbours_train_the_same(world: World, tmp_path: Path, cap
 def test_retrofit(world: World, tmp_path: Path, frozen: bool) -> None:
     """Frozen, RETRO off stays the decoder to the last bit; what is new is trained."""
     out = tmp_path / "r"
-    assert run("train", "--data", world.train, "--out", out, "--set", world.set, "--retrofit", world.plain, "--steps", 4,
-               *MODEL, *([] if frozen else ["--unfreeze"])) == 0  # fmt: skip
+    assert (
+        run(
+            "train",
+            "--data",
+            world.train,
+            "--out",
+            out,
+            "--set",
+            world.set,
+            "--retrofit",
+            world.plain,
+            "--steps",
+            4,
+            *MODEL,
+            *([] if frozen else ["--unfreeze"]),
+        )
+        == 0
+    )
     base, model = Retro.from_pretrained(world.plain), Retro.from_pretrained(out)
     tokens = torch.randint(4, base.config.vocab_size, (2, 40))
     assert torch.equal(model(tokens), base(tokens)) == frozen
-    assert all(layer.cca.o_proj.weight.abs().sum() > 0 for layer in model.layers)  # zero before the first step
+    assert all(
+        layer.cca.o_proj.weight.abs().sum() > 0 for layer in model.layers
+    )  # zero before the first step
     # resumed, what was frozen stays so
     assert run("train", "--data", world.train, "--out", out, "--resume", "--steps", 6) == 0
     assert torch.equal(Retro.from_pretrained(out)(tokens), base(tokens)) == frozen
@@ -205,7 +295,21 @@ def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None
     """The same sequences in one forward pass or in two: the same first loss and nearly the same gradient."""
     for name, size, parts in (("one", 4, 1), ("two", 2, 2)):
         words = [*MODEL[:4], "--batch-size", size, "--accumulate", parts, *MODEL[6:]]
-        assert run("train", "--data", world.train, "--set", world.set, "--out", tmp_path / name, "--steps", 1, *words) == 0
+        assert (
+            run(
+                "train",
+                "--data",
+                world.train,
+                "--set",
+                world.set,
+                "--out",
+                tmp_path / name,
+                "--steps",
+                1,
+                *words,
+            )
+            == 0
+        )
     one, two = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("one", "two"))
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)

@@ -58,7 +58,9 @@ class ReadReport:
         """One line on what was left out; None where nothing was."""
         if not self.skipped:
             return None
-        reasons = [f"{count:,} {reason} (first: {self.examples[reason]})" for reason, count in self.skipped.items()]
+        reasons = [
+            f"{count:,} {reason} (first: {self.examples[reason]})" for reason, count in self.skipped.items()
+        ]
         return f"Documents left out: {self.skipped.total():,}. " + "; ".join(reasons) + "."
 
 
@@ -89,7 +91,9 @@ def read_documents(
         raise InputError("No text was given: name files, folders or - for stdin.")
     for path in checked:
         if path != "-" and not os.path.exists(path):
-            raise InputError(f"{path} does not exist. Give a text file, a .jsonl, a folder of such, or - for stdin.")
+            raise InputError(
+                f"{path} does not exist. Give a text file, a .jsonl, a folder of such, or - for stdin."
+            )
     return _read(checked, include, exclude, report)
 
 
@@ -106,7 +110,9 @@ def _read(
         _log.warning(warning)
 
 
-def _read_path(path: str, include: Sequence[str], exclude: Sequence[str], report: ReadReport) -> Iterator[Document]:
+def _read_path(
+    path: str, include: Sequence[str], exclude: Sequence[str], report: ReadReport
+) -> Iterator[Document]:
     if path == "-":
         yield from _one_document(sys.stdin.buffer, "stdin", "stdin", report)
     elif os.path.isdir(path):
@@ -138,7 +144,9 @@ def _walk(
 
 
 def _matches(relative: str, name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(text, pattern.rstrip("/")) for pattern in patterns for text in (relative, name))
+    return any(
+        fnmatch.fnmatchcase(text, pattern.rstrip("/")) for pattern in patterns for text in (relative, name)
+    )
 
 
 def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -> Iterator[Document]:

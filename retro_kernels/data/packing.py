@@ -1,8 +1,9 @@
 """Documents as token chunks, and chunks packed into training sequences.
 
-Every document is cut into chunks of M tokens from its start, the last one padded with 0: the grid of the retrieval set, so
-that a training chunk is a chunk of the set where its document is. A sequence is a run of whole chunks, of one document or
-of several. S sequences, N tokens in each.
+Every document is cut into chunks of M tokens from its start, the last one padded with 0: the grid of the
+retrieval set, so
+that a training chunk is a chunk of the set where its document is. A sequence is a run of whole chunks, of
+one document or of several. S sequences, N tokens in each.
 """
 
 from __future__ import annotations
@@ -67,8 +68,14 @@ def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, chunk_size: in
     if not parts:
         raise InputError("There is no document to read: every file was empty, unreadable or left out.")
     starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return TokenDocuments(np.concatenate(parts), starts, np.array(hashes, np.int64), titles,
-                          np.array(num_bytes, np.int64), np.array(num_words, np.int64))  # fmt: skip
+    return TokenDocuments(
+        np.concatenate(parts),
+        starts,
+        np.array(hashes, np.int64),
+        titles,
+        np.array(num_bytes, np.int64),
+        np.array(num_words, np.int64),
+    )
 
 
 @dataclass
@@ -86,7 +93,8 @@ class Sequences:
 class Packed:
     """Training sequences of whole chunks in an order that depends on the seed only.
 
-    The documents are shuffled once and laid one after another; sequence s is the s-th run of N tokens. Every epoch visits the
+    The documents are shuffled once and laid one after another; sequence s is the s-th run of N tokens. Every
+    epoch visits the
     sequences in a new order, and `sequence(i)` is the i-th one visited, for any i, so a run can continue anywhere.
 
     The target of a document's last token is the pad that follows it (the end of the document), also where the document
@@ -103,8 +111,10 @@ class Packed:
         """`set_ids` maps document hashes to the ids of the same documents in the retrieval set, −1 for none."""
         chunk_size = documents.chunks.shape[1]
         if sequence_length % chunk_size:
-            raise InputError(f"A sequence consists of whole chunks: {sequence_length} tokens are not a multiple of "
-                             f"{chunk_size}.")  # fmt: skip
+            raise InputError(
+                f"A sequence consists of whole chunks: {sequence_length} tokens are not a multiple of "
+                f"{chunk_size}."
+            )
         self.seed, self.length = seed, sequence_length
         order = np.random.default_rng([seed, 0]).permutation(documents.num_documents)
         spans = [np.arange(documents.starts[d], documents.starts[d + 1]) for d in order]

@@ -34,10 +34,16 @@ MIN_VOCAB_SIZE = 288  # 4 special, 256 bytes, 9 kinds of white space, and a few 
 _SPACE = "\u2581"  # how SentencePiece spells a space inside a piece
 _SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 _WHITESPACE = ("\t", "\t\t", "\t\t\t", "\t\t\t\t", "\r\n")  # not learnable
-_UNTRAINABLE = re.compile("[\0\t\r\u2581\u2585]+")  # NUL, U+2585: SentencePiece's own marks; the others are above
+_UNTRAINABLE = re.compile(
+    "[\0\t\r\u2581\u2585]+"
+)  # NUL, U+2585: SentencePiece's own marks; the others are above
 _SAMPLE_CHARS = 4096  # length of a training sample: long enough to hold line ends and indentation
 _SEGMENT_CHARS = 1 << 16
-_PROBE = "  a  b\n\n\tc\r\n" + "".join(map(chr, range(33))) + "\u00a0\u3000\ufb01\u00c5e\u0301 \U0001f600<s></s><pad> "
+_PROBE = (
+    "  a  b\n\n\tc\r\n"
+    + "".join(map(chr, range(33)))
+    + "\u00a0\u3000\ufb01\u00c5e\u0301 \U0001f600<s></s><pad> "
+)
 
 
 class Tokenizer:
@@ -62,7 +68,9 @@ class Tokenizer:
         import sentencepiece
 
         if not model:
-            raise InputError(f"Tokenizer: {source} is empty. Give a SentencePiece model file (tokenizer.model).")
+            raise InputError(
+                f"Tokenizer: {source} is empty. Give a SentencePiece model file (tokenizer.model)."
+            )
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -101,7 +109,9 @@ class Tokenizer:
         elif sum(processor.is_byte(i) for i in range(self.vocab_size)) != 256:
             broken = "it has no byte fallback (training option --byte_fallback)"
         if broken:
-            raise InputError(f"Tokenizer: {self._source} cannot be used: {broken}. Or train one on your own text.")
+            raise InputError(
+                f"Tokenizer: {self._source} cannot be used: {broken}. Or train one on your own text."
+            )
 
     def _check_round_trip(self) -> None:
         """White space collapsed, characters normalised, a space put in front: one probe shows them all."""
@@ -179,7 +189,9 @@ class Tokenizer:
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if ids and not (0 <= min(ids) and max(ids) < len(pieces)):
             wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise InputError(f"Tokenizer: {wrong} is no token id; this tokenizer has ids 0 to {len(pieces) - 1:,}.")
+            raise InputError(
+                f"Tokenizer: {wrong} is no token id; this tokenizer has ids 0 to {len(pieces) - 1:,}."
+            )
         return b"".join([pieces[i] for i in ids])
 
     def decode_batch(self, batch: Iterable[Iterable[int]]) -> list[str]:

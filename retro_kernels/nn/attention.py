@@ -108,8 +108,9 @@ def _rotary_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
 
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
-                       ) -> Tensor:  # fmt: skip
+def relative_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
+) -> Tensor:
     """Causal attention with relative keys. The T queries are the last T of the S tokens of `k` and `v`.
 
     q [B, H, T, D], k and v [B, H, S, D], rel [H, S, D] with the distances S−1 … 0, both biases [H, D] → [B, H, T, D].
@@ -119,8 +120,14 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bia
     parts = []
     for start in range(0, rows, _ROWS):
         stop = min(start + _ROWS, rows)
-        block = (q[:, :, start:stop], k[:, :, : past + stop], v[:, :, : past + stop], rel[:, rows - stop :],
-                 content_bias, position_bias)  # fmt: skip
+        block = (
+            q[:, :, start:stop],
+            k[:, :, : past + stop],
+            v[:, :, : past + stop],
+            rel[:, rows - stop :],
+            content_bias,
+            position_bias,
+        )
         if rows > _ROWS and torch.is_grad_enabled():
             parts.append(checkpoint(_relative_rows, *block, use_reentrant=False))
         else:
@@ -128,8 +135,9 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bia
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
-def _relative_rows(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
-                   ) -> Tensor:  # fmt: skip
+def _relative_rows(
+    q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
+) -> Tensor:
     batch, heads, rows, head_dim = q.shape
     seen = k.shape[2]
     scale = head_dim**-0.5
@@ -194,18 +202,23 @@ class ChunkedCrossAttention(nn.Module):
         head_dim = _head_dim(dim, num_heads, head_dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:
-            raise ValueError(f"ChunkedCrossAttention: num_kv_heads is {kv_heads}; it must divide "
-                             f"num_heads = {num_heads}.")  # fmt: skip
+            raise ValueError(
+                f"ChunkedCrossAttention: num_kv_heads is {kv_heads}; it must divide num_heads = {num_heads}."
+            )
         if position not in ("relative", "bias", "none"):
             raise ValueError(
                 f'ChunkedCrossAttention: position is {position!r}; choose "relative", "bias" or "none".'
             )
         if projection not in ("auto", "materialised", "absorbed"):
-            raise ValueError(f"ChunkedCrossAttention: projection is {projection!r}; choose "
-                             '"auto", "materialised" or "absorbed".')  # fmt: skip
+            raise ValueError(
+                f"ChunkedCrossAttention: projection is {projection!r}; choose "
+                '"auto", "materialised" or "absorbed".'
+            )
         if chunk_size < 1 or neighbour_len < 1:
-            raise ValueError(f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
-                             "both must be at least 1.")  # fmt: skip
+            raise ValueError(
+                f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
+                "both must be at least 1."
+            )
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, kv_heads
         self.chunk_size, self.neighbour_len, self.position, self.backend = (
             chunk_size,
@@ -240,7 +253,9 @@ class ChunkedCrossAttention(nn.Module):
         query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         options = {"neighbour_lengths": neighbour_lengths, "backend": self.backend, **self.position_terms()}
         if self.absorbs(neighbours.shape[2], neighbours.device, training=torch.is_grad_enabled()):
-            out = absorbed_cross_attention(query, neighbours, **self._weights(), chunk_size=self.chunk_size, **options)
+            out = absorbed_cross_attention(
+                query, neighbours, **self._weights(), chunk_size=self.chunk_size, **options
+            )
         else:
             key, value = self.keys_and_values(neighbours)
             out = chunked_cross_attention(query, key, value, chunk_size=self.chunk_size, **options)
@@ -253,31 +268,48 @@ class ChunkedCrossAttention(nn.Module):
             out = torch.where(present, out, 0.0)
         return F.pad(out, (0, 0, prefix, 0))
 
-    def absorbs(self, num_neighbours: int, device: torch.device, *, training: bool = False,
-                decoding_batch: int | None = None) -> bool:  # fmt: skip
+    def absorbs(
+        self,
+        num_neighbours: int,
+        device: torch.device,
+        *,
+        training: bool = False,
+        decoding_batch: int | None = None,
+    ) -> bool:
         """Whether heads attend to the neighbours' states themselves. `decoding_batch`: for `attend_rows`, with so many
         sequences. Raises ValueError for `projection="absorbed"` where the weights alone are not the projections."""
         plain = all(
-            type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks) for x in (self.k_proj, self.v_proj)
+            type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks)
+            for x in (self.k_proj, self.v_proj)
         )
         if self.projection == "absorbed" and not plain:
-            raise ValueError("ChunkedCrossAttention: k_proj or v_proj was replaced, parametrised or has hooks, which "
-                             'attention to the states would pass over. Use projection="auto" or "materialised".'
-                             )  # fmt: skip
+            raise ValueError(
+                "ChunkedCrossAttention: k_proj or v_proj was replaced, parametrised or has hooks, which "
+                'attention to the states would pass over. Use projection="auto" or "materialised".'
+            )
         if self.projection != "auto" or not plain:
             return self.projection == "absorbed"
         return "absorbed" == choose_projection(
-            head_dim=self.head_dim, encoder_dim=self.k_proj.in_features, num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads, chunk_size=self.chunk_size, neighbour_len=self.neighbour_len,
-            num_neighbours=num_neighbours, training=training, decoding=decoding_batch is not None,
-            batch=decoding_batch or 1, device=device.type,
-        )  # fmt: skip
+            head_dim=self.head_dim,
+            encoder_dim=self.k_proj.in_features,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            chunk_size=self.chunk_size,
+            neighbour_len=self.neighbour_len,
+            num_neighbours=num_neighbours,
+            training=training,
+            decoding=decoding_batch is not None,
+            batch=decoding_batch or 1,
+            device=device.type,
+        )
 
     def _weights(self) -> dict[str, Any]:
         return {
-            "key_weight": self.k_proj.weight, "key_bias": self.k_proj.bias,
-            "value_weight": self.v_proj.weight, "value_bias": self.v_proj.bias,
-        }  # fmt: skip
+            "key_weight": self.k_proj.weight,
+            "key_bias": self.k_proj.bias,
+            "value_weight": self.v_proj.weight,
+            "value_bias": self.v_proj.bias,
+        }
 
     def keys_and_values(self, neighbours: Tensor) -> tuple[Tensor, Tensor]:
         """`neighbours` [..., encoder_dim] → key and value, both [..., Hkv, D]."""
@@ -295,8 +327,15 @@ class ChunkedCrossAttention(nn.Module):
             }
         return {"rel_bias": self.rel_bias} if self.position == "bias" else {}
 
-    def attend_rows(self, x: Tensor, first_row: int, key: Tensor, value: Tensor | None, lengths: Tensor | None,
-                    terms: dict[str, Any]) -> Tensor:  # fmt: skip
+    def attend_rows(
+        self,
+        x: Tensor,
+        first_row: int,
+        key: Tensor,
+        value: Tensor | None,
+        lengths: Tensor | None,
+        terms: dict[str, Any],
+    ) -> Tensor:
         """A few rows of one attending chunk, for decoding.
 
         `x` [B, T, dim] are its rows `first_row` … `first_row` + T − 1; key and value [B, K, R, Hkv, D] and
@@ -308,7 +347,13 @@ class ChunkedCrossAttention(nn.Module):
         rows = torch.arange(first_row, first_row + count, device=x.device).expand(x.shape[0], -1)
         if value is None:
             out = absorbed_decode(
-                query, key, **self._weights(), rows=rows, neighbour_lengths=lengths, backend=self.backend, **terms
+                query,
+                key,
+                **self._weights(),
+                rows=rows,
+                neighbour_lengths=lengths,
+                backend=self.backend,
+                **terms,
             )
         elif count <= _FEW_ROWS:
             out = chunked_cross_attention_decode(

@@ -27,8 +27,9 @@ class SelfAttentionCache:
         """Adds [B, T, H, D] and returns all that is held, [B, length, H, D]."""
         stop = self.length + key.shape[1]
         if self._keys is None or self._values is None or stop > self._keys.shape[1]:
-            self._keys, self._values = (self._grown(old, new, stop) for old, new in
-                                        ((self._keys, key), (self._values, value)))  # fmt: skip
+            self._keys, self._values = (
+                self._grown(old, new, stop) for old, new in ((self._keys, key), (self._values, value))
+            )
         self._keys[:, self.length : stop] = key
         self._values[:, self.length : stop] = value
         self.length = stop

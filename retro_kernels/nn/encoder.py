@@ -20,8 +20,10 @@ class EncoderLayer(nn.Module):
         super().__init__()
         dim, length = config.encoder_dim, config.neighbour_len
         options: dict[str, Any] = {
-            "head_dim": config.encoder_head_dim, "dropout": config.dropout, "backend": backend,
-        }  # fmt: skip
+            "head_dim": config.encoder_head_dim,
+            "dropout": config.dropout,
+            "backend": backend,
+        }
         self.attention_norm = RMSNorm(dim, eps=config.norm_eps)
         self.attention = BlockAttention(dim, config.encoder_heads, length, length, **options)
         self.cross_norm, self.cross = None, None

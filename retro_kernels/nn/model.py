@@ -32,17 +32,26 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = SelfAttention(
-            config.dim, config.num_heads, head_dim=config.head_dim,
-            position=config.self_attention, dropout=config.dropout,
-        )  # fmt: skip
+            config.dim,
+            config.num_heads,
+            head_dim=config.head_dim,
+            position=config.self_attention,
+            dropout=config.dropout,
+        )
         self.cca_norm, self.cca = None, None
         if cca:
             self.cca_norm = RMSNorm(config.dim, eps=config.norm_eps)
             self.cca = ChunkedCrossAttention(
-                config.dim, config.num_heads, head_dim=config.head_dim, encoder_dim=config.encoder_dim,
-                chunk_size=config.chunk_size, neighbour_len=config.neighbour_len, position=config.cca_position,
-                dropout=config.dropout, backend=backend,
-            )  # fmt: skip
+                config.dim,
+                config.num_heads,
+                head_dim=config.head_dim,
+                encoder_dim=config.encoder_dim,
+                chunk_size=config.chunk_size,
+                neighbour_len=config.neighbour_len,
+                position=config.cca_position,
+                dropout=config.dropout,
+                backend=backend,
+            )
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dropout)
 
@@ -130,13 +139,17 @@ class Retro(nn.Module):
         """
         size = self.config.chunk_size
         if tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
-            raise InputError(f"Retro.decode: tokens is {list(tokens.shape)}; it must be [{cache.batch_size}, T] "
-                             "with T ≥ 1.")  # fmt: skip
+            raise InputError(
+                f"Retro.decode: tokens is {list(tokens.shape)}; it must be [{cache.batch_size}, T] "
+                "with T ≥ 1."
+            )
         start = cache.length
         completed = (start + tokens.shape[1]) // size - start // size
         if neighbours is not None and neighbours[0].ndim == 4 and neighbours[0].shape[1] != completed:
-            raise InputError(f"Retro.decode: neighbours hold {neighbours[0].shape[1]} chunks, but tokens {start} … "
-                             f"{start + tokens.shape[1] - 1} complete {completed}.")  # fmt: skip
+            raise InputError(
+                f"Retro.decode: neighbours hold {neighbours[0].shape[1]} chunks, but tokens {start} … "
+                f"{start + tokens.shape[1] - 1} complete {completed}."
+            )
         found = self._neighbours(tokens, neighbours, completed)
         segments = _segments(start, tokens.shape[1], size)
         x = self.dropout(self.embedding(tokens))
@@ -200,19 +213,25 @@ class Retro(nn.Module):
         if not isinstance(decoder, Retro):
             decoder = cls.from_pretrained(decoder, backend=backend)
         if decoder.config.cca_layers:
-            raise InputError(f"Retro.from_decoder: the model has cca_layers={decoder.config.cca_layers} already; "
-                             "a plain decoder is needed.")  # fmt: skip
+            raise InputError(
+                f"Retro.from_decoder: the model has cca_layers={decoder.config.cca_layers} already; "
+                "a plain decoder is needed."
+            )
         if not cca_layers:
-            raise InputError("Retro.from_decoder: cca_layers is empty; name the layers (1-based) that shall attend "
-                             "to neighbours.")  # fmt: skip
+            raise InputError(
+                "Retro.from_decoder: cca_layers is empty; name the layers (1-based) that shall attend "
+                "to neighbours."
+            )
         model = cls(decoder.config.replace(cca_layers=tuple(cca_layers), **changes), backend=backend)
         reference = decoder.embedding.weight
         model.to(device=reference.device, dtype=reference.dtype)
         weights = decoder.state_dict()
         own = model.state_dict()
         if misfits := [name for name in weights if name not in own or own[name].shape != weights[name].shape]:
-            raise InputError(f"Retro.from_decoder: {sorted(changes)} change the decoder itself ({misfits[0]} does "
-                             "not fit).")  # fmt: skip
+            raise InputError(
+                f"Retro.from_decoder: {sorted(changes)} change the decoder itself ({misfits[0]} does "
+                "not fit)."
+            )
         model.load_state_dict(weights, strict=False)
         for _, layer in model._numbered():
             if layer.cca is not None:
@@ -270,8 +289,15 @@ class Retro(nn.Module):
         cache.conditioning = held[:, completed * self.config.chunk_size :].clone()
         return None if found is None else self._encode(found, held)
 
-    def _cached_cca(self, number: int, cca: ChunkedCrossAttention, x: Tensor, chunks: list[ChunkNeighbours | None],
-                    segments: list[tuple[int, int, int]], cache: DecodingCache) -> Tensor:  # fmt: skip
+    def _cached_cca(
+        self,
+        number: int,
+        cca: ChunkedCrossAttention,
+        x: Tensor,
+        chunks: list[ChunkNeighbours | None],
+        segments: list[tuple[int, int, int]],
+        cache: DecodingCache,
+    ) -> Tensor:
         if number not in cache.position_terms:
             cache.position_terms[number] = cca.position_terms()
         terms, parts = cache.position_terms[number], []
@@ -308,8 +334,12 @@ def _segments(start: int, count: int, size: int) -> list[tuple[int, int, int]]:
     return [((start + cut + 1) % size, cut, end) for cut, end in pairwise(cuts)]
 
 
-def _project(cca: ChunkedCrossAttention, encoded: Tensor | None, found: tuple[Tensor, Tensor | None] | None,
-             completed: int) -> list[ChunkNeighbours | None]:  # fmt: skip
+def _project(
+    cca: ChunkedCrossAttention,
+    encoded: Tensor | None,
+    found: tuple[Tensor, Tensor | None] | None,
+    completed: int,
+) -> list[ChunkNeighbours | None]:
     if encoded is None or found is None:
         return [None] * completed
     batch, _, neighbours = encoded.shape[:3]

@@ -67,12 +67,16 @@ def load_weights(
     wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or unknown:
-        raise InputError(f"{path} does not fit {CONFIG}: it lacks {missing[:3] or 'nothing'} and has "
-                         f"{unknown[:3] or 'nothing'} beyond.")  # fmt: skip
+        raise InputError(
+            f"{path} does not fit {CONFIG}: it lacks {missing[:3] or 'nothing'} and has "
+            f"{unknown[:3] or 'nothing'} beyond."
+        )
     for name, value in weights.items():
         if value.shape != wanted[name].shape:
-            raise InputError(f"{path} does not fit {CONFIG}: {name} is {list(value.shape)}, not "
-                             f"{list(wanted[name].shape)}.")  # fmt: skip
+            raise InputError(
+                f"{path} does not fit {CONFIG}: {name} is {list(value.shape)}, not "
+                f"{list(wanted[name].shape)}."
+            )
     if dtype is not None:
         weights = {name: value.to(dtype) for name, value in weights.items()}
     model.load_state_dict(weights, assign=True)

@@ -43,7 +43,9 @@ def pick_backend(op: str, requested: str | None, candidates: Mapping[str, str | 
         listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in candidates.items())
         raise ValueError(f"{op}: no backend can run here. {listed}")
     if name not in candidates:
-        raise ValueError(f'{op}: there is no backend "{name}". Choose one of {", ".join(candidates)}, or None.')
+        raise ValueError(
+            f'{op}: there is no backend "{name}". Choose one of {", ".join(candidates)}, or None.'
+        )
     if candidates[name] is not None:
         raise ValueError(f'{op}: backend "{name}" cannot run here: {candidates[name]}')
     return name

@@ -29,9 +29,17 @@ _HOME = {
     "tune_retrieval_set": "merge",
 }
 __all__ = [
-    "ChunkStore", "Embedder", "HashingEmbedder", "Index", "Retriever", "append_to_retrieval_set", "build_retrieval_set",
-    "load_embedder", "merge_retrieval_sets", "tune_retrieval_set",
-]  # fmt: skip
+    "ChunkStore",
+    "Embedder",
+    "HashingEmbedder",
+    "Index",
+    "Retriever",
+    "append_to_retrieval_set",
+    "build_retrieval_set",
+    "load_embedder",
+    "merge_retrieval_sets",
+    "tune_retrieval_set",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,15 @@ class BM25Searcher:
     The index lives in memory and is built when the searcher is made: some seconds and about 600 bytes a chunk.
     """
 
-    def __init__(self, store: ChunkStore, *, analyser: Literal["words", "tokens"] = "words", k1: float = 0.9,
-                 b: float = 0.4, stats: Stats | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        store: ChunkStore,
+        *,
+        analyser: Literal["words", "tokens"] = "words",
+        k1: float = 0.9,
+        b: float = 0.4,
+        stats: Stats | None = None,
+    ) -> None:
         """analyser: "words" scores lower-case words of the text, "tokens" the tokenizer's ids as they are."""
         if analyser not in ("words", "tokens"):
             raise InputError(f'BM25Searcher: analyser is {analyser!r}; "words" or "tokens" can be had.')
@@ -52,8 +59,9 @@ class BM25Searcher:
         rows = [[t for t in row if t] for row in queries.tolist()]
         if self.analyser == "tokens":
             return rows
-        words = self._bm25s.tokenize(self.store.tokenizer.decode_batch(rows), stopwords=None, return_ids=False,
-                                     show_progress=False)  # fmt: skip
+        words = self._bm25s.tokenize(
+            self.store.tokenizer.decode_batch(rows), stopwords=None, return_ids=False, show_progress=False
+        )
         return [self._index.get_tokens_ids(terms) for terms in words]
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -184,7 +184,9 @@ class Fingerprint:
 
     def add(self, text_hash: int, title: str) -> None:
         name = title.encode(errors="replace")
-        self._digest.update(text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name)
+        self._digest.update(
+            text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name
+        )
 
     def hex(self) -> str:
         return self._digest.hexdigest()
@@ -230,7 +232,9 @@ def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Docume
         yield document
 
 
-def _unique(documents: Iterator[Document], part: tuple[int, int] | None) -> Iterator[tuple[int, Document | None]]:
+def _unique(
+    documents: Iterator[Document], part: tuple[int, int] | None
+) -> Iterator[tuple[int, Document | None]]:
     """(hash, document) of each document of this part; None in place of a copy of an earlier one."""
     seen: set[int] = set()
     for document in documents:
@@ -244,7 +248,9 @@ def _unique(documents: Iterator[Document], part: tuple[int, int] | None) -> Iter
                 yield text_hash, document
 
 
-def _survey(reader: Reader, part: tuple[int, int] | None, sampler: TextSampler | None, builder: Builder) -> Corpus:
+def _survey(
+    reader: Reader, part: tuple[int, int] | None, sampler: TextSampler | None, builder: Builder
+) -> Corpus:
     """Reads everything once: what is it, is it new, and, for training a tokenizer, what does it look like."""
     report = ReadReport()
     fingerprint = Fingerprint()
@@ -263,7 +269,9 @@ def _survey(reader: Reader, part: tuple[int, int] | None, sampler: TextSampler |
     if warning := report.warning():
         builder.say(warning)
     if documents == 0:
-        raise InputError(f"There is no text to build a retrieval set from. {report.warning() or 'No file was found.'}")
+        raise InputError(
+            f"There is no text to build a retrieval set from. {report.warning() or 'No file was found.'}"
+        )
     if duplicates:
         builder.say(f"{duplicates:,} copies of documents are left out.")
     return Corpus(fingerprint.hex(), documents, duplicates, text_bytes, dict(report.skipped), sampler)
@@ -298,9 +306,17 @@ class Builder:
 
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Any:
         return tqdm(
-            total=total, initial=done, desc=what, unit=" " + unit, unit_scale=unit == "B", disable=not self.progress,
-            file=sys.stderr, dynamic_ncols=True, mininterval=0.5, leave=total is not None,
-        )  # fmt: skip
+            total=total,
+            initial=done,
+            desc=what,
+            unit=" " + unit,
+            unit_scale=unit == "B",
+            disable=not self.progress,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            leave=total is not None,
+        )
 
     def check_target(self, overwrite: bool) -> None:
         """`out` may be absent, empty or a retrieval set: nothing else is ever replaced."""
@@ -350,7 +366,9 @@ class Builder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"{self.folder} cannot be made: {error.strerror}. Choose a writable place.") from None
+            raise InputError(
+                f"{self.folder} cannot be made: {error.strerror}. Choose a writable place."
+            ) from None
         with self._lock():
             found = load_json(self.folder / "plan.json")
             if found is not None and found != plan:
@@ -405,7 +423,12 @@ class Builder:
         return Tokenizer(path)
 
     def cut(
-        self, reader: Reader, part: tuple[int, int] | None, corpus: Corpus, tokenizer: Tokenizer, chunk_size: int
+        self,
+        reader: Reader,
+        part: tuple[int, int] | None,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        chunk_size: int,
     ) -> None:
         """Documents → rows of `chunk_size` tokens, saved every `shard_chunks` rows."""
         journal = self.folder / "cut.json"
@@ -452,7 +475,10 @@ class Builder:
     def embed(self, embedder: TextEmbedder, tokenizer: Tokenizer) -> None:
         """Each shard into a file of its own, then all of them into embeddings.npy."""
         chunks = self.chunks(tokenizer)
-        shards = [range(i, min(i + self.shard_chunks, len(chunks))) for i in range(0, len(chunks), self.shard_chunks)]
+        shards = [
+            range(i, min(i + self.shard_chunks, len(chunks)))
+            for i in range(0, len(chunks), self.shard_chunks)
+        ]
         todo = [shard for shard in shards if not self._has_shard(shard, embedder.dim)]
         start = time.perf_counter()
         done = len(chunks) - sum(map(len, todo))
@@ -466,7 +492,9 @@ class Builder:
         self.seconds["embed"] = round(time.perf_counter() - start, 2)
         joined = GrowingArray(self.set / files.EMBEDDINGS, np.dtype(np.float16), (embedder.dim,), 0)
         for shard in shards:
-            joined.append(open_array(self._shard_path(shard), np.dtype(np.float16), (len(shard), embedder.dim)))
+            joined.append(
+                open_array(self._shard_path(shard), np.dtype(np.float16), (len(shard), embedder.dim))
+            )
         joined.close()
 
     def _shard_path(self, shard: range) -> Path:
@@ -517,14 +545,18 @@ class Builder:
             "seconds": self.seconds,
         }
         manifest["files"] = self._file_entries()
-        manifest["bytes_per_chunk"] = round(sum(e["bytes"] for e in manifest["files"].values()) / state.chunks, 1)
+        manifest["bytes_per_chunk"] = round(
+            sum(e["bytes"] for e in manifest["files"].values()) / state.chunks, 1
+        )
         files.write_manifest(self.set, manifest)
 
     def _index(
         self, vectors: np.ndarray, factory: str | None, recall: float, device: Any, grown: Index | None
     ) -> dict[str, Any]:
         by_size = factory is None
-        factory = factory or (grown.factory if grown else choose_factory(len(vectors), vectors.shape[1], device))
+        factory = factory or (
+            grown.factory if grown else choose_factory(len(vectors), vectors.shape[1], device)
+        )
         start = time.perf_counter()
         with self.bar(f"index {factory}", len(vectors), "chunks", len(grown) if grown else 0) as bar:
             if grown:
@@ -536,20 +568,30 @@ class Builder:
         (self.set / files.INDEX).unlink(missing_ok=True)
         measured = index.tune(vectors, recall)
         if not measured["reached"]:
-            self.say(f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished.")
+            self.say(
+                f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished."
+            )
             if by_size and len(vectors) <= _EXACT_FALLBACK:
                 self.say("These vectors do not suit it; the exact index is taken.")
                 return self._index(vectors, EXACT, recall, device, None)
         if not index.is_exact:
             index.save(self.set / files.INDEX)
-        return {"factory": factory, "metric": "squared L2", **measured, "build_seconds": self.seconds["index"]}
+        return {
+            "factory": factory,
+            "metric": "squared L2",
+            **measured,
+            "build_seconds": self.seconds["index"],
+        }
 
     def _file_entries(self) -> dict[str, Any]:
         paths = [path for name in (*files.REQUIRED_FILES, files.INDEX) if (path := self.set / name).exists()]
         entries = {}
         with self.bar("checksums", sum(path.stat().st_size for path in paths), "B") as bar:
             for path in paths:
-                entries[path.name] = {"bytes": path.stat().st_size, "sha256": files.file_sha256(path, bar.update)}
+                entries[path.name] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": files.file_sha256(path, bar.update),
+                }
         return entries
 
     def publish(self) -> dict[str, Any]:

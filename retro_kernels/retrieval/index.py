@@ -44,7 +44,7 @@ _SEARCH_SETTING = re.compile(r"[A-Za-z_]{1,32}=[0-9]{1,9}(,[A-Za-z_]{1,32}=[0-9]
 _MISSING = (
     "FAISS is not installed. On the CPU: pip install 'retro-kernels[faiss-cpu]' (or faiss-cpu); with an NVIDIA GPU: "
     "pip install 'retro-kernels[faiss-gpu]' (or faiss-gpu). Never both: they overwrite each other's files. "
-    'Without FAISS only the exact index works: --index Flat.'
+    "Without FAISS only the exact index works: --index Flat."
 )
 
 Progress = Callable[[int], object]
@@ -73,7 +73,12 @@ def faiss_status() -> dict[str, Any]:
     if faiss is None:
         return {"available": False, "reason": _MISSING}
     gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    return {"available": True, "version": faiss.__version__, "gpus": gpus, "cuvs": hasattr(faiss, "GpuIndexCagra")}
+    return {
+        "available": True,
+        "version": faiss.__version__,
+        "gpus": gpus,
+        "cuvs": hasattr(faiss, "GpuIndexCagra"),
+    }
 
 
 def _has_gpu_faiss() -> bool:
@@ -174,7 +179,9 @@ class Index:
             return cls.build(store.embeddings, EXACT, device=device)
         entry = store.manifest["files"].get(INDEX)
         if entry is None:
-            raise InputError(f"Retrieval set {store.path}: its index {factory[:80]} has no {INDEX}. Build it again.")
+            raise InputError(
+                f"Retrieval set {store.path}: its index {factory[:80]} has no {INDEX}. Build it again."
+            )
         require_faiss()
         check_checksum(store.path, INDEX, entry)
         device = torch.device("cpu" if device is None else device)
@@ -199,14 +206,19 @@ class Index:
         if isinstance(queries, np.ndarray):
             queries = torch.from_numpy(np.array(queries, dtype=np.float32))
         if queries.ndim != 2 or queries.shape[1] != self.dim:
-            raise ValueError(f"Index.search: queries have shape {list(queries.shape)}; [Q, {self.dim}] is needed.")
+            raise ValueError(
+                f"Index.search: queries have shape {list(queries.shape)}; [Q, {self.dim}] is needed."
+            )
         if k < 1:
             raise ValueError(f"Index.search: k is {k}; at least 1 is needed.")
         origin = queries.device
         queries = queries.to(self.device, torch.float32).contiguous()
         reachable = min(k, len(self))
         if len(queries) == 0:
-            distances, ids = queries.new_zeros(0, reachable), queries.new_zeros(0, reachable, dtype=torch.int64)
+            distances, ids = (
+                queries.new_zeros(0, reachable),
+                queries.new_zeros(0, reachable, dtype=torch.int64),
+            )
         else:
             distances, ids = self._searcher.search(queries, reachable)
         distances = distances.clamp_(min=0).masked_fill_(ids < 0, math.inf)
@@ -226,7 +238,9 @@ class Index:
     def configure(self, setting: str) -> None:
         """Sets search parameters, for example "nprobe=32,k_factor_rf=4". InputError where the index has no such one."""
         if not isinstance(setting, str) or not _SEARCH_SETTING.fullmatch(setting):
-            raise InputError(f'Index: the search setting {str(setting)[:80]!r} is not of the form "nprobe=32".')
+            raise InputError(
+                f'Index: the search setting {str(setting)[:80]!r} is not of the form "nprobe=32".'
+            )
         if not isinstance(self._searcher, _FaissSearcher):
             raise InputError(f"Index: an exact index has nothing to set, but {setting!r} was given.")
         self._searcher.configure(setting)
@@ -256,7 +270,13 @@ class Index:
         return truth.measure(self)
 
     def tune(
-        self, vectors: np.ndarray, recall: float = 0.95, *, k: int = 10, num_queries: int | None = None, seed: int = 0
+        self,
+        vectors: np.ndarray,
+        recall: float = 0.95,
+        *,
+        k: int = 10,
+        num_queries: int | None = None,
+        seed: int = 0,
     ) -> dict[str, Any]:
         """Sets the fastest search parameters (nprobe, efSearch, refinement) that reach `recall`@k, by measurement.
 
@@ -307,7 +327,9 @@ def _better(a: dict[str, Any], b: dict[str, Any]) -> bool:
 class GroundTruth:
     """Exact neighbours of a sample of rows, to measure indexes against."""
 
-    def __init__(self, vectors: np.ndarray, *, k: int = 10, num_queries: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, vectors: np.ndarray, *, k: int = 10, num_queries: int | None = None, seed: int = 0
+    ) -> None:
         n = len(vectors)
         if num_queries is None:
             num_queries = max(100, min(1000, 1_000_000_000 // n))
@@ -322,7 +344,9 @@ class GroundTruth:
 
     def _without_self(self, distances: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         own = ids == torch.from_numpy(self.rows).unsqueeze(1)
-        order = own.to(torch.int8).argsort(dim=1, stable=True)[:, : self.k]  # itself, if found at all, goes last
+        order = own.to(torch.int8).argsort(dim=1, stable=True)[
+            :, : self.k
+        ]  # itself, if found at all, goes last
         return distances.gather(1, order), ids.gather(1, order)
 
     def measure(self, index: Index) -> dict[str, Any]:
@@ -408,20 +432,26 @@ class _FaissSearcher:
         return self.index.metric_type == require_faiss().METRIC_L2
 
     @classmethod
-    def new(cls, factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]) -> _FaissSearcher:
+    def new(
+        cls, factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]
+    ) -> _FaissSearcher:
         faiss = require_faiss()
         if factory == "CAGRA":
             return _CagraSearcher.new_cagra(dim, device)
         try:
             index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
         except RuntimeError as error:
-            raise InputError(f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}") from None
+            raise InputError(
+                f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}"
+            ) from None
         searcher = cls.on_device(index, factory, device)
         if not index.is_trained:
             try:
                 searcher.index.train(np.concatenate(list(sample)))
             except RuntimeError as error:
-                raise InputError(f"The index {factory} cannot be trained on so few vectors: {_reason(error)}") from None
+                raise InputError(
+                    f"The index {factory} cannot be trained on so few vectors: {_reason(error)}"
+                ) from None
         return searcher
 
     @classmethod
@@ -453,7 +483,9 @@ class _FaissSearcher:
             index = faiss.read_index(str(path))
         except RuntimeError as error:
             version = faiss.__version__
-            raise InputError(f"{path} is no index that this FAISS {version} reads: {_reason(error)}") from None
+            raise InputError(
+                f"{path} is no index that this FAISS {version} reads: {_reason(error)}"
+            ) from None
         return cls.on_device(index, path.name, device)
 
     def add(self, vectors: np.ndarray) -> None:
@@ -488,7 +520,9 @@ class _FaissSearcher:
             space.set_index_parameters(self.index, setting)
         except RuntimeError:
             kind = type(self.index).__name__
-            raise InputError(f"{kind} has no search setting {setting!r} (nprobe: IVF, efSearch: HNSW).") from None
+            raise InputError(
+                f"{kind} has no search setting {setting!r} (nprobe: IVF, efSearch: HNSW)."
+            ) from None
 
     def tunable(self) -> tuple[int, bool, bool]:
         """(number of inverted lists or 0, whether it refines, whether it is a graph)"""

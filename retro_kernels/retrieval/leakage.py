@@ -27,15 +27,20 @@ def own_lengths(tokens: Tensor, pad_id: int = 0) -> Tensor:
     return torch.where(tokens != pad_id, places, 0).amax(-1) if tokens.shape[-1] else tokens.sum(-1)
 
 
-def _checked(chunks: Tensor, values: Tensor, chunk_lengths: Tensor | None, value_lengths: Tensor | None,
-             pad_id: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _checked(
+    chunks: Tensor, values: Tensor, chunk_lengths: Tensor | None, value_lengths: Tensor | None, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """(chunks, values, chunk lengths): signed, with −1 and −2 in the places that may never match."""
     if chunks.dim() != 2 or values.dim() != 3 or chunks.shape[0] != values.shape[0]:
-        raise ValueError(f"leakage: chunks must be [C, M] and values [C, K, R] with the same C, "
-                         f"not {list(chunks.shape)} and {list(values.shape)}.")  # fmt: skip
+        raise ValueError(
+            f"leakage: chunks must be [C, M] and values [C, K, R] with the same C, "
+            f"not {list(chunks.shape)} and {list(values.shape)}."
+        )
     chunks, values = chunks.to(torch.int32), values.to(torch.int32)
-    for name, lengths, shape in (("chunk_lengths", chunk_lengths, chunks.shape[:1]),
-                                 ("value_lengths", value_lengths, values.shape[:2])):  # fmt: skip
+    for name, lengths, shape in (
+        ("chunk_lengths", chunk_lengths, chunks.shape[:1]),
+        ("value_lengths", value_lengths, values.shape[:2]),
+    ):
         if lengths is not None and lengths.shape != shape:
             raise ValueError(f"leakage: {name} must be {list(shape)}, not {list(lengths.shape)}.")
     own = own_lengths(chunks, pad_id) if chunk_lengths is None else chunk_lengths.to(torch.int64)
@@ -64,8 +69,14 @@ def _blocks(values: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, values.shape[0], step))
 
 
-def common_runs(chunks: Tensor, values: Tensor, *, chunk_lengths: Tensor | None = None,
-                value_lengths: Tensor | None = None, pad_id: int = 0) -> Tensor:  # fmt: skip
+def common_runs(
+    chunks: Tensor,
+    values: Tensor,
+    *,
+    chunk_lengths: Tensor | None = None,
+    value_lengths: Tensor | None = None,
+    pad_id: int = 0,
+) -> Tensor:
     """Longest run of tokens that each chunk shares with each of its values.
 
     chunks [C, M], values [C, K, R] of any integer dtype; lengths int [C] and [C, K], None = up to the trailing pads.
@@ -88,17 +99,35 @@ def longest_common_run(chunks: Tensor, values: Tensor, **lengths: Tensor | None)
     return runs.amax(1) if runs.shape[1] else runs.new_zeros(runs.shape[0])
 
 
-def overlap(chunks: Tensor, values: Tensor, *, chunk_lengths: Tensor | None = None,
-            value_lengths: Tensor | None = None, pad_id: int = 0) -> Tensor:  # fmt: skip
+def overlap(
+    chunks: Tensor,
+    values: Tensor,
+    *,
+    chunk_lengths: Tensor | None = None,
+    value_lengths: Tensor | None = None,
+    pad_id: int = 0,
+) -> Tensor:
     """r(C) = s / m, float64 [C]; 0 for a chunk without a token. Arguments as `common_runs`."""
     own = own_lengths(chunks, pad_id) if chunk_lengths is None else chunk_lengths
-    longest = longest_common_run(chunks, values, chunk_lengths=chunk_lengths, value_lengths=value_lengths,
-                                 pad_id=pad_id)  # type: ignore[arg-type]  # fmt: skip
+    longest = longest_common_run(
+        chunks,
+        values,
+        chunk_lengths=chunk_lengths,
+        value_lengths=value_lengths,
+        pad_id=pad_id,  # type: ignore[arg-type]
+    )
     return longest.double() / own.clamp(min=1).double()
 
 
-def containment(chunks: Tensor, values: Tensor, *, n: int = 13, chunk_lengths: Tensor | None = None,
-                value_lengths: Tensor | None = None, pad_id: int = 0) -> Tensor:  # fmt: skip
+def containment(
+    chunks: Tensor,
+    values: Tensor,
+    *,
+    n: int = 13,
+    chunk_lengths: Tensor | None = None,
+    value_lengths: Tensor | None = None,
+    pad_id: int = 0,
+) -> Tensor:
     """Share of each chunk's n-grams that stand in each value, float32 [C, K].
 
     Unlike a Jaccard index it sees copies at every shift, since a value is longer than a chunk. A chunk of fewer than n
@@ -122,15 +151,18 @@ def containment(chunks: Tensor, values: Tensor, *, n: int = 13, chunk_lengths: T
 DEFAULT_ALPHAS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 
 
-def filtered_bits_per_byte(bits: Tensor, num_bytes: Tensor, r: Tensor,
-                           alphas: Sequence[float] = DEFAULT_ALPHAS) -> dict[float, float | None]:  # fmt: skip
+def filtered_bits_per_byte(
+    bits: Tensor, num_bytes: Tensor, r: Tensor, alphas: Sequence[float] = DEFAULT_ALPHAS
+) -> dict[float, float | None]:
     """bpb(α) = Σ bits / Σ bytes over the chunks with r ≤ α, for each α; None where no chunk is left.
 
     bits, num_bytes, r: one number per chunk, [C]. bpb(1) is the plain score over all chunks.
     """
     if not bits.shape == num_bytes.shape == r.shape:
-        raise ValueError(f"filtered_bits_per_byte: bits, num_bytes and r hold one number per chunk each, "
-                         f"not {list(bits.shape)}, {list(num_bytes.shape)} and {list(r.shape)}.")  # fmt: skip
+        raise ValueError(
+            f"filtered_bits_per_byte: bits, num_bytes and r hold one number per chunk each, "
+            f"not {list(bits.shape)}, {list(num_bytes.shape)} and {list(r.shape)}."
+        )
     curve: dict[float, float | None] = {}
     for alpha in alphas:
         kept = r <= alpha

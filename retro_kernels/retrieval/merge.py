@@ -106,7 +106,9 @@ def append_to_retrieval_set(
     loaded = as_embedder(embedder, device)
     if loaded.fingerprint != store.manifest["embedder"]["fingerprint"]:
         name = store.manifest["embedder"]["name"]
-        raise InputError(f"The set {target} was embedded with {name}; {loaded.name} here is not the same. Use that.")
+        raise InputError(
+            f"The set {target} was embedded with {name}; {loaded.name} here is not the same. Use that."
+        )
     known = set(store.document_hashes.tolist())
     read = reader_of(paths, include, exclude)
 
@@ -117,15 +119,22 @@ def append_to_retrieval_set(
         say(progress, f"{target}: holds every one of these documents already; nothing to do.")
         return store.manifest
     addition = target.with_name(target.name + ".append")
-    if (addition / files.MANIFEST).exists() and known.issuperset(ChunkStore.open(addition).document_hashes.tolist()):
+    if (addition / files.MANIFEST).exists() and known.issuperset(
+        ChunkStore.open(addition).document_hashes.tolist()
+    ):
         shutil.rmtree(addition)  # of an earlier call that was killed after its last step but one
     options = Options(store.tokenizer, None, "Flat", 1.0, device, store.chunk_size, None, overwrite=False)
     build_from(read_new, Builder(addition, shard_chunks, progress), lambda: loaded, options)
     asked = store.manifest.get("build", {})
     manifest = merge_retrieval_sets(
-        [target, addition], target, index=None if asked.get("index") == "by size" else asked.get("index"),
-        recall=asked.get("recall", 0.95), device=device, overwrite=True, progress=progress,
-    )  # fmt: skip
+        [target, addition],
+        target,
+        index=None if asked.get("index") == "by size" else asked.get("index"),
+        recall=asked.get("recall", 0.95),
+        device=device,
+        overwrite=True,
+        progress=progress,
+    )
     shutil.rmtree(addition)
     return manifest
 
@@ -136,7 +145,10 @@ def tune_retrieval_set(
     """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest."""
     store = ChunkStore.open(path)
     index = Index.open(store, device=device)
-    manifest = {**store.manifest, "index": {**store.manifest["index"], **index.tune(store.embeddings, recall, k=k)}}
+    manifest = {
+        **store.manifest,
+        "index": {**store.manifest["index"], **index.tune(store.embeddings, recall, k=k)},
+    }
     files.write_manifest(store.path, manifest)
     return manifest
 

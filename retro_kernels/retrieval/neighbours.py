@@ -52,12 +52,15 @@ _ARRAYS = {"hashes": "I64", "checks": "I64", "ids": "I64", "distances": "F32"}
 
 def _hashes(queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
     """Two hashes of chunks [n, M] together with a document id [n], −1 = none."""
-    return (mixed(row_hashes(queries) ^ mixed(documents + 2)),
-            mixed(row_hashes(queries, _CHECK_SEED) ^ mixed(documents + 2)))  # fmt: skip
+    return (
+        mixed(row_hashes(queries) ^ mixed(documents + 2)),
+        mixed(row_hashes(queries, _CHECK_SEED) ^ mixed(documents + 2)),
+    )
 
 
-def _narrow(distances: Tensor, ids: Tensor, documents: DocumentTable, exclude: Tensor | None,
-            k: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _narrow(
+    distances: Tensor, ids: Tensor, documents: DocumentTable, exclude: Tensor | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """From kept lists [Q, S] to (distances [Q, k], ids [Q, k], bool [Q]: these are what a live search would find)."""
     keep = documents.allowed(ids, exclude)
     complete = (keep.sum(1) >= k) | (ids[:, -1] < 0)
@@ -74,8 +77,9 @@ class NeighbourFile:
         self.num_rows, self.per_chunk = self.ids.shape
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, store: ChunkStore | None = None,
-             retriever: str | None = None) -> NeighbourFile:  # fmt: skip
+    def open(
+        cls, path: str | os.PathLike[str], *, store: ChunkStore | None = None, retriever: str | None = None
+    ) -> NeighbourFile:
         """Checks format, shapes, checksum, and that it was made with this set and this kind of retriever; else
         InputError."""
         from safetensors import SafetensorError, safe_open
@@ -96,16 +100,23 @@ class NeighbourFile:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is no whole file of neighbours: {error}") from None
         n = arrays["hashes"].shape
-        if len(n) != 1 or arrays["checks"].shape != n or arrays["ids"].dim() != 2 or arrays["ids"].shape[:1] != n or \
-                arrays["distances"].shape != arrays["ids"].shape:  # fmt: skip
+        if (
+            len(n) != 1
+            or arrays["checks"].shape != n
+            or arrays["ids"].dim() != 2
+            or arrays["ids"].shape[:1] != n
+            or arrays["distances"].shape != arrays["ids"].shape
+        ):
             raise InputError(f"{path} is damaged: its arrays do not fit each other.")
         if _checksum(arrays) != metadata.get("checksum"):
             raise InputError(
                 f"{path} is damaged: its checksum is another. Make it again: retro-kernels neighbours"
             )
         if store is not None and metadata.get("set") != set_fingerprint(store):
-            raise InputError(f"{path} was made with another retrieval set than {store.path}, or before it was changed. "
-                             "Make it again: retro-kernels neighbours")  # fmt: skip
+            raise InputError(
+                f"{path} was made with another retrieval set than {store.path}, or before it was changed. "
+                "Make it again: retro-kernels neighbours"
+            )
         if retriever is not None and metadata.get("retriever") != retriever:
             raise InputError(
                 f"{path} holds the neighbours of the retriever {metadata.get('retriever')!r}, not of {retriever!r}."
@@ -133,8 +144,13 @@ class NeighbourFile:
 class PrecomputedSearcher:
     """Takes neighbours from a file as far as it goes, and searches live for the rest."""
 
-    def __init__(self, table: NeighbourFile, documents: DocumentTable, inner: Searcher | None,
-                 stats: Stats | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        table: NeighbourFile,
+        documents: DocumentTable,
+        inner: Searcher | None,
+        stats: Stats | None = None,
+    ) -> None:
         """inner: the live searcher. None: what the file does not hold has no neighbours, and a GPU is never waited
         for."""
         self.device = documents.document_ids.device
@@ -151,8 +167,9 @@ class PrecomputedSearcher:
             rows = self.table.rows(here, excluded)
             place = rows.clamp(min=0)
             if self.table.num_rows:
-                distances, ids, complete = _narrow(self.table.distances[place], self.table.ids[place], self.documents,
-                                                   excluded, k)  # fmt: skip
+                distances, ids, complete = _narrow(
+                    self.table.distances[place], self.table.ids[place], self.documents, excluded, k
+                )
             else:
                 (distances, ids), complete = unfilled(len(here), k, self.device), rows >= 0
             missing = (rows < 0)[:, None]
@@ -171,8 +188,15 @@ class CachingSearcher:
     Memory: 12 · S bytes a chunk visited.
     """
 
-    def __init__(self, inner: Searcher, store: ChunkStore, documents: DocumentTable, *, per_chunk: int = 16,
-                 stats: Stats | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        inner: Searcher,
+        store: ChunkStore,
+        documents: DocumentTable,
+        *,
+        per_chunk: int = 16,
+        stats: Stats | None = None,
+    ) -> None:
         if per_chunk < 1:
             raise InputError(f"CachingSearcher: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
         self.inner, self.store, self.per_chunk, self.stats = inner, store, per_chunk, stats or Stats()
@@ -214,8 +238,15 @@ class CachingSearcher:
         self._ids[chunks[rows]] = ids.cpu() + 2
 
 
-def _fill_live(inner: Searcher, queries: Tensor, k: int, exclude: Tensor | None, live: Tensor, distances: Tensor,
-               ids: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _fill_live(
+    inner: Searcher,
+    queries: Tensor,
+    k: int,
+    exclude: Tensor | None,
+    live: Tensor,
+    distances: Tensor,
+    ids: Tensor,
+) -> tuple[Tensor, Tensor]:
     if live.numel():
         rows = to_device(live, queries.device)
         found, found_ids = inner.search(queries[rows], k, None if exclude is None else exclude[rows])
@@ -230,8 +261,15 @@ def set_fingerprint(store: ChunkStore) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.PathLike[str], *, per_chunk: int = 16,
-               progress: Callable[[int], object] | None = None) -> dict[str, Any]:  # fmt: skip
+def precompute(
+    retriever: Retriever,
+    chunks: Any,
+    documents: Any,
+    out: str | os.PathLike[str],
+    *,
+    per_chunk: int = 16,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
     """Searches neighbours for every chunk and writes the file `out`, whole or not at all.
 
     chunks: token ids [n, M], padded with 0, an array or a memory map.  documents: int64 [n], the set's document that a
@@ -246,13 +284,20 @@ def precompute(retriever: Retriever, chunks: Any, documents: Any, out: str | os.
     out, documents = Path(out), np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
     chunks = np.asarray(chunks)
     if chunks.ndim != 2 or chunks.shape[1] != retriever.chunk_size or documents.shape != chunks.shape[:1]:
-        raise ValueError(f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
-                         f"not {list(chunks.shape)} and {list(documents.shape)}.")  # fmt: skip
+        raise ValueError(
+            f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
+            f"not {list(chunks.shape)} and {list(documents.shape)}."
+        )
     if per_chunk < 1:
         raise InputError(f"precompute: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
-    metadata = {"format": FORMAT, "version": VERSION, "set": set_fingerprint(retriever.store),
-                "retriever": retriever.name, "per_chunk": str(per_chunk),
-                "input": _input_hash(chunks, documents)}  # fmt: skip
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "set": set_fingerprint(retriever.store),
+        "retriever": retriever.name,
+        "per_chunk": str(per_chunk),
+        "input": _input_hash(chunks, documents),
+    }
     result = {"chunks": len(chunks), "per_chunk": per_chunk, "path": str(out)}
     if out.exists():
         with contextlib.suppress(InputError):  # a damaged one is replaced, when the new one is whole
@@ -288,15 +333,23 @@ def _block(
     queries, own = torch.from_numpy(chunks.astype(np.int64)), torch.from_numpy(documents.copy())
     hashes, checks = _hashes(queries, own)
     distances, ids = retriever.search(queries, per_chunk, own[:, None], keep_copies=True)
-    arrays = {"hashes": hashes, "checks": checks, "ids": ids.cpu().contiguous(),
-              "distances": distances.cpu().contiguous()}  # fmt: skip
+    arrays = {
+        "hashes": hashes,
+        "checks": checks,
+        "ids": ids.cpu().contiguous(),
+        "distances": distances.cpu().contiguous(),
+    }
     _save(arrays, path, {})
     return arrays
 
 
 def _merged(parts: list[dict[str, Tensor]], per_chunk: int) -> dict[str, Tensor]:
-    none = {"hashes": torch.zeros(0, dtype=torch.int64), "checks": torch.zeros(0, dtype=torch.int64),
-            "ids": torch.zeros(0, per_chunk, dtype=torch.int64), "distances": torch.zeros(0, per_chunk)}  # fmt: skip
+    none = {
+        "hashes": torch.zeros(0, dtype=torch.int64),
+        "checks": torch.zeros(0, dtype=torch.int64),
+        "ids": torch.zeros(0, per_chunk, dtype=torch.int64),
+        "distances": torch.zeros(0, per_chunk),
+    }
     arrays = {name: torch.cat([none[name], *(part[name] for part in parts)]) for name in _ARRAYS}
     order = np.lexsort((arrays["checks"].numpy(), arrays["hashes"].numpy()))
     pairs = np.stack([arrays["hashes"].numpy()[order], arrays["checks"].numpy()[order]])

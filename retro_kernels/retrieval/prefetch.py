@@ -70,8 +70,15 @@ class Prefetcher:
     nothing can hide).
     """
 
-    def __init__(self, retriever: Retriever, loader: Iterable[Any], *, num_neighbours: int = 2, depth: int = 1,
-                 inputs: Inputs | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        retriever: Retriever,
+        loader: Iterable[Any],
+        *,
+        num_neighbours: int = 2,
+        depth: int = 1,
+        inputs: Inputs | None = None,
+    ) -> None:
         """depth: batches kept ready.  inputs: takes (tokens, exclude_documents) out of a batch; see
         `default_inputs`."""
         if depth < 1:
@@ -93,9 +100,11 @@ class Prefetcher:
     def __iter__(self) -> Iterator[tuple[Any, NeighbourBatch]]:
         lane = self._lane = _Lane(queue.Queue(self.depth))
         thread = threading.Thread(
-            target=_work, name="retro-kernels-prefetch", daemon=True,
+            target=_work,
+            name="retro-kernels-prefetch",
+            daemon=True,
             args=(lane, self.retriever, self.loader, self.num_neighbours, self.inputs),
-        )  # fmt: skip
+        )
         thread.start()
         first = True
         try:

@@ -26,8 +26,9 @@ class Reranker:
     """The best k of another searcher's `fetch` first candidates, by another measure; its distances are that
     measure's."""
 
-    def __init__(self, inner: Searcher, store: ChunkStore, by: str, *, fetch: int = 64,
-                 stats: Stats | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, inner: Searcher, store: ChunkStore, by: str, *, fetch: int = 64, stats: Stats | None = None
+    ) -> None:
         """by: "bm25" (distance −score), "edit" (edit distance over the longer length, 0..1), "run" (1 − longest common
         run over the query's length)."""
         if by not in MEASURES:
@@ -39,9 +40,10 @@ class Reranker:
         measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
             "bm25": lambda queries, values: -weights.scores(queries, values),  # type: ignore[union-attr]
             "edit": normalised_edit_distance,
-            "run": lambda queries, values: 1 - common_runs(queries, values)
-            / own_lengths(queries).clamp(min=1)[:, None],
-        }  # fmt: skip
+            "run": lambda queries, values: (
+                1 - common_runs(queries, values) / own_lengths(queries).clamp(min=1)[:, None]
+            ),
+        }
         self._measure = measures[by]
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -43,7 +43,7 @@ from retro_kernels.retrieval.search import (
     take_first,
     to_device,
     unfilled,
-)  # fmt: skip
+)
 from retro_kernels.retrieval.store import ChunkStore
 
 DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
@@ -78,15 +78,25 @@ class Retriever:
     One call at a time: a lock makes a prefetching thread and an evaluation in between wait for each other.
     """
 
-    def __init__(self, store: ChunkStore, searcher: Searcher, *, documents: DocumentTable | None = None,
-                 device: torch.device | str | None = None, device_store: DeviceStore | None = None,
-                 drop_copies: float | None = None, stats: Stats | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        store: ChunkStore,
+        searcher: Searcher,
+        *,
+        documents: DocumentTable | None = None,
+        device: torch.device | str | None = None,
+        device_store: DeviceStore | None = None,
+        drop_copies: float | None = None,
+        stats: Stats | None = None,
+    ) -> None:
         """From parts; `Retriever.from_pretrained` makes them. documents, device_store and the searcher's results are on
         `device`. Arguments as there."""
         if drop_copies is not None and not 0.0 < drop_copies <= 1.0:
-            raise InputError(f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, "
-                             f"above 0 and "
-                             "at most 1.")  # fmt: skip
+            raise InputError(
+                f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, "
+                f"above 0 and "
+                "at most 1."
+            )
         self.store, self.searcher = store, searcher
         self.device = torch.device("cpu" if device is None else device)
         self.device_store, self.drop_copies, self.stats = device_store, drop_copies, stats or Stats()
@@ -149,10 +159,17 @@ class Retriever:
             vectors = store.embeddings if device_store is None else device_store.embeddings
             index = InnerProductIndex(vectors, device) if product else Index.open(store, device=device)
             searcher = DenseSearcher(
-                store, index, _embedder_loader(store, embedder, query_embedder, device),
-                documents=documents, stats=stats, device=device, device_store=device_store,
-                look_up=query_embedder is None, embed_unknown=embed_unknown, inner_product=product,
-            )  # fmt: skip
+                store,
+                index,
+                _embedder_loader(store, embedder, query_embedder, device),
+                documents=documents,
+                stats=stats,
+                device=device,
+                device_store=device_store,
+                look_up=query_embedder is None,
+                embed_unknown=embed_unknown,
+                inner_product=product,
+            )
         elif source == "bm25":
             searcher = BM25Searcher(store, stats=stats)
         else:
@@ -168,8 +185,15 @@ class Retriever:
             from retro_kernels.retrieval.neighbours import CachingSearcher
 
             searcher = CachingSearcher(searcher, store, documents, per_chunk=cache, stats=stats)
-        made = cls(store, searcher, documents=documents, device=device, device_store=device_store,
-                   drop_copies=drop_copies, stats=stats)  # fmt: skip
+        made = cls(
+            store,
+            searcher,
+            documents=documents,
+            device=device,
+            device_store=device_store,
+            drop_copies=drop_copies,
+            stats=stats,
+        )
         made.name = name
         return made
 
@@ -203,8 +227,9 @@ class Retriever:
                 f"MODEL --out SET"
             )
 
-    def __call__(self, tokens: Tensor, *, num_neighbours: int = 2,
-                 exclude_documents: Tensor | None = None) -> NeighbourBatch:  # fmt: skip
+    def __call__(
+        self, tokens: Tensor, *, num_neighbours: int = 2, exclude_documents: Tensor | None = None
+    ) -> NeighbourBatch:
         """The neighbours of each whole chunk of each sequence.
 
         tokens: integers [B, N] of the set's tokenizer, L = N // M chunks; a rest shorter than a chunk is left out.
@@ -250,14 +275,19 @@ class Retriever:
             or exclude.shape[0] != tokens.shape[0]
             or exclude.dtype not in (torch.int64, torch.int32)
         ):
-            raise ValueError(f"Retriever: exclude_documents must be int64 [B, E] with B = {tokens.shape[0]}, "
-                             f"not {exclude.dtype} {list(exclude.shape)}.")  # fmt: skip
+            raise ValueError(
+                f"Retriever: exclude_documents must be int64 [B, E] with B = {tokens.shape[0]}, "
+                f"not {exclude.dtype} {list(exclude.shape)}."
+            )
         if exclude.device != tokens.device:
-            raise ValueError(f"Retriever: exclude_documents is on {exclude.device}, tokens on {tokens.device}; "
-                             "move one of them.")  # fmt: skip
+            raise ValueError(
+                f"Retriever: exclude_documents is on {exclude.device}, tokens on {tokens.device}; "
+                "move one of them."
+            )
 
-    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None, *,
-               keep_copies: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def search(
+        self, queries: Tensor, k: int, exclude: Tensor | None = None, *, keep_copies: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Distances and ids [Q, k] of queries int64 [Q, M]; chunks of padding get none. keep_copies overrides
         drop_copies."""
         drop = None if keep_copies else self.drop_copies
@@ -281,8 +311,9 @@ class Retriever:
             distances[places], ids[places] = found, found_ids
         return distances, ids
 
-    def _search(self, queries: Tensor, k: int, exclude: Tensor | None,
-                drop: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def _search(
+        self, queries: Tensor, k: int, exclude: Tensor | None, drop: float | None
+    ) -> tuple[Tensor, Tensor]:
         if drop is None:
             return self.searcher.search(queries, k, exclude)
         return _search_without_copies(self, queries, k, exclude, drop)
@@ -336,18 +367,30 @@ class Retriever:
             tokens,
             strict=True,
         )
-        return [Hit(*row, *(self.tokenizer.decode([t for t in half if t != self.tokenizer.pad_id]) for half in halves))
-                for *row, halves in rows]  # fmt: skip
+        return [
+            Hit(
+                *row,
+                *(self.tokenizer.decode([t for t in half if t != self.tokenizer.pad_id]) for half in halves),
+            )
+            for *row, halves in rows
+        ]
 
-    def prefetch(self, loader: Iterable[Any], *, num_neighbours: int = 2, depth: int = 1,
-                 inputs: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None) -> Prefetcher:  # fmt: skip
+    def prefetch(
+        self,
+        loader: Iterable[Any],
+        *,
+        num_neighbours: int = 2,
+        depth: int = 1,
+        inputs: Callable[[Any], tuple[Tensor, Tensor | None]] | None = None,
+    ) -> Prefetcher:
         """`for batch, neighbours in retriever.prefetch(loader)`: the neighbours of each batch, retrieved while the step
         before it runs. See `prefetch.Prefetcher`."""
         return Prefetcher(self, loader, num_neighbours=num_neighbours, depth=depth, inputs=inputs)
 
 
-def _search_without_copies(retriever: Retriever, queries: Tensor, k: int, exclude: Tensor | None,
-                           threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _search_without_copies(
+    retriever: Retriever, queries: Tensor, k: int, exclude: Tensor | None, threshold: float
+) -> tuple[Tensor, Tensor]:
     """More is fetched, and widened, until k neighbours are left that hold less than `threshold` of the 13-grams."""
     fetch = 4 * k
     distances, ids = retriever.searcher.search(queries, fetch, exclude)
@@ -369,15 +412,18 @@ def _search_without_copies(retriever: Retriever, queries: Tensor, k: int, exclud
         )
 
 
-def _embedder_loader(store: ChunkStore, embedder: Any, query_embedder: Any,
-                     device: torch.device) -> Callable[[], TextEmbedder]:  # fmt: skip
+def _embedder_loader(
+    store: ChunkStore, embedder: Any, query_embedder: Any, device: torch.device
+) -> Callable[[], TextEmbedder]:
     entry = store.manifest["embedder"]
 
     def load() -> TextEmbedder:
         made = _named(store, embedder, device) if query_embedder is None else _opened(query_embedder, device)
         if made.dim != entry["dim"]:
-            raise InputError(f"The retrieval set {store.path} holds keys of {entry['dim']} numbers ({entry['name']}); "
-                             f"the embedder {made.name} makes {made.dim}.")  # fmt: skip
+            raise InputError(
+                f"The retrieval set {store.path} holds keys of {entry['dim']} numbers ({entry['name']}); "
+                f"the embedder {made.name} makes {made.dim}."
+            )
         return made
 
     return load
@@ -400,9 +446,11 @@ def _named(store: ChunkStore, given: Any, device: torch.device) -> TextEmbedder:
         except InputError as error:
             if given is not None:
                 raise
-            raise InputError(f"The retrieval set {store.path} was built with the embedder {name}, which is not "
-                             f"found under "
-                             f"that name; give the path of its folder (embedder=). {error}") from None  # fmt: skip
+            raise InputError(
+                f"The retrieval set {store.path} was built with the embedder {name}, which is not "
+                f"found under "
+                f"that name; give the path of its folder (embedder=). {error}"
+            ) from None
         if made.fingerprint == fingerprint:
             return made
         if not hasattr(made, "dtype") or hasattr(given, "embed"):

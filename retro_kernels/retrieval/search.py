@@ -117,8 +117,10 @@ def settle_ties(distances: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def unfilled(num: int, k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Distances [num, k] of +inf and ids [num, k] of −1."""
-    return (torch.full((num, k), torch.inf, device=device),
-            torch.full((num, k), -1, dtype=torch.int64, device=device))  # fmt: skip
+    return (
+        torch.full((num, k), torch.inf, device=device),
+        torch.full((num, k), -1, dtype=torch.int64, device=device),
+    )
 
 
 class DocumentTable:
@@ -162,9 +164,17 @@ Candidates = Callable[["Tensor | None", int], "tuple[Tensor, Tensor]"]
 Scan = Callable[[Tensor, int], "tuple[Tensor, Tensor]"]
 
 
-def search_excluding(candidates: Candidates, documents: DocumentTable, num_queries: int, k: int,
-                     exclude: Tensor | None, *, scan: Scan | None, stats: Stats | None = None,
-                     max_fetch: int = WIDEST_FETCH) -> tuple[Tensor, Tensor]:  # fmt: skip
+def search_excluding(
+    candidates: Candidates,
+    documents: DocumentTable,
+    num_queries: int,
+    k: int,
+    exclude: Tensor | None,
+    *,
+    scan: Scan | None,
+    stats: Stats | None = None,
+    max_fetch: int = WIDEST_FETCH,
+) -> tuple[Tensor, Tensor]:
     """The first k candidates of each query that are of no excluded document, [num_queries, k].
 
     candidates(rows, fetch): distances and ids [n, fetch], ascending, of the queries `rows` (None = all).
@@ -206,8 +216,15 @@ def search_excluding(candidates: Candidates, documents: DocumentTable, num_queri
     return distances, ids
 
 
-def scan_exact(keys: Tensor, embeddings: Any, documents: DocumentTable, exclude: Tensor | None, k: int,
-               *, inner_product: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+def scan_exact(
+    keys: Tensor,
+    embeddings: Any,
+    documents: DocumentTable,
+    exclude: Tensor | None,
+    k: int,
+    *,
+    inner_product: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The k nearest chunks of no excluded document by comparing with all of them: [Q, k].
 
     keys float32 [Q, D]; embeddings [C, D], a tensor or a (memory-mapped) array read block by block.
@@ -233,10 +250,20 @@ def scan_exact(keys: Tensor, embeddings: Any, documents: DocumentTable, exclude:
 class DenseSearcher:
     """Nearest embeddings. A query chunk that is itself in the set has its key there; any other is embedded."""
 
-    def __init__(self, store: ChunkStore, index: Any, load_embedder: Callable[[], TextEmbedder], *,
-                 documents: DocumentTable, stats: Stats | None = None, device: torch.device | str = "cpu",
-                 device_store: DeviceStore | None = None, look_up: bool = True, embed_unknown: bool = True,
-                 inner_product: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        store: ChunkStore,
+        index: Any,
+        load_embedder: Callable[[], TextEmbedder],
+        *,
+        documents: DocumentTable,
+        stats: Stats | None = None,
+        device: torch.device | str = "cpu",
+        device_store: DeviceStore | None = None,
+        look_up: bool = True,
+        embed_unknown: bool = True,
+        inner_product: bool = False,
+    ) -> None:
         """load_embedder is called when the first unknown chunk arrives. look_up=False: queries have an encoder of their
         own (DPR), so the set's keys are none of theirs. embed_unknown=False: a chunk that is not in the set gets no
         neighbours, and a GPU is not waited for to learn which chunks these are."""
@@ -277,9 +304,9 @@ class DenseSearcher:
         if self.device_store is not None and queries.is_cuda:
             ids = self.device_store.find_chunks(queries)
             return ids >= 0, self.device_store.embeddings[ids.clamp(min=0)].float()
-        ids = self.store.find_chunks(queries)
-        keys = self.store.embeddings[np.maximum(ids, 0)].astype(np.float32)
-        return torch.from_numpy(ids >= 0), torch.from_numpy(keys)
+        found = self.store.find_chunks(queries)
+        keys = self.store.embeddings[np.maximum(found, 0)].astype(np.float32)
+        return torch.from_numpy(found >= 0), torch.from_numpy(keys)
 
     def embed(self, queries: Tensor) -> Tensor:
         """float32 [Q, D]: detokenised without pads and embedded; rounded to fp16 as the keys of the set are."""
@@ -305,8 +332,14 @@ class DenseSearcher:
 
         def scan(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
             embeddings = self.store.embeddings if self.device_store is None else self.device_store.embeddings
-            return scan_exact(keys[rows], embeddings, documents, None if exclude is None else exclude[rows], k,
-                              inner_product=self.inner_product)  # fmt: skip
+            return scan_exact(
+                keys[rows],
+                embeddings,
+                documents,
+                None if exclude is None else exclude[rows],
+                k,
+                inner_product=self.inner_product,
+            )
 
         return search_excluding(candidates, documents, keys.shape[0], k, exclude, scan=scan, stats=self.stats)
 
@@ -352,8 +385,9 @@ class RandomSearcher:
             ids = (a[:, None] + steps * b[:, None]).remainder(documents.num_chunks)
             return torch.zeros(ids.shape, device=a.device), ids
 
-        return search_excluding(candidates, documents, queries.shape[0], k, exclude, scan=None,
-                                max_fetch=documents.num_chunks)  # fmt: skip
+        return search_excluding(
+            candidates, documents, queries.shape[0], k, exclude, scan=None, max_fetch=documents.num_chunks
+        )
 
 
 def _wrap(value: int) -> int:
@@ -383,8 +417,11 @@ class DeviceStore:
         self.chunks = torch.from_numpy(chunks.copy()).to(device)
         self.continuation = torch.from_numpy(np.array(store.continuation)).to(device)
         self.embeddings = torch.from_numpy(np.array(store.embeddings)).to(device)
-        hashes = row_hashes(self.chunks.view(torch.int16).to(torch.int64) & 0xFFFF
-                            if self.chunks.dtype == torch.uint16 else self.chunks)  # fmt: skip
+        hashes = row_hashes(
+            self.chunks.view(torch.int16).to(torch.int64) & 0xFFFF
+            if self.chunks.dtype == torch.uint16
+            else self.chunks
+        )
         # stable: of equal chunks the first is found, as on the host
         self._hashes, self._order = hashes.sort(stable=True)
 
@@ -412,5 +449,7 @@ def check_queries(queries: Tensor, vocab_size: int) -> None:
     if not queries.is_cuda and queries.numel():
         low, high = int(queries.min()), int(queries.max())
         if low < 0 or high >= vocab_size:
-            raise InputError(f"Retriever: token id {low if low < 0 else high} is outside the set's vocabulary of "
-                             f"{vocab_size:,}. Encode the text with the set's own tokenizer.")  # fmt: skip
+            raise InputError(
+                f"Retriever: token id {low if low < 0 else high} is outside the set's vocabulary of "
+                f"{vocab_size:,}. Encode the text with the set's own tokenizer."
+            )

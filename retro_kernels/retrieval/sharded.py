@@ -54,8 +54,14 @@ class ShardedRetriever(Retriever):
             )
         if not isinstance(local.searcher, DenseSearcher) or not local.searcher.embed_unknown:
             raise InputError("ShardedRetriever: a dense retriever with its embedder is needed.")
-        made = cls(local.store, local.searcher, documents=local._documents, device=local.device,
-                   device_store=local.device_store, stats=local.stats)  # fmt: skip
+        made = cls(
+            local.store,
+            local.searcher,
+            documents=local._documents,
+            device=local.device,
+            device_store=local.device_store,
+            stats=local.stats,
+        )
         made._join()
         return made
 
@@ -71,9 +77,11 @@ class ShardedRetriever(Retriever):
         )
         for rank, (theirs, _, _) in enumerate(everyone):
             if theirs != everyone[0][0]:
-                raise InputError(f"ShardedRetriever: the sets of ranks 0 and {rank} have different chunk sizes, "
-                                 f"tokenizers "
-                                 "or embedders. Build all parts with the same ones.")  # fmt: skip
+                raise InputError(
+                    f"ShardedRetriever: the sets of ranks 0 and {rank} have different chunk sizes, "
+                    f"tokenizers "
+                    "or embedders. Build all parts with the same ones."
+                )
         chunks, documents = (np.cumsum([0, *(one[1][i] for one in everyone)]) for i in (0, 1))
         self._first_chunk, self._first_document = int(chunks[self.rank]), int(documents[self.rank])
         self._all_chunks, self._all_documents = int(chunks[-1]), int(documents[-1])
@@ -120,8 +128,9 @@ class ShardedRetriever(Retriever):
         table = {i: title for theirs in known for i, title in theirs.items()}
         return [table[i] if i >= 0 else "" for i in wanted]
 
-    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None, *,
-               keep_copies: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def search(
+        self, queries: Tensor, k: int, exclude: Tensor | None = None, *, keep_copies: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """See `Retriever.search`. Collective."""
         with self.stats.time("exchange"):
             excluded = torch.zeros(len(queries), 0, dtype=torch.int64) if exclude is None else exclude
@@ -172,8 +181,10 @@ class ShardedRetriever(Retriever):
         tokens = tokens.masked_fill((local < 0)[:, None], 0).to(torch.int32)
         dist.all_reduce(tokens, group=self.group)
         dist.all_reduce(lengths, group=self.group)
-        return (tokens[rows].long().view(*ids.shape, 2 * self.chunk_size).to(ids.device),
-                lengths[rows].view(ids.shape).to(ids.device))  # fmt: skip
+        return (
+            tokens[rows].long().view(*ids.shape, 2 * self.chunk_size).to(ids.device),
+            lengths[rows].view(ids.shape).to(ids.device),
+        )
 
     def _share(self, x: Tensor, k: int, fill: int = 0) -> tuple[Tensor, slice]:
         """Every rank's [Q, width] below one another, filled up to the same width, and the rows that are this rank's."""

@@ -49,9 +49,16 @@ CHUNK_HASHES = "chunk_hashes.npy"
 CHUNK_ORDER = "chunk_order.npy"
 INDEX = "index.faiss"
 REQUIRED_FILES = (
-    TOKENIZER, CHUNKS, DOCUMENT_IDS, DOCUMENTS, DOCUMENT_OFFSETS, DOCUMENT_HASHES, EMBEDDINGS, CHUNK_HASHES,
+    TOKENIZER,
+    CHUNKS,
+    DOCUMENT_IDS,
+    DOCUMENTS,
+    DOCUMENT_OFFSETS,
+    DOCUMENT_HASHES,
+    EMBEDDINGS,
+    CHUNK_HASHES,
     CHUNK_ORDER,
-)  # fmt: skip
+)
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_TITLE_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 16
@@ -95,7 +102,9 @@ class ChunkStore:
         tokens = token_dtype(manifest["tokenizer"]["vocab_size"])
         self.chunks = self._array(CHUNKS, tokens, (chunks, self.chunk_size), scattered=True)
         self.document_ids = self._array(DOCUMENT_IDS, np.int64, (chunks,))
-        self.embeddings = self._array(EMBEDDINGS, np.float16, (chunks, manifest["embedder"]["dim"]), scattered=True)
+        self.embeddings = self._array(
+            EMBEDDINGS, np.float16, (chunks, manifest["embedder"]["dim"]), scattered=True
+        )
         self.document_hashes = self._array(DOCUMENT_HASHES, np.int64, (documents,))
         self._document_offsets = self._array(DOCUMENT_OFFSETS, np.int64, (documents + 1,))
         self._chunk_hashes = self._array(CHUNK_HASHES, np.uint64, (chunks,))
@@ -183,7 +192,9 @@ class ChunkStore:
         """
         tokens = np.asarray(_as_array(tokens))
         if tokens.ndim != 2 or tokens.shape[1] != self.chunk_size:
-            raise ValueError(f"find_chunks: tokens have shape {tokens.shape}; [n, {self.chunk_size}] is needed.")
+            raise ValueError(
+                f"find_chunks: tokens have shape {tokens.shape}; [n, {self.chunk_size}] is needed."
+            )
         rows = np.full(len(tokens), -1, dtype=np.int64)
         hashes = hash_chunks(tokens)
         pending = np.argsort(hashes, kind="stable")  # neighbours in the table are looked up one after another
@@ -211,7 +222,9 @@ class ChunkStore:
         titles = []
         for i in np.asarray(_as_array(document_ids), dtype=np.int64).reshape(-1).tolist():
             if not -1 <= i < self.num_documents:
-                raise InputError(f"There is no document {i}: the set has documents 0 to {self.num_documents - 1:,}.")
+                raise InputError(
+                    f"There is no document {i}: the set has documents 0 to {self.num_documents - 1:,}."
+                )
             titles.append("" if i < 0 else self._document(i)["title"])
         return titles
 
@@ -235,7 +248,9 @@ class ChunkStore:
         """The text of each chunk; "" for −1."""
         ids = np.asarray(_as_array(chunk_ids), dtype=np.int64).reshape(-1)
         if len(ids) and not -1 <= ids.min() <= ids.max() < self.num_chunks:
-            raise InputError(f"There is no chunk {ids.min()} or {ids.max()}: the set has {self.num_chunks:,} chunks.")
+            raise InputError(
+                f"There is no chunk {ids.min()} or {ids.max()}: the set has {self.num_chunks:,} chunks."
+            )
         return ["" if i < 0 else self.tokenizer.decode(self.chunks[i]) for i in ids.tolist()]
 
 
@@ -282,7 +297,9 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
         expected, found = f"{dtype} {list(shape)}", f"{found_dtype} {list(found_shape)}"
         raise _damaged(path.parent, f"{path.name} holds {found}, but {expected} belongs there")
     if size != offset + math.prod(shape) * dtype.itemsize:
-        raise _damaged(path.parent, f"{path.name} is {size:,} bytes long, which does not fit its shape {list(shape)}")
+        raise _damaged(
+            path.parent, f"{path.name} is {size:,} bytes long, which does not fit its shape {list(shape)}"
+        )
     if 0 in shape:
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
@@ -298,7 +315,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not folder.is_dir():
             reason = f"{folder} is no folder"
         elif isinstance(error, FileNotFoundError):
-            reason = f"{folder} holds no {MANIFEST} (an unfinished build lies in a folder that ends in .build)"
+            reason = (
+                f"{folder} holds no {MANIFEST} (an unfinished build lies in a folder that ends in .build)"
+            )
         else:
             reason = f"{path} cannot be read ({error.strerror})"
         advice = f"Build one with: retro-kernels index PATH --out {folder}"
@@ -336,7 +355,11 @@ def _check_types(folder: Path, manifest: dict[str, Any]) -> None:
         if name not in (*REQUIRED_FILES, INDEX):
             raise _damaged(folder, f"{MANIFEST} lists {name[:80]!r}, which is no file of a retrieval set")
         fits = isinstance(entry, dict) and type(entry.get("bytes")) is int and 0 <= entry["bytes"] < 2**63
-        if not fits or not isinstance(entry.get("sha256"), str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+        if (
+            not fits
+            or not isinstance(entry.get("sha256"), str)
+            or not re.fullmatch("[0-9a-f]{64}", entry["sha256"])
+        ):
             raise _damaged(folder, f"the entry of {name} in {MANIFEST} is {str(entry)[:40]!r}")
 
 
@@ -347,7 +370,9 @@ def check_files(folder: Path, manifest: dict[str, Any], *, checksums: bool) -> N
         if not path.is_file():
             raise _damaged(folder, f"{name} is missing")
         if path.is_symlink() and path.resolve().parent != folder.resolve():
-            raise InputError(f"Retrieval set {folder}: {name} is a link out of the folder. Copy the file itself.")
+            raise InputError(
+                f"Retrieval set {folder}: {name} is a link out of the folder. Copy the file itself."
+            )
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise _damaged(folder, f"{name} has {size:,} bytes, {MANIFEST} says {entry['bytes']:,}")
@@ -388,4 +413,6 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _damaged(folder: Path, what: str) -> InputError:
-    return InputError(f"Retrieval set {folder} is damaged or half copied: {what}. Copy it again or build it again.")
+    return InputError(
+        f"Retrieval set {folder} is damaged or half copied: {what}. Copy it again or build it again."
+    )

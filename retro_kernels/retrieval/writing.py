@@ -53,7 +53,9 @@ class GrowingArray:
         self._row_bytes = int(dtype.itemsize * np.prod(width, dtype=np.int64))
         self._file = open(path, "r+b" if path.exists() else "w+b")
         if self._file.seek(0, os.SEEK_END) < HEADER_BYTES + rows * self._row_bytes and rows:
-            raise InputError(f"{path} is shorter than its journal says. Delete {path.parent.parent} and build again.")
+            raise InputError(
+                f"{path} is shorter than its journal says. Delete {path.parent.parent} and build again."
+            )
         self._file.truncate(HEADER_BYTES + rows * self._row_bytes)
         self._file.seek(0, os.SEEK_END)
 
@@ -140,7 +142,9 @@ class ChunkWriter:
     def __init__(self, folder: Path, vocab_size: int, chunk_size: int, state: Progress) -> None:
         self.state = state
         self._chunk_size = chunk_size
-        self._chunks = GrowingArray(folder / files.CHUNKS, token_dtype(vocab_size), (chunk_size,), state.chunks)
+        self._chunks = GrowingArray(
+            folder / files.CHUNKS, token_dtype(vocab_size), (chunk_size,), state.chunks
+        )
         long = np.dtype(np.int64)
         self._ids = GrowingArray(folder / files.DOCUMENT_IDS, long, (), state.chunks)
         self._hashes = GrowingArray(folder / files.DOCUMENT_HASHES, long, (), state.documents)
@@ -202,7 +206,9 @@ def swap(new: Path, out: Path) -> None:
     elif _exchange(new, out):
         shutil.rmtree(new)
     else:
-        old = out.with_name(out.name + ".old")  # found again by check_target, should this process die in between
+        old = out.with_name(
+            out.name + ".old"
+        )  # found again by check_target, should this process die in between
         if old.exists():
             shutil.rmtree(old)
         os.rename(out, old)

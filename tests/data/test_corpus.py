@@ -22,9 +22,15 @@ def read(paths, **options):
 @pytest.fixture
 def folder(tmp_path):
     files = {
-        "b.py": "x = 1\n", "a.txt": "first\r\n", "sub/c.md": "third", "sub/deep/d.py": "fourth", "tests/t.py": "test",
-        ".hidden": "no", ".git/config": "no", "__pycache__/x.py": "no",
-    }  # fmt: skip
+        "b.py": "x = 1\n",
+        "a.txt": "first\r\n",
+        "sub/c.md": "third",
+        "sub/deep/d.py": "fourth",
+        "tests/t.py": "test",
+        ".hidden": "no",
+        ".git/config": "no",
+        "__pycache__/x.py": "no",
+    }
     for name, text in files.items():
         path = tmp_path / "corpus" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,16 +41,26 @@ def folder(tmp_path):
 def test_folders_are_read_in_order_and_line_ends_kept(folder):
     documents, report = read(folder)
     assert documents == [
-        ("a.txt", "first\r\n"), ("b.py", "x = 1\n"), ("sub/c.md", "third"), ("sub/deep/d.py", "fourth"),
+        ("a.txt", "first\r\n"),
+        ("b.py", "x = 1\n"),
+        ("sub/c.md", "third"),
+        ("sub/deep/d.py", "fourth"),
         ("tests/t.py", "test"),
-    ]  # fmt: skip
+    ]
     assert report.documents == 5 and report.text_bytes == sum(len(text) for _, text in documents)
     assert report.warning() is None
 
 
 def test_patterns(folder):
-    assert [title for title, _ in read(folder, include=["*.py"], exclude=["tests"])[0]] == ["b.py", "sub/deep/d.py"]
-    assert [title for title, _ in read(folder, exclude=["sub/deep/", "*.txt"])[0]] == ["b.py", "sub/c.md", "tests/t.py"]
+    assert [title for title, _ in read(folder, include=["*.py"], exclude=["tests"])[0]] == [
+        "b.py",
+        "sub/deep/d.py",
+    ]
+    assert [title for title, _ in read(folder, exclude=["sub/deep/", "*.txt"])[0]] == [
+        "b.py",
+        "sub/c.md",
+        "tests/t.py",
+    ]
 
 
 def test_compressed_and_json_lines(tmp_path):
@@ -75,13 +91,26 @@ def test_what_is_no_text_is_counted(tmp_path, caplog):
     (tmp_path / "broken.gz").write_bytes(gzip.compress(b"text" * 1000)[:-20])
     (tmp_path / "noise.gz").write_bytes(b"no gzip at all")
     (tmp_path / "fine.txt").write_bytes(b"fine")
-    bad = [b"{", b"[1]", b'{"text": 3}', b'{"title": "none"}', b'{"text": ""}', b'{"text": "\\ud800"}', b"[" * 100_000]
+    bad = [
+        b"{",
+        b"[1]",
+        b'{"text": 3}',
+        b'{"title": "none"}',
+        b'{"text": ""}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+    ]
     (tmp_path / "mixed.jsonl").write_bytes(b"\n".join([*bad, b'{"text": "\xff"}', b'{"text": "good"}']))
     documents, report = read(tmp_path)
     assert [text for _, text in documents] == ["fine", "good"]
     assert report.skipped == {
-        "not UTF-8": 3, "empty": 3, "binary": 1, "unreadable": 3, "not JSON": 2, 'without a "text" in the JSON': 3,
-    }  # fmt: skip
+        "not UTF-8": 3,
+        "empty": 3,
+        "binary": 1,
+        "unreadable": 3,
+        "not JSON": 2,
+        'without a "text" in the JSON': 3,
+    }
     assert "latin.txt, byte 3" in report.warning() and "Documents left out: 15" in report.warning()
     assert len(list(read_documents(tmp_path))) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "left out: 15" in caplog.text

@@ -37,7 +37,22 @@ def test_every_text_comes_back(tokenizer, text):
     assert sum(int(tokenizer.token_bytes[i]) for i in ids) == len(text.encode())
 
 
-MARKS = ["\u2581", " ", "\0", "\t", "\n", "\r", "<s>", "</s>", "<pad>", "<0x41>", "a", "\u2585", "\ufffd", "\ufeff"]
+MARKS = [
+    "\u2581",
+    " ",
+    "\0",
+    "\t",
+    "\n",
+    "\r",
+    "<s>",
+    "</s>",
+    "<pad>",
+    "<0x41>",
+    "a",
+    "\u2585",
+    "\ufffd",
+    "\ufeff",
+]
 
 
 @given(st.lists(st.sampled_from(MARKS)).map("".join))
@@ -185,9 +200,15 @@ def test_files_that_are_no_tokenizer(tmp_path):
 def test_models_that_lose_text_are_refused(tmp_path, options, promise):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([some_text(6)]), model_writer=model, vocab_size=400, model_type="bpe", minloglevel=3,
-        hard_vocab_limit=False, max_sentence_length=1 << 20, **options,
-    )  # fmt: skip
+        sentence_iterator=iter([some_text(6)]),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        minloglevel=3,
+        hard_vocab_limit=False,
+        max_sentence_length=1 << 20,
+        **options,
+    )
     (tmp_path / "t").write_bytes(model.getvalue())
     with pytest.raises(InputError, match=promise):
         Tokenizer(tmp_path / "t")

@@ -12,9 +12,21 @@ from retro_kernels.nn import Retro
 from retro_kernels.ops import NeighbourBatch
 
 TINY = RetroConfig(
-    vocab_size=50, dim=24, num_layers=4, num_heads=2, head_dim=8, ffn_dim=32, cca_layers=(2, 4), encoder_dim=16,
-    encoder_layers=2, encoder_heads=2, encoder_head_dim=8, encoder_ffn_dim=32, chunk_size=4, neighbour_len=8,
-)  # fmt: skip
+    vocab_size=50,
+    dim=24,
+    num_layers=4,
+    num_heads=2,
+    head_dim=8,
+    ffn_dim=32,
+    cca_layers=(2, 4),
+    encoder_dim=16,
+    encoder_layers=2,
+    encoder_heads=2,
+    encoder_head_dim=8,
+    encoder_ffn_dim=32,
+    chunk_size=4,
+    neighbour_len=8,
+)
 
 
 def randomise(module: nn.Module, std: float = 0.4) -> nn.Module:
@@ -28,8 +40,9 @@ def tiny_model(dtype: torch.dtype = torch.float64, **changes: object) -> Retro:
     return randomise(Retro(TINY.replace(**changes))).to(dtype).eval()
 
 
-def random_neighbours(batch: int, chunks: int, count: int = 3, config: RetroConfig = TINY, full: bool = False
-                      ) -> NeighbourBatch:  # fmt: skip
+def random_neighbours(
+    batch: int, chunks: int, count: int = 3, config: RetroConfig = TINY, full: bool = False
+) -> NeighbourBatch:
     tokens = torch.randint(config.vocab_size, (batch, chunks, count, config.neighbour_len))
     low = config.neighbour_len if full else 0
     return NeighbourBatch(

@@ -25,8 +25,11 @@ def make(position: str = "relative", **options: object) -> ChunkedCrossAttention
 
 def inputs(tokens: int, batch: int = 2, count: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     chunks = tokens // M
-    return (torch.randn(batch, tokens, 12).double(), torch.randn(batch, chunks, count, R, 10).double(),
-            torch.randint(0, R + 1, (batch, chunks, count)))  # fmt: skip
+    return (
+        torch.randn(batch, tokens, 12).double(),
+        torch.randn(batch, chunks, count, R, 10).double(),
+        torch.randint(0, R + 1, (batch, chunks, count)),
+    )
 
 
 @pytest.mark.parametrize("position", ["relative", "bias", "none"])
@@ -140,8 +143,14 @@ def test_a_few_rows_are_rows_of_the_whole(seed: int) -> None:
         whole, (key, value) = cca(x, neighbours, lengths), cca.keys_and_values(neighbours)
         for first, count in ((0, 1), (2, 2), (0, M), (M - 1, 1)):
             start = 2 * M - 1 + first  # rows of the chunk that attends to chunk 1
-            rows = cca.attend_rows(x[:, start : start + count], first, key[:, 1], value[:, 1], lengths[:, 1],
-                                   cca.position_terms())  # fmt: skip
+            rows = cca.attend_rows(
+                x[:, start : start + count],
+                first,
+                key[:, 1],
+                value[:, 1],
+                lengths[:, 1],
+                cca.position_terms(),
+            )
             torch.testing.assert_close(rows, whole[:, start : start + count], **CLOSE)
 
 
@@ -173,8 +182,14 @@ def test_bad_shapes(seed: int) -> None:
 def test_relative_self_attention_is_transformer_xl(seed: int) -> None:
     module = randomise(SelfAttention(12, 3, head_dim=6, bias=True)).double()
     x = torch.randn(2, 9, 12).double()
-    expected = torch.stack([torch.stack([attend(module, row[i], row[: i + 1], [i - j for j in range(i + 1)])
-                                         for i in range(9)]) for row in x])  # fmt: skip
+    expected = torch.stack(
+        [
+            torch.stack(
+                [attend(module, row[i], row[: i + 1], [i - j for j in range(i + 1)]) for i in range(9)]
+            )
+            for row in x
+        ]
+    )
     torch.testing.assert_close(module(x), expected, **CLOSE)
 
 

@@ -15,8 +15,15 @@ from .helpers import TINY, random_neighbours, tiny_model
 M = TINY.chunk_size
 
 
-@pytest.mark.parametrize("name, millions, plain", [("retro_172m", 172, 132), ("retro_425m", 425, 368),
-                                                   ("retro_1_5b", 1451, 1309), ("retro_7_5b", 7532, 6982)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, millions, plain",
+    [
+        ("retro_172m", 172, 132),
+        ("retro_425m", 425, 368),
+        ("retro_1_5b", 1451, 1309),
+        ("retro_7_5b", 7532, 6982),
+    ],
+)
 def test_presets_have_the_papers_sizes(name: str, millions: int, plain: int) -> None:
     def body(config: RetroConfig) -> int:
         with torch.device("meta"):

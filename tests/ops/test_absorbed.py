@@ -25,18 +25,45 @@ BACKENDS = [
     ),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GRADIENTS = ("query", "states", "key_weight", "value_weight", "rel_key", "content_bias", "position_bias", "rel_bias",
-             "value_bias")  # fmt: skip
+GRADIENTS = (
+    "query",
+    "states",
+    "key_weight",
+    "value_weight",
+    "rel_key",
+    "content_bias",
+    "position_bias",
+    "rel_bias",
+    "value_bias",
+)
 
 
-def make(B: int, N: int, H: int, Hkv: int, D: int, M: int, K: int, R: int, E: int, dtype: torch.dtype,
-         lengths: bool = True) -> dict[str, Any]:  # fmt: skip
+def make(
+    B: int,
+    N: int,
+    H: int,
+    Hkv: int,
+    D: int,
+    M: int,
+    K: int,
+    R: int,
+    E: int,
+    dtype: torch.dtype,
+    lengths: bool = True,
+) -> dict[str, Any]:
     columns = M + R - 1
     shapes = {
-        "query": (B, N, H, D), "states": (B, N // M, K, R, E), "key_weight": (Hkv * D, E),
-        "value_weight": (Hkv * D, E), "key_bias": (Hkv * D,), "value_bias": (Hkv * D,), "rel_key": (H, columns, D),
-        "content_bias": (H, D), "position_bias": (H, D), "rel_bias": (H, columns),
-    }  # fmt: skip
+        "query": (B, N, H, D),
+        "states": (B, N // M, K, R, E),
+        "key_weight": (Hkv * D, E),
+        "value_weight": (Hkv * D, E),
+        "key_bias": (Hkv * D,),
+        "value_bias": (Hkv * D,),
+        "rel_key": (H, columns, D),
+        "content_bias": (H, D),
+        "position_bias": (H, D),
+        "rel_bias": (H, columns),
+    }
     tensors: dict[str, Any] = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
     for name in ("key_weight", "value_weight"):
         tensors[name] /= E**0.5
@@ -49,22 +76,39 @@ def make(B: int, N: int, H: int, Hkv: int, D: int, M: int, K: int, R: int, E: in
     return tensors | {"chunk_size": M}
 
 
-def plain(query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, *, chunk_size: int, rel_key: Tensor,
-          content_bias: Tensor, position_bias: Tensor, rel_bias: Tensor, value_bias: Tensor, key_bias: Tensor,
-          neighbour_lengths: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+def plain(
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    *,
+    chunk_size: int,
+    rel_key: Tensor,
+    content_bias: Tensor,
+    position_bias: Tensor,
+    rel_bias: Tensor,
+    value_bias: Tensor,
+    key_bias: Tensor,
+    neighbour_lengths: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
     """The same without any care, in the dtype of its inputs: the yardstick."""
     B, N, H, D = query.shape
     _, L, K, R, E = states.shape
     M = chunk_size
     rows = F.pad(query[:, M - 1 :], (0, 0, 0, 0, 0, L * M - (N - M + 1))).view(B, L, M, H, D)
     group = H * D // key_weight.shape[0]
-    to_states, from_states = (w.view(-1, D, E).repeat_interleave(group, 0) for w in (key_weight, value_weight))
+    to_states, from_states = (
+        w.view(-1, D, E).repeat_interleave(group, 0) for w in (key_weight, value_weight)
+    )
     mixing = torch.einsum("blahd,hde->blahe", rows + content_bias, to_states)
     logits = torch.einsum("blahe,bljce->blhajc", mixing, states)
     relative = torch.einsum("blahd,hgd->blhag", rows + position_bias, rel_key)
     column = relative_column(M, R, query.device)
     logits = logits + relative.gather(-1, column.expand(B, L, H, M, R))[..., None, :]
-    logits = logits.to(torch.promote_types(query.dtype, torch.float32)) * D**-0.5 + rel_bias[:, column][:, :, None]
+    logits = (
+        logits.to(torch.promote_types(query.dtype, torch.float32)) * D**-0.5 + rel_bias[:, column][:, :, None]
+    )
     present = torch.ones(B, L, device=query.device, dtype=torch.bool)
     if neighbour_lengths is not None:
         missing = torch.arange(R, device=query.device) >= neighbour_lengths[..., None]
@@ -77,13 +121,16 @@ def plain(query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tenso
         weights = weights * keep / (1 - dropout_p)
     mixed = torch.einsum("blhak,blke->blahe", weights.to(query.dtype), states.flatten(2, 3))
     out = torch.einsum("blahe,hde->blahd", mixed, from_states)
-    out = out + value_bias.view(-1, D).repeat_interleave(group, 0) * weights.sum(-1).transpose(2, 3)[..., None]
+    out = (
+        out + value_bias.view(-1, D).repeat_interleave(group, 0) * weights.sum(-1).transpose(2, 3)[..., None]
+    )
     out = out.to(query.dtype).flatten(1, 2)[:, : N - M + 1]
     return F.pad(out, (0, 0, 0, 0, M - 1, 0))
 
 
-def run(function: Any, tensors: dict[str, Any], grad_out: Tensor, dtype: torch.dtype, **options: Any
-        ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+def run(
+    function: Any, tensors: dict[str, Any], grad_out: Tensor, dtype: torch.dtype, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     leaves = {
         name: x.detach().to(dtype).requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
         for name, x in tensors.items()
@@ -105,16 +152,22 @@ def run(function: Any, tensors: dict[str, Any], grad_out: Tensor, dtype: torch.d
         ((1, 20, 2, 2, 16, 8, 2, 16, 24), 0.25),
     ],
 )
-def test_against_projection(backend: str, dtype: torch.dtype, sizes: Any, dropout_p: float, seed: int) -> None:
+def test_against_projection(
+    backend: str, dtype: torch.dtype, sizes: Any, dropout_p: float, seed: int
+) -> None:
     tensors = make(*sizes, dtype=dtype)
     grad_out = torch.randn(tensors["query"].shape, device=DEVICE, dtype=dtype)
     options = {"dropout_p": dropout_p}
-    exact, exact_grads = run(absorbed_cross_attention, tensors, grad_out, torch.float64, backend="reference", **options)
+    exact, exact_grads = run(
+        absorbed_cross_attention, tensors, grad_out, torch.float64, backend="reference", **options
+    )
     yardstick, yardstick_grads = run(plain, tensors, grad_out, dtype, **options)
     ours, grads = run(absorbed_cross_attention, tensors, grad_out, dtype, backend=backend, **options)
     assert_accurate(ours, yardstick, exact, "output")
     for name in GRADIENTS:
-        assert_accurate(grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}", gradient=True)
+        assert_accurate(
+            grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}", gradient=True
+        )
     assert torch.equal(grads["key_bias"], torch.zeros_like(grads["key_bias"]))
     M = tensors["chunk_size"]
     assert ours[:, : M - 1].eq(0).all()
@@ -204,13 +257,24 @@ def test_opcheck(fused: bool, seed: int) -> None:
     if fused and not (_backend.INTERPRETING or torch.cuda.is_available()):
         pytest.skip("needs the interpreter or a GPU")
     tensors = make(1, 17, 2, 1, 16, 8, 2, 16, 16, torch.float32)
-    names = ("query", "states", "key_weight", "value_weight", "rel_key", "content_bias", "position_bias", "rel_bias",
-             "neighbour_lengths")  # fmt: skip
+    names = (
+        "query",
+        "states",
+        "key_weight",
+        "value_weight",
+        "rel_key",
+        "content_bias",
+        "position_bias",
+        "rel_bias",
+        "neighbour_lengths",
+    )
     args = (*(tensors[name] for name in names), None, 8, 0.25, 0.0, fused)
     for keep in (True, False):
         torch.library.opcheck(absorbed._cca_absorbed_fwd, (*args, keep))
     out, weights, mixed = absorbed._cca_absorbed_fwd(*args, True)
-    torch.library.opcheck(absorbed._cca_absorbed_bwd, (torch.randn_like(out), out, weights, mixed, *args, [True] * 8))
+    torch.library.opcheck(
+        absorbed._cca_absorbed_bwd, (torch.randn_like(out), out, weights, mixed, *args, [True] * 8)
+    )
 
 
 def test_fullgraph(seed: int) -> None:
@@ -229,7 +293,9 @@ def test_autocast_casts(seed: int) -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = absorbed_cross_attention(**tensors, backend="torch")
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), absorbed_cross_attention(**tensors, backend="torch"), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        out.float(), absorbed_cross_attention(**tensors, backend="torch"), rtol=0.1, atol=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,8 +311,10 @@ def test_autocast_casts(seed: int) -> None:
     ],
 )
 def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
-    tensors = {name: x.cpu() if torch.is_tensor(x) else x
-               for name, x in make(1, 17, 2, 2, 16, 8, 2, 16, 16, torch.float32).items()}  # fmt: skip
+    tensors = {
+        name: x.cpu() if torch.is_tensor(x) else x
+        for name, x in make(1, 17, 2, 2, 16, 8, 2, 16, 16, torch.float32).items()
+    }
     with pytest.raises(ValueError, match=message):
         absorbed_cross_attention(**{**tensors, **change})
 
@@ -261,4 +329,6 @@ def test_gpu(dtype: torch.dtype, seed: int) -> None:
     ours, grads = run(absorbed_cross_attention, tensors, grad_out, dtype, backend="triton")
     assert_accurate(ours, yardstick, exact, "output")
     for name in GRADIENTS:
-        assert_accurate(grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}", gradient=True)
+        assert_accurate(
+            grads[name], yardstick_grads[name], exact_grads[name], f"gradient of {name}", gradient=True
+        )

@@ -1,4 +1,5 @@
-"""Chunked cross-attention and block attention: definition against loops from the paper, backends against the definition."""
+"""Chunked cross-attention and block attention: definition against loops from the paper, backends against the
+definition."""
 
 from __future__ import annotations
 
@@ -17,8 +18,21 @@ TABLES = ("rel_key", "content_bias", "position_bias", "rel_bias")
 BACKENDS = ("torch", "triton")
 
 
-def inputs(dtype=torch.float32, device="cpu", *, batch=2, tokens=3 * M, heads=2, kv_heads=None, neighbours=2,
-           chunk=M, length=R, size=D, tables=TABLES, lengths=True):  # fmt: skip
+def inputs(
+    dtype=torch.float32,
+    device="cpu",
+    *,
+    batch=2,
+    tokens=3 * M,
+    heads=2,
+    kv_heads=None,
+    neighbours=2,
+    chunk=M,
+    length=R,
+    size=D,
+    tables=TABLES,
+    lengths=True,
+):
     """Query, key, value and the optional arguments of one call; lengths include none and all."""
     kv_heads = heads if kv_heads is None else kv_heads
     chunks = tokens // chunk
@@ -43,8 +57,19 @@ def inputs(dtype=torch.float32, device="cpu", *, batch=2, tokens=3 * M, heads=2,
     return [draw(batch, tokens, heads, size), draw(*block), draw(*block)], options
 
 
-def loop(query, key, value, *, chunk_size=M, rel_key=None, content_bias=None, position_bias=None, rel_bias=None,
-         neighbour_lengths=None, scale=None):  # fmt: skip
+def loop(
+    query,
+    key,
+    value,
+    *,
+    chunk_size=M,
+    rel_key=None,
+    content_bias=None,
+    position_bias=None,
+    rel_bias=None,
+    neighbour_lengths=None,
+    scale=None,
+):
     """Section 2.4 and eq. 6 of the paper, one token, head, neighbour and key at a time, in float64."""
     out = torch.zeros(query.shape, dtype=torch.float64)
     batch, tokens, heads, size = query.shape
@@ -78,11 +103,13 @@ def loop(query, key, value, *, chunk_size=M, rel_key=None, content_bias=None, po
 def run(function, tensors, options, grad, **fixed):
     """Output and the gradients of every floating tensor, by name."""
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    named = {n: x.detach().clone().requires_grad_() if x.is_floating_point() else x for n, x in options.items()}
+    named = {
+        n: x.detach().clone().requires_grad_() if x.is_floating_point() else x for n, x in options.items()
+    }
     out = function(*leaves, **named, **fixed)
     out.backward(grad.to(out.dtype))
     result = {"out": out.detach()}
-    result |= {name: x.grad for name, x in zip(("query", "key", "value"), leaves)}
+    result |= {name: x.grad for name, x in zip(("query", "key", "value"), leaves, strict=False)}
     return result | {name: x.grad for name, x in named.items() if x.is_floating_point()}
 
 
@@ -92,10 +119,19 @@ def plain(*tensors, chunk_size=M, neighbour_lengths=None, scale=None, **tables):
     blocks = (-1, *key.shape[2:])
     lengths = None if neighbour_lengths is None else neighbour_lengths.flatten(0, 1)
     return block_attention_reference(
-        query, key.reshape(blocks), value.reshape(blocks), tables.get("rel_key"), tables.get("content_bias"),
-        tables.get("position_bias"), tables.get("rel_bias"), lengths, block=chunk_size, shift=chunk_size - 1,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale, upcast=False,
-    )  # fmt: skip
+        query,
+        key.reshape(blocks),
+        value.reshape(blocks),
+        tables.get("rel_key"),
+        tables.get("content_bias"),
+        tables.get("position_bias"),
+        tables.get("rel_bias"),
+        lengths,
+        block=chunk_size,
+        shift=chunk_size - 1,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        upcast=False,
+    )
 
 
 def compare(backend, dtype, device="cpu", **sizes):
@@ -105,8 +141,14 @@ def compare(backend, dtype, device="cpu", **sizes):
     ours = run(chunked_cross_attention, tensors, options, grad, backend=backend, **chunk)
     yardstick = run(plain, tensors, options, grad, **chunk)
     exact_options = {n: x.double() if x.is_floating_point() else x for n, x in options.items()}
-    exact = run(chunked_cross_attention, [x.double() for x in tensors], exact_options, grad.double(),
-                backend="reference", **chunk)  # fmt: skip
+    exact = run(
+        chunked_cross_attention,
+        [x.double() for x in tensors],
+        exact_options,
+        grad.double(),
+        backend="reference",
+        **chunk,
+    )
     for name in exact:
         assert_accurate(ours[name], yardstick[name], exact[name], f"{backend} {name}", gradient=name != "out")
 
@@ -143,8 +185,10 @@ def test_cpu_path_in_other_dtypes(seed, shape, dtype):
         return compare("torch", dtype, **SHAPES[shape])
     tensors, options = inputs(dtype, **SHAPES[shape])
     grad = torch.randn_like(tensors[0])
-    ours, exact = (run(chunked_cross_attention, tensors, options, grad, backend=b, chunk_size=M)
-                   for b in ("torch", "reference"))  # fmt: skip
+    ours, exact = (
+        run(chunked_cross_attention, tensors, options, grad, backend=b, chunk_size=M)
+        for b in ("torch", "reference")
+    )
     for name in exact:
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12, msg=name)
 
@@ -152,13 +196,28 @@ def test_cpu_path_in_other_dtypes(seed, shape, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [16, 64, 128, 256])
-@pytest.mark.parametrize("shape", ["everything", "relative keys", "additive bias", "grouped heads", "five tokens past"])
+@pytest.mark.parametrize(
+    "shape", ["everything", "relative keys", "additive bias", "grouped heads", "five tokens past"]
+)
 def test_kernels_on_the_gpu(seed, shape, size, dtype):
-    compare("triton", dtype, "cuda", **{**SHAPES[shape], "chunk": 64, "length": 128, "tokens": 64 * 3 + 5, "size": size})
+    compare(
+        "triton",
+        dtype,
+        "cuda",
+        **{**SHAPES[shape], "chunk": 64, "length": 128, "tokens": 64 * 3 + 5, "size": size},
+    )
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tokens": M + 3}, {"heads": 4, "kv_heads": 2, "tables": ("rel_key",)},
-                                   {"tables": ("rel_bias",), "lengths": False}, {"tokens": M - 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tokens": M + 3},
+        {"heads": 4, "kv_heads": 2, "tables": ("rel_key",)},
+        {"tables": ("rel_bias",), "lengths": False},
+        {"tokens": M - 1},
+    ],
+)
 def test_definition_is_the_papers(seed, sizes):
     """Traps 1, 2, 3, 5 and 6 of other implementations would all show here."""
     sizes = {"batch": 1, "chunk": 4, "length": 8, "size": 4, **sizes}
@@ -172,13 +231,22 @@ def test_definition_is_the_papers(seed, sizes):
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_gradcheck(seed, backend):
-    tensors, options = inputs(torch.float64, batch=1, tokens=5, chunk=2, length=4, size=3, heads=2, kv_heads=1)
+    tensors, options = inputs(
+        torch.float64, batch=1, tokens=5, chunk=2, length=4, size=3, heads=2, kv_heads=1
+    )
     names = [n for n, x in options.items() if x.is_floating_point()]
     lengths = options["neighbour_lengths"]
 
     def f(query, key, value, *tables):
-        return chunked_cross_attention(query, key, value, chunk_size=2, neighbour_lengths=lengths, backend=backend,
-                                       **dict(zip(names, tables)))  # fmt: skip
+        return chunked_cross_attention(
+            query,
+            key,
+            value,
+            chunk_size=2,
+            neighbour_lengths=lengths,
+            backend=backend,
+            **dict(zip(names, tables, strict=False)),
+        )
 
     leaves = [x.requires_grad_() for x in (*tensors, *(options[n] for n in names))]
     torch.autograd.gradcheck(f, leaves, fast_mode=False)
@@ -206,7 +274,9 @@ def test_neighbours_have_no_order_and_copies_change_nothing(seed, backend):
     query, key, value = tensors
 
     def call(k, v, n):
-        return chunked_cross_attention(query, k, v, chunk_size=M, neighbour_lengths=n, backend=backend, **options)
+        return chunked_cross_attention(
+            query, k, v, chunk_size=M, neighbour_lengths=n, backend=backend, **options
+        )
 
     base = call(key, value, lengths)
     torch.testing.assert_close(call(key[:, :, order], value[:, :, order], lengths[:, :, order]), base)
@@ -219,7 +289,9 @@ def test_neighbours_have_no_order_and_copies_change_nothing(seed, backend):
 def test_nothing_to_attend_to_is_exactly_zero(seed, backend):
     tensors, options = inputs(neighbours=2)
     options["neighbour_lengths"] = torch.zeros_like(options["neighbour_lengths"])
-    result = run(chunked_cross_attention, tensors, options, torch.ones_like(tensors[0]), chunk_size=M, backend=backend)
+    result = run(
+        chunked_cross_attention, tensors, options, torch.ones_like(tensors[0]), chunk_size=M, backend=backend
+    )
     for name, x in result.items():
         assert torch.equal(x, torch.zeros_like(x)), name
 
@@ -231,7 +303,9 @@ def test_what_lies_behind_a_length_is_never_read_into_the_result(seed, backend):
     base = chunked_cross_attention(*tensors, chunk_size=M, backend=backend, **options)
     hidden = (torch.arange(R) >= lengths[..., None])[..., None, None]
     key, value = (torch.where(hidden, torch.randn_like(x) * 50, x) for x in tensors[1:])
-    assert torch.equal(chunked_cross_attention(tensors[0], key, value, chunk_size=M, backend=backend, **options), base)
+    assert torch.equal(
+        chunked_cross_attention(tensors[0], key, value, chunk_size=M, backend=backend, **options), base
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -243,7 +317,9 @@ def test_layouts_do_not_matter(seed, backend):
     value = torch.cat((tensors[2], tensors[2]), -1)[..., :D]
     for name, x in options.items():  # a view of every second element
         options[name] = torch.stack((x, x), -1)[..., 0]
-    assert torch.equal(chunked_cross_attention(query, key, value, chunk_size=M, backend=backend, **options), base)
+    assert torch.equal(
+        chunked_cross_attention(query, key, value, chunk_size=M, backend=backend, **options), base
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -273,8 +349,12 @@ def test_large_logits_in_half_precision(seed, backend):
     grad = torch.randn_like(tensors[0])
     result = run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=backend)
     assert all(x.isfinite().all() for x in result.values())
-    exact = chunked_cross_attention(*(x.double() for x in tensors), chunk_size=M, backend="reference",
-                                    **{n: x.double() if x.is_floating_point() else x for n, x in options.items()})  # fmt: skip
+    exact = chunked_cross_attention(
+        *(x.double() for x in tensors),
+        chunk_size=M,
+        backend="reference",
+        **{n: x.double() if x.is_floating_point() else x for n, x in options.items()},
+    )
     assert_accurate(result["out"], plain(*tensors, **options), exact, "out")
 
 
@@ -286,7 +366,9 @@ def test_dropout_is_that_of_the_definition(seed, backend):
     results = []
     for name in ("reference", backend):
         torch.manual_seed(seed)
-        results.append(run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=name, dropout_p=0.3))
+        results.append(
+            run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=name, dropout_p=0.3)
+        )
     for name in results[0]:
         torch.testing.assert_close(results[1][name], results[0][name], rtol=2e-4, atol=2e-5, msg=name)
     with use_backend(backend):
@@ -306,24 +388,48 @@ BLOCKS = {
 def test_block_attention_is_the_definition(seed, backend, shape):
     s = BLOCKS[shape]
     groups = s["blocks"] // s["repeat"]
-    tensors = [torch.randn(s["blocks"], s["rows"], 4, D), *(torch.randn(groups, s["sets"], s["keys"], 2, D) for _ in "kv")]
+    tensors = [
+        torch.randn(s["blocks"], s["rows"], 4, D),
+        *(torch.randn(groups, s["sets"], s["keys"], 2, D) for _ in "kv"),
+    ]
     columns = s["rows"] + s["keys"] - 1
-    options = {"rel_key": torch.randn(4, columns, D) * 0.5, "content_bias": torch.randn(4, D),
-               "position_bias": torch.randn(4, D), "rel_bias": torch.randn(4, columns),
-               "lengths": torch.randint(0, s["keys"] + 1, (groups, s["sets"]))}  # fmt: skip
+    options = {
+        "rel_key": torch.randn(4, columns, D) * 0.5,
+        "content_bias": torch.randn(4, D),
+        "position_bias": torch.randn(4, D),
+        "rel_bias": torch.randn(4, columns),
+        "lengths": torch.randint(0, s["keys"] + 1, (groups, s["sets"])),
+    }
     options["lengths"][0] = s["keys"]
     fixed = {"key_repeat": s["repeat"]}
     grad = torch.randn_like(tensors[0])
 
     def narrow(query, key, value, *, key_repeat, rel_key, content_bias, position_bias, rel_bias, lengths):
-        return block_attention_reference(query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths,
-                                         block=query.shape[1], repeat=key_repeat, scale=D**-0.5, upcast=False)  # fmt: skip
+        return block_attention_reference(
+            query,
+            key,
+            value,
+            rel_key,
+            content_bias,
+            position_bias,
+            rel_bias,
+            lengths,
+            block=query.shape[1],
+            repeat=key_repeat,
+            scale=D**-0.5,
+            upcast=False,
+        )
 
     ours = run(block_attention, tensors, options, grad, backend=backend, **fixed)
     yardstick = run(narrow, tensors, options, grad, **fixed)
-    exact = run(block_attention, [x.double() for x in tensors],
-                {n: x.double() if x.is_floating_point() else x for n, x in options.items()}, grad.double(),
-                backend="reference", **fixed)  # fmt: skip
+    exact = run(
+        block_attention,
+        [x.double() for x in tensors],
+        {n: x.double() if x.is_floating_point() else x for n, x in options.items()},
+        grad.double(),
+        backend="reference",
+        **fixed,
+    )
     for name in exact:
         assert_accurate(ours[name], yardstick[name], exact[name], f"{backend} {name}", gradient=name != "out")
 

@@ -14,8 +14,16 @@ M, R, D = 8, 16, 16
 
 def example(backend, requires_grad=True):
     names = ("query", "key", "value", "rel_key", "content_bias", "position_bias", "rel_bias")
-    shapes = ((2, 3 * M, 2, D), (2, 3, 2, R, 2, D), (2, 3, 2, R, 2, D), (2, M + R - 1, D), (2, D), (2, D), (2, M + R - 1))
-    tensors = {n: torch.randn(s, requires_grad=requires_grad) for n, s in zip(names, shapes)}
+    shapes = (
+        (2, 3 * M, 2, D),
+        (2, 3, 2, R, 2, D),
+        (2, 3, 2, R, 2, D),
+        (2, M + R - 1, D),
+        (2, D),
+        (2, D),
+        (2, M + R - 1),
+    )
+    tensors = {n: torch.randn(s, requires_grad=requires_grad) for n, s in zip(names, shapes, strict=False)}
     lengths = torch.randint(0, R + 1, (2, 3, 2))
     return tensors, {"neighbour_lengths": lengths, "chunk_size": M, "backend": backend}
 
@@ -23,7 +31,9 @@ def example(backend, requires_grad=True):
 def flat(backend):
     tensors, options = example(backend, requires_grad=False)
     tensors["key"], tensors["value"] = (tensors[n].flatten(0, 1) for n in ("key", "value"))
-    tensors["query"] = tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)  # strides must agree here too
+    tensors["query"] = (
+        tensors["query"].transpose(1, 2).contiguous().transpose(1, 2)
+    )  # strides must agree here too
     lengths = options["neighbour_lengths"].flatten(0, 1)
     return [*tensors.values(), lengths, None], (M, M - 1, 1, D**-0.5, 0.0, backend)
 
@@ -56,15 +66,22 @@ def test_checkpointing_computes_the_same(seed):
     tensors, options = example("torch")
 
     def f(*given):
-        return chunked_cross_attention(*given[:3], rel_key=given[3], content_bias=given[4], position_bias=given[5],
-                                       rel_bias=given[6], dropout_p=0.2, **options)  # fmt: skip
+        return chunked_cross_attention(
+            *given[:3],
+            rel_key=given[3],
+            content_bias=given[4],
+            position_bias=given[5],
+            rel_bias=given[6],
+            dropout_p=0.2,
+            **options,
+        )
 
     results = []
     for run in (f, lambda *x: checkpoint(f, *x, use_reentrant=False)):
         torch.manual_seed(seed)
         out = run(*tensors.values())
         results.append((out, *torch.autograd.grad(out.sum(), tensors.values())))
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=False))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -75,7 +92,9 @@ def test_autocast_multiplies_in_the_lower_dtype(seed, backend):
     assert out.dtype == torch.bfloat16
     gradients = torch.autograd.grad(out.float().sum(), tensors.values())
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients)
-    torch.testing.assert_close(out.float(), chunked_cross_attention(**tensors, **options), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        out.float(), chunked_cross_attention(**tensors, **options), rtol=0.05, atol=0.05
+    )
 
 
 def test_exports(seed):

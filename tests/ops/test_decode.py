@@ -25,14 +25,22 @@ SIZES = [
 ]
 
 
-def make(B: int, T: int, H: int, Hkv: int, D: int, M: int, K: int, R: int, E: int, dtype: torch.dtype
-         ) -> dict[str, Any]:  # fmt: skip
+def make(
+    B: int, T: int, H: int, Hkv: int, D: int, M: int, K: int, R: int, E: int, dtype: torch.dtype
+) -> dict[str, Any]:
     columns = M + R - 1
     shapes = {
-        "query": (B, T, H, D), "states": (B, K, R, E), "key_weight": (Hkv * D, E), "value_weight": (Hkv * D, E),
-        "key_bias": (Hkv * D,), "value_bias": (Hkv * D,), "rel_key": (H, columns, D), "content_bias": (H, D),
-        "position_bias": (H, D), "rel_bias": (H, columns),
-    }  # fmt: skip
+        "query": (B, T, H, D),
+        "states": (B, K, R, E),
+        "key_weight": (Hkv * D, E),
+        "value_weight": (Hkv * D, E),
+        "key_bias": (Hkv * D,),
+        "value_bias": (Hkv * D,),
+        "rel_key": (H, columns, D),
+        "content_bias": (H, D),
+        "position_bias": (H, D),
+        "rel_bias": (H, columns),
+    }
     tensors: dict[str, Any] = {name: torch.randn(shape, device=DEVICE) for name, shape in shapes.items()}
     for name in ("key_weight", "value_weight"):
         tensors[name] /= E**0.5
@@ -54,8 +62,16 @@ def project(tensors: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def whole(query: Tensor, key: Tensor, value: Tensor, *, rows: Tensor, neighbour_lengths: Tensor, chunk_size: int,
-          **terms: Tensor) -> Tensor:  # fmt: skip
+def whole(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    rows: Tensor,
+    neighbour_lengths: Tensor,
+    chunk_size: int,
+    **terms: Tensor,
+) -> Tensor:
     """Every token in a full sequence of two chunks of its own, of which the second has its row."""
     B, T, H, D = query.shape
     out = torch.zeros_like(query)
@@ -67,9 +83,14 @@ def whole(query: Tensor, key: Tensor, value: Tensor, *, rows: Tensor, neighbour_
                 sequence[0, chunk_size - 1 + row] = query[b, t]
                 of_two = [x[b].expand(1, 2, *x[b].shape) for x in (key, value, neighbour_lengths)]
                 full = chunked_cross_attention(
-                    sequence, of_two[0], of_two[1], chunk_size=chunk_size, neighbour_lengths=of_two[2], **terms,
+                    sequence,
+                    of_two[0],
+                    of_two[1],
+                    chunk_size=chunk_size,
+                    neighbour_lengths=of_two[2],
+                    **terms,
                     backend="reference",
-                )  # fmt: skip
+                )
                 out[b, t] = full[0, chunk_size - 1 + row]
     return out
 
@@ -120,15 +141,22 @@ def test_plain_computes_rows_of_the_whole(sizes: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kept", [(), ("rel_bias",), ("rel_key", "position_bias"), ("rel_key",), ("content_bias",)])
+@pytest.mark.parametrize(
+    "kept", [(), ("rel_bias",), ("rel_key", "position_bias"), ("rel_key",), ("content_bias",)]
+)
 def test_without_terms(backend: str, kept: tuple[str, ...], seed: int) -> None:
     tensors = make(*SIZES[0], dtype=torch.float32)
     for name in ("rel_key", "position_bias", "rel_bias", "content_bias", "key_bias", "value_bias"):
         if name not in kept:
             tensors[name] = None
-    rest = project({name: x for name, x in tensors.items() if x is not None} | {"key_bias": None, "value_bias": None})
+    rest = project(
+        {name: x for name, x in tensors.items() if x is not None} | {"key_bias": None, "value_bias": None}
+    )
     exact = whole(**to(rest, torch.float64), chunk_size=8)
-    for out in (absorbed_decode(**tensors, backend=backend), chunked_cross_attention_decode(**rest, backend=backend)):
+    for out in (
+        absorbed_decode(**tensors, backend=backend),
+        chunked_cross_attention_decode(**rest, backend=backend),
+    ):
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
 
 
@@ -137,8 +165,10 @@ def test_nothing_to_attend_to(backend: str, split: None, seed: int) -> None:
     tensors = make(*SIZES[0], dtype=torch.float32)
     tensors["neighbour_lengths"][1] = 0
     tensors["rows"][2] = -1
-    for out in (absorbed_decode(**tensors, backend=backend),
-                chunked_cross_attention_decode(**project(tensors), backend=backend)):  # fmt: skip
+    for out in (
+        absorbed_decode(**tensors, backend=backend),
+        chunked_cross_attention_decode(**project(tensors), backend=backend),
+    ):
         assert out.eq(0).all()
     tensors["neighbour_lengths"] = None
     assert absorbed_decode(**tensors, backend=backend)[1].ne(0).any()
@@ -170,15 +200,19 @@ def test_gradients_run_plainly(seed: int) -> None:
 @needs_triton
 def test_opcheck_and_fullgraph(seed: int) -> None:
     tensors = make(*SIZES[0], dtype=torch.float32)
-    terms = [tensors[name] for name in ("rows", "rel_key", "content_bias", "position_bias", "rel_bias",
-                                        "neighbour_lengths")]  # fmt: skip
+    terms = [
+        tensors[name]
+        for name in ("rows", "rel_key", "content_bias", "position_bias", "rel_bias", "neighbour_lengths")
+    ]
     projected = [project(tensors)[name] for name in ("query", "key", "value")]
     torch.library.opcheck(decode._cca_decode, (*projected, *terms, 0.25))
     absorbed = [tensors[name] for name in ("query", "states", "key_weight", "value_weight")]
     torch.library.opcheck(decode._cca_absorbed_decode, (*absorbed, *terms, 0.25))
     torch.library.opcheck(decode._cca_absorbed_decode, (*absorbed, tensors["rows"], *(None,) * 5, 0.25))
     compiled = torch.compile(absorbed_decode, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**tensors, backend="triton"), absorbed_decode(**tensors, backend="triton"))
+    torch.testing.assert_close(
+        compiled(**tensors, backend="triton"), absorbed_decode(**tensors, backend="triton")
+    )
 
 
 @pytest.mark.parametrize(
@@ -216,7 +250,9 @@ def test_splits_fill_the_last_wave() -> None:
 def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
     tensors = make(2, 1, heads, heads, 128, 64, 3, 128, 896, dtype)
     exact = whole(**project(to(tensors, torch.float64)), chunk_size=64)
-    assert_accurate(absorbed_decode(**tensors, backend="triton"), absorbed_decode(**tensors, backend="torch"), exact)
+    assert_accurate(
+        absorbed_decode(**tensors, backend="triton"), absorbed_decode(**tensors, backend="torch"), exact
+    )
     projected = project(tensors)
     exact = whole(**to(projected, torch.float64), chunk_size=64)
     ours, plain = (chunked_cross_attention_decode(**projected, backend=x) for x in ("triton", "torch"))

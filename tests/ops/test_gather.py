@@ -87,9 +87,13 @@ def test_equals_the_loop(backend: str, dtype: str, chunk_size: int, pad_id: int,
         if out_dtype == torch.uint16 and dtype != "uint16":
             continue
         result = gather_neighbours(
-            torch.from_numpy(store), ids, continuation=torch.from_numpy(continuation), pad_id=pad_id,
-            dtype=out_dtype, backend=backend,
-        )  # fmt: skip
+            torch.from_numpy(store),
+            ids,
+            continuation=torch.from_numpy(continuation),
+            pad_id=pad_id,
+            dtype=out_dtype,
+            backend=backend,
+        )
         assert result[0].dtype == out_dtype
         assert result[0].shape == (2, 3, 4, 2 * chunk_size)
         check(result, expected)
@@ -119,8 +123,12 @@ def test_never_crosses_a_document(backend: str) -> None:
 
 def test_default_is_native_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(native, "gather_host", lambda *a, **k: seen.append(a) or (torch.zeros(1), torch.zeros(1)))
-    gather_neighbours(torch.zeros(2, 4, dtype=torch.int32), torch.tensor([0]), continuation=torch.zeros(2) > 0)
+    monkeypatch.setattr(
+        native, "gather_host", lambda *a, **k: seen.append(a) or (torch.zeros(1), torch.zeros(1))
+    )
+    gather_neighbours(
+        torch.zeros(2, 4, dtype=torch.int32), torch.tensor([0]), continuation=torch.zeros(2) > 0
+    )
     assert len(seen) == 1
 
 
@@ -172,8 +180,12 @@ def test_threads_and_advice_change_nothing(tmp_path: Path, threads: int, advise:
     mapped = np.load(tmp_path / "chunks.npy", mmap_mode="r")
     # more than a thread's share, and no multiple of anything
     ids = make_ids(rng, 500, (9001,))
-    tokens, lengths = native.gather_host(mapped, ids, continuation, 0, torch.int64, threads=threads, advise=advise)
-    expected = op.gather_reference(torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, torch.int64)
+    tokens, lengths = native.gather_host(
+        mapped, ids, continuation, 0, torch.int64, threads=threads, advise=advise
+    )
+    expected = op.gather_reference(
+        torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, torch.int64
+    )
     assert torch.equal(tokens, expected[0])
     assert torch.equal(lengths, expected[1])
 
@@ -190,7 +202,9 @@ def test_cold_pages(tmp_path: Path, seed: int) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     ids = make_ids(rng, 20_000, (3000,))
     result = gather_neighbours(np.load(path, mmap_mode="r"), ids, continuation=continuation)
-    expected = op.gather_reference(torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, torch.int64)
+    expected = op.gather_reference(
+        torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, torch.int64
+    )
     assert torch.equal(result[0], expected[0])
     assert torch.equal(result[1], expected[1])
 
@@ -239,9 +253,11 @@ def test_strided_ids(backend: str, seed: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 2), (2, 3, 0)])
 def test_no_ids(backend: str, shape: tuple[int, ...]) -> None:
     tokens, lengths = gather_neighbours(
-        torch.ones(3, 4, dtype=torch.int32), torch.empty(shape, dtype=torch.int64),
-        continuation=torch.zeros(3, dtype=torch.bool), backend=backend,
-    )  # fmt: skip
+        torch.ones(3, 4, dtype=torch.int32),
+        torch.empty(shape, dtype=torch.int64),
+        continuation=torch.zeros(3, dtype=torch.bool),
+        backend=backend,
+    )
     assert tokens.shape == (*shape, 8)
     assert lengths.shape == shape
 
@@ -254,7 +270,9 @@ IDS = torch.zeros(1, 1, 1, dtype=torch.int64)
 @pytest.mark.parametrize("wrong", [-2, 3, 2**40, -(2**63)])
 def test_ids_out_of_range(backend: str, wrong: int) -> None:
     ids = torch.tensor([[[0, -1], [wrong, 2]]])
-    with pytest.raises(ValueError, match=rf"ids has {wrong}\b.*the store has 3 chunks, so ids run from 0 to 2"):
+    with pytest.raises(
+        ValueError, match=rf"ids has {wrong}\b.*the store has 3 chunks, so ids run from 0 to 2"
+    ):
         gather_neighbours(STORE, ids, continuation=FLAGS, backend=backend)
 
 
@@ -265,12 +283,20 @@ def test_ids_out_of_range(backend: str, wrong: int) -> None:
         ({"tokens": np.ones((3, 4), dtype=">u2")}, TypeError, "tokens are >u2; a store is uint16 or int32"),
         ({"tokens": [[1, 2]]}, TypeError, "got list; tokens and continuation are tensors or numpy arrays"),
         ({"tokens": STORE[0]}, ValueError, r"tokens have shape \(4,\); expected \[C, M\]"),
-        ({"tokens": STORE[:0]}, ValueError, r"tokens have shape \(0, 4\); expected \[C, M\], neither of them 0"),
+        (
+            {"tokens": STORE[:0]},
+            ValueError,
+            r"tokens have shape \(0, 4\); expected \[C, M\], neither of them 0",
+        ),
         ({"tokens": STORE.T.contiguous().T}, ValueError, "have to lie side by side"),
         ({"ids": IDS.int()}, TypeError, "ids are torch.int32; expected a tensor of torch.int64"),
         ({"ids": [[[0]]]}, TypeError, "ids are list; expected a tensor of torch.int64"),
         ({"continuation": FLAGS.int()}, TypeError, "continuation is torch.int32; expected bool"),
-        ({"continuation": FLAGS[:2]}, ValueError, r"continuation has shape \(2,\), but the store has 3 chunks"),
+        (
+            {"continuation": FLAGS[:2]},
+            ValueError,
+            r"continuation has shape \(2,\), but the store has 3 chunks",
+        ),
         ({"dtype": torch.float32}, TypeError, "dtype is torch.float32; choose torch.int64"),
         ({"dtype": torch.uint16}, TypeError, "torch.uint16 cannot hold the tokens of a store in int32"),
         ({"pad_id": 2**31}, ValueError, "pad_id is 2147483648; the store's torch.int32 holds"),
@@ -278,7 +304,7 @@ def test_ids_out_of_range(backend: str, wrong: int) -> None:
         ({"backend": "cuda"}, ValueError, 'backend "cuda" cannot run here'),
         ({"backend": "faiss"}, ValueError, 'there is no backend "faiss"'),
     ],
-)  # fmt: skip
+)
 def test_wrong_input(changes: dict, error: type[Exception], message: str) -> None:
     arguments = {"tokens": STORE, "ids": IDS, "continuation": FLAGS, **changes}
     with pytest.raises(error, match=message):
@@ -301,9 +327,15 @@ def test_opcheck(backend_name: str, dtype: str, seed: int) -> None:
     store, continuation = make_store(rng, 20, 4, "int32")
     torch.library.opcheck(
         torch.ops.retro_kernels.gather_neighbours.default,
-        (torch.from_numpy(store).to(DTYPES[dtype]), make_ids(rng, 20, (2, 3, 2)), torch.from_numpy(continuation), 0,
-         torch.int64, backend_name),
-    )  # fmt: skip
+        (
+            torch.from_numpy(store).to(DTYPES[dtype]),
+            make_ids(rng, 20, (2, 3, 2)),
+            torch.from_numpy(continuation),
+            0,
+            torch.int64,
+            backend_name,
+        ),
+    )
 
 
 def test_compiles_into_one_graph(seed: int) -> None:
@@ -390,7 +422,10 @@ def test_on_the_gpu_past_two_to_the_31_tokens(backend_name: str) -> None:
     store[-2:] = torch.arange(60_000, 60_128, device="cuda").reshape(2, 64).to(torch.uint16)
     flags = torch.ones(num_chunks, dtype=torch.bool, device="cuda")
     tokens, lengths = gather_neighbours(
-        store, torch.tensor([num_chunks - 2, num_chunks - 1], device="cuda"), continuation=flags, backend=backend_name
+        store,
+        torch.tensor([num_chunks - 2, num_chunks - 1], device="cuda"),
+        continuation=flags,
+        backend=backend_name,
     )
     assert lengths.tolist() == [128, 64]
     assert tokens[0].tolist() == list(range(60_000, 60_128))

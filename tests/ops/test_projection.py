@@ -24,8 +24,17 @@ def test_operations_are_those_that_run(monkeypatch: pytest.MonkeyPatch, seed: in
         absorbed._backward(torch.randn_like(out), out, probs, mixed, *args, [True] * 8)
 
     seen: list[float] = []
-    monkeypatch.setattr(projection, "_on_cpu", lambda kernels, cost: seen.append(sum(k.flops for k in kernels)) or 0.0)
-    sizes = {"head_dim": D, "encoder_dim": E, "num_heads": H, "chunk_size": M, "neighbour_len": R, "num_neighbours": K}
+    monkeypatch.setattr(
+        projection, "_on_cpu", lambda kernels, cost: seen.append(sum(k.flops for k in kernels)) or 0.0
+    )
+    sizes = {
+        "head_dim": D,
+        "encoder_dim": E,
+        "num_heads": H,
+        "chunk_size": M,
+        "neighbour_len": R,
+        "num_neighbours": K,
+    }
     projection_costs(**sizes, training=False, device="cpu")
     projection_costs(**sizes, training=True, device="cpu")
     assert seen[1] * (N // M) == forward.get_total_flops()
@@ -36,8 +45,11 @@ def test_operations_are_those_that_run(monkeypatch: pytest.MonkeyPatch, seed: in
 @pytest.mark.parametrize("training", [False, True])
 def test_gains_with_head_size_and_neighbours(device: str, training: bool) -> None:
     def gain(**sizes: int) -> float:
-        costs = projection_costs(**{"head_dim": 128, "encoder_dim": 896, "num_heads": 16, **sizes}, training=training,
-                                 device=device)  # fmt: skip
+        costs = projection_costs(
+            **{"head_dim": 128, "encoder_dim": 896, "num_heads": 16, **sizes},
+            training=training,
+            device=device,
+        )
         return costs["materialised"] / costs["absorbed"]
 
     assert gain(head_dim=64) < gain(head_dim=128) < gain(head_dim=256)
@@ -48,17 +60,39 @@ def test_gains_with_head_size_and_neighbours(device: str, training: bool) -> Non
 
 @pytest.mark.parametrize(
     ("model", "neighbours", "chosen"),
-    [("172M", 2, "materialised"), ("172M", 40, "materialised"), ("425M", 2, "materialised"), ("425M", 10, "absorbed"),
-     ("7.5B", 2, "materialised"), ("7.5B", 10, "absorbed"), ("7.5B", 40, "absorbed")],
-)  # fmt: skip
+    [
+        ("172M", 2, "materialised"),
+        ("172M", 40, "materialised"),
+        ("425M", 2, "materialised"),
+        ("425M", 10, "absorbed"),
+        ("7.5B", 2, "materialised"),
+        ("7.5B", 10, "absorbed"),
+        ("7.5B", 40, "absorbed"),
+    ],
+)
 def test_choices_in_training_on_a_gpu(model: str, neighbours: int, chosen: str) -> None:
     heads, head_dim = PAPER[model]
-    assert chosen == choose_projection(head_dim=head_dim, encoder_dim=896, num_heads=heads, num_neighbours=neighbours,
-                                       training=True, device="cuda")  # fmt: skip
+    assert chosen == choose_projection(
+        head_dim=head_dim,
+        encoder_dim=896,
+        num_heads=heads,
+        num_neighbours=neighbours,
+        training=True,
+        device="cuda",
+    )
 
 
 def test_choices_in_decoding() -> None:
     sizes = {"encoder_dim": 896, "num_neighbours": 10, "decoding": True}
-    for heads, head_dim in PAPER.values():  # a large batch shares the weights' bytes; a single sequence pays them alone
-        assert choose_projection(head_dim=head_dim, num_heads=heads, **sizes, batch=64, device="cuda") == "absorbed"
-        assert choose_projection(head_dim=head_dim, num_heads=heads, **sizes, batch=1, device="cuda") == "materialised"
+    for (
+        heads,
+        head_dim,
+    ) in PAPER.values():  # a large batch shares the weights' bytes; a single sequence pays them alone
+        assert (
+            choose_projection(head_dim=head_dim, num_heads=heads, **sizes, batch=64, device="cuda")
+            == "absorbed"
+        )
+        assert (
+            choose_projection(head_dim=head_dim, num_heads=heads, **sizes, batch=1, device="cuda")
+            == "materialised"
+        )

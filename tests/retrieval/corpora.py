@@ -20,7 +20,9 @@ def documents(seed: int, count: int = 12, words: int = 120) -> list[Document]:
     made = []
     for i in range(count):
         topic = rng.sample(WORDS, 12)
-        text = " ".join(rng.choice(topic if rng.random() < 0.7 else WORDS) for _ in range(rng.randint(1, 2 * words)))
+        text = " ".join(
+            rng.choice(topic if rng.random() < 0.7 else WORDS) for _ in range(rng.randint(1, 2 * words))
+        )
         made.append(Document(f"title {i}", f"{i} {text}\n"))
     return made
 
@@ -35,7 +37,9 @@ def build(corpus: Any, out: Path, **options: Any) -> dict[str, Any]:
 def contents(folder: Path) -> dict[str, Any]:
     """Every file of a set by its hash; of the manifest what does not tell how long it took."""
     found: dict[str, Any] = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.name != MANIFEST
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name != MANIFEST
     }
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest.pop("seconds")

@@ -118,8 +118,13 @@ def dense(store: ChunkStore, *, index: Any = None, embedder: Any = None, **optio
     """A dense retriever over a store in memory."""
     stats, documents = Stats(), DocumentTable(store.document_ids, store.num_documents)
     embedder = embedder or BagEmbedder(store.embeddings.shape[1])
-    searcher = DenseSearcher(store, index or Index.build(store.embeddings, "Flat"), lambda: embedder,
-                             documents=documents, stats=stats)  # fmt: skip
+    searcher = DenseSearcher(
+        store,
+        index or Index.build(store.embeddings, "Flat"),
+        lambda: embedder,
+        documents=documents,
+        stats=stats,
+    )
     made = Retriever(store, searcher, documents=documents, stats=stats, **options)
     made.name = "dense"
     return made

@@ -64,7 +64,9 @@ def test_manifest_tells_what_was_measured(whole):
     manifest = ChunkStore.open(whole).manifest
     index = manifest["index"]
     assert index["factory"] == "Flat" and index["recall"] == 1.0 and index["queries_per_second"] > 0
-    assert index["metric"] == "squared L2" and index["build_seconds"] >= 0 and manifest["seconds"]["embed"] >= 0
+    assert (
+        index["metric"] == "squared L2" and index["build_seconds"] >= 0 and manifest["seconds"]["embed"] >= 0
+    )
     total = sum(path.stat().st_size for path in whole.iterdir() if path.name != MANIFEST)
     assert manifest["bytes_per_chunk"] == pytest.approx(total / manifest["num_chunks"], abs=0.1)
 
@@ -82,7 +84,11 @@ def test_second_run_does_nothing_and_says_so(tmp_path, model, capsys):
     first = build(CORPUS, tmp_path / "set", tokenizer=model, embedder=embedder)
     calls, before = embedder.calls, (tmp_path / "set" / MANIFEST).stat().st_mtime_ns
     again = build(CORPUS, tmp_path / "set", tokenizer=model, embedder=embedder, progress=True)
-    assert again == first and embedder.calls == calls and (tmp_path / "set" / MANIFEST).stat().st_mtime_ns == before
+    assert (
+        again == first
+        and embedder.calls == calls
+        and (tmp_path / "set" / MANIFEST).stat().st_mtime_ns == before
+    )
     captured = capsys.readouterr()
     assert "already built from this input; nothing to do" in captured.err and captured.out == ""
 
@@ -188,7 +194,9 @@ def test_what_is_no_set_is_never_replaced(tmp_path, model):
             build(CORPUS, tmp_path / name, tokenizer=model, overwrite=True)
     (tmp_path / "empty").mkdir()
     build(CORPUS, tmp_path / "empty", tokenizer=model)
-    assert (tmp_path / "thesis" / "chapter1.tex").exists() and ChunkStore.open(tmp_path / "empty").num_documents == 20
+    assert (tmp_path / "thesis" / "chapter1.tex").exists() and ChunkStore.open(
+        tmp_path / "empty"
+    ).num_documents == 20
 
 
 def test_large_vocabularies_take_wider_tokens(tmp_path, model, monkeypatch):
@@ -218,7 +226,10 @@ def test_parts_merge_into_the_whole(whole, model, tmp_path):
     assert as_documents(merged) == as_documents(expected) == {(d.title, d.text) for d in CORPUS}
     assert manifest["num_tokens"] == expected.manifest["num_tokens"]
     for i, text_hash in enumerate(merged.document_hashes.tolist()):
-        ours, theirs = merged.document_chunks(i), expected.document_chunks(int(expected.find_documents([text_hash])[0]))
+        ours, theirs = (
+            merged.document_chunks(i),
+            expected.document_chunks(int(expected.find_documents([text_hash])[0])),
+        )
         np.testing.assert_array_equal(merged.embeddings[ours], expected.embeddings[theirs])
     assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
     twice = merge_retrieval_sets([*parts, whole], tmp_path / "twice", progress=False)
@@ -240,7 +251,9 @@ def test_documents_are_appended(whole, model, tmp_path, index):
     out = tmp_path / "set"
     build(CORPUS[:14], out, tokenizer=model, index=index)
     embedder = Counting(64)
-    manifest = append_to_retrieval_set(out, CORPUS[10:], embedder=embedder, progress=False, shard_chunks=10_000)
+    manifest = append_to_retrieval_set(
+        out, CORPUS[10:], embedder=embedder, progress=False, shard_chunks=10_000
+    )
     store = ChunkStore.open(out, verify="full")
     np.testing.assert_array_equal(store.chunks, ChunkStore.open(whole).chunks)
     np.testing.assert_array_equal(store.embeddings, ChunkStore.open(whole).embeddings)
@@ -283,16 +296,30 @@ def test_with_minilm(tmp_path, model):
         "Interest rates were raised by the central bank.",
         "A kitten was asleep.",
     ]
-    build([Document(text, text) for text in texts], tmp_path / "set", tokenizer=model, embedder=None, chunk_size=64)
+    build(
+        [Document(text, text) for text in texts],
+        tmp_path / "set",
+        tokenizer=model,
+        embedder=None,
+        chunk_size=64,
+    )
     store = ChunkStore.open(tmp_path / "set", verify="full")
-    assert store.manifest["embedder"] == {**store.manifest["embedder"], "name": "all-MiniLM-L6-v2", "dim": 384}
+    assert store.manifest["embedder"] == {
+        **store.manifest["embedder"],
+        "name": "all-MiniLM-L6-v2",
+        "dim": 384,
+    }
     ids = Index.open(store).search(store.embeddings[:1], 3)[1][0].tolist()
     assert store.titles(store.document_ids[ids]) == [texts[0], texts[2], texts[1]]
 
 
 @pytest.mark.parametrize(
     "corpus",
-    ["rfc/rfc-families-dev.jsonl.xz", "factbook/factbook-2016-2020-2023.jsonl.xz", "dclaw/dclaw-code.jsonl.xz"],
+    [
+        "rfc/rfc-families-dev.jsonl.xz",
+        "factbook/factbook-2016-2020-2023.jsonl.xz",
+        "dclaw/dclaw-code.jsonl.xz",
+    ],
 )
 def test_real_corpora(data, corpus, tmp_path):
     if not (data / corpus).exists():
@@ -309,11 +336,14 @@ def test_real_corpora(data, corpus, tmp_path):
     for document in some[:3]:
         i = int(store.find_documents([document_hash(document.text)])[0])
         assert (
-            "".join(store.tokenizer.decode(store.chunks[list(store.document_chunks(i))].reshape(-1))) == document.text
+            "".join(store.tokenizer.decode(store.chunks[list(store.document_chunks(i))].reshape(-1)))
+            == document.text
         )
     rows = list(range(0, store.num_chunks, 37))
     _, ids = Index.open(store).search(store.embeddings[rows], 2)
-    assert (store.find_chunks(store.chunks[ids[:, 0].numpy()]) == store.find_chunks(store.chunks[rows])).mean() > 0.95
+    assert (
+        store.find_chunks(store.chunks[ids[:, 0].numpy()]) == store.find_chunks(store.chunks[rows])
+    ).mean() > 0.95
 
 
 def test_an_index_chosen_by_size_that_finds_too_little_becomes_exact(tmp_path, model, monkeypatch, capsys):

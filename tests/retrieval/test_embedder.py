@@ -13,9 +13,14 @@ from retro_kernels.config import InputError
 from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, load_embedder
 
 TEXTS = [
-    "neighbours", "a", "", "the chunk and its continuation are read together " * 3, "a",
-    "caf\u00e9 \u4e2d\u6587 \U0001f600", "x " * 900,
-]  # fmt: skip
+    "neighbours",
+    "a",
+    "",
+    "the chunk and its continuation are read together " * 3,
+    "a",
+    "caf\u00e9 \u4e2d\u6587 \U0001f600",
+    "x " * 900,
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +29,28 @@ def bert(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("bert")
     letters = [chr(c) for c in range(97, 123)]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *("##" + letter for letter in letters),
+    ]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizerFast(
         vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")
     ).save_pretrained(folder)
     torch.manual_seed(3)
     config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     transformers.BertModel(config).save_pretrained(folder)
     return folder
 
@@ -95,7 +112,9 @@ def test_minilm_is_there_offline(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
     embedder = load_embedder()
     assert embedder.name == "all-MiniLM-L6-v2" and embedder.dim == 384 and embedder.normalise
-    a, b, c = embedder.embed(["The king lives in a castle.", "A monarch resides in a palace.", "Tabs are not spaces."])
+    a, b, c = embedder.embed(
+        ["The king lives in a castle.", "A monarch resides in a palace.", "Tabs are not spaces."]
+    )
     assert a @ b > 0.5 > a @ c
     torch.testing.assert_close(a.norm(), torch.tensor(1.0))
 

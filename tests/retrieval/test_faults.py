@@ -120,8 +120,11 @@ def test_kill_9_at_any_moment(model, tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED_EVERYWHERE), tmp_path, model],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
 
@@ -150,7 +153,13 @@ def test_interrupted_work_is_kept_and_not_done_again(model, tmp_path, expected, 
     with pytest.raises(InputError, match="holds unfinished work on something else.*another corpus"):
         build(OTHER, tmp_path / "set", tokenizer=model, shard_chunks=10, index="IVF2,SQfp16")
     manifest = build(
-        CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, index="IVF2,SQfp16", embedder=second, progress=True
+        CORPUS,
+        tmp_path / "set",
+        tokenizer=model,
+        shard_chunks=10,
+        index="IVF2,SQfp16",
+        embedder=second,
+        progress=True,
     )
     assert "taking up unfinished work" in capsys.readouterr().err
     assert first.texts == 30 and second.texts == manifest["num_chunks"] - 30
@@ -181,7 +190,9 @@ def test_full_disk(model, tmp_path, expected, monkeypatch, room):
 
     with monkeypatch.context() as patch:
         patch.setattr(writing, "_write", limited)
-        with pytest.raises(OSError, match="No space left on device. What is done is kept in .*set.build") as error:
+        with pytest.raises(
+            OSError, match="No space left on device. What is done is kept in .*set.build"
+        ) as error:
             build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16", overwrite=True)
         assert error.value.errno == errno.ENOSPC
     assert contents(tmp_path / "set") == before
@@ -205,7 +216,9 @@ print(Path('/mnt/set').exists())"
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120)
     if "mount" in done.stderr or "unshare" in done.stderr:
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip().splitlines()[0]}")
-    assert "No space left on device" in done.stdout and "is kept in /mnt/set.build" in done.stdout, done.stderr[-2000:]
+    assert "No space left on device" in done.stdout and "is kept in /mnt/set.build" in done.stdout, (
+        done.stderr[-2000:]
+    )
     assert done.stdout.strip().endswith("False")
 
 

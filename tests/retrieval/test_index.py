@@ -14,9 +14,16 @@ from retro_kernels.retrieval.store import INDEX, ChunkStore
 
 faiss = pytest.importorskip("faiss")
 FACTORIES = [
-    "Flat", "SQfp16", "HNSW16,SQ8", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4fs,Refine(SQfp16)",
-    "IVF16,PQ16x4fs,RFlat", "RaBitQ8", "IVF16,RaBitQ4",
-]  # fmt: skip
+    "Flat",
+    "SQfp16",
+    "HNSW16,SQ8",
+    "IVF16,Flat",
+    "IVF16,SQ8",
+    "IVF16,PQ16x4fs,Refine(SQfp16)",
+    "IVF16,PQ16x4fs,RFlat",
+    "RaBitQ8",
+    "IVF16,RaBitQ4",
+]
 
 
 def clustered(seed: int, n: int = 2000, dim: int = 32) -> np.ndarray:
@@ -43,7 +50,11 @@ def test_exact_search_is_exact(searcher, count, seed, monkeypatch):
     monkeypatch.setattr(index_module, "_BLOCK_ROWS", 300)
     vectors, queries = clustered(seed), clustered(seed + 1, count)
     index = Index.build(vectors)
-    assert index.is_exact and len(index) == 2000 and type(index._searcher).__name__.lower().startswith("_" + searcher)
+    assert (
+        index.is_exact
+        and len(index) == 2000
+        and type(index._searcher).__name__.lower().startswith("_" + searcher)
+    )
     distances, ids = index.search(torch.from_numpy(queries), 10)
     expected, expected_ids = definition(vectors, queries, 10)
     np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-4)
@@ -94,10 +105,12 @@ def test_recall_is_that_of_the_definition(seed):
     truth = GroundTruth(vectors, k=5, num_queries=100, seed=seed)
     _, exact = definition(vectors, vectors[truth.rows], 6)
     _, found = index.search(vectors[truth.rows], 6)
-    recall = np.mean([
-        len(set(e.tolist()) - {row}) and len((set(e.tolist()) & set(f)) - {row}) / 5
-        for e, f, row in zip(exact, found.tolist(), truth.rows.tolist(), strict=True)
-    ])  # fmt: skip
+    recall = np.mean(
+        [
+            len(set(e.tolist()) - {row}) and len((set(e.tolist()) & set(f)) - {row}) / 5
+            for e, f, row in zip(exact, found.tolist(), truth.rows.tolist(), strict=True)
+        ]
+    )
     assert truth.measure(index)["recall"] == pytest.approx(recall, abs=0.02) and recall < 0.99
 
 
@@ -139,7 +152,12 @@ def test_queries_of_any_kind(seed):
     index = Index.build(vectors)
     expected = index.search(torch.from_numpy(vectors[:4].astype(np.float32)), 3)[1]
     transposed = torch.from_numpy(vectors[:4].astype(np.float64).T.copy()).T
-    for queries in (torch.from_numpy(vectors[:4]), torch.from_numpy(vectors[:4]).bfloat16(), transposed, vectors[:4]):
+    for queries in (
+        torch.from_numpy(vectors[:4]),
+        torch.from_numpy(vectors[:4]).bfloat16(),
+        transposed,
+        vectors[:4],
+    ):
         assert torch.equal(index.search(queries, 3)[1][:, 0], expected[:, 0])
     distances, ids = index.search(torch.zeros(0, 32), 3)
     assert distances.shape == ids.shape == (0, 3)

@@ -12,7 +12,7 @@ from retro_kernels.retrieval.leakage import (
     filtered_bits_per_byte,
     longest_common_run,
     overlap,
-)  # fmt: skip
+)
 
 
 def slow_run(chunk: list[int], value: list[int]) -> int:

@@ -54,10 +54,15 @@ def test_forms_of_a_batch(retriever: Retriever, form: str) -> None:
         def __init__(self) -> None:
             self.tokens, self.exclude_documents = tokens, exclude
 
-    loader: list[Any] = [{
-        "tensor": tokens, "mapping": {"tokens": tokens, "exclude_documents": exclude},
-        "mapping without exclusion": {"tokens": tokens}, "object": Batch(), "inputs": ("x", exclude, tokens),
-    }[form]]  # fmt: skip
+    loader: list[Any] = [
+        {
+            "tensor": tokens,
+            "mapping": {"tokens": tokens, "exclude_documents": exclude},
+            "mapping without exclusion": {"tokens": tokens},
+            "object": Batch(),
+            "inputs": ("x", exclude, tokens),
+        }[form]
+    ]
     inputs = (lambda batch: (batch[2], batch[1])) if form == "inputs" else None
     [(batch, neighbours)] = retriever.prefetch(loader, inputs=inputs)
     excluded = None if form in ("tensor", "mapping without exclusion") else exclude
@@ -160,9 +165,14 @@ def test_neighbours_made_on_another_stream_are_whole(seed: int) -> None:
         DeviceStore(store, device),
         DocumentTable(store.document_ids, store.num_documents, device),
     )
-    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder,
-    documents=documents,
-                             device=device, device_store=on_device)  # fmt: skip
+    searcher = DenseSearcher(
+        store,
+        Index.build(store.embeddings, "Flat", device=device),
+        BagEmbedder,
+        documents=documents,
+        device=device,
+        device_store=on_device,
+    )
     on_gpu = Retriever(store, searcher, documents=documents, device=device, device_store=on_device)
     picked = torch.randint(store.num_chunks, (30, 4, 6))
     loader = [torch.from_numpy(store.chunks[p.numpy()].astype("int64")).reshape(4, -1) for p in picked]

@@ -21,7 +21,7 @@ from retro_kernels.retrieval.search import (
     scan_exact,
     settle_ties,
     take_first,
-)  # fmt: skip
+)
 from retro_kernels.retrieval.store import _mixed, hash_chunks
 
 
@@ -79,9 +79,12 @@ def test_a_book_of_100_000_chunks_queried_by_its_own_chunks(seed: int) -> None:
     own = torch.from_numpy(chunks[generator.integers(0, book, 3)].astype(np.int64))
     mixed_batch = torch.cat([own, torch.from_numpy(chunks[-2:].astype(np.int64))]).reshape(1, -1)
     got = retriever(mixed_batch, num_neighbours=2, exclude_documents=torch.tensor([[0, -1]]))
-    ids, _ = expected(store, torch.from_numpy(store.embeddings[store.find_chunks(mixed_batch.reshape(-1,
-    M))].astype("f4")),
-                      2, torch.zeros(5, 1))  # fmt: skip
+    ids, _ = expected(
+        store,
+        torch.from_numpy(store.embeddings[store.find_chunks(mixed_batch.reshape(-1, M))].astype("f4")),
+        2,
+        torch.zeros(5, 1),
+    )
     assert got.ids[0].tolist() == ids
     assert (got.ids >= book).all()
     fetches = [k for _, k in index.calls]
@@ -187,8 +190,13 @@ def test_padding_is_not_searched(seed: int) -> None:
 
 
 def test_copies_come_in_the_order_of_their_ids(seed: int) -> None:
-    distances = torch.tensor([[0.5, 1.0, 1.0, 1.0, 2.0, torch.inf], [1.0, 2.0, 3.0, 4.0, torch.inf, torch.inf],
-                              [1.0, 1.0, 2.0, 2.0, torch.inf, torch.inf]])  # fmt: skip
+    distances = torch.tensor(
+        [
+            [0.5, 1.0, 1.0, 1.0, 2.0, torch.inf],
+            [1.0, 2.0, 3.0, 4.0, torch.inf, torch.inf],
+            [1.0, 1.0, 2.0, 2.0, torch.inf, torch.inf],
+        ]
+    )
     ids = torch.tensor([[9, 7, 2, 5, 1, -1], [4, 3, 2, 1, -1, -1], [8, 3, 1, 0, -1, -1]])
     d, i = settle_ties(distances, ids)
     assert i.tolist() == [[9, 2, 5, 7, 1, -1], [4, 3, 2, 1, -1, -1], [3, 8, 0, 1, -1, -1]] and torch.equal(
@@ -359,9 +367,16 @@ def test_a_step_on_a_gpu_waits_for_nothing(seed: int) -> None:
     device = torch.device("cuda")
     on_device, stats = DeviceStore(store, device), Stats()
     documents = DocumentTable(store.document_ids, store.num_documents, device)
-    searcher = DenseSearcher(store, Index.build(store.embeddings, "Flat", device=device), BagEmbedder,
-    documents=documents,
-                             stats=stats, device=device, device_store=on_device, embed_unknown=False)  # fmt: skip
+    searcher = DenseSearcher(
+        store,
+        Index.build(store.embeddings, "Flat", device=device),
+        BagEmbedder,
+        documents=documents,
+        stats=stats,
+        device=device,
+        device_store=on_device,
+        embed_unknown=False,
+    )
     retriever = Retriever(
         store, searcher, documents=documents, device=device, device_store=on_device, stats=stats
     )

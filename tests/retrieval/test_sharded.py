@@ -27,10 +27,14 @@ def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
     }
     command = [sys.executable, str(here / "sharded_worker.py")]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(WORLD), str(tmp_path), str(seed)], env=environment,
-                         stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(WORLD), str(tmp_path), str(seed)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(WORLD)
-    ]  # fmt: skip
+    ]
     try:
         for rank in ranks:
             _, errors = rank.communicate(timeout=120)

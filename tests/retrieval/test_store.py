@@ -46,9 +46,9 @@ def test_documents_stand_in_chunks_one_after_another(path):
         tokens = store.chunks[chunk_rows.start : chunk_rows.stop].reshape(-1)
         assert tokens[: len(ids)].tolist() == ids and not tokens[len(ids) :].any()
         assert (store.document_ids[chunk_rows.start : chunk_rows.stop] == i).all()
-        assert store.continuation[chunk_rows.start : chunk_rows.stop].tolist() == [True] * (len(chunk_rows) - 1) + [
-            False
-        ]
+        assert store.continuation[chunk_rows.start : chunk_rows.stop].tolist() == [True] * (
+            len(chunk_rows) - 1
+        ) + [False]
         assert "".join(store.texts(list(chunk_rows))) == document.text
         rows += len(chunk_rows)
     assert rows == store.num_chunks == len(store.embeddings)
@@ -109,7 +109,9 @@ def test_rows_beyond_two_thousand_million_tokens(tmp_path):
     rows = (1 << 31) // 64 + 100
     path = tmp_path / "big.npy"
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": (rows, 64)})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<u2", "fortran_order": False, "shape": (rows, 64)}
+        )
         start = file.tell()
         file.truncate(start + rows * 128)  # a hole: takes no room on the disk
         file.seek(start + (rows - 3) * 128)
@@ -135,7 +137,16 @@ def test_no_set(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 3}', b" " * (1 << 20) + b"{}", b'{"a": ' * 50_000],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"format": 3}',
+        b" " * (1 << 20) + b"{}",
+        b'{"a": ' * 50_000,
+    ],
     ids=["empty", "open", "list", "bytes", "deep", "other", "large", "deep objects"],
 )
 def test_manifests_that_are_none(copy, content):
@@ -157,8 +168,14 @@ def test_manifests_that_are_none(copy, content):
         (lambda m: m["embedder"].update(dim=65), "embeddings.npy"),
         (lambda m: m["tokenizer"].update(vocab_size=70_000), "chunks.npy holds uint16"),
         (lambda m: m["files"].pop("chunks.npy"), "does not list chunks.npy"),
-        (lambda m: m["files"].update({"../../etc/passwd": m["files"]["chunks.npy"]}), "no file of a retrieval set"),
-        (lambda m: m["files"].update({"index.faiss": {"bytes": 3, "sha256": "0" * 64}}), "index.faiss is missing"),
+        (
+            lambda m: m["files"].update({"../../etc/passwd": m["files"]["chunks.npy"]}),
+            "no file of a retrieval set",
+        ),
+        (
+            lambda m: m["files"].update({"index.faiss": {"bytes": 3, "sha256": "0" * 64}}),
+            "index.faiss is missing",
+        ),
         (lambda m: m["files"]["chunks.npy"].update(bytes=-3), "entry of chunks.npy"),
         (lambda m: m["files"]["chunks.npy"].update(sha256="x"), "entry of chunks.npy"),
         (lambda m: m["files"].update({"chunks.npy": 3}), "entry of chunks.npy"),
@@ -217,7 +234,9 @@ def test_header_that_promises_more_than_the_file_holds(copy):
         content = file.read()
     manifest = json.loads((copy / MANIFEST).read_text())
     rows = manifest["num_chunks"]
-    larger = content.replace(f"({rows}, 16)".encode(), f"({rows}0, 16)".encode()).replace(b"), } ", b"), }", 1)
+    larger = content.replace(f"({rows}, 16)".encode(), f"({rows}0, 16)".encode()).replace(
+        b"), } ", b"), }", 1
+    )
     assert larger != content
     replace(copy, "chunks.npy", larger)
     edit(copy, lambda m: m.update(num_chunks=rows * 10))
@@ -245,7 +264,9 @@ def test_contents_that_make_no_sense_are_found_in_full(copy):
 def test_titles_of_a_damaged_table(copy):
     offsets = np.array(ChunkStore.open(copy)._document_offsets)
     for wrong in (offsets + 1, -offsets, offsets * 1000):
-        replace(copy, "document_offsets.npy", (copy / "document_offsets.npy").read_bytes()[:128] + wrong.tobytes())
+        replace(
+            copy, "document_offsets.npy", (copy / "document_offsets.npy").read_bytes()[:128] + wrong.tobytes()
+        )
         with pytest.raises(InputError, match="documents.jsonl"):
             ChunkStore.open(copy).titles([2, 3])
 

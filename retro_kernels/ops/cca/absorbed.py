@@ -75,9 +75,18 @@ def _sheared(rel: Tensor, block: int, heads: int, neighbour_len: int) -> Tensor:
 
 
 def _softmax(
-    logits: Tensor, rel: Tensor | None, bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, *,
-    first: int, block: int, heads: int, neighbour_len: int, dropout_p: float,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    rel: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    *,
+    first: int,
+    block: int,
+    heads: int,
+    neighbour_len: int,
+    dropout_p: float,
+) -> Tensor:
     """`absorbed_softmax.softmax_triton` in plain PyTorch."""
     view = logits.unflatten(1, (block, heads)).unflatten(3, (-1, neighbour_len))  # [P, M, H, K, R]
     wide = view if view.dtype.itemsize >= 4 else view.float()
@@ -103,9 +112,19 @@ def _dropped(weights: Tensor, seed: Tensor, block: int, heads: int, dropout_p: f
 
 
 def _softmax_backward(
-    weights: Tensor, grad: Tensor, out: Tensor, grad_out: Tensor, grad_rel: Tensor | None, seed: Tensor | None, *,
-    first: int, chunks: int, block: int, neighbour_len: int, dropout_p: float,
-) -> Tensor:  # fmt: skip
+    weights: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_rel: Tensor | None,
+    seed: Tensor | None,
+    *,
+    first: int,
+    chunks: int,
+    block: int,
+    neighbour_len: int,
+    dropout_p: float,
+) -> Tensor:
     """`absorbed_softmax.softmax_backward_triton` in plain PyTorch."""
     heads = out.shape[2]
     blocks = slice(first, first + weights.shape[0])
@@ -135,10 +154,22 @@ def _softmax_of(fused: bool) -> tuple[Any, Any]:
 
 
 def _forward(
-    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
-    seed: Tensor | None, chunk_size: int, scale: float, dropout_p: float, fused: bool, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    dropout_p: float,
+    fused: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out [B, N, H, D], and what backward needs: weights [P, M * H, K * R] and mixed states [P, M * H, E]."""
     batch, tokens, heads, head_dim = query.shape
     _, chunks, neighbours, neighbour_len, width = states.shape
@@ -161,7 +192,9 @@ def _forward(
     for start, stop in _slices(blocks, rows * keys, query.device, whole=seed is not None and not fused):
         part, of_part = slice(start * chunk_size, stop * chunk_size), slice(start, stop)
         logits = weights[of_part] if keep else query.new_empty((stop - start, rows, keys))
-        absorbed = _per_head(content[part], to_states, query.new_empty((part.stop - part.start, heads, width)))
+        absorbed = _per_head(
+            content[part], to_states, query.new_empty((part.stop - part.start, heads, width))
+        )
         keys_of = states[of_part].transpose(1, 2)
         torch.baddbmm(logits, absorbed.view(-1, rows, width), keys_of, beta=0, alpha=scale, out=logits)
         rel = None
@@ -169,9 +202,17 @@ def _forward(
             rel = query.new_empty((part.stop - part.start, heads, table.shape[1]))
             rel = _per_head(position[part], table.transpose(1, 2), rel, scale).view(-1, rows, table.shape[1])
         dropped = softmax(
-            logits, rel, bias, None if lengths is None else lengths[of_part], seed,
-            first=start, block=chunk_size, heads=heads, neighbour_len=neighbour_len, dropout_p=dropout_p,
-        )  # fmt: skip
+            logits,
+            rel,
+            bias,
+            None if lengths is None else lengths[of_part],
+            seed,
+            first=start,
+            block=chunk_size,
+            heads=heads,
+            neighbour_len=neighbour_len,
+            dropout_p=dropout_p,
+        )
         mix = torch.bmm(dropped, states[of_part], out=mixed[of_part] if keep else None)
         _per_head(mix.view(-1, heads, width), from_states, attended[part])
 
@@ -182,11 +223,26 @@ def _forward(
 
 
 def _backward(
-    grad_out: Tensor, out: Tensor, weights: Tensor, mixed: Tensor, query: Tensor, states: Tensor, key_weight: Tensor,
-    value_weight: Tensor, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
-    rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
-    dropout_p: float, fused: bool, needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_out: Tensor,
+    out: Tensor,
+    weights: Tensor,
+    mixed: Tensor,
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    dropout_p: float,
+    fused: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     """Gradients of query, states, both weights, rel_key and the three biases; empty where it is not needed."""
     batch, tokens, heads, head_dim = query.shape
     _, chunks, neighbours, neighbour_len, width = states.shape
@@ -200,7 +256,12 @@ def _backward(
     content = q if content_bias is None else q + content_bias.to(q.dtype)
     need_query, need_states, need_key, need_value, need_rel, need_content, need_position, need_bias = needs
     need_absorbed = need_query or need_key or need_content
-    positions = rel_bias is not None and need_bias or rel_key is not None and (need_query or need_rel or need_position)
+    positions = (
+        rel_bias is not None
+        and need_bias
+        or rel_key is not None
+        and (need_query or need_rel or need_position)
+    )
 
     none = query.new_empty((0,))
     grad_states = flat.new_empty(flat.shape) if need_states else none
@@ -212,12 +273,23 @@ def _backward(
         dmix = _per_head(dout[part], from_states, query.new_empty((many, heads, width))).view(-1, rows, width)
         grad = torch.bmm(dmix, flat[of_part].transpose(1, 2))
         dropped = softmax_backward(
-            weights[of_part], grad, out, grad_out, None if grad_rel is None else grad_rel[of_part], seed,
-            first=start, chunks=chunks, block=chunk_size, neighbour_len=neighbour_len, dropout_p=dropout_p,
-        )  # fmt: skip
+            weights[of_part],
+            grad,
+            out,
+            grad_out,
+            None if grad_rel is None else grad_rel[of_part],
+            seed,
+            first=start,
+            chunks=chunks,
+            block=chunk_size,
+            neighbour_len=neighbour_len,
+            dropout_p=dropout_p,
+        )
         if need_states:
             target = grad_states[of_part]
-            absorbed = _per_head(content[part], to_states, query.new_empty((many, heads, width))).view(-1, rows, width)
+            absorbed = _per_head(content[part], to_states, query.new_empty((many, heads, width))).view(
+                -1, rows, width
+            )
             torch.bmm(dropped.transpose(1, 2), dmix, out=target)
             torch.baddbmm(target, grad.transpose(1, 2), absorbed, alpha=scale, out=target)
         if need_absorbed:
@@ -253,9 +325,15 @@ def _backward(
         grad_query[:, :shift] = 0.0
         grad_query[:, shift:] = dq.view(batch, -1, heads, head_dim)[:, : max(tokens - shift, 0)]
     return (
-        grad_query, grad_states.view(states.shape) if need_states else none, grad_key_weight, grad_value_weight,
-        grad_rel_key, grad_content_bias, grad_position_bias, grad_rel_bias,
-    )  # fmt: skip
+        grad_query,
+        grad_states.view(states.shape) if need_states else none,
+        grad_key_weight,
+        grad_value_weight,
+        grad_rel_key,
+        grad_content_bias,
+        grad_position_bias,
+        grad_rel_bias,
+    )
 
 
 def _of_weight(per_head: Tensor, weight: Tensor) -> Tensor:
@@ -282,10 +360,22 @@ def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forward_fake(
-    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
-    seed: Tensor | None, chunk_size: int, scale: float, dropout_p: float, fused: bool, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    dropout_p: float,
+    fused: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, chunks, neighbours, neighbour_len, width = states.shape
     blocks, rows = batch * chunks, chunk_size * query.shape[2]
     return (
@@ -296,11 +386,26 @@ def _forward_fake(
 
 
 def _backward_fake(
-    grad_out: Tensor, out: Tensor, weights: Tensor, mixed: Tensor, query: Tensor, states: Tensor, key_weight: Tensor,
-    value_weight: Tensor, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
-    rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
-    dropout_p: float, fused: bool, needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+    grad_out: Tensor,
+    out: Tensor,
+    weights: Tensor,
+    mixed: Tensor,
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    chunk_size: int,
+    scale: float,
+    dropout_p: float,
+    fused: bool,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
     tensors = (query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias)
     return tuple(
         query.new_empty((0,)) if x is None or not need else x.new_empty(x.shape)
@@ -410,10 +515,24 @@ def absorbed_cross_attention(
     """
     name = "absorbed_cross_attention"
     options = _check(
-        name, query, states, key_weight, value_weight, key_bias, value_bias, chunk_size, rel_key, content_bias,
-        position_bias, rel_bias, neighbour_lengths, dropout_p,
-    )  # fmt: skip
-    query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias = options
+        name,
+        query,
+        states,
+        key_weight,
+        value_weight,
+        key_bias,
+        value_bias,
+        chunk_size,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+        dropout_p,
+    )
+    query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias = (
+        options
+    )
     heads, head_dim = query.shape[2:]
     scale = head_dim**-0.5 if scale is None else float(scale)
     candidates = {"triton": why_not_triton(query.device, query.dtype), "torch": None, "reference": None}
@@ -424,18 +543,43 @@ def absorbed_cross_attention(
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     if chosen == "reference":
         return _projected(
-            query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias,
-            rel_bias, neighbour_lengths, seed, chunk_size, scale, dropout_p,
-        )  # fmt: skip
+            query,
+            states,
+            key_weight,
+            value_weight,
+            key_bias,
+            value_bias,
+            rel_key,
+            content_bias,
+            position_bias,
+            rel_bias,
+            neighbour_lengths,
+            seed,
+            chunk_size,
+            scale,
+            dropout_p,
+        )
     if value_bias is not None and dropout_p > 0.0:
         # the weights of a row no longer sum to one: the bias becomes one more column of the states, which is 1
         states = F.pad(F.pad(states, (0, 1), value=1.0), (0, 7))
         key_weight = F.pad(key_weight, (0, 8))
         value_weight = F.pad(torch.cat((value_weight, value_bias[:, None]), 1), (0, 7))
     args = (
-        query, states, key_weight, value_weight, rel_key, content_bias, position_bias, rel_bias,
-        neighbour_lengths, seed, chunk_size, scale, dropout_p, chosen == "triton",
-    )  # fmt: skip
+        query,
+        states,
+        key_weight,
+        value_weight,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+        seed,
+        chunk_size,
+        scale,
+        dropout_p,
+        chosen == "triton",
+    )
     autocast = torch.is_autocast_enabled(query.device.type)
     with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
@@ -460,30 +604,63 @@ def _attending(query: Tensor, states: Tensor, lengths: Tensor | None, chunk_size
 
 
 def _projected(
-    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None,
-    value_bias: Tensor | None, rel_key: Tensor | None, content_bias: Tensor | None, position_bias: Tensor | None,
-    rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None, chunk_size: int, scale: float,
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None,
+    value_bias: Tensor | None,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    chunk_size: int,
+    scale: float,
     dropout_p: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The definition: project, then attend. Half precision is computed in float32 and rounded once at the end."""
     wide = torch.promote_types(query.dtype, torch.float32)
     key, value = (
         F.linear(states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-        .unflatten(-1, (-1, query.shape[-1])).flatten(0, 1)
+        .unflatten(-1, (-1, query.shape[-1]))
+        .flatten(0, 1)
         for weight, bias in ((key_weight, key_bias), (value_weight, value_bias))
-    )  # fmt: skip
+    )
     return block_attention_reference(
-        query, key, value, rel_key, content_bias, position_bias, rel_bias,
-        None if lengths is None else lengths.flatten(0, 1), seed,
-        block=chunk_size, shift=chunk_size - 1, scale=scale, dropout_p=dropout_p,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        None if lengths is None else lengths.flatten(0, 1),
+        seed,
+        block=chunk_size,
+        shift=chunk_size - 1,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
 
 
 def _check(
-    name: str, query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, key_bias: Tensor | None,
-    value_bias: Tensor | None, chunk_size: int, rel_key: Tensor | None, content_bias: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, dropout_p: float,
-) -> list[Any]:  # fmt: skip
+    name: str,
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None,
+    value_bias: Tensor | None,
+    chunk_size: int,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    dropout_p: float,
+) -> list[Any]:
     """The tensors, cast where autocast is on."""
     for label, tensor in (("query", query), ("states", states)):
         if not tensor.is_floating_point():
@@ -491,7 +668,9 @@ def _check(
     if query.dim() != 4:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [B, N, H, D].")
     if states.dim() != 5:
-        raise ValueError(f"{name}: states has shape {tuple(states.shape)}; expected 5 dimensions [B, L, K, R, E].")
+        raise ValueError(
+            f"{name}: states has shape {tuple(states.shape)}; expected 5 dimensions [B, L, K, R, E]."
+        )
     batch, tokens, heads, head_dim = query.shape
     neighbour_len, width = states.shape[3:]
     if chunk_size < 1:
@@ -510,7 +689,9 @@ def _check(
             f"the query's {heads} heads."
         )
     if position_bias is not None and rel_key is None:
-        raise ValueError(f"{name}: position_bias is given without rel_key, where it has no effect. Give both.")
+        raise ValueError(
+            f"{name}: position_bias is given without rel_key, where it has no effect. Give both."
+        )
     columns = chunk_size + neighbour_len - 1
     for label, table, shape in (
         ("key_weight", key_weight, (inner, width)),
@@ -530,8 +711,16 @@ def _check(
         _check_lengths(name, "neighbour_lengths", lengths, tuple(states.shape[:3]), query)
 
     tensors: list[Any] = [
-        query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias
-    ]  # fmt: skip
+        query,
+        states,
+        key_weight,
+        value_weight,
+        key_bias,
+        value_bias,
+        rel_key,
+        content_bias,
+        position_bias,
+    ]
     if torch.is_autocast_enabled(query.device.type):
         # rel_bias stays as it is: it is added to the logits in float32
         dtype = torch.get_autocast_dtype(query.device.type)

@@ -34,10 +34,21 @@ def _cca_absorbed_softmax_kernel(
     p_lengths,  # int32 [P, K]
     p_dropped,  # [P, M * H, K * R], the weights after dropout
     p_seed,  # int64 [1]
-    first, K, H, GP, keep_scale,
-    M: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, HAS_REL: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr,
-):  # fmt: skip
+    first,
+    K,
+    H,
+    GP,
+    keep_scale,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    ROWS: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
     """`first`: the block that p_logits starts with (dropout draws by the block's number)."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     tiles = tl.cdiv(M * H, ROWS)
@@ -54,16 +65,23 @@ def _cca_absorbed_softmax_kernel(
 
     b_add = tl.zeros([ROWS, BR], tl.float32)  # the same for every neighbour
     if HAS_REL:
-        b_add += tl.load(p_rel + row64[:, None] * GP + (M - 1 - o_a[:, None] + o_c[None, :]), mask=m_tile, other=0.0)
+        b_add += tl.load(
+            p_rel + row64[:, None] * GP + (M - 1 - o_a[:, None] + o_c[None, :]), mask=m_tile, other=0.0
+        )
     if HAS_BIAS:
-        b_add += tl.load(p_bias + o_h[:, None] * (M + R - 1) + (M - 1 - o_a[:, None] + o_c[None, :]), mask=m_tile,
-                         other=0.0)  # fmt: skip
+        b_add += tl.load(
+            p_bias + o_h[:, None] * (M + R - 1) + (M - 1 - o_a[:, None] + o_c[None, :]),
+            mask=m_tile,
+            other=0.0,
+        )
     b_add = b_add * LOG2_E
 
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     for j in tl.range(0, K):
-        b_s = tl.load(p_tile + j * R, mask=m_tile, other=float("-inf")).to(tl.float32) * LOG2_E + b_add  # [ROWS, BR]
+        b_s = (
+            tl.load(p_tile + j * R, mask=m_tile, other=float("-inf")).to(tl.float32) * LOG2_E + b_add
+        )  # [ROWS, BR]
         if HAS_LENGTHS:  # not as the mask of the load, which would make it a scalar one
             b_s = tl.where((o_c < tl.load(p_lengths + i_p64 * K + j))[None, :], b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -71,7 +89,9 @@ def _cca_absorbed_softmax_kernel(
         b_sum = b_sum * tl.exp2(b_max - b_base) + tl.sum(tl.exp2(b_s - b_base[:, None]), 1)
         b_max = b_new
     b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_inverse = tl.where(b_sum == 0.0, 0.0, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))  # no key at all: weights 0
+    b_inverse = tl.where(
+        b_sum == 0.0, 0.0, 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+    )  # no key at all: weights 0
 
     for j in tl.range(0, K):
         b_s = tl.load(p_tile + j * R, mask=m_tile, other=float("-inf")).to(tl.float32) * LOG2_E + b_add
@@ -95,11 +115,24 @@ def _cca_absorbed_softmax_bwd_kernel(
     p_grad_rel,  # [P, M * H, GP]
     p_dropped,  # [P, M * H, K * R], the weights after dropout, written again
     p_seed,  # int64 [1]
-    first, L, N, K, H, GP, keep_scale,
-    M: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    ROWS: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
-    GRAD_REL: tl.constexpr, DROPOUT: tl.constexpr, THRESHOLD: tl.constexpr,
-):  # fmt: skip
+    first,
+    L,
+    N,
+    K,
+    H,
+    GP,
+    keep_scale,
+    M: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    BG: tl.constexpr,
+    GRAD_REL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
     """`first`: the block that p_weights, p_grad and p_grad_rel start with."""
     tiles = tl.cdiv(M * H, ROWS)
     i_p = tl.program_id(0) // tiles
@@ -175,12 +208,26 @@ def softmax_triton(
     if blocks > 0:
         sizes = tile(rows, neighbour_len)
         _cca_absorbed_softmax_kernel[(blocks * triton.cdiv(rows, sizes["ROWS"]),)](
-            logits, logits if rel is None else rel, logits if bias is None else bias,
-            logits if lengths is None else lengths, dropped, logits if seed is None else seed,
-            first, keys // neighbour_len, heads, 0 if rel is None else rel.shape[-1], 1.0 / (1.0 - dropout_p),
-            M=block, R=neighbour_len, HAS_REL=rel is not None, HAS_BIAS=bias is not None,
-            HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0.0, THRESHOLD=dropout_threshold(dropout_p), **sizes,
-        )  # fmt: skip
+            logits,
+            logits if rel is None else rel,
+            logits if bias is None else bias,
+            logits if lengths is None else lengths,
+            dropped,
+            logits if seed is None else seed,
+            first,
+            keys // neighbour_len,
+            heads,
+            0 if rel is None else rel.shape[-1],
+            1.0 / (1.0 - dropout_p),
+            M=block,
+            R=neighbour_len,
+            HAS_REL=rel is not None,
+            HAS_BIAS=bias is not None,
+            HAS_LENGTHS=lengths is not None,
+            DROPOUT=dropout_p > 0.0,
+            THRESHOLD=dropout_threshold(dropout_p),
+            **sizes,
+        )
     return dropped
 
 
@@ -206,11 +253,28 @@ def softmax_backward_triton(
         sizes = tile(rows, neighbour_len)
         columns = 1 if grad_rel is None else grad_rel.shape[-1]
         _cca_absorbed_softmax_bwd_kernel[(blocks * triton.cdiv(rows, sizes["ROWS"]),)](
-            weights, grad, out, grad_out, grad if grad_rel is None else grad_rel, dropped,
+            weights,
+            grad,
+            out,
+            grad_out,
+            grad if grad_rel is None else grad_rel,
+            dropped,
             weights if seed is None else seed,
-            first, chunks, tokens, keys // neighbour_len, heads, columns, 1.0 / (1.0 - dropout_p),
-            M=block, R=neighbour_len, D=head_dim, BD=triton.next_power_of_2(head_dim),
-            BG=triton.next_power_of_2(columns), GRAD_REL=grad_rel is not None, DROPOUT=dropout_p > 0.0,
-            THRESHOLD=dropout_threshold(dropout_p), **sizes,
-        )  # fmt: skip
+            first,
+            chunks,
+            tokens,
+            keys // neighbour_len,
+            heads,
+            columns,
+            1.0 / (1.0 - dropout_p),
+            M=block,
+            R=neighbour_len,
+            D=head_dim,
+            BD=triton.next_power_of_2(head_dim),
+            BG=triton.next_power_of_2(columns),
+            GRAD_REL=grad_rel is not None,
+            DROPOUT=dropout_p > 0.0,
+            THRESHOLD=dropout_threshold(dropout_p),
+            **sizes,
+        )
     return dropped

@@ -58,18 +58,67 @@ def _unshear(ds, o_t, BM: tl.constexpr, BN: tl.constexpr, WS: tl.constexpr, KEYS
 
 @triton.jit
 def _cca_bwd_kernel(
-    query, key, value, rel_key, out, grad_out, grad_query, grad_key, grad_value, p_grad_query, p_lse,
-    p_content_bias, p_position_bias, p_rel_bias, p_lengths, p_seed, p_columns, p_ds, p_rows,
-    stride_qs, stride_qn, stride_kg, stride_kt, stride_vg, stride_vt, stride_gs, stride_gn,
-    num_rows, num_heads, per_seq, num_sets, scale, scale_log2, threshold, keep_scale,
-    REPEAT: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, PANELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    W: tl.constexpr, WS: tl.constexpr,
-    HAS_REL: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, NEED_COLUMNS: tl.constexpr, NEED_DS: tl.constexpr, NEED_ROWS: tl.constexpr,
-    DROPOUT: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    query,
+    key,
+    value,
+    rel_key,
+    out,
+    grad_out,
+    grad_query,
+    grad_key,
+    grad_value,
+    p_grad_query,
+    p_lse,
+    p_content_bias,
+    p_position_bias,
+    p_rel_bias,
+    p_lengths,
+    p_seed,
+    p_columns,
+    p_ds,
+    p_rows,
+    stride_qs,
+    stride_qn,
+    stride_kg,
+    stride_kt,
+    stride_vg,
+    stride_vt,
+    stride_gs,
+    stride_gn,
+    num_rows,
+    num_heads,
+    per_seq,
+    num_sets,
+    scale,
+    scale_log2,
+    threshold,
+    keep_scale,
+    REPEAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    PANELS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    WS: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_CONTENT: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    NEED_COLUMNS: tl.constexpr,
+    NEED_DS: tl.constexpr,
+    NEED_ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
     KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
     MASK_KEYS: tl.constexpr = TK % BN != 0
@@ -91,7 +140,9 @@ def _cca_bwd_kernel(
     stride_on = num_heads * D
 
     b_q0 = _load_tile(query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA)
-    b_do0 = _load_tile(grad_out, i_seq, o_row, q_col, stride_gs, stride_gn, num_rows, m_row, BM, DW, D, True, TMA)
+    b_do0 = _load_tile(
+        grad_out, i_seq, o_row, q_col, stride_gs, stride_gn, num_rows, m_row, BM, DW, D, True, TMA
+    )
     b_o = _load_tile(out, i_seq, o_row, q_col, stride_os, stride_on, num_rows, m_row, BM, DW, D, True, TMA)
     delta = tl.sum(b_o.to(tl.float32) * b_do0.to(tl.float32), 1)  # [BM]
     if HAS_CONTENT:
@@ -102,7 +153,19 @@ def _cca_bwd_kernel(
             query, i_seq, o_row, q_col + DW, stride_qs, stride_qn, num_rows, m_row, BM, DW, D - DW, True, TMA
         )  # [BM, DW]
         b_do1 = _load_tile(
-            grad_out, i_seq, o_row, q_col + DW, stride_gs, stride_gn, num_rows, m_row, BM, DW, D - DW, True, TMA
+            grad_out,
+            i_seq,
+            o_row,
+            q_col + DW,
+            stride_gs,
+            stride_gn,
+            num_rows,
+            m_row,
+            BM,
+            DW,
+            D - DW,
+            True,
+            TMA,
         )  # [BM, DW]
         b_o = _load_tile(
             out, i_seq, o_row, q_col + DW, stride_os, stride_on, num_rows, m_row, BM, DW, D - DW, True, TMA
@@ -122,11 +185,39 @@ def _cca_bwd_kernel(
 
     for o_c in tl.range(0, TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
-            b_pos = _position_tile(
-                query, rel_key, p_position_bias, p_rel_bias, i_seq, i_head, o_row, o_i, o_c, stride_qs, stride_qn,
-                num_rows, m_row, scale_log2, D, BD, PANELS, TQ, TK, BM, BN, W, HAS_REL, HAS_POSITION, HAS_BIAS,
-                KEYS_FIRST, PRECISION, TMA,
-            ) - lse  # [BN, BM] or [BM, BN]  # fmt: skip
+            b_pos = (
+                _position_tile(
+                    query,
+                    rel_key,
+                    p_position_bias,
+                    p_rel_bias,
+                    i_seq,
+                    i_head,
+                    o_row,
+                    o_i,
+                    o_c,
+                    stride_qs,
+                    stride_qn,
+                    num_rows,
+                    m_row,
+                    scale_log2,
+                    D,
+                    BD,
+                    PANELS,
+                    TQ,
+                    TK,
+                    BM,
+                    BN,
+                    W,
+                    HAS_REL,
+                    HAS_POSITION,
+                    HAS_BIAS,
+                    KEYS_FIRST,
+                    PRECISION,
+                    TMA,
+                )
+                - lse
+            )  # [BN, BM] or [BM, BN]
         if SUM_DS:
             if KEYS_FIRST:
                 ds_sum = tl.zeros([BN, BM], tl.float32)
@@ -143,10 +234,34 @@ def _cca_bwd_kernel(
             )  # [BN, DW]
             if PANELS == 2:
                 b_k1 = _load_tile(
-                    key, i_kv, o_c, kv_col + DW, stride_kg, stride_kt, TK, m_key, BN, DW, D - DW, MASK_KEYS, TMA
+                    key,
+                    i_kv,
+                    o_c,
+                    kv_col + DW,
+                    stride_kg,
+                    stride_kt,
+                    TK,
+                    m_key,
+                    BN,
+                    DW,
+                    D - DW,
+                    MASK_KEYS,
+                    TMA,
                 )  # [BN, DW]
                 b_v1 = _load_tile(
-                    value, i_kv, o_c, kv_col + DW, stride_vg, stride_vt, TK, m_key, BN, DW, D - DW, MASK_KEYS, TMA
+                    value,
+                    i_kv,
+                    o_c,
+                    kv_col + DW,
+                    stride_vg,
+                    stride_vt,
+                    TK,
+                    m_key,
+                    BN,
+                    DW,
+                    D - DW,
+                    MASK_KEYS,
+                    TMA,
                 )  # [BN, DW]
             i_out = pid // num_heads * num_sets + j
 
@@ -174,7 +289,9 @@ def _cca_bwd_kernel(
                     p = tl.where(real[None, :], p, 0.0)
             dropped = p
             if DROPOUT:
-                keep = _dropout_keep(p_seed, i_block, i_head, o_i + a, j * TK + o_c + n, threshold, KEYS_FIRST)
+                keep = _dropout_keep(
+                    p_seed, i_block, i_head, o_i + a, j * TK + o_c + n, threshold, KEYS_FIRST
+                )
                 dropped = tl.where(keep, p * keep_scale, 0.0)
             p_low = dropped.to(b_do0.dtype)
             if not KEYS_FIRST:
@@ -186,9 +303,20 @@ def _cca_bwd_kernel(
             if PANELS == 2:
                 dv = tl.dot(p_low, b_do1, input_precision=PRECISION)
                 _store_tile(
-                    grad_value, dv, i_out, o_c, q_col + DW, TK * stride_on, stride_on, m_key,
-                    BN, DW, D - DW, MASK_KEYS, TMA,
-                )  # fmt: skip
+                    grad_value,
+                    dv,
+                    i_out,
+                    o_c,
+                    q_col + DW,
+                    TK * stride_on,
+                    stride_on,
+                    m_key,
+                    BN,
+                    DW,
+                    D - DW,
+                    MASK_KEYS,
+                    TMA,
+                )
 
             if KEYS_FIRST:
                 dp = tl.dot(b_v0, tl.trans(b_do0), input_precision=PRECISION)  # [BN, BM]
@@ -218,9 +346,20 @@ def _cca_bwd_kernel(
             if PANELS == 2:
                 dk = tl.dot(ds_keys, b_q1, input_precision=PRECISION) * scale
                 _store_tile(
-                    grad_key, dk, i_out, o_c, q_col + DW, TK * stride_on, stride_on, m_key,
-                    BN, DW, D - DW, MASK_KEYS, TMA,
-                )  # fmt: skip
+                    grad_key,
+                    dk,
+                    i_out,
+                    o_c,
+                    q_col + DW,
+                    TK * stride_on,
+                    stride_on,
+                    m_key,
+                    BN,
+                    DW,
+                    D - DW,
+                    MASK_KEYS,
+                    TMA,
+                )
             dq0 = tl.dot(ds_rows, b_k0, dq0, input_precision=PRECISION)
             if PANELS == 2:
                 dq1 = tl.dot(ds_rows, b_k1, dq1, input_precision=PRECISION)
@@ -249,15 +388,37 @@ def _cca_bwd_kernel(
                     if KEYS_FIRST:
                         by_distance_low = tl.trans(by_distance_low)
                     b_rel = _load_tile(
-                        rel_key, i_head, first, 0, (TQ + TK - 1) * D, D, TQ + TK - 1, m_column,
-                        WS, DW, D, True, False,
-                    )  # [WS, DW]  # fmt: skip
+                        rel_key,
+                        i_head,
+                        first,
+                        0,
+                        (TQ + TK - 1) * D,
+                        D,
+                        TQ + TK - 1,
+                        m_column,
+                        WS,
+                        DW,
+                        D,
+                        True,
+                        False,
+                    )  # [WS, DW]
                     dq0 = tl.dot(by_distance_low, b_rel, dq0, input_precision=PRECISION)
                     if PANELS == 2:
                         b_rel = _load_tile(
-                            rel_key, i_head, first, DW, (TQ + TK - 1) * D, D, TQ + TK - 1, m_column,
-                            WS, DW, D - DW, True, False,
-                        )  # [WS, DW]  # fmt: skip
+                            rel_key,
+                            i_head,
+                            first,
+                            DW,
+                            (TQ + TK - 1) * D,
+                            D,
+                            TQ + TK - 1,
+                            m_column,
+                            WS,
+                            DW,
+                            D - DW,
+                            True,
+                            False,
+                        )  # [WS, DW]
                         dq1 = tl.dot(by_distance_low, b_rel, dq1, input_precision=PRECISION)
 
     dq0 *= scale
@@ -268,7 +429,9 @@ def _cca_bwd_kernel(
         tl.store(p_sum, tl.sum(dq0, 0), mask=o_d < D)
     if PANELS == 2:
         dq1 *= scale
-        _store_tile(grad_query, dq1, i_seq, o_row, q_col + DW, stride_os, stride_on, m_row, BM, DW, D - DW, True, TMA)
+        _store_tile(
+            grad_query, dq1, i_seq, o_row, q_col + DW, stride_os, stride_on, m_row, BM, DW, D - DW, True, TMA
+        )
         if NEED_ROWS:
             tl.store(p_sum + DW, tl.sum(dq1, 0), mask=o_d < D - DW)
     if SHIFT > 0:
@@ -278,11 +441,31 @@ def _cca_bwd_kernel(
 
 @triton.jit
 def _cca_bwd_rel_kernel(
-    query, p_position_bias, p_ds, p_partial, stride_qs, stride_qn, num_rows, num_heads, per_seq, blocks, per_split, scale,
-    SHIFT: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, W: tl.constexpr, WS: tl.constexpr, HAS_POSITION: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    query,
+    p_position_bias,
+    p_ds,
+    p_partial,
+    stride_qs,
+    stride_qn,
+    num_rows,
+    num_heads,
+    per_seq,
+    blocks,
+    per_split,
+    scale,
+    SHIFT: tl.constexpr,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    WS: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """shear(dS)ᵀ (q + v) for WS distance columns of one head and one tile, over a fixed share of the blocks."""
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
     KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
@@ -303,7 +486,19 @@ def _cca_bwd_rel_kernel(
         o_row = i_block % per_seq * TQ + SHIFT + o_i
         m_row = (o_i + a < TQ) & (o_row + a < num_rows)
         b_q = _load_tile(
-            query, i_block // per_seq, o_row, i_head * D, stride_qs, stride_qn, num_rows, m_row, BM, BD, D, True, False
+            query,
+            i_block // per_seq,
+            o_row,
+            i_head * D,
+            stride_qs,
+            stride_qn,
+            num_rows,
+            m_row,
+            BM,
+            BD,
+            D,
+            True,
+            False,
         )  # [BM, BD]
         if HAS_POSITION:
             b_q = _add_bias(b_q, p_position_bias, i_head, 0, D, BD, D)
@@ -389,22 +584,65 @@ def backward(
         tiles.descriptor(dq, g.rows, width, tma),
         tiles.descriptor(own_key, config.keys, width, tma),
         tiles.descriptor(own_value, config.keys, width, tma),
-        grad_query, lse, content_bias, position_bias, rel_bias, lengths, seed, columns, ds, rows,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), do.stride(0), do.stride(1),
-        g.num_rows, g.num_heads, g.per_seq, num_sets,
-        scale, scale * math.log2(math.e), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        REPEAT=repeat, GROUP=g.num_heads // kv_heads, SHIFT=shift, TQ=block, TK=num_keys,
-        D=g.head_dim, BD=g.padded_dim, PANELS=config.panels, BM=g.rows, BN=config.keys, W=window,
+        grad_query,
+        lse,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        seed,
+        columns,
+        ds,
+        rows,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        do.stride(0),
+        do.stride(1),
+        g.num_rows,
+        g.num_heads,
+        g.per_seq,
+        num_sets,
+        scale,
+        scale * math.log2(math.e),
+        dropout_threshold(dropout_p),
+        1.0 / (1.0 - dropout_p),
+        REPEAT=repeat,
+        GROUP=g.num_heads // kv_heads,
+        SHIFT=shift,
+        TQ=block,
+        TK=num_keys,
+        D=g.head_dim,
+        BD=g.padded_dim,
+        PANELS=config.panels,
+        BM=g.rows,
+        BN=config.keys,
+        W=window,
         WS=min(SLICE, window),
-        HAS_REL=rel_key is not None, HAS_CONTENT=content_bias is not None, HAS_POSITION=position_bias is not None,
-        HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None,
-        NEED_COLUMNS=need_columns, NEED_DS=need_rel, NEED_ROWS=need_rows, DROPOUT=dropout_p > 0.0,
-        KEYS_FIRST=config.keys_first, PRECISION=tiles.precision(query.dtype), TMA=tma, STAGES=config.stages,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        HAS_REL=rel_key is not None,
+        HAS_CONTENT=content_bias is not None,
+        HAS_POSITION=position_bias is not None,
+        HAS_BIAS=rel_bias is not None,
+        HAS_LENGTHS=lengths is not None,
+        NEED_COLUMNS=need_columns,
+        NEED_DS=need_rel,
+        NEED_ROWS=need_rows,
+        DROPOUT=dropout_p > 0.0,
+        KEYS_FIRST=config.keys_first,
+        PRECISION=tiles.precision(query.dtype),
+        TMA=tma,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
     grad_key = own_key.view(key.shape) if writers == 1 else _sum_writers(own_key, key, repeat * g.row_tiles)
-    grad_value = own_value.view(value.shape) if writers == 1 else _sum_writers(own_value, value, repeat * g.row_tiles)
+    grad_value = (
+        own_value.view(value.shape) if writers == 1 else _sum_writers(own_value, value, repeat * g.row_tiles)
+    )
     by_column = grad_position = grad_content = grad_rel = None
     if columns is not None:
         summed = columns.view(g.blocks, g.row_tiles, g.num_heads, key_tiles, window).sum(0)
@@ -414,7 +652,9 @@ def backward(
     if rows is not None:
         assert content_bias is not None
         grad_content = rows.view(-1, g.num_heads, g.head_dim).sum(0)
-        grad_content = (grad_content if grad_position is None else grad_content - grad_position).to(content_bias.dtype)
+        grad_content = (grad_content if grad_position is None else grad_content - grad_position).to(
+            content_bias.dtype
+        )
     if ds is not None:
         assert rel_key is not None
         partial = _rel_partials(q, position_bias, ds, g, block, shift, num_keys, config, window, scale)
@@ -422,8 +662,18 @@ def backward(
     if need_position:
         assert grad_position is not None and position_bias is not None
         grad_position = grad_position.to(position_bias.dtype)
-    grad_bias = by_column.to(rel_bias.dtype) if need_bias and by_column is not None and rel_bias is not None else None
-    return grad_query, grad_key, grad_value, grad_rel, grad_content, grad_position if need_position else None, grad_bias
+    grad_bias = (
+        by_column.to(rel_bias.dtype) if need_bias and by_column is not None and rel_bias is not None else None
+    )
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_rel,
+        grad_content,
+        grad_position if need_position else None,
+        grad_bias,
+    )
 
 
 def _sum_writers(own: Tensor, like: Tensor, blocks_each: int) -> Tensor:
@@ -433,9 +683,17 @@ def _sum_writers(own: Tensor, like: Tensor, blocks_each: int) -> Tensor:
 
 
 def _rel_partials(
-    q: Tensor, position_bias: Tensor | None, ds: Tensor, g: tiles.Geometry, block: int, shift: int, num_keys: int,
-    config: tiles.Config, window: int, scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    position_bias: Tensor | None,
+    ds: Tensor,
+    g: tiles.Geometry,
+    block: int,
+    shift: int,
+    num_keys: int,
+    config: tiles.Config,
+    window: int,
+    scale: float,
+) -> Tensor:
     """Gradient of rel_key by tile, [row tiles, H, key tiles, W, D]."""
     slice_ = min(SLICE, window)
     key_tiles = triton.cdiv(num_keys, config.keys)
@@ -444,14 +702,37 @@ def _rel_partials(
     splits = max(1, min(triton.cdiv(g.blocks, 4), triton.cdiv(528, parts)))
     per_split = triton.cdiv(g.blocks, splits)
     splits = triton.cdiv(g.blocks, per_split)
-    partial = q.new_empty((splits, g.num_heads, g.row_tiles, key_tiles, window, g.head_dim), dtype=torch.float32)
+    partial = q.new_empty(
+        (splits, g.num_heads, g.row_tiles, key_tiles, window, g.head_dim), dtype=torch.float32
+    )
     _cca_bwd_rel_kernel[(splits * parts,)](
-        q, position_bias, ds, partial, q.stride(0), q.stride(1),
-        g.num_rows, g.num_heads, g.per_seq, g.blocks, per_split, scale,
-        SHIFT=shift, TQ=block, TK=num_keys, D=g.head_dim, BD=g.padded_dim, BM=g.rows, BN=config.keys, W=window,
-        WS=slice_, HAS_POSITION=position_bias is not None, KEYS_FIRST=config.keys_first,
-        PRECISION=tiles.precision(q.dtype), num_warps=8 if g.padded_dim > 64 else 4, num_stages=2,
-    )  # fmt: skip
+        q,
+        position_bias,
+        ds,
+        partial,
+        q.stride(0),
+        q.stride(1),
+        g.num_rows,
+        g.num_heads,
+        g.per_seq,
+        g.blocks,
+        per_split,
+        scale,
+        SHIFT=shift,
+        TQ=block,
+        TK=num_keys,
+        D=g.head_dim,
+        BD=g.padded_dim,
+        BM=g.rows,
+        BN=config.keys,
+        W=window,
+        WS=slice_,
+        HAS_POSITION=position_bias is not None,
+        KEYS_FIRST=config.keys_first,
+        PRECISION=tiles.precision(q.dtype),
+        num_warps=8 if g.padded_dim > 64 else 4,
+        num_stages=2,
+    )
     return partial.sum(0).transpose(0, 1)
 
 

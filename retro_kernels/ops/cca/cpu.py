@@ -1,13 +1,15 @@
 """Block attention on a CPU: backend "torch".
 
-The definition (`reference.py`) in groups of blocks whose logits fit a core's cache, with a closed-form backward that makes
+The definition (`reference.py`) in groups of blocks whose logits fit a core's cache, with a closed-form
+backward that makes
 them again: nothing but the inputs and the output is kept, and no tensor of all logits ever exists.
 
 The position term is a matrix product with the *reversed* table, sheared for free. With C = TQ + TK − 1 and
 r'[i, x] = (q_i + v)·rel_key[C − 1 − x], logit (i, c) reads column x = TQ − 1 − i + c, which is element
 (TQ − 1) + i·(C − 1) + c of the block: a strided view.
 
-Shapes: P blocks · G = P / repeat key groups · W = H / Hkv query heads of one key head · T = repeat·W·TQ rows that share keys.
+Shapes: P blocks · G = P / repeat key groups · W = H / Hkv query heads of one key head · T = repeat·W·TQ rows
+that share keys.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from torch import Tensor
 from retro_kernels.ops.cca.reference import dropout_keep, relative_column
 
 _GROUP_BYTES = 1 << 20
-"""Logits of one group of blocks. Tuned on an EPYC with 1 MiB of L2 a core: 512 KiB to 2 MiB differ by a few per cent."""
+"""Logits of one group of blocks. Tuned on an EPYC with 1 MiB of L2 a core: 512 KiB to 2 MiB differ by a few
+per cent."""
 
 
 @dataclass
@@ -103,8 +106,15 @@ class _Call:
         """[g·Hkv, T, J·TK] → view [g, Hkv, repeat, W, TQ, J, TK]"""
         _, rows, heads, _ = self.query.shape
         kv_heads = self.key.shape[2]
-        return logits.view(-1, kv_heads, self.repeat, heads // kv_heads, rows,
-                           logits.shape[2] // self.num_keys, self.num_keys)  # fmt: skip
+        return logits.view(
+            -1,
+            kv_heads,
+            self.repeat,
+            heads // kv_heads,
+            rows,
+            logits.shape[2] // self.num_keys,
+            self.num_keys,
+        )
 
     def weights(self, group: slice, content: Tensor, key: Tensor, position: Tensor | None) -> Tensor:
         """The softmax of one group, before dropout: [g·Hkv, T, J·TK] in the wide dtype."""
@@ -130,16 +140,31 @@ class _Call:
         assert self.seed is not None
         _, rows, heads, _ = self.query.shape
         blocks = self.blocks_of(group)
-        keep = dropout_keep(self.seed, (blocks.stop - blocks.start, heads, rows, self.key.shape[1]), self.dropout_p,
-                            first_block=blocks.start)  # fmt: skip
+        keep = dropout_keep(
+            self.seed,
+            (blocks.stop - blocks.start, heads, rows, self.key.shape[1]),
+            self.dropout_p,
+            first_block=blocks.start,
+        )
         return self.by_key_head(keep.transpose(1, 2)).to(self.wide) / (1.0 - self.dropout_p)
 
 
 def _prepare(
-    query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None,
-    block: int, shift: int, repeat: int, scale: float, dropout_p: float,
-) -> _Call:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+) -> _Call:
     num_keys, kv_heads = key.shape[2], key.shape[3]
     heads = query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -202,13 +227,38 @@ def _rows(blocks: Tensor, like: Tensor, shift: int) -> Tensor:
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None,
-    block: int, shift: int, repeat: int, scale: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
     """As `op.py` describes, but without a log-sum-exp (an empty tensor): the backward makes the softmax again."""
-    call = _prepare(query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
-                    block, shift, repeat, scale, dropout_p)  # fmt: skip
+    call = _prepare(
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        seed,
+        block,
+        shift,
+        repeat,
+        scale,
+        dropout_p,
+    )
     out = query.new_empty(call.query.shape)
     for group in call.groups():
         position = None if rel_key is None else call.position_query(group)
@@ -221,14 +271,42 @@ def forward(
 
 
 def backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
-    seed: Tensor | None, block: int, shift: int, repeat: int, scale: float, dropout_p: float,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:
     """As `op.py` describes. Gradients of tables and biases are summed group by group in one order."""
-    call = _prepare(query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
-                    block, shift, repeat, scale, dropout_p)  # fmt: skip
+    call = _prepare(
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        seed,
+        block,
+        shift,
+        repeat,
+        scale,
+        dropout_p,
+    )
     blocks = call.query.shape[0]
     heads, size = query.shape[2:]
     grad_blocks, out_blocks = _blocks(grad_out, block, shift, blocks), _blocks(out, block, shift, blocks)
@@ -241,7 +319,11 @@ def backward(
     by_distance = None
     for group in call.groups():
         count, cut = group.stop - group.start, call.blocks_of(group)
-        content, keys, values = call.content_query(group), call.keys(call.key, group), call.keys(call.value, group)
+        content, keys, values = (
+            call.content_query(group),
+            call.keys(call.key, group),
+            call.keys(call.value, group),
+        )
         position = None if rel_key is None else call.position_query(group)
         weights = call.weights(group, content, keys, position)  # [g·Hkv, T, J·TK]
         grads = call.by_key_head(grad_blocks[cut].to(call.narrow))
@@ -257,7 +339,9 @@ def backward(
         grad_logits.sub_(call.by_key_head(delta)).mul_(weights)
         narrow = grad_logits.to(call.narrow)
         _put(grad_key, group, torch.bmm(narrow.transpose(1, 2), content))
-        grad_content_query = call.to_blocks(torch.bmm(narrow, keys)).to(call.wide) * scale  # [g·repeat, TQ, H, D]
+        grad_content_query = (
+            call.to_blocks(torch.bmm(narrow, keys)).to(call.wide) * scale
+        )  # [g·repeat, TQ, H, D]
         if needs[1]:
             grad_content += grad_content_query.sum((0, 1))
         if rel_key is not None:
@@ -285,13 +369,20 @@ def backward(
         grad_by_column.scatter_add_(1, column, grad_tile.flatten(1))
     elif needs[3]:
         grad_by_column = grad_by_column.flip(1)
-    tables = ((rel_key, grad_table.flip(1)), (content_bias, grad_content), (position_bias, grad_position),
-              (rel_bias, grad_by_column))  # fmt: skip
+    tables = (
+        (rel_key, grad_table.flip(1)),
+        (content_bias, grad_content),
+        (position_bias, grad_position),
+        (rel_bias, grad_by_column),
+    )
     return (
         _rows(grad_query, query, shift),
         grad_key.view(key.shape),
         grad_value.view(value.shape),
-        *(grad.to(x.dtype) if x is not None and need else None for (x, grad), need in zip(tables, needs, strict=True)),
+        *(
+            grad.to(x.dtype) if x is not None and need else None
+            for (x, grad), need in zip(tables, needs, strict=True)
+        ),
     )
 
 

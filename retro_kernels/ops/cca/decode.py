@@ -63,8 +63,18 @@ def chunked_cross_attention_decode(
     if value.shape != key.shape:
         raise ValueError(f"{name}: value has shape {tuple(value.shape)}, but key has {tuple(key.shape)}.")
     neighbours, neighbour_len, kv_heads = key.shape[1:4]
-    _check_positions(name, query, rows, neighbours, neighbour_len, rel_key, content_bias, position_bias, rel_bias,
-                     neighbour_lengths)  # fmt: skip
+    _check_positions(
+        name,
+        query,
+        rows,
+        neighbours,
+        neighbour_len,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+    )
     if kv_heads < 1 or query.shape[2] % kv_heads:
         raise ValueError(f"{name}: {kv_heads} key heads do not divide the query's {query.shape[2]} heads.")
     query, key, value, rel_key, content_bias, position_bias = _cast(
@@ -79,12 +89,24 @@ def chunked_cross_attention_decode(
         )
 
     query, key, value, add, dtype = _plain_inputs(
-        chosen, query, key, value, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbour_len
+        chosen,
+        query,
+        key,
+        value,
+        rows,
+        rel_key,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+        scale,
+        neighbour_len,
     )
     content = query if content_bias is None else (query + content_bias).to(dtype).to(query.dtype)
     batch, tokens, heads, head_dim = query.shape
     group = heads // kv_heads
-    content = content.view(batch, tokens, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, D]
+    content = (
+        content.view(batch, tokens, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
+    )  # [B, Hkv, T * g, D]
     keys, values = key.flatten(1, 2).permute(0, 2, 3, 1), value.flatten(1, 2).transpose(1, 2)
     logits = _products(content, keys)  # [B, Hkv, T * g, K * R]
     logits = logits.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, K * R]
@@ -143,13 +165,25 @@ def absorbed_decode(
     _check_floating(name, query=query, states=states)
     _check_shape(name, "states", states, (query.shape[0], None, None, None), "[B, K, R, E]")
     neighbours, neighbour_len, width = states.shape[1:]
-    _check_positions(name, query, rows, neighbours, neighbour_len, rel_key, content_bias, position_bias, rel_bias,
-                     neighbour_lengths)  # fmt: skip
+    _check_positions(
+        name,
+        query,
+        rows,
+        neighbours,
+        neighbour_len,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+    )
     batch, tokens, heads, head_dim = query.shape
     inner = key_weight.shape[0]
     if inner == 0 or inner % head_dim or heads * head_dim % inner:
-        raise ValueError(f"{name}: key_weight has {inner} rows; they have to be Hkv * D with D = {head_dim} and Hkv a "
-                         f"divisor of the query's {heads} heads.")  # fmt: skip
+        raise ValueError(
+            f"{name}: key_weight has {inner} rows; they have to be Hkv * D with D = {head_dim} and Hkv a "
+            f"divisor of the query's {heads} heads."
+        )
     for label, tensor, shape in (
         ("key_weight", key_weight, (inner, width)),
         ("value_weight", value_weight, (inner, width)),
@@ -164,8 +198,12 @@ def absorbed_decode(
     gradient = _needs_gradient(
         query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias, rel_bias
     )
-    limit = 128 if query.dtype == torch.float32 else 2048  # the accumulator of 16 rows has to stay in the registers
-    too_wide = f"it takes states up to {limit:,} wide in {query.dtype}, not {width:,}" if width > limit else None
+    limit = (
+        128 if query.dtype == torch.float32 else 2048
+    )  # the accumulator of 16 rows has to stay in the registers
+    too_wide = (
+        f"it takes states up to {limit:,} wide in {query.dtype}, not {width:,}" if width > limit else None
+    )
     chosen = pick_backend(name, backend, _candidates(query, gradient, too_wide))
     scale = head_dim**-0.5 if scale is None else float(scale)
     if chosen == "reference":
@@ -176,24 +214,46 @@ def absorbed_decode(
         )
         key, value = key.unflatten(-1, (-1, head_dim)), value.unflatten(-1, (-1, head_dim))
         return chunked_cross_attention_decode(
-            query.to(wide), key, value, rows=rows, rel_key=rel_key, content_bias=content_bias,
-            position_bias=position_bias, rel_bias=rel_bias, neighbour_lengths=neighbour_lengths, scale=scale,
+            query.to(wide),
+            key,
+            value,
+            rows=rows,
+            rel_key=rel_key,
+            content_bias=content_bias,
+            position_bias=position_bias,
+            rel_bias=rel_bias,
+            neighbour_lengths=neighbour_lengths,
+            scale=scale,
             backend="reference",
-        ).to(query.dtype)  # fmt: skip
+        ).to(query.dtype)
 
     if chosen == "triton":
         out = _cca_absorbed_decode(
-            query, states, key_weight, value_weight, rows, rel_key, content_bias, position_bias, rel_bias,
-            neighbour_lengths, scale,
-        )  # fmt: skip
+            query,
+            states,
+            key_weight,
+            value_weight,
+            rows,
+            rel_key,
+            content_bias,
+            position_bias,
+            rel_bias,
+            neighbour_lengths,
+            scale,
+        )
     else:
         content = query if content_bias is None else (query + content_bias).to(query.dtype)
         absorbed = torch.einsum("bthd,hde->bthe", content, _by_head(key_weight, heads, head_dim))
-        add = _added_logits(query, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbours,
-                            neighbour_len)  # fmt: skip
+        add = _added_logits(
+            query, rows, rel_key, position_bias, rel_bias, neighbour_lengths, scale, neighbours, neighbour_len
+        )
         flat = states.flatten(1, 2)
-        logits = (absorbed.flatten(1, 2) @ flat.transpose(1, 2)).unflatten(1, (tokens, heads))  # [B, T, H, K * R]
-        mixed = (_weights(logits, add, scale).to(flat.dtype).flatten(1, 2) @ flat).unflatten(1, (tokens, heads))
+        logits = (absorbed.flatten(1, 2) @ flat.transpose(1, 2)).unflatten(
+            1, (tokens, heads)
+        )  # [B, T, H, K * R]
+        mixed = (_weights(logits, add, scale).to(flat.dtype).flatten(1, 2) @ flat).unflatten(
+            1, (tokens, heads)
+        )
         out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
     if value_bias is not None:
         bias = _by_head(value_bias[:, None], heads, head_dim)[..., 0]
@@ -216,9 +276,16 @@ def _relative_logits(query: Tensor, rel_key: Tensor, position_bias: Tensor | Non
 
 
 def _added_logits(
-    query: Tensor, rows: Tensor, rel_key: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None,
-    lengths: Tensor | None, scale: float, neighbours: int, neighbour_len: int,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    rows: Tensor,
+    rel_key: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    neighbours: int,
+    neighbour_len: int,
+) -> Tensor:
     """What is added to the scaled content logits, -inf where there is no key: [B, T, H or 1, K, R] in float32."""
     batch, tokens, heads, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -246,15 +313,26 @@ def _weights(logits: Tensor, add: Tensor, scale: float) -> Tensor:
 
 
 def _plain_inputs(
-    chosen: str, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, rel_key: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, scale: float, neighbour_len: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:  # fmt: skip
+    chosen: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    rel_key: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    neighbour_len: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, torch.dtype]:
     dtype = query.dtype
     if chosen == "reference":  # one rounding at the end
         wide = torch.promote_types(dtype, torch.float32)
         position_bias = None if position_bias is None else position_bias.to(wide)
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
-    add = _added_logits(query, rows, rel_key, position_bias, rel_bias, lengths, scale, key.shape[1], neighbour_len)
+    add = _added_logits(
+        query, rows, rel_key, position_bias, rel_bias, lengths, scale, key.shape[1], neighbour_len
+    )
     return query, key, value, add, dtype
 
 
@@ -282,8 +360,10 @@ def _cast(name: str, query: Tensor, *others: Tensor | None) -> list[Any]:
         return [None if x is None else x.to(dtype) for x in (query, *others)]
     for x in others[:2]:
         if x is not None and x.dtype != query.dtype:
-            raise TypeError(f"{name}: query is {query.dtype}, but it meets {x.dtype}; they have to be the same "
-                            "(cast them, or use torch.autocast).")  # fmt: skip
+            raise TypeError(
+                f"{name}: query is {query.dtype}, but it meets {x.dtype}; they have to be the same "
+                "(cast them, or use torch.autocast)."
+            )
     return [query, *(None if x is None else x.to(query.dtype) for x in others)]
 
 
@@ -300,26 +380,40 @@ def _check_floating(name: str, **tensors: Tensor) -> None:
 
 def _check_shape(name: str, label: str, tensor: Tensor, shape: tuple[int | None, ...], legend: str) -> None:
     given = tuple(tensor.shape)
-    if len(given) != len(shape) or any(want not in (None, have) for want, have in zip(shape, given, strict=True)):
+    if len(given) != len(shape) or any(
+        want not in (None, have) for want, have in zip(shape, given, strict=True)
+    ):
         fixed = ", ".join("·" if want is None else str(want) for want in shape)
         raise ValueError(f"{name}: {label} has shape {given}; expected {legend} = [{fixed}].")
 
 
 def _check_positions(
-    name: str, query: Tensor, rows: Tensor, neighbours: int, neighbour_len: int, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
-) -> None:  # fmt: skip
+    name: str,
+    query: Tensor,
+    rows: Tensor,
+    neighbours: int,
+    neighbour_len: int,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
     batch, tokens, heads, head_dim = query.shape
     _check_lengths(name, "rows", rows, (batch, tokens), query)
     if lengths is not None:
         _check_lengths(name, "neighbour_lengths", lengths, (batch, neighbours), query)
     if position_bias is not None and rel_key is None:
-        raise ValueError(f"{name}: position_bias is given without rel_key, where it has no effect. Give both.")
+        raise ValueError(
+            f"{name}: position_bias is given without rel_key, where it has no effect. Give both."
+        )
     tables = [table.shape[1] for table in (rel_key, rel_bias) if table is not None and table.dim() > 1]
     columns = tables[0] if tables else neighbour_len
     if columns < neighbour_len:
-        raise ValueError(f"{name}: the position table has {columns} columns; they have to be M + R - 1 with R = "
-                         f"{neighbour_len} and M at least 1.")  # fmt: skip
+        raise ValueError(
+            f"{name}: the position table has {columns} columns; they have to be M + R - 1 with R = "
+            f"{neighbour_len} and M at least 1."
+        )
     for label, table, shape in (
         ("rel_key", rel_key, (heads, columns, head_dim)),
         ("content_bias", content_bias, (heads, head_dim)),
@@ -331,9 +425,17 @@ def _check_positions(
 
 
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
     from retro_kernels.ops.cca.decode_kernel import decode_triton
 
     rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
@@ -342,10 +444,18 @@ def _decode(
 
 
 def _absorbed(
-    query: Tensor, states: Tensor, key_weight: Tensor, value_weight: Tensor, rows: Tensor, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
+    query: Tensor,
+    states: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    rows: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
 
     batch, tokens, heads, head_dim = query.shape
@@ -372,7 +482,9 @@ _TERMS = (
     "float scale"
 )
 _cca_decode = register(
-    f"cca_decode(Tensor query, Tensor key, Tensor value, {_TERMS}) -> Tensor", _on_device(_decode), _like_query
+    f"cca_decode(Tensor query, Tensor key, Tensor value, {_TERMS}) -> Tensor",
+    _on_device(_decode),
+    _like_query,
 )
 _cca_absorbed_decode = register(
     f"cca_absorbed_decode(Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, {_TERMS}) -> Tensor",

@@ -29,8 +29,21 @@ from retro_kernels.ops.cca.tiles import precision
 
 
 @triton.jit
-def _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, BT, G, scale_log2, R: tl.constexpr,
-                     HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def _position_logits(
+    p_rel,
+    p_rel_bias,
+    o_bt,
+    o_h,
+    o_a,
+    o_c,
+    m_tile,
+    BT,
+    G,
+    scale_log2,
+    R: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     """In units of log 2: [BQ, BN]."""
     o_g = o_a[:, None] - o_c[None, :] + (R - 1)
     mask = m_tile & (o_g >= 0) & (o_g < G)
@@ -68,7 +81,8 @@ def _finish(b_acc, b_max, b_sum, p_out, p_lse, o_flat, o_w, m_row, m_w, i_split,
 @triton.jit
 def _cca_decode_kernel(
     p_q,  # [B, T, H, D]
-    p_k, p_v,  # [B, K, R, Hkv, D]
+    p_k,
+    p_v,  # [B, K, R, Hkv, D]
     p_rows,  # int32 [B, T]
     p_rel,  # [H, B * T, G]
     p_content_bias,  # [H, D]
@@ -76,11 +90,26 @@ def _cca_decode_kernel(
     p_lengths,  # int32 [B, K]
     p_out,  # [B, T, H, (SPLITS,) D]
     p_lse,  # float32 [B, T, H, SPLITS]
-    scale_log2, B, T, H, HKV, K, G,
-    R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_REL: tl.constexpr, HAS_U: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    scale_log2,
+    B,
+    T,
+    H,
+    HKV,
+    K,
+    G,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_U: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     group = H // HKV
     tiles = tl.cdiv(T * group, BQ)
     pid = tl.program_id(0)
@@ -98,10 +127,14 @@ def _cca_decode_kernel(
     o_flat = o_bt.to(tl.int64) * H + o_h
     o_d = tl.arange(0, BD)
     m_d = o_d < D
-    b_q = tl.load(p_q + o_flat[:, None] * D + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)  # [BQ, BD]
+    b_q = tl.load(
+        p_q + o_flat[:, None] * D + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0
+    )  # [BQ, BD]
     if HAS_U:
         m_u = m_row[:, None] & m_d[None, :]
-        b_q = (b_q + tl.load(p_content_bias + o_h[:, None] * D + o_d[None, :], mask=m_u, other=0.0)).to(b_q.dtype)
+        b_q = (b_q + tl.load(p_content_bias + o_h[:, None] * D + o_d[None, :], mask=m_u, other=0.0)).to(
+            b_q.dtype
+        )
 
     TILES_R: tl.constexpr = (R + BN - 1) // BN
     per_split = tl.cdiv(K * TILES_R, SPLITS)
@@ -120,8 +153,9 @@ def _cca_decode_kernel(
         b_v = tl.load(p_v + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BQ, BN]
-        b_s += _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL,
-                                HAS_BIAS)  # fmt: skip
+        b_s += _position_logits(
+            p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL, HAS_BIAS
+        )
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
@@ -138,12 +172,26 @@ def _cca_absorbed_decode_kernel(
     p_lengths,  # int32 [B, K]
     p_out,  # [B, T, H, (SPLITS,) E]
     p_lse,  # float32 [B, T, H, SPLITS]
-    scale_log2, B, T, H, K, G,
-    R: tl.constexpr, E: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_REL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    scale_log2,
+    B,
+    T,
+    H,
+    K,
+    G,
+    R: tl.constexpr,
+    E: tl.constexpr,
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    W2: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     tiles = tl.cdiv(T * H, BQ)
     pid = tl.program_id(0)
     i_split = pid % SPLITS
@@ -193,8 +241,9 @@ def _cca_absorbed_decode_kernel(
             b_e2 = tl.load(p_e + o_w2[None, :], mask=m_c[:, None] & m_w2[None, :], other=0.0)  # [BN, W2]
             b_s = tl.dot(b_q2, tl.trans(b_e2), b_s, input_precision=PRECISION)
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
-        b_s = b_s * scale_log2 + _position_logits(p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2,
-                                                  R, HAS_REL, HAS_BIAS)  # fmt: skip
+        b_s = b_s * scale_log2 + _position_logits(
+            p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL, HAS_BIAS
+        )
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
         b_p = b_p.to(b_e0.dtype)
@@ -215,8 +264,10 @@ def _cca_decode_merge_kernel(
     p_parts,  # float32 [rows, SPLITS, W]
     p_lse,  # float32 [rows, SPLITS]
     p_out,  # [rows, W]
-    W, SPLITS, BW: tl.constexpr,
-):  # fmt: skip
+    W,
+    SPLITS,
+    BW: tl.constexpr,
+):
     """The parts in ascending order, so that the result does not depend on who finished first."""
     i_row = tl.program_id(0).to(tl.int64)
     o_w = tl.program_id(1) * BW + tl.arange(0, BW)
@@ -291,7 +342,9 @@ def slots(device: torch.device, resident: int) -> int:
 def splits(programs: int, tiles: int, slots: int) -> int:
     """Into how many parts the `tiles` of keys of each of `programs` groups of rows are cut, so that the last wave of
     programs is full. A program's start and end, and the merging, weigh as much as two tiles."""
-    best = min(range(1, min(tiles, slots) + 1), key=lambda n: -(-programs * n // slots) * (-(-tiles // n) + 2))
+    best = min(
+        range(1, min(tiles, slots) + 1), key=lambda n: -(-programs * n // slots) * (-(-tiles // n) + 2)
+    )
     return -(-tiles // -(-tiles // best))  # none is empty
 
 
@@ -339,12 +392,33 @@ def decode_triton(
 
     def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int) -> None:
         kernel(
-            query, key, value, rows, query if rel is None else rel, query if content_bias is None else content_bias,
-            query if rel_bias is None else rel_bias, rows if lengths is None else lengths, target, lse,
-            scale * 1.4426950408889634, batch, tokens, heads, kv_heads, neighbours, columns,
-            R=neighbour_len, D=head_dim, SPLITS=splits, HAS_REL=rel is not None, HAS_U=content_bias is not None,
-            HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, PRECISION=precision(query.dtype), **sizes,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            rows,
+            query if rel is None else rel,
+            query if content_bias is None else content_bias,
+            query if rel_bias is None else rel_bias,
+            rows if lengths is None else lengths,
+            target,
+            lse,
+            scale * 1.4426950408889634,
+            batch,
+            tokens,
+            heads,
+            kv_heads,
+            neighbours,
+            columns,
+            R=neighbour_len,
+            D=head_dim,
+            SPLITS=splits,
+            HAS_REL=rel is not None,
+            HAS_U=content_bias is not None,
+            HAS_BIAS=rel_bias is not None,
+            HAS_LENGTHS=lengths is not None,
+            PRECISION=precision(query.dtype),
+            **sizes,
+        )
 
     tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
     return _run(_cca_decode_kernel, launch, programs, tiles, resident, out)
@@ -372,12 +446,29 @@ def absorbed_decode_triton(
 
     def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int) -> None:
         kernel(
-            absorbed, states, rows, absorbed if rel is None else rel, absorbed if rel_bias is None else rel_bias,
-            rows if lengths is None else lengths, target, lse,
-            scale * 1.4426950408889634, batch, tokens, heads, neighbours, columns,
-            R=neighbour_len, E=width, SPLITS=splits, HAS_REL=rel is not None, HAS_BIAS=rel_bias is not None,
-            HAS_LENGTHS=lengths is not None, PRECISION=precision(absorbed.dtype), **sizes,
-        )  # fmt: skip
+            absorbed,
+            states,
+            rows,
+            absorbed if rel is None else rel,
+            absorbed if rel_bias is None else rel_bias,
+            rows if lengths is None else lengths,
+            target,
+            lse,
+            scale * 1.4426950408889634,
+            batch,
+            tokens,
+            heads,
+            neighbours,
+            columns,
+            R=neighbour_len,
+            E=width,
+            SPLITS=splits,
+            HAS_REL=rel is not None,
+            HAS_BIAS=rel_bias is not None,
+            HAS_LENGTHS=lengths is not None,
+            PRECISION=precision(absorbed.dtype),
+            **sizes,
+        )
 
     tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
     return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, resident, out)

@@ -32,16 +32,51 @@ from retro_kernels.ops.cca.tiles import (
 
 @triton.jit
 def _cca_fwd_kernel(
-    query, key, value, rel_key, out, p_out, p_lse,
-    p_content_bias, p_position_bias, p_rel_bias, p_lengths, p_seed,
-    stride_qs, stride_qn, stride_kg, stride_kt, stride_vg, stride_vt,
-    num_rows, num_heads, per_seq, num_sets, scale_log2, threshold, keep_scale,
-    REPEAT: tl.constexpr, GROUP: tl.constexpr, SHIFT: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
-    HAS_REL: tl.constexpr, HAS_CONTENT: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    query,
+    key,
+    value,
+    rel_key,
+    out,
+    p_out,
+    p_lse,
+    p_content_bias,
+    p_position_bias,
+    p_rel_bias,
+    p_lengths,
+    p_seed,
+    stride_qs,
+    stride_qn,
+    stride_kg,
+    stride_kt,
+    stride_vg,
+    stride_vt,
+    num_rows,
+    num_heads,
+    per_seq,
+    num_sets,
+    scale_log2,
+    threshold,
+    keep_scale,
+    REPEAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_CONTENT: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
+):
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
     MASK_KEYS: tl.constexpr = TK % BN != 0
     pid = tl.program_id(0)
@@ -68,14 +103,51 @@ def _cca_fwd_kernel(
     for o_c in tl.range(0, TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
             b_pos = _position_tile(
-                query, rel_key, p_position_bias, p_rel_bias, i_seq, i_head, o_row, o_i, o_c, stride_qs, stride_qn,
-                num_rows, m_row, scale_log2, D, BD, 1, TQ, TK, BM, BN, W, HAS_REL, HAS_POSITION, HAS_BIAS, False,
-                PRECISION, TMA,
-            )  # [BM, BN]  # fmt: skip
+                query,
+                rel_key,
+                p_position_bias,
+                p_rel_bias,
+                i_seq,
+                i_head,
+                o_row,
+                o_i,
+                o_c,
+                stride_qs,
+                stride_qn,
+                num_rows,
+                m_row,
+                scale_log2,
+                D,
+                BD,
+                1,
+                TQ,
+                TK,
+                BM,
+                BN,
+                W,
+                HAS_REL,
+                HAS_POSITION,
+                HAS_BIAS,
+                False,
+                PRECISION,
+                TMA,
+            )  # [BM, BN]
         m_key = o_c + n < TK
         for j in tl.range(0, num_sets, num_stages=STAGES):
             b_k = _load_tile(
-                key, i_group * num_sets + j, o_c, kv_col, stride_kg, stride_kt, TK, m_key, BN, BD, D, MASK_KEYS, TMA
+                key,
+                i_group * num_sets + j,
+                o_c,
+                kv_col,
+                stride_kg,
+                stride_kt,
+                TK,
+                m_key,
+                BN,
+                BD,
+                D,
+                MASK_KEYS,
+                TMA,
             )  # [BN, BD]
             s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BM, BN]
             if HAS_REL or HAS_BIAS:
@@ -96,7 +168,19 @@ def _cca_fwd_kernel(
                 p = tl.where(keep, p, 0.0)
             acc = acc * decay[:, None]
             b_v = _load_tile(
-                value, i_group * num_sets + j, o_c, kv_col, stride_vg, stride_vt, TK, m_key, BN, BD, D, MASK_KEYS, TMA
+                value,
+                i_group * num_sets + j,
+                o_c,
+                kv_col,
+                stride_vg,
+                stride_vt,
+                TK,
+                m_key,
+                BN,
+                BD,
+                D,
+                MASK_KEYS,
+                TMA,
             )  # [BN, BD]
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
 
@@ -105,15 +189,35 @@ def _cca_fwd_kernel(
     acc = acc * (keep_scale / total)[:, None]
     lse = tl.where(empty | (o_row + a >= num_rows), float("inf"), row_max + tl.math.log2(total))
     _store_tile(
-        out, acc, i_seq, o_row, i_head * D, num_rows.to(tl.int64) * num_heads * D, num_heads * D, m_row,
-        BM, BD, D, True, TMA,
-    )  # fmt: skip
+        out,
+        acc,
+        i_seq,
+        o_row,
+        i_head * D,
+        num_rows.to(tl.int64) * num_heads * D,
+        num_heads * D,
+        m_row,
+        BM,
+        BD,
+        D,
+        True,
+        TMA,
+    )
     p_row = p_lse + (i_block.to(tl.int64) * num_heads + i_head) * TQ + o_i + a
     tl.store(p_row, lse, mask=o_i + a < TQ)
     if SHIFT > 0:
         if o_row == SHIFT:
             _store_zero_rows(
-                p_out, i_seq, i_head, num_rows.to(tl.int64) * num_heads * D, num_heads * D, num_rows, D, BD, SHIFT, BM
+                p_out,
+                i_seq,
+                i_head,
+                num_rows.to(tl.int64) * num_heads * D,
+                num_heads * D,
+                num_rows,
+                D,
+                BD,
+                SHIFT,
+                BM,
             )
 
 
@@ -155,15 +259,46 @@ def forward(
         tiles.descriptor(v, config.keys, g.padded_dim, tma),
         r,
         tiles.descriptor(o, g.rows, g.padded_dim, tma),
-        out, lse, content_bias, position_bias, rel_bias, lengths, seed,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        g.num_rows, g.num_heads, g.per_seq, num_sets,
-        scale * math.log2(math.e), dropout_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-        REPEAT=repeat, GROUP=g.num_heads // kv_heads, SHIFT=shift, TQ=block, TK=num_keys,
-        D=g.head_dim, BD=g.padded_dim, BM=g.rows, BN=config.keys, W=window,
-        HAS_REL=rel_key is not None, HAS_CONTENT=content_bias is not None, HAS_POSITION=position_bias is not None,
-        HAS_BIAS=rel_bias is not None, HAS_LENGTHS=lengths is not None, DROPOUT=dropout_p > 0.0,
-        PRECISION=tiles.precision(query.dtype), TMA=tma, STAGES=config.stages,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        out,
+        lse,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        seed,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        g.num_rows,
+        g.num_heads,
+        g.per_seq,
+        num_sets,
+        scale * math.log2(math.e),
+        dropout_threshold(dropout_p),
+        1.0 / (1.0 - dropout_p),
+        REPEAT=repeat,
+        GROUP=g.num_heads // kv_heads,
+        SHIFT=shift,
+        TQ=block,
+        TK=num_keys,
+        D=g.head_dim,
+        BD=g.padded_dim,
+        BM=g.rows,
+        BN=config.keys,
+        W=window,
+        HAS_REL=rel_key is not None,
+        HAS_CONTENT=content_bias is not None,
+        HAS_POSITION=position_bias is not None,
+        HAS_BIAS=rel_bias is not None,
+        HAS_LENGTHS=lengths is not None,
+        DROPOUT=dropout_p > 0.0,
+        PRECISION=tiles.precision(query.dtype),
+        TMA=tma,
+        STAGES=config.stages,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
     return out, lse

@@ -31,14 +31,38 @@ _HAS_CPU_PATH = importlib.util.find_spec("retro_kernels.ops.cca.cpu") is not Non
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None,
-    block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     args = (
-        query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
-        block, shift, repeat, scale, dropout_p,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        seed,
+        block,
+        shift,
+        repeat,
+        scale,
+        dropout_p,
+    )
     if backend == "triton":
         from retro_kernels.ops.cca.forward import forward
     else:
@@ -50,10 +74,22 @@ def _forward(
 
 
 def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, content_bias: Tensor | None,
-    position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None, seed: Tensor | None,
-    block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     accumulated = torch.promote_types(query.dtype, torch.float32)
     if backend == "torch":  # makes the softmax again without it
         return query.new_empty(query.shape), query.new_empty(0)
@@ -62,15 +98,46 @@ def _forward_fake(
 
 
 def _backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
-    seed: Tensor | None, block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+    backend: str,
     needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     args = (
-        grad_out, out, lse, query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed,
-        block, shift, repeat, scale, dropout_p, tuple(needs),
-    )  # fmt: skip
+        grad_out,
+        out,
+        lse,
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        seed,
+        block,
+        shift,
+        repeat,
+        scale,
+        dropout_p,
+        tuple(needs),
+    )
     if backend == "triton":
         from retro_kernels.ops.cca.backward import backward
     else:
@@ -84,11 +151,26 @@ def _backward(
 
 
 def _backward_fake(
-    grad_out: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None,
-    content_bias: Tensor | None, position_bias: Tensor | None, rel_bias: Tensor | None, lengths: Tensor | None,
-    seed: Tensor | None, block: int, shift: int, repeat: int, scale: float, dropout_p: float, backend: str,
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rel_key: Tensor | None,
+    content_bias: Tensor | None,
+    position_bias: Tensor | None,
+    rel_bias: Tensor | None,
+    lengths: Tensor | None,
+    seed: Tensor | None,
+    block: int,
+    shift: int,
+    repeat: int,
+    scale: float,
+    dropout_p: float,
+    backend: str,
     needs: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     tables = (rel_key, content_bias, position_bias, rel_bias)
     return tuple(x.new_empty(x.shape) for x in (query, key, value)) + tuple(
         query.new_empty(0) if x is None or not need else x.new_empty(x.shape)
@@ -142,7 +224,9 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def _gradients(needs: tuple[bool, ...], grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Any, ...]:
+def _gradients(
+    needs: tuple[bool, ...], grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any
+) -> tuple[Any, ...]:
     wanted = [need and x is not None for need, x in zip(needs, args[3:7], strict=True)]
     grads = _cca_bwd(grad_out, out, lse, *args, wanted)
     return (*grads[:3], *(grad if need else None for grad, need in zip(grads[3:], wanted, strict=True)))
@@ -207,13 +291,28 @@ def chunked_cross_attention(
             f"{chunk_size} ({num_tokens // chunk_size:,} expected)."
         )
     if neighbour_lengths is not None:
-        _check_lengths(name, "neighbour_lengths", neighbour_lengths, (batch, num_chunks, num_neighbours), query)
+        _check_lengths(
+            name, "neighbour_lengths", neighbour_lengths, (batch, num_chunks, num_neighbours), query
+        )
         neighbour_lengths = neighbour_lengths.reshape(-1, num_neighbours)
     blocks = (batch * num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim)
     return _attend(
-        name, query, key.reshape(blocks), value.reshape(blocks), rel_key, content_bias, position_bias, rel_bias,
-        neighbour_lengths, chunk_size, chunk_size - 1, 1, scale, dropout_p, backend,
-    )  # fmt: skip
+        name,
+        query,
+        key.reshape(blocks),
+        value.reshape(blocks),
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+        chunk_size,
+        chunk_size - 1,
+        1,
+        scale,
+        dropout_p,
+        backend,
+    )
 
 
 def block_attention(
@@ -269,9 +368,22 @@ def block_attention(
     if lengths is not None:
         _check_lengths(name, "lengths", lengths, tuple(key.shape[:2]), query)
     return _attend(
-        name, query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths,
-        query.shape[1], 0, key_repeat, scale, dropout_p, backend,
-    )  # fmt: skip
+        name,
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        query.shape[1],
+        0,
+        key_repeat,
+        scale,
+        dropout_p,
+        backend,
+    )
 
 
 def _attend(
@@ -298,7 +410,9 @@ def _attend(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
     if position_bias is not None and rel_key is None:
-        raise ValueError(f"{name}: position_bias is given without rel_key, where it has no effect. Give both.")
+        raise ValueError(
+            f"{name}: position_bias is given without rel_key, where it has no effect. Give both."
+        )
     columns = block + num_keys - 1
     for label, table, shape in (
         ("rel_key", rel_key, (num_heads, columns, head_dim)),
@@ -330,13 +444,20 @@ def _attend(
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     # the backends walk query, key and value by their strides; the small tensors they expect whole
     rel_key, content_bias, position_bias, rel_bias, lengths = (
-        None if x is None else x.contiguous() for x in (rel_key, content_bias, position_bias, rel_bias, lengths)
+        None if x is None else x.contiguous()
+        for x in (rel_key, content_bias, position_bias, rel_bias, lengths)
     )
     tensors = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed)
     with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if chosen == "reference":
-            options = {"block": block, "shift": shift, "repeat": repeat, "scale": scale, "dropout_p": dropout_p}
-            return block_attention_reference(*tensors, **options)
+            options: dict[str, Any] = {
+                "block": block,
+                "shift": shift,
+                "repeat": repeat,
+                "scale": scale,
+                "dropout_p": dropout_p,
+            }
+            return block_attention_reference(*tensors, **options)  # type: ignore[arg-type]
         args = (*tensors, block, shift, repeat, scale, dropout_p, chosen)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             return _BlockAttention.apply(*args)
@@ -367,12 +488,16 @@ def _check_ranks(name: str, query: Tensor, key: Tensor, value: Tensor, rank: int
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(f"{name}: key has head size {key.shape[-1]}, but query has {query.shape[-1]}.")
     if key.device != query.device or value.device != query.device:
-        raise ValueError(f"{name}: query is on {query.device}, key on {key.device} and value on {value.device}.")
+        raise ValueError(
+            f"{name}: query is on {query.device}, key on {key.device} and value on {value.device}."
+        )
 
 
 def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise TypeError(f"{name}: {label} is {lengths.dtype}; it has to hold integers (a mask: use mask.sum(-1)).")
+        raise TypeError(
+            f"{name}: {label} is {lengths.dtype}; it has to hold integers (a mask: use mask.sum(-1))."
+        )
     if lengths.shape != shape:
         raise ValueError(f"{name}: {label} has shape {tuple(lengths.shape)}; expected {tuple(shape)}.")
     if lengths.device != query.device:

@@ -87,7 +87,12 @@ def projection_costs(
         return _decoding(rows, keys, encoder_dim, num_heads, inner, kv_inner, batch, device)
 
     logits = rows * num_heads * keys
-    states, both, narrow, wide = keys * encoder_dim, 2 * keys * kv_inner, rows * inner, rows * num_heads * encoder_dim
+    states, both, narrow, wide = (
+        keys * encoder_dim,
+        2 * keys * kv_inner,
+        rows * inner,
+        rows * num_heads * encoder_dim,
+    )
     project = Kernel(4 * keys * encoder_dim * kv_inner, states + both)
     fold = Kernel(2 * narrow * encoder_dim, narrow + wide)
     product = Kernel(2 * logits * encoder_dim, wide + states + logits)
@@ -128,10 +133,18 @@ def choose_projection(
 ) -> Projection:
     """The cheaper way by `projection_costs`, of which these are the arguments; materialised where they are close."""
     costs = projection_costs(
-        head_dim=head_dim, encoder_dim=encoder_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
-        chunk_size=chunk_size, neighbour_len=neighbour_len, num_neighbours=num_neighbours, training=training,
-        decoding=decoding, batch=batch, device=device,
-    )  # fmt: skip
+        head_dim=head_dim,
+        encoder_dim=encoder_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        chunk_size=chunk_size,
+        neighbour_len=neighbour_len,
+        num_neighbours=num_neighbours,
+        training=training,
+        decoding=decoding,
+        batch=batch,
+        device=device,
+    )
     margin = 1.0 if device == "cpu" else _GPU_MARGIN
     return "absorbed" if margin * costs["absorbed"] < costs["materialised"] else "materialised"
 
@@ -155,7 +168,10 @@ def _decoding(
     if device == "cpu":
         materialised = 4 * both * _CPU_BYTE + project / 86e9
         folding = max(4 * weights / batch * _CPU_BYTE, fold * _CPU_THIN)
-        return {"materialised": materialised, "absorbed": folding + max(4 * states * _CPU_BYTE, attend * _CPU_THIN)}
+        return {
+            "materialised": materialised,
+            "absorbed": folding + max(4 * states * _CPU_BYTE, attend * _CPU_THIN),
+        }
     materialised = 2 * both / _GPU_BYTES + project / _GPU_FLOPS
     folding = max(2 * weights / batch / _GPU_BYTES, fold / _GPU_FLOPS) + 2 * _GPU_LAUNCH / batch
     absorbed = max((2 * states + 8 * heads * width) / _GPU_BYTES, attend / (_GPU_FLOPS / 2))

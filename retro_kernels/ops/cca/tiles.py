@@ -21,9 +21,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # A source is a TMA descriptor [batch, rows, H * D] (TMA) or a pointer with two strides; TMA clips at `num_rows`.
 @triton.jit
 def _load_tile(
-    src, i_batch, o_row, o_col, stride_batch, stride_row, num_rows, m_row,
-    ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    src,
+    i_batch,
+    o_row,
+    o_col,
+    stride_batch,
+    stride_row,
+    num_rows,
+    m_row,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """Rows o_row … and columns o_col … of batch i_batch; columns from LIMIT on and masked rows are zero."""
     if TMA:
         return tl.reshape(src.load([i_batch, o_row, o_col]), (ROWS, COLS))
@@ -44,9 +55,20 @@ def _load_tile(
 
 @triton.jit
 def _store_tile(
-    dst, x, i_batch, o_row, o_col, stride_batch, stride_row, m_row,
-    ROWS: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    dst,
+    x,
+    i_batch,
+    o_row,
+    o_col,
+    stride_batch,
+    stride_row,
+    m_row,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+):
     if TMA:
         dst.store([i_batch, o_row, o_col], tl.reshape(x.to(dst.dtype), (1, ROWS, COLS)))
     else:
@@ -67,9 +89,17 @@ def _store_tile(
 
 @triton.jit
 def _store_zero_rows(
-    dst, i_batch, i_head, stride_batch, stride_row, num_rows,
-    D: tl.constexpr, BD: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+    dst,
+    i_batch,
+    i_head,
+    stride_batch,
+    stride_row,
+    num_rows,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BM: tl.constexpr,
+):
     """The rows before the first attending chunk, which belong to no block."""
     o_r = tl.arange(0, BM)
     o_c = tl.arange(0, BD)
@@ -90,12 +120,35 @@ def _add_bias(x, p_bias, i_head, o_col, D: tl.constexpr, COLS: tl.constexpr, LIM
 
 @triton.jit
 def _position_tile(
-    query, rel_key, p_position_bias, p_rel_bias, i_seq, i_head, o_row, o_i, o_c, stride_qs, stride_qn,
-    num_rows, m_row, scale_log2,
-    D: tl.constexpr, BD: tl.constexpr, PANELS: tl.constexpr, TQ: tl.constexpr, TK: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, W: tl.constexpr, HAS_REL: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    query,
+    rel_key,
+    p_position_bias,
+    p_rel_bias,
+    i_seq,
+    i_head,
+    o_row,
+    o_i,
+    o_c,
+    stride_qs,
+    stride_qn,
+    num_rows,
+    m_row,
+    scale_log2,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    PANELS: tl.constexpr,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """What positions add to the logits of query rows o_i … and keys o_c …, in base 2; the same for every neighbour.
 
     The query is loaded again rather than kept, since its biased copy would take registers through the hot loop.
@@ -113,13 +166,36 @@ def _position_tile(
             b_by_distance = tl.zeros([BM, W], tl.float32)
         for i in tl.static_range(PANELS):
             b_q = _load_tile(
-                query, i_seq, o_row, i_head * D + i * DW, stride_qs, stride_qn, num_rows, m_row,
-                BM, DW, D - i * DW, True, TMA,
-            )  # [BM, DW]  # fmt: skip
+                query,
+                i_seq,
+                o_row,
+                i_head * D + i * DW,
+                stride_qs,
+                stride_qn,
+                num_rows,
+                m_row,
+                BM,
+                DW,
+                D - i * DW,
+                True,
+                TMA,
+            )  # [BM, DW]
             if HAS_POSITION:
                 b_q = _add_bias(b_q, p_position_bias, i_head, i * DW, D, DW, D - i * DW)
             b_rel = _load_tile(
-                rel_key, i_head, first, i * DW, COLUMNS * D, D, COLUMNS, m_column, W, DW, D - i * DW, True, False
+                rel_key,
+                i_head,
+                first,
+                i * DW,
+                COLUMNS * D,
+                D,
+                COLUMNS,
+                m_column,
+                W,
+                DW,
+                D - i * DW,
+                True,
+                False,
             )  # [W, DW]
             if KEYS_FIRST:
                 b_by_distance = tl.dot(b_rel, tl.trans(b_q), b_by_distance, input_precision=PRECISION)
@@ -246,7 +322,8 @@ def can_use_tma(arch: int, head_dim: int, padded_dim: int, tensors: tuple[Tensor
     if 0 < arch < 90 or head_dim != padded_dim:
         return False
     return all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2]) for x in tensors
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+        for x in tensors
     )
 
 

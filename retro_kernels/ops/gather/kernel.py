@@ -74,7 +74,18 @@ def gather_triton(
     width = triton.next_power_of_2(2 * chunk_size)
     rows = max(1, TILE // width)
     _gather_neighbours_kernel[(triton.cdiv(ids.numel(), rows),)](
-        tokens, ids, continuation.view(torch.uint8), out, lengths, ids.numel(), num_chunks, pad_id,
-        M=chunk_size, ROW_STRIDE=tokens.stride(0), BR=rows, BW=width, num_warps=4,
-    )  # fmt: skip
+        tokens,
+        ids,
+        continuation.view(torch.uint8),
+        out,
+        lengths,
+        ids.numel(),
+        num_chunks,
+        pad_id,
+        M=chunk_size,
+        ROW_STRIDE=tokens.stride(0),
+        BR=rows,
+        BW=width,
+        num_warps=4,
+    )
     return out, lengths

@@ -84,7 +84,9 @@ def gather_neighbours(
     _check(tokens, ids, continuation, pad_id, dtype)
     chosen = pick_backend(NAME, backend, _candidates(tokens, ids, continuation))
     if isinstance(tokens, np.ndarray) or isinstance(continuation, np.ndarray):
-        if chosen == "native":  # no tensor, no dispatcher: a read-only map cannot become a tensor without a warning
+        if (
+            chosen == "native"
+        ):  # no tensor, no dispatcher: a read-only map cannot become a tensor without a warning
             return _gather_native(tokens, ids, continuation, pad_id, dtype)
         tokens, continuation = _as_tensor(tokens), _as_tensor(continuation)
     return torch.ops.retro_kernels.gather_neighbours(tokens, ids, continuation, pad_id, dtype, chosen)
@@ -95,7 +97,9 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
     if kind not in (torch.uint16, torch.int32):
         raise TypeError(f"{NAME}: tokens are {tokens.dtype}; a store is uint16 or int32.")
     if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 1:
-        raise ValueError(f"{NAME}: tokens have shape {tuple(tokens.shape)}; expected [C, M], neither of them 0.")
+        raise ValueError(
+            f"{NAME}: tokens have shape {tuple(tokens.shape)}; expected [C, M], neither of them 0."
+        )
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
         found = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"{NAME}: ids are {found}; expected a tensor of torch.int64.")
@@ -107,14 +111,18 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
             f"chunks; expected ({tokens.shape[0]},)."
         )
     if not _steps_by_one(tokens) or not _steps_by_one(continuation):
-        raise ValueError(f"{NAME}: the tokens of a chunk, and continuation, have to lie side by side in memory.")
+        raise ValueError(
+            f"{NAME}: the tokens of a chunk, and continuation, have to lie side by side in memory."
+        )
     if dtype not in (torch.int64, torch.int32, torch.uint16):
         raise TypeError(f"{NAME}: dtype is {dtype}; choose torch.int64, torch.int32 or torch.uint16.")
     if dtype == torch.uint16 and kind != torch.uint16:
         raise TypeError(f"{NAME}: dtype torch.uint16 cannot hold the tokens of a store in int32.")
     limits = (0, 2**16 - 1) if kind == torch.uint16 else (-(2**31), 2**31 - 1)
     if not limits[0] <= pad_id <= limits[1]:
-        raise ValueError(f"{NAME}: pad_id is {pad_id}; the store's {tokens.dtype} holds {limits[0]} to {limits[1]}.")
+        raise ValueError(
+            f"{NAME}: pad_id is {pad_id}; the store's {tokens.dtype} holds {limits[0]} to {limits[1]}."
+        )
     on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
     if on_gpu and ids.device != tokens.device:
         raise ValueError(f"{NAME}: tokens are on {tokens.device}, but ids on {ids.device}. Move ids there.")
@@ -126,11 +134,15 @@ def _candidates(tokens: Array, ids: Tensor, continuation: Array) -> dict[str, st
     """Each backend, best first, with the reason why it cannot run here, or None."""
     in_place: str | None = None
     if not (ids.is_cuda and _reachable(tokens) and _reachable(continuation)):
-        in_place = "tokens and continuation have to be on the GPU or in pinned host memory, and ids on the GPU"
+        in_place = (
+            "tokens and continuation have to be on the GPU or in pinned host memory, and ids on the GPU"
+        )
     elif native.WHY_NOT:
         in_place = native.WHY_NOT
     elif not native.WITH_CUDA:
-        in_place = "this build of retro_kernels has no CUDA code (install it with nvcc on PATH and RETRO_CUDA=1)"
+        in_place = (
+            "this build of retro_kernels has no CUDA code (install it with nvcc on PATH and RETRO_CUDA=1)"
+        )
     stored_on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
     host = "tokens are on the GPU" if stored_on_gpu else native.WHY_NOT
     plain: str | None = None
@@ -206,7 +218,9 @@ def _dtype(x: Array) -> torch.dtype | None:
     if isinstance(x, Tensor):
         return x.dtype
     if not isinstance(x, np.ndarray):
-        raise TypeError(f"{NAME}: got {type(x).__name__}; tokens and continuation are tensors or numpy arrays.")
+        raise TypeError(
+            f"{NAME}: got {type(x).__name__}; tokens and continuation are tensors or numpy arrays."
+        )
     if not x.dtype.isnative:
         return None
     return {"uint16": torch.uint16, "int32": torch.int32, "bool": torch.bool}.get(x.dtype.name)
