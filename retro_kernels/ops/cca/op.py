@@ -294,7 +294,7 @@ def chunked_cross_attention(
         _check_lengths(
             name, "neighbour_lengths", neighbour_lengths, (batch, num_chunks, num_neighbours), query
         )
-        neighbour_lengths = neighbour_lengths.reshape(-1, num_neighbours)
+        neighbour_lengths = neighbour_lengths.reshape(batch * num_chunks, num_neighbours)
     blocks = (batch * num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim)
     return _attend(
         name,
