@@ -1,8 +1,8 @@
 """The command line. Nothing heavy is imported before the arguments have been read.
 
-A verb prints its result on standard output, with --json as one JSON object, and everything else on standard
-error. Exit status: 0
-where all that was asked is done, 2 for arguments or input that cannot be used (one line says why), 130 after Ctrl-C.
+A verb prints its result on standard output, with --json as one JSON object, and everything else on standard error.
+Exit status: 0 where all that was asked is done, 2 for arguments or input that cannot be used (one line says why), 130
+after Ctrl-C.
 """
 
 from __future__ import annotations

@@ -223,8 +223,10 @@ def retro_small(**overrides: Any) -> RetroConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `set=None` trains the plain decoder. The comments under the fields are the command
-    line's help."""
+    """One training run. `set=None` trains the plain decoder.
+
+    The comments under the fields are the command line's help.
+    """
 
     data: tuple[str, ...]
     """folders or files of text to train on (.txt, .jsonl, sources, .gz, .xz)"""

@@ -1,9 +1,8 @@
 """The whole path on text that is already here: tokenizer, retrieval set, two models, evaluation, generation, one table.
 
-The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; of
-the rest a set is
-built, and on the rest a RETRO and the same decoder without retrieval are trained, on the same tokens in the
-same order. What comes out is what is printed.
+The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; of the rest a
+set is built, and on the rest a RETRO and the same decoder without retrieval are trained, on the same tokens in the same
+order. What comes out is what is printed.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def demo(
     """Runs all of it in the folder `out` and returns the results, with the table as text under "report".
 
     corpus: files or a folder instead of the standard library. steps: of each model. embedder: as
-    `build_retrieval_set`. size: other     amounts. say: is handed what is told on the way.
+    `build_retrieval_set`. size: other amounts. say: is handed what is told on the way.
     In the folder: set/, retro/, plain/, report.md, result.json, curve.png. Interrupted, the same call goes on.
     Raises InputError where there is too little text.
     """

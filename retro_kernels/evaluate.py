@@ -2,18 +2,15 @@
 
     result = evaluate("run", ["held-out/"], set="set")
 
-Whole documents are scored (Borgeaud et al. 2021, section 3): windows as long as the training sequences,
-moved by half of one,
-cut on the grid of chunks that starts with the document, so a chunk has the same neighbours in every window.
-Each token is
-scored once, with at least half a window before it where the document has that much. A document's first token
-is predicted
-from a lone pad. Bits per byte divides by all UTF-8 bytes of the documents, whatever the tokenizer made of them.
+Whole documents are scored (Borgeaud et al. 2021, section 3): windows as long as the training sequences, moved by half
+of one, cut on the grid of chunks that starts with the document, so a chunk has the same neighbours in every window.
+Each token is scored once, with at least half a window before it where the document has that much. A document's first
+token is predicted from a lone pad. Bits per byte divides by all UTF-8 bytes of the documents, whatever the tokenizer
+made of them.
 
-Shuffled: every chunk gets the neighbours of a chunk of another document. A model that does as well with them
-does not use
-what was retrieved. Filtered: bpb(α) over the chunks that share at most a part α of their length, in one run
-of tokens, with any of their ten nearest neighbours and their continuations (section 2.6).
+Shuffled: every chunk gets the neighbours of a chunk of another document. A model that does as well with them does not
+use what was retrieved. Filtered: bpb(α) over the chunks that share at most a part α of their length, in one run of
+tokens, with any of their ten nearest neighbours and their continuations (section 2.6).
 """
 
 from __future__ import annotations

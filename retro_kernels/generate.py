@@ -66,16 +66,13 @@ def generate(
 ) -> dict[str, Any]:
     """Continues `prompt` by up to `max_tokens` tokens with the model in the folder `run`.
 
-    set: as in `evaluate`. temperature: 0 takes the likeliest token. top_k, top_p: sample from the k
-    likeliest, from the likeliest
-        that together have probability p. seed: the same seed gives the same text on the same device.
-        ignore_end: go on where
-        the model would end the document. on_text: is handed every piece of text, the prompt left out, as soon as it
-        stands.
+    set: as in `evaluate`. temperature: 0 takes the likeliest token. top_k, top_p: sample from the k likeliest, from
+    the likeliest that together have probability p. seed: the same seed gives the same text on the same device.
+    ignore_end: go on where the model would end the document. on_text: is handed every piece of text, the prompt left
+    out, as soon as it stands.
 
     Returns prompt, text (what was added), tokens, ended (whether the document ended), tokens_per_second,
-    retrieval_seconds, and
-    chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
+    retrieval_seconds, and chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
     Raises InputError for settings out of range, or where set and model do not fit.
     """
     check_sampling(max_tokens, temperature, top_k, top_p)

@@ -13,8 +13,7 @@ from . import __version__
 
 
 def collect() -> dict[str, Any]:
-    """`versions`, `device` and `backends`: for each of them `works`, and `why` with what was found or what
-    is missing."""
+    """Versions, machine, device and `backends`: for each, `works`, and `why` with what was found or what is missing."""
     import torch
 
     backends = {

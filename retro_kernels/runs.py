@@ -183,8 +183,7 @@ def note(message: str) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Within, the first SIGINT or SIGTERM sets the event, so that a step can be finished; the second one
-    stops at once."""
+    """Within, the first SIGINT or SIGTERM sets the event, so that a step can be finished; the second stops at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield asked

@@ -2,11 +2,10 @@
 
     summary = train(TrainConfig(data=("corpus/",), out="run", set="set"))
 
-One step: `accumulate` batches of packed sequences; for each the neighbours of its chunks (found while the
-step before was
-computed), the forward pass, the backward pass; then one update by AdamW. The order of the data, the learning
-rate and all
-random numbers are functions of the seed and the step, so a run continues from a checkpoint as if it had never stopped.
+One step: `accumulate` batches of packed sequences; for each the neighbours of its chunks (found while the step before
+was computed), the forward pass, the backward pass; then one update by AdamW. The order of the data, the learning rate
+and all random numbers are functions of the seed and the step, so a run continues from a checkpoint as if it had never
+stopped.
 """
 
 from __future__ import annotations
@@ -68,15 +67,13 @@ def train(
 ) -> dict[str, Any]:
     """Trains one model into the folder `config.out` and returns what was measured.
 
-    resume: continue from the newest checkpoint there; where there is none, start. On a CPU the weights come
-    out as those of
-        a run that never stopped, to the last bit. stop_after: leave with a checkpoint after so many steps of this call.
-    documents: in place of reading `config.data`.
+    resume: continue from the newest checkpoint there; where there is none, start. On a CPU the weights come out as
+    those of a run that never stopped, to the last bit. stop_after: leave with a checkpoint after so many steps of this
+    call. documents: in place of reading `config.data`.
 
-    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second,
-    stall_share (the
-    part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first
-    of them, before the clock starts), parameters, dtype.
+    Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share
+    (the part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of
+    them, before the clock starts), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
     folder = Path(config.out)

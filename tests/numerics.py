@@ -1,9 +1,9 @@
 """The one tolerance of every kernel test (FlashAttention's): against float64, the error of ours is at most twice the
 error that plain PyTorch makes in the same dtype (a gradient's largest error: three times), plus the rounding noise.
 
-Noise: one rounding of the result to its dtype, and eight of float32, in which everything is accumulated: a
-logit between 8
-and 16 is rounded to half of 2^-20, which the exponential turns into a relative error of its weight."""
+Noise: one rounding of the result to its dtype, and eight of float32, in which everything is accumulated: a logit
+between 8 and 16 is rounded to half of 2^-20, which the exponential turns into a relative error of its weight.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A world small enough for every test of the scripts: text, a retrieval set, a RETRO and a plain decoder
-trained for seconds."""
+"""A world small enough for every test of the scripts: text, a set, a RETRO and a plain decoder trained for seconds."""
 
 from __future__ import annotations
 

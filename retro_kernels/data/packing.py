@@ -1,9 +1,8 @@
 """Documents as token chunks, and chunks packed into training sequences.
 
-Every document is cut into chunks of M tokens from its start, the last one padded with 0: the grid of the
-retrieval set, so
-that a training chunk is a chunk of the set where its document is. A sequence is a run of whole chunks, of
-one document or of several. S sequences, N tokens in each.
+Every document is cut into chunks of M tokens from its start, the last one padded with 0: the grid of the retrieval
+set, so that a training chunk is a chunk of the set where its document is. A sequence is a run of whole chunks, of one
+document or of several. S sequences, N tokens in each.
 """
 
 from __future__ import annotations
@@ -93,9 +92,9 @@ class Sequences:
 class Packed:
     """Training sequences of whole chunks in an order that depends on the seed only.
 
-    The documents are shuffled once and laid one after another; sequence s is the s-th run of N tokens. Every
-    epoch visits the
-    sequences in a new order, and `sequence(i)` is the i-th one visited, for any i, so a run can continue anywhere.
+    The documents are shuffled once and laid one after another; sequence s is the s-th run of N tokens. Every epoch
+    visits the sequences in a new order, and `sequence(i)` is the i-th one visited, for any i, so a run can continue
+    anywhere.
 
     The target of a document's last token is the pad that follows it (the end of the document), also where the document
     fills its last chunk and no pad is stored; a document's first token is learnt where a pad stands before it.

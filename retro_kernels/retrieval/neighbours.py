@@ -2,9 +2,8 @@
 
 What is kept for a chunk is the list of its S nearest chunks outside one document, its own (or outside none). A later
 search that excludes that document among others takes the list, drops the others, and has the same k neighbours as a
-live
-search would find, if k are left or the list holds all there is; else the row is searched live. So the file is not tied
-to a seed, a sequence length or the packing of documents.
+live search would find, if k are left or the list holds all there is; else the row is searched live. So the file is not
+tied to a seed, a sequence length or the packing of documents.
 
 File: one safetensors file, rows sorted by hash.
     hashes, checks   int64 [n]      two independent hashes of (chunk, document)

@@ -5,8 +5,7 @@
     for batch, neighbours in retriever.prefetch(loader): ...                           # one step ahead
 
 Tokens are cut into chunks; each chunk is searched for outside the excluded documents (search.py), and the tokens of
-what
-was found are gathered. Borgeaud et al. 2021 (arXiv 2112.04426), sections 2.2 and 2.3.
+what was found are gathered. Borgeaud et al. 2021 (arXiv 2112.04426), sections 2.2 and 2.3.
 
 Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neighbours, R = 2M, E excluded documents.
 """

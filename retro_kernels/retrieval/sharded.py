@@ -3,8 +3,7 @@
 Each rank holds a set of its own, built from its share of the documents (`retro-kernels index --part`). The queries of
 all ranks go to all ranks; each searches its shard; the shards' first k are merged by distance. Chunk and document ids
 are those of the sets laid one after another in the order of ranks. What travels is small: tokens and keys of the
-queries
-out, k distances and ids back, then the tokens of the neighbours that were chosen.
+queries out, k distances and ids back, then the tokens of the neighbours that were chosen.
 
 Shapes: W ranks, Q queries of this rank, M tokens of a chunk, k neighbours, E excluded documents, D width of a key.
 """

@@ -1,5 +1,4 @@
-"""Chunked cross-attention and block attention: definition against loops from the paper, backends against the
-definition."""
+"""Chunked cross-attention and block attention: definition against loops from the paper, backends against it."""
 
 from __future__ import annotations
 

@@ -1,15 +1,14 @@
 """Block attention on a CPU: backend "torch".
 
-The definition (`reference.py`) in groups of blocks whose logits fit a core's cache, with a closed-form
-backward that makes
-them again: nothing but the inputs and the output is kept, and no tensor of all logits ever exists.
+The definition (`reference.py`) in groups of blocks whose logits fit a core's cache, with a closed-form backward that
+makes them again: nothing but the inputs and the output is kept, and no tensor of all logits ever exists.
 
 The position term is a matrix product with the *reversed* table, sheared for free. With C = TQ + TK − 1 and
 r'[i, x] = (q_i + v)·rel_key[C − 1 − x], logit (i, c) reads column x = TQ − 1 − i + c, which is element
 (TQ − 1) + i·(C − 1) + c of the block: a strided view.
 
-Shapes: P blocks · G = P / repeat key groups · W = H / Hkv query heads of one key head · T = repeat·W·TQ rows
-that share keys.
+Shapes: P blocks · G = P / repeat key groups · W = H / Hkv query heads of one key head · T = repeat·W·TQ rows that
+share keys.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from torch import Tensor
 from retro_kernels.ops.cca.reference import dropout_keep, relative_column
 
 _GROUP_BYTES = 1 << 20
-"""Logits of one group of blocks. Tuned on an EPYC with 1 MiB of L2 a core: 512 KiB to 2 MiB differ by a few
-per cent."""
+"""Logits of one group of blocks. Tuned on an EPYC with 1 MiB of L2 a core: 512 KiB to 2 MiB differ by some per cent."""
 
 
 @dataclass
