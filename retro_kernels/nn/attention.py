@@ -250,7 +250,9 @@ class ChunkedCrossAttention(nn.Module):
         Raises ValueError for shapes that do not fit.
         """
         self._check(x, neighbours)
-        if neighbour_lengths is None and neighbours.shape[2] == 0:  # the bias of o_proj must know that none is there
+        if (
+            neighbour_lengths is None and neighbours.shape[2] == 0
+        ):  # o_proj's bias must know that none is there
             neighbour_lengths = torch.zeros(neighbours.shape[:3], dtype=torch.int32, device=x.device)
         query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         options = {"neighbour_lengths": neighbour_lengths, "backend": self.backend, **self.position_terms()}
