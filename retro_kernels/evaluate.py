@@ -82,12 +82,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `data` (files, folders), or `documents`, with the model in the folder `run`.
 
-    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a
-    plain decoder
-        uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
+    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a plain
+    decoder uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
     found: neighbours from `find_neighbours` for the same documents and K, instead of searching.
-    num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training
-    sequence and half     of it. seed: of the shuffle. plot: a PNG with the filtered curve.
+    num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and
+    half of it. seed: of the shuffle. plot: a PNG with the filtered curve.
 
     Returns bits_per_byte {off, on, shuffled} (those that apply), filtered {α: bpb} of RETRO on and filtered_off,
     bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
