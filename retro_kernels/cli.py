@@ -421,6 +421,10 @@ def _index(args: argparse.Namespace) -> None:
 
     if args.append + args.merge + (args.part is not None) > 1:
         raise InputError("--append, --merge and --part exclude one another.")
+    if args.device is not None:
+        from .runs import pick_device
+
+        pick_device(args.device)
     common: dict[str, Any] = {"device": args.device}
     reading = {"include": args.include, "exclude": args.exclude, "embedder": args.embedder}
     if args.append:
@@ -449,10 +453,9 @@ def _index(args: argparse.Namespace) -> None:
         _print_json(manifest)
         return
     index = manifest["index"]
-    recall = index.get("recall")
     print(
         f"{args.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, "
-        f"index {index['factory']}" + (f", {recall}" if recall is not None else "")
+        f"index {index['factory']}, recall@{index['k']} {index['recall']:.3f}"
     )
 
 

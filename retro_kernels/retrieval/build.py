@@ -36,7 +36,7 @@ from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
-from retro_kernels.retrieval.index import EXACT, Index, choose_factory, require_faiss
+from retro_kernels.retrieval.index import EXACT, Index, check_factory, choose_factory, require_faiss
 from retro_kernels.retrieval.store import hash_chunks, open_array, token_dtype
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
@@ -132,8 +132,9 @@ def build_from(
     reader: Reader, builder: Builder, load: Callable[[], TextEmbedder], options: Options
 ) -> dict[str, Any]:
     builder.check_target(options.overwrite)
-    corpus = _survey(reader, options.part, None if options.tokenizer else TextSampler(), builder)
     embedder = load()
+    check_factory(options.index, embedder.dim)
+    corpus = _survey(reader, options.part, None if options.tokenizer else TextSampler(), builder)
     trained = f"trained, vocabulary {options.vocab_size or 'by default'}"
     plan = {
         "corpus": corpus.fingerprint,
@@ -266,12 +267,11 @@ def _survey(
             fingerprint.add(text_hash, _title(document))
             if sampler is not None:
                 sampler.add(document.text)
-    if warning := report.warning():
-        builder.say(warning)
+    warning = report.warning()
     if documents == 0:
-        raise InputError(
-            f"There is no text to build a retrieval set from. {report.warning() or 'No file was found.'}"
-        )
+        raise InputError(f"There is no text to build a retrieval set from. {warning or 'No file was found.'}")
+    if warning:
+        builder.say(warning)
     if duplicates:
         builder.say(f"{duplicates:,} copies of documents are left out.")
     return Corpus(fingerprint.hex(), documents, duplicates, text_bytes, dict(report.skipped), sampler)
@@ -285,6 +285,10 @@ def as_embedder(embedder: str | os.PathLike[str] | TextEmbedder | None, device: 
     if embedder is None or isinstance(embedder, (str, os.PathLike)):
         return load_embedder(embedder, device=device)
     return embedder
+
+
+_INDEX_ONLY = {"index", "recall"}
+"""Parts of a plan that the vectors do not depend on: unfinished work is taken up for another index."""
 
 
 @dataclass
@@ -316,6 +320,9 @@ class Builder:
             dynamic_ncols=True,
             mininterval=0.5,
             leave=total is not None,
+            # what is found wrong at once shall be the only line of a log
+            delay=1 if total is None and not sys.stderr.isatty() else 0,
+            bar_format=None if unit else "{desc} …",
         )
 
     def check_target(self, overwrite: bool) -> None:
@@ -371,23 +378,29 @@ class Builder:
             ) from None
         with self._lock():
             found = load_json(self.folder / "plan.json")
-            if found is not None and found != plan:
+            if found is not None and any(found.get(key) != plan[key] for key in plan.keys() - _INDEX_ONLY):
                 if not overwrite:
                     raise InputError(
                         f"{self.folder} holds unfinished work on something else ({_differences(found, plan)}). Finish "
                         "it with the same arguments as before, delete it, or drop it with overwrite (--overwrite)."
                     )
-                self._clear()
                 found = None
             if found is None:
                 self._clear()
                 self.set.mkdir()
-                save_json(self.folder / "plan.json", plan)
             else:
                 self.set.mkdir(exist_ok=True)
                 self.say(f"{self.folder}: taking up unfinished work.")
+            if found != plan:
+                save_json(self.folder / "plan.json", plan)
             try:
                 yield
+            except InputError:
+                if (
+                    not self._shards()
+                ):  # nothing worth keeping, which would stand in the way of better arguments
+                    shutil.rmtree(self.folder, ignore_errors=True)
+                raise
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                     text = f"{error.strerror}. What is done is kept in {self.folder}: run the same command again."
@@ -416,10 +429,10 @@ class Builder:
             if given is not None:
                 given.save(path)
             else:
-                self.say("training the tokenizer")
                 if corpus.sampler is None:
                     raise AssertionError("no sample was drawn")
-                Tokenizer.train_on_sample(corpus.sampler, path, vocab_size)
+                with self.bar("training the tokenizer", None, ""):
+                    Tokenizer.train_on_sample(corpus.sampler, path, vocab_size)
         return Tokenizer(path)
 
     def cut(
@@ -496,6 +509,9 @@ class Builder:
                 open_array(self._shard_path(shard), np.dtype(np.float16), (len(shard), embedder.dim))
             )
         joined.close()
+
+    def _shards(self) -> list[Path]:
+        return list(self.folder.glob("embeddings-*.npy"))
 
     def _shard_path(self, shard: range) -> Path:
         return self.folder / f"embeddings-{shard.start // self.shard_chunks:06d}.npy"

@@ -24,7 +24,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,6 +99,12 @@ def choose_factory(n: int, dim: int, device: Any = None) -> str:
     if dim % 2:
         return f"IVF{lists},SQ8"
     return f"IVF{lists},PQ{dim // 2}x4fs,{'RFlat' if n <= 2_000_000 else 'Refine(SQfp16)'}"
+
+
+def check_factory(factory: str | None, dim: int) -> None:
+    """InputError where FAISS makes no such index; to be known before hours go into the vectors for it."""
+    if factory not in (None, EXACT, "CAGRA"):
+        _empty_index(factory, dim)
 
 
 class _Searcher(Protocol):
@@ -287,15 +293,18 @@ class Index:
             raise InputError(f"Index.tune: recall is {recall}; above 0 and up to 1 can be asked.")
         truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
         best: dict[str, Any] | None = None
-        for ladder in self._ladders():
-            for setting in ladder:
-                self.configure(setting)
-                result = {**truth.measure(self), "search": setting}
-                result["reached"] = result["recall"] >= recall
-                if best is None or _better(result, best):
-                    best = result
-                if result["reached"]:
-                    break
+
+        def reaches(setting: str) -> bool:
+            nonlocal best
+            self.configure(setting)
+            result = {**truth.measure(self), "search": setting}
+            result["reached"] = result["recall"] >= recall
+            if best is None or _better(result, best):
+                best = result
+            return result["reached"]
+
+        for setting, values in self._ladders():
+            least(values, lambda value, setting=setting: reaches(setting.format(value)))
         if best is None:
             best = {**truth.measure(self), "search": ""}
             best["reached"] = best["recall"] >= recall
@@ -303,18 +312,40 @@ class Index:
             self.configure(best["search"])
         return {**best, "target": recall}
 
-    def _ladders(self) -> list[list[str]]:
-        """Settings to try, each list from fast to thorough."""
+    def _ladders(self) -> list[tuple[str, list[int]]]:
+        """Settings to try, each with a parameter left open and its values from fast to thorough."""
         if not isinstance(self._searcher, _FaissSearcher):
             return []
         lists, refined, graph = self._searcher.tunable()
         if lists:
             probes = [2**i for i in range(lists.bit_length()) if 2**i < lists] + [lists]
             factors = (4, 10, 30) if refined else (0,)
-            return [[f"nprobe={p},k_factor_rf={f}" if f else f"nprobe={p}" for p in probes] for f in factors]
+            return [(f"nprobe={{}},k_factor_rf={f}" if f else "nprobe={}", probes) for f in factors]
         if graph:
-            return [[f"efSearch={ef}" for ef in (16, 32, 64, 128, 256, 512, 1024)]]
-        return [[f"k_factor_rf={f}" for f in (1, 2, 4, 10, 30, 100)]] if refined else []
+            return [("efSearch={}", [16, 32, 64, 128, 256, 512, 1024])]
+        return [("k_factor_rf={}", [1, 2, 4, 10, 30, 100])] if refined else []
+
+
+def least(values: Sequence[int], reaches: Callable[[int], bool], halvings: int = 2) -> int | None:
+    """The first of ascending `values` with which the target is reached, then brought down towards the value before it
+    by halving the ratio between the two; None where none reaches it."""
+    below, found = None, None
+    for value in values:
+        if reaches(value):
+            found = value
+            break
+        below = value
+    if found is None or below is None:
+        return found
+    for _ in range(halvings):
+        middle = round(math.sqrt(below * found))
+        if middle in (below, found):
+            break
+        if reaches(middle):
+            found = middle
+        else:
+            below = middle
+    return found
 
 
 def _better(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -435,15 +466,9 @@ class _FaissSearcher:
     def new(
         cls, factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]
     ) -> _FaissSearcher:
-        faiss = require_faiss()
         if factory == "CAGRA":
             return _CagraSearcher.new_cagra(dim, device)
-        try:
-            index = faiss.index_factory(dim, factory, faiss.METRIC_L2)
-        except RuntimeError as error:
-            raise InputError(
-                f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}"
-            ) from None
+        index = _empty_index(factory, dim)
         searcher = cls.on_device(index, factory, device)
         if not index.is_trained:
             try:
@@ -623,6 +648,14 @@ def _new_searcher(factory: str, dim: int, device: torch.device, sample: Iterator
     if factory == EXACT and (_faiss() is None or (device.type == "cuda" and not _has_gpu_faiss())):
         return _TorchSearcher(dim, device)
     return _FaissSearcher.new(factory, dim, device, sample)
+
+
+def _empty_index(factory: str | None, dim: int) -> Any:
+    faiss = require_faiss()
+    try:
+        return faiss.index_factory(dim, factory, faiss.METRIC_L2)
+    except RuntimeError as error:
+        raise InputError(f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}") from None
 
 
 def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> Iterator[np.ndarray]:
