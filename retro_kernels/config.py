@@ -183,7 +183,10 @@ PRESETS = tuple(_PRESETS)
 
 
 def preset(name: str, **overrides: Any) -> RetroConfig:
-    """The configuration called `name` (one of `PRESETS`), with some fields changed."""
+    """The configuration called `name` (one of `PRESETS`), with some fields changed: `overrides`, fields of RetroConfig.
+
+    Raises InputError for a name or a value that cannot be used.
+    """
     if name not in _PRESETS:
         raise InputError(f"preset: {name!r} is not one of {', '.join(PRESETS)}.")
     values = dict(_PRESETS[name])

@@ -85,6 +85,7 @@ def build_retrieval_set(
     index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
         that reaches `recall`@10 is stored.
     device: of the embedder and of the index's training, default CPU.
+    chunk_size: M, tokens in a chunk; a neighbour is 2M long.
     part: (i, n) takes every n-th document from the i-th on: n processes build n sets, to be merged. Needs a tokenizer.
     overwrite: replaces a set made from other input, and drops unfinished work on other input. Else that is an error.
     shard_chunks: chunks embedded between two savings.
