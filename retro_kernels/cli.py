@@ -500,7 +500,7 @@ def _train(args: argparse.Namespace) -> None:
         f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, "
         f"{summary['parameters']:,} parameters, "
         f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
-        "waiting for neighbours"
+        f"waiting for {'neighbours' if config.set else 'data'}"
         if summary["seconds"]
         else f"{summary['run']}: nothing left to do at step {summary['steps']:,}"
     )

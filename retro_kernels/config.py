@@ -180,6 +180,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
 }
 PRESETS = tuple(_PRESETS)
+DEFAULT_PRESET = "retro_small"
 
 
 def preset(name: str, **overrides: Any) -> RetroConfig:
@@ -237,8 +238,8 @@ class TrainConfig:
     """folder of the run: model, tokenizer, metrics, checkpoint"""
     set: str | None = None
     """retrieval set; without it the plain decoder is trained"""
-    preset: str = "retro_small"
-    """architecture, one of the presets"""
+    preset: str | None = None
+    """architecture, one of the presets (default: retro_small; with retrofit, that of the run)"""
     model: tuple[str, ...] = ()
     """changes to the preset, FIELD=VALUE, e.g. dim=384 cca_layers=2,4"""
     steps: int = 1000
@@ -271,10 +272,11 @@ class TrainConfig:
     """file of precomputed neighbours (verb neighbours) instead of searching in the step"""
     tokenizer: str | None = None
     """tokenizer of the plain decoder (default: one is trained on the data)"""
-    vocab_size: int = 8192
-    """entries of a tokenizer trained here"""
+    vocab_size: int | None = None
+    """entries of a tokenizer trained here (default: 16,384, or as many as the text supports)"""
     retrofit: str | None = None
-    """run of a plain decoder to add retrieval to; its weights stay as they are unless unfrozen"""
+    """run of a plain decoder to add retrieval to; its weights stay as they are unless unfrozen, and a
+    learning-rate schedule of its own begins"""
     unfreeze: bool = False
     """train the weights of the retrofitted decoder as well"""
     save_every: int = 500
@@ -291,7 +293,6 @@ class TrainConfig:
             "accumulate",
             "sequence_length",
             "num_neighbours",
-            "vocab_size",
             "save_every",
             "log_every",
         ):
@@ -302,7 +303,9 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):
                 raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least {low}.")
-        preset(self.preset, **{**parse_overrides(self.model), **({} if self.set else {"cca_layers": ()})})
+        changes = parse_overrides(self.model)
+        if self.preset or not self.retrofit:
+            preset(self.preset or DEFAULT_PRESET, **{**changes, **({} if self.set else {"cca_layers": ()})})
         if not self.data:
             raise InputError("train: no data was given; name at least one folder or file of text.")
         if self.dtype not in ("auto", "fp32", "bf16"):

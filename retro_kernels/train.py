@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Generator, Iterator
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import InputError, RetroConfig, TrainConfig, parse_overrides, preset
+from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_overrides, preset
 from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import IGNORE, Packed, TokenDocuments, tokenise
 from .data.tokenizer import Tokenizer
@@ -77,6 +78,7 @@ def train(
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
     folder = Path(config.out)
+    _check_writable(folder)
     saved = checkpoints(folder)
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
@@ -91,7 +93,7 @@ def train(
     retriever = _open_set(config, device)
     if documents is None:
         documents = _read(config)
-    tokenizer = _tokenizer(config, retriever, documents)
+    tokenizer = _tokenizer(config, retriever, documents, bool(saved))
     model_config = _model_config(config, tokenizer, retriever)
     corpus = tokenise(documents, tokenizer, model_config.chunk_size)
     packed = Packed(
@@ -116,9 +118,18 @@ def train(
     if saved:
         trainer.load(saved[-1][1], read_settings(folder))
     folder.mkdir(parents=True, exist_ok=True)
+    _cut_metrics(folder / METRICS, trainer.step)
     tokenizer.save(folder / TOKENIZER)
     write_json(folder / SETTINGS, trainer.settings)
     return trainer.run(config.steps if stop_after is None else min(config.steps, trainer.step + stop_after))
+
+
+def _check_writable(folder: Path) -> None:
+    """Now, and not after hours: `folder` is a folder, or can be made one."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = "cannot be written" if nearest.is_dir() else "is a file"
+        raise InputError(f"{nearest} {what}; a run is a folder. Give another --out.")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -188,7 +199,6 @@ class _Trainer:
                 f"The run was planned for {state['steps']:,} steps and now for {self.config.steps:,}: "
                 "the learning rate follows the new plan from here on."
             )
-        _cut_metrics(self.folder / METRICS, self.step)
 
     def save(self) -> None:
         state: dict[str, Any] = {
@@ -307,7 +317,7 @@ class _Trainer:
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
             raise InputError(
                 f"The loss is {line['loss']} at step {self.step:,}: training diverged. Give a lower "
-                f"--learning-rate or a longer --warmup; checkpoints up to here are in {self.folder}."
+                "--learning-rate or a longer --warmup, and another --out."
             )
 
     def _summary(self, log: _Log, tokens: int) -> dict[str, Any]:
@@ -445,13 +455,22 @@ _RETROFIT_FIELDS = (
 
 
 def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retriever | None) -> RetroConfig:
-    overrides: dict[str, Any] = {**parse_overrides(config.model), "vocab_size": tokenizer.vocab_size}
+    base = read_settings(Path(config.retrofit)) if config.retrofit else None
+    if base is not None and base["tokenizer"] != tokenizer.fingerprint:
+        raise InputError(
+            f"retrofit: {config.retrofit} has another tokenizer than {config.set}. Build the set with "
+            f"--tokenizer {Path(str(config.retrofit)) / TOKENIZER}."
+        )
+    before = {} if base is None else base["config"]
+    name = config.preset or before.get("preset") or DEFAULT_PRESET
+    overrides: dict[str, Any] = parse_overrides((*before.get("model", ()), *config.model))
+    overrides["vocab_size"] = tokenizer.vocab_size
     if retriever is None:
         overrides["cca_layers"] = ()
     else:
         overrides["chunk_size"] = retriever.chunk_size
         overrides["neighbour_len"] = 2 * retriever.chunk_size
-    model_config = preset(config.preset, **overrides)
+    model_config = preset(name, **overrides)
     if retriever is not None and not model_config.cca_layers:
         raise InputError(
             "train: the model has no cca_layers, so it cannot use the set. Name layers, or leave out --set."
@@ -461,13 +480,6 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retrieve
             f"train: sequence_length is {config.sequence_length}; it must be a multiple of the chunk size, "
             f"{model_config.chunk_size}."
         )
-    if config.retrofit:
-        settings = read_settings(Path(config.retrofit))
-        if settings["tokenizer"] != tokenizer.fingerprint:
-            raise InputError(
-                f"retrofit: {config.retrofit} has another tokenizer than {config.set}. Build the set with "
-                f"--tokenizer {Path(config.retrofit) / TOKENIZER}."
-            )
     return model_config
 
 
@@ -482,18 +494,23 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
 def _read(config: TrainConfig) -> list[Document]:
     report = ReadReport()
     documents = list(read_documents(config.data, report=report))
-    if warning := report.warning():
+    warning = report.warning()
+    if not documents:
+        raise InputError(f"train: there is no text to train on. {warning or 'No file was found.'}")
+    if warning:
         note(warning)
     return documents
 
 
-def _tokenizer(config: TrainConfig, retriever: Retriever | None, documents: list[Document]) -> Tokenizer:
+def _tokenizer(
+    config: TrainConfig, retriever: Retriever | None, documents: list[Document], resumed: bool
+) -> Tokenizer:
     if retriever is not None:
         return retriever.tokenizer
     if config.tokenizer:
         return Tokenizer(config.tokenizer)
     path = Path(config.out) / TOKENIZER
-    if path.exists():  # of the part of this run that is being continued
+    if resumed:
         return Tokenizer(path)
     return Tokenizer.train((document.text for document in documents), path, config.vocab_size)
 

@@ -40,7 +40,9 @@ def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:
     """Every token of every document once an epoch, each with its successor as target, on the grid of the chunks."""
     tokenizer = Tokenizer(world.set / "tokenizer.model")
     rng = random.Random(seed)
-    documents = [Document(f"{i}", "lomi ka " * rng.randint(1, 90)) for i in range(rng.randint(3, 12))]
+    documents = [
+        Document(f"{i}", f"{i}: " + "lomi ka " * rng.randint(1, 90)) for i in range(rng.randint(3, 12))
+    ]
     exact = tokenizer.decode(tokenizer.encode("lomi ka " * 90)[: 2 * CHUNK])
     documents.append(Document("fills its last chunk", exact))
     corpus = tokenise(documents, tokenizer, CHUNK)
@@ -289,6 +291,61 @@ def test_retrofit(world: World, tmp_path: Path, frozen: bool) -> None:
     # resumed, what was frozen stays so
     assert run("train", "--data", world.train, "--out", out, "--resume", "--steps", 6) == 0
     assert torch.equal(Retro.from_pretrained(out)(tokens), base(tokens)) == frozen
+
+
+def test_retrofit_takes_the_architecture_of_the_run(world: World, tmp_path: Path) -> None:
+    """Without --preset and --model; a learning-rate schedule of its own begins."""
+    out = tmp_path / "r"
+    words = [
+        "--data",
+        world.train,
+        "--set",
+        world.set,
+        "--retrofit",
+        world.plain,
+        "--sequence-length",
+        SEQUENCE,
+    ]
+    model = ["cca_layers=2", "encoder_dim=32", "encoder_ffn_dim=64"]
+    assert (
+        run(
+            "train",
+            "--out",
+            out,
+            *words,
+            "--steps",
+            2,
+            "--log-every",
+            1,
+            "--device",
+            "cpu",
+            "--model",
+            *model,
+        )
+        == 0
+    )
+    base, fitted = Retro.from_pretrained(world.plain).config, Retro.from_pretrained(out).config
+    assert fitted.cca_layers == (2,) and fitted.replace(
+        cca_layers=(),
+        **{name: getattr(base, name) for name in fitted.to_dict() if name.startswith("encoder_")},
+    ) == base.replace(neighbour_len=2 * CHUNK)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    config = TrainConfig(data=("x",), out="y", steps=2)
+    assert [line["learning_rate"] for line in lines] == [learning_rate(config, 0), learning_rate(config, 1)]
+
+
+def test_a_start_anew_leaves_nothing_of_an_attempt_without_checkpoint(world: World, tmp_path: Path) -> None:
+    """Neither its lines in metrics.jsonl nor its tokenizer. A small text gets the tokenizer that it supports."""
+    out = tmp_path / "r"
+    words = ["train", "--data", world.train, "--out", out, *PLAIN]
+    assert run(*words, "--vocab-size", 330, "--lr", "1e12", "--steps", 40, "--log-every", 1) == 2
+    assert not checkpoints(out) and losses(out)
+    assert run(*words, "--vocab-size", 340, "--steps", 2, "--log-every", 1) == 0
+    assert [step for step, _ in losses(out)] == [1, 2]
+    assert Tokenizer(out / "tokenizer.model").vocab_size == 340
+    small = tmp_path / "small.txt"
+    small.write_text("hello world")
+    assert run("train", "--data", small, "--out", tmp_path / "s", "--steps", 1, *PLAIN) == 0
 
 
 def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None:

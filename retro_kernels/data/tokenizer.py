@@ -220,10 +220,7 @@ class Tokenizer:
         Raises InputError for a size out of range, for no text, and where the text is too small for the size asked;
         the message then names the largest size possible.
         """
-        if vocab_size is not None and not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
-            raise InputError(
-                f"Tokenizer.train: vocab_size is {vocab_size:,}; {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,} can be had."
-            )
+        check_vocab_size(vocab_size)
         sampler = TextSampler(sample_bytes)
         for text in texts:
             sampler.add(text)
@@ -234,6 +231,7 @@ class Tokenizer:
         cls, sampler: TextSampler, path: str | os.PathLike[str], vocab_size: int | None = None
     ) -> Tokenizer:
         """As `train`, from a sample that was drawn while the documents were read for another purpose."""
+        check_vocab_size(vocab_size)
         wanted = vocab_size or DEFAULT_VOCAB_SIZE
         sample = sampler.sample()
         if not sample:
@@ -247,6 +245,14 @@ class Tokenizer:
             )
         tokenizer.save(path)
         return tokenizer
+
+
+def check_vocab_size(vocab_size: int | None) -> None:
+    """InputError for a size that no tokenizer trained here can have."""
+    if vocab_size is not None and not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(
+            f"Tokenizer.train: vocab_size is {vocab_size:,}; {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,} can be had."
+        )
 
 
 class TextSampler:

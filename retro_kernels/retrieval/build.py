@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
-from retro_kernels.data.tokenizer import TextSampler, Tokenizer
+from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
 from retro_kernels.retrieval.index import EXACT, Index, check_factory, choose_factory, require_faiss
@@ -101,6 +101,7 @@ def build_retrieval_set(
         raise InputError("Parts of one set need one tokenizer: train it first and give it to each of them.")
     if vocab_size is not None and tokenizer is not None:
         raise InputError("Give a tokenizer, or the vocab_size of one to be trained, not both.")
+    check_vocab_size(vocab_size)
     if not 1 <= chunk_size <= 65_536:
         raise InputError(f"chunk_size is {chunk_size}; 1 to 65,536 tokens can be had (the paper has 64).")
     if shard_chunks < 1:

@@ -19,6 +19,7 @@ An exact index has no file: it is made of embeddings.npy when the set is opened.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -294,8 +295,9 @@ class Index:
         truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
         best: dict[str, Any] | None = None
 
-        def reaches(setting: str) -> bool:
+        def reaches(form: str, value: int) -> bool:
             nonlocal best
+            setting = form.format(value)
             self.configure(setting)
             result = {**truth.measure(self), "search": setting}
             result["reached"] = result["recall"] >= recall
@@ -303,8 +305,8 @@ class Index:
                 best = result
             return result["reached"]
 
-        for setting, values in self._ladders():
-            least(values, lambda value, setting=setting: reaches(setting.format(value)))
+        for form, values in self._ladders():
+            least(values, functools.partial(reaches, form))
         if best is None:
             best = {**truth.measure(self), "search": ""}
             best["reached"] = best["recall"] >= recall
@@ -475,7 +477,7 @@ class _FaissSearcher:
                 searcher.index.train(np.concatenate(list(sample)))
             except RuntimeError as error:
                 raise InputError(
-                    f"The index {factory} cannot be trained on so few vectors: {_reason(error)}"
+                    f"The index {factory} cannot be trained on so few vectors: {_reason(error)}. {_BY_SIZE}"
                 ) from None
         return searcher
 
@@ -650,12 +652,17 @@ def _new_searcher(factory: str, dim: int, device: torch.device, sample: Iterator
     return _FaissSearcher.new(factory, dim, device, sample)
 
 
+_BY_SIZE = "Without --index one is chosen by size."
+
+
 def _empty_index(factory: str | None, dim: int) -> Any:
     faiss = require_faiss()
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_L2)
     except RuntimeError as error:
-        raise InputError(f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}") from None
+        raise InputError(
+            f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}. {_BY_SIZE}"
+        ) from None
 
 
 def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> Iterator[np.ndarray]:
