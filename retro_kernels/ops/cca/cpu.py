@@ -1,20 +1,24 @@
 """Block attention on a CPU: backend "torch".
 
-The definition (`reference.py`) in groups of blocks whose logits fit a core's cache, with a closed-form backward that
-makes them again: nothing but the inputs and the output is kept, and no tensor of all logits ever exists.
+The definition (`reference.py`) in units of blocks and heads whose logits fit a core's cache, with a closed-form
+backward that makes them again: nothing but the inputs and the output is kept, and no tensor of all logits ever
+exists. A unit's query, keys and values are views of the inputs wherever it is one block, which BLAS reads as they
+lie; the last block of a sequence has as many rows as there are tokens, not M.
 
-The position term is a matrix product with the *reversed* table, sheared for free. With C = TQ + TK − 1 and
-r'[i, x] = (q_i + v)·rel_key[C − 1 − x], logit (i, c) reads column x = TQ − 1 − i + c, which is element
-(TQ − 1) + i·(C − 1) + c of the block: a strided view.
+The position term is a matrix product with the *reversed* table, sheared for free. With C columns, of which the
+first TQ + TK − 1 are r'[i, x] = (q_i + v)·rel_key[TQ + TK − 2 − x], logit (i, c) reads column x = TQ − 1 − i + c,
+which is element (TQ − 1) + i·(C − 1) + c of the block: a strided view. A block of fewer rows is one of the same
+table without its first columns.
 
-Shapes: P blocks · G = P / repeat key groups · W = H / Hkv query heads of one key head · T = repeat·W·TQ rows that
-share keys.
+Shapes: P blocks · G = P / repeat key groups · W = H / Hkv query heads of one key head · T = repeat·W·TQ rows
+that share keys; of one unit g groups, h key heads and n = g·repeat blocks of r rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +26,33 @@ from torch import Tensor
 
 from retro_kernels.ops.cca.reference import dropout_keep, relative_column
 
-_GROUP_BYTES = 1 << 20
-"""Logits of one group of blocks. Tuned on an EPYC with 1 MiB of L2 a core: 512 KiB to 2 MiB differ by some per cent."""
+_UNIT_BYTES = 1 << 20
+"""The most logits of a unit, beyond which it takes a part of the heads. Blocks are taken together only up to half of
+it, because their query, keys and values have to be copied. Tuned on a Xeon with 2 MiB of L2 a core."""
+_ALIGN = 16
+"""The table is filled up to so many columns: a leading dimension of whole cache lines makes the product a third
+faster."""
+
+
+class _Unit(NamedTuple):
+    """Blocks and heads that are computed together: `blocks` of `rows` rows each, from row `first` of sequence `seq`."""
+
+    seq: int
+    first: int
+    blocks: int
+    rows: int
+    group: slice  # of key groups
+    heads: slice  # of key heads
 
 
 @dataclass
 class _Call:
-    """What forward and backward share: the sizes, and the tensors cut into groups of blocks."""
+    """What forward and backward share: the sizes, and views of the tensors by unit."""
 
-    query: Tensor  # [P, TQ, H, D]
+    query: Tensor  # [S, N, H, D]
     key: Tensor  # [G, J * TK, Hkv, D]
     value: Tensor  # [G, J * TK, Hkv, D]
-    reversed_key: Tensor | None  # [H, C, D]
+    reversed_key: Tensor | None  # [H, D, C]
     content_bias: Tensor | None
     position_bias: Tensor | None
     reversed_bias: Tensor | None  # [H, C], with `reversed_key` only
@@ -42,109 +61,152 @@ class _Call:
     present: Tensor | None  # bool [G]; None where every group has a key
     seed: Tensor | None
     num_keys: int
+    block: int
+    shift: int
     repeat: int
     scale: float
     dropout_p: float
     wide: torch.dtype
     narrow: torch.dtype
 
-    def groups(self) -> Iterator[slice]:
-        blocks, rows, heads, _ = self.query.shape
-        item = rows * heads * self.key.shape[1] * self.repeat * self.wide.itemsize
-        step = max(1, _GROUP_BYTES // max(item, 1))
-        for start in range(0, self.key.shape[0], step):
-            yield slice(start, min(start + step, self.key.shape[0]))
+    @property
+    def share(self) -> int:
+        """W"""
+        return self.query.shape[2] // self.key.shape[2]
 
-    def by_key_head(self, blocks: Tensor) -> Tensor:
-        """[g·repeat, TQ, H, D] → [g·Hkv, T, D], the rows that share keys together."""
-        count, rows, heads, size = blocks.shape
-        kv_heads = self.key.shape[2]
-        split = blocks.reshape(count // self.repeat, self.repeat, rows, kv_heads, heads // kv_heads, size)
-        return split.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.repeat * (heads // kv_heads) * rows, size)
+    def units(self) -> Iterator[_Unit]:
+        num_seqs, num_rows = self.query.shape[:2]
+        groups = self.key.shape[0] // num_seqs
+        full = (num_rows - self.shift) // (self.block * self.repeat)  # groups of which every row exists
+        for seq in range(num_seqs):
+            yield from self._units(seq, 0, full, self.block)
+            if full < groups:
+                yield from self._units(seq, full, groups, num_rows - self.shift - full * self.block)
 
-    def to_blocks(self, rows: Tensor) -> Tensor:
-        """The inverse: [g·Hkv, T, D] → [g·repeat, TQ, H, D], a view where it can be one."""
-        _, num_rows, heads, size = self.query.shape
-        kv_heads = self.key.shape[2]
-        split = rows.view(-1, kv_heads, self.repeat, heads // kv_heads, num_rows, size)
-        return split.permute(0, 2, 4, 1, 3, 5).reshape(-1, num_rows, heads, size)
+    def _units(self, seq: int, start: int, stop: int, rows: int) -> Iterator[_Unit]:
+        """Groups `start` … `stop` of one sequence. Several at a time where they are small, and where there are more
+        threads than heads; a part of the heads at a time where one group is too large."""
+        kv_heads, num_seqs = self.key.shape[2], self.query.shape[0]
+        size = self.repeat * self.share * rows * self.key.shape[1] * self.wide.itemsize  # of one key head
+        threads = torch.get_num_threads()
+        parts = -(-kv_heads // min(kv_heads, max(threads, _UNIT_BYTES // size, 1)))
+        heads = -(-kv_heads // parts)
+        step = max(1, _UNIT_BYTES // 2 // (size * kv_heads), -(-threads // kv_heads))
+        base = seq * (self.key.shape[0] // num_seqs)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            for head in range(0, kv_heads, heads):
+                yield _Unit(
+                    seq,
+                    self.shift + first * self.repeat * self.block,
+                    (last - first) * self.repeat,
+                    rows,
+                    slice(base + first, base + last),
+                    slice(head, min(head + heads, kv_heads)),
+                )
 
-    def keys(self, source: Tensor, group: slice) -> Tensor:
-        """[g·Hkv, J·TK, D] of `key` or `value`."""
-        return source[group].transpose(1, 2).to(self.narrow).reshape(-1, source.shape[1], source.shape[3])
+    def rows(self, x: Tensor, unit: _Unit) -> Tensor:
+        """[S, N, H, D] → view [n, r, h·W, D]"""
+        rows = x[unit.seq, unit.first : unit.first + unit.blocks * unit.rows, self.query_heads(unit)]
+        return rows.unflatten(0, (unit.blocks, unit.rows))
 
-    def blocks_of(self, group: slice) -> slice:
-        return slice(group.start * self.repeat, group.stop * self.repeat)
+    def query_heads(self, unit: _Unit) -> slice:
+        return slice(unit.heads.start * self.share, unit.heads.stop * self.share)
 
-    def content_query(self, group: slice) -> Tensor:
-        return self.by_key_head(self._with_bias(group, self.content_bias))
+    def by_key_head(self, rows: Tensor) -> Tensor:
+        """[n, r, h·W, D] → [g·h, T, D], the rows that share keys together."""
+        blocks, count, heads, size = rows.shape
+        split = rows.view(-1, self.repeat, count, heads // self.share, self.share, size)
+        return split.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.repeat * self.share * count, size)
 
-    def position_query(self, group: slice) -> Tensor:
-        """[H, g·repeat·TQ, D]"""
-        query = self._with_bias(group, self.position_bias)
+    def by_row(self, by_key_head: Tensor, unit: _Unit) -> Tensor:
+        """The inverse, a view."""
+        heads = unit.heads.stop - unit.heads.start
+        size = by_key_head.shape[2]
+        split = by_key_head.view(-1, heads, self.repeat, self.share, unit.rows, size).permute(
+            0, 2, 4, 1, 3, 5
+        )
+        return split.reshape(unit.blocks, unit.rows, heads * self.share, size)
+
+    def keys(self, source: Tensor, unit: _Unit) -> Tensor:
+        """[g·h, J·TK, D] of `key` or `value`."""
+        some = source[unit.group, :, unit.heads].transpose(1, 2).to(self.narrow)
+        return some.reshape(-1, source.shape[1], source.shape[3])
+
+    def scaled_query(self, unit: _Unit, bias: Tensor | None) -> Tensor:
+        """[n, r, h·W, D]: rounded to the inputs' dtype as the definition does, then scaled."""
+        query = self.rows(self.query, unit)
+        if bias is not None:
+            query = (query + bias[self.query_heads(unit)]).to(query.dtype)
+        return query.to(self.narrow) * self.scale
+
+    def content_query(self, unit: _Unit) -> Tensor:
+        return self.by_key_head(self.scaled_query(unit, self.content_bias))
+
+    def position_query(self, unit: _Unit) -> Tensor:
+        """[h·W, n·r, D]"""
+        query = self.scaled_query(unit, self.position_bias)
         return query.permute(2, 0, 1, 3).reshape(query.shape[2], -1, query.shape[3])
 
-    def _with_bias(self, group: slice, bias: Tensor | None) -> Tensor:
-        query = self.query[self.blocks_of(group)]
-        # rounded to the inputs' dtype as the definition does, then scaled: a power of two for the usual head sizes
-        return (query if bias is None else (query + bias).to(query.dtype)).to(self.narrow) * self.scale
+    def table(self, unit: _Unit) -> Tensor:
+        """The columns that this unit's rows can reach: [h·W, D, C]."""
+        assert self.reversed_key is not None
+        return self.reversed_key[self.query_heads(unit), :, self.block - unit.rows :]
 
-    def sheared(self, by_distance: Tensor, count: int) -> Tensor:
-        """[H, g·repeat·TQ, C] by reversed distance → view [g, Hkv, repeat, W, TQ, TK] by key."""
-        _, rows, heads, _ = self.query.shape
-        kv_heads, columns = self.key.shape[2], by_distance.shape[2]
-        head = count * self.repeat * rows * columns
+    def sheared(self, by_distance: Tensor, unit: _Unit) -> Tensor:
+        """[h·W, n·r, C] by reversed distance → view [g, h, repeat, W, r, TK] by key."""
+        rows, columns = unit.rows, by_distance.shape[2]
+        head = unit.blocks * rows * columns
         return by_distance.as_strided(
-            (count, kv_heads, self.repeat, heads // kv_heads, rows, self.num_keys),
-            (self.repeat * rows * columns, (heads // kv_heads) * head, rows * columns, head, columns - 1, 1),
+            (
+                unit.group.stop - unit.group.start,
+                unit.heads.stop - unit.heads.start,
+                self.repeat,
+                self.share,
+                rows,
+                self.num_keys,
+            ),
+            (self.repeat * rows * columns, self.share * head, rows * columns, head, columns - 1, 1),
             by_distance.storage_offset() + rows - 1,
         )
 
-    def split(self, logits: Tensor) -> Tensor:
-        """[g·Hkv, T, J·TK] → view [g, Hkv, repeat, W, TQ, J, TK]"""
-        _, rows, heads, _ = self.query.shape
-        kv_heads = self.key.shape[2]
+    def split(self, logits: Tensor, unit: _Unit) -> Tensor:
+        """[g·h, T, J·TK] → view [g, h, repeat, W, r, J, TK]"""
+        heads = unit.heads.stop - unit.heads.start
         return logits.view(
-            -1,
-            kv_heads,
-            self.repeat,
-            heads // kv_heads,
-            rows,
-            logits.shape[2] // self.num_keys,
-            self.num_keys,
+            -1, heads, self.repeat, self.share, unit.rows, logits.shape[2] // self.num_keys, self.num_keys
         )
 
-    def weights(self, group: slice, content: Tensor, key: Tensor, position: Tensor | None) -> Tensor:
-        """The softmax of one group, before dropout: [g·Hkv, T, J·TK] in the wide dtype."""
+    def weights(self, unit: _Unit, content: Tensor, key: Tensor, position: Tensor | None) -> Tensor:
+        """The softmax of one unit, before dropout: [g·h, T, J·TK] in the wide dtype."""
         logits = torch.bmm(content, key.transpose(1, 2)).to(self.wide)
         if position is not None:
-            assert self.reversed_key is not None
-            by_distance = torch.bmm(position, self.reversed_key.transpose(1, 2))
+            by_distance = torch.bmm(position, self.table(unit))
             if self.reversed_bias is not None:
-                by_distance = by_distance.to(self.wide) + self.reversed_bias[:, None]
-            self.split(logits).add_(self.sheared(by_distance, group.stop - group.start).unsqueeze(-2))
+                bias = self.reversed_bias[self.query_heads(unit), None, self.block - unit.rows :]
+                by_distance = by_distance.to(self.wide) + bias
+            self.split(logits, unit).add_(self.sheared(by_distance, unit).unsqueeze(-2))
         elif self.bias_tile is not None:
-            self.split(logits).add_(self.bias_tile)
-        by_group = logits.view(group.stop - group.start, -1, logits.shape[2])
+            self.split(logits, unit).add_(self.bias_tile[unit.heads, :, :, : unit.rows])
+        by_group = logits.view(unit.group.stop - unit.group.start, -1, logits.shape[2])
         if self.missing is not None:
-            by_group.masked_fill_(self.missing[group, None], float("-inf"))
+            by_group.masked_fill_(self.missing[unit.group, None], float("-inf"))
         torch.softmax(logits, -1, out=logits)
         if self.present is not None:
-            by_group.mul_(self.present[group, None, None])
+            by_group.mul_(self.present[unit.group, None, None])
         return logits
 
-    def dropout(self, group: slice) -> Tensor:
-        """What the weights are multiplied by: [g·Hkv, T, J·TK]."""
+    def dropout(self, unit: _Unit) -> Tensor:
+        """What the weights are multiplied by: [g·h, T, J·TK]."""
         assert self.seed is not None
-        _, rows, heads, _ = self.query.shape
-        blocks = self.blocks_of(group)
         keep = dropout_keep(
             self.seed,
-            (blocks.stop - blocks.start, heads, rows, self.key.shape[1]),
+            (unit.blocks, self.query.shape[2], unit.rows, self.key.shape[1]),
             self.dropout_p,
-            first_block=blocks.start,
+            first_block=unit.group.start * self.repeat,
         )
-        return self.by_key_head(keep.transpose(1, 2)).to(self.wide) / (1.0 - self.dropout_p)
+        keep = keep[:, self.query_heads(unit)].transpose(1, 2)
+        return self.by_key_head(keep.contiguous()).to(self.wide) / (1.0 - self.dropout_p)
 
 
 def _prepare(
@@ -167,23 +229,26 @@ def _prepare(
     heads = query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     narrow = query.dtype if query.dtype == torch.bfloat16 else wide  # float16 products are slow on CPUs
-    missing = present = bias_tile = reversed_bias = None
+    missing = present = bias_tile = reversed_key = reversed_bias = None
     if lengths is not None:
         missing = (torch.arange(num_keys) >= lengths[..., None]).flatten(1)
         empty = missing.all(1)
         if empty.any():
             # a softmax over nothing is NaN: such a group attends to everything and is multiplied by zero
             missing, present = missing & ~empty[:, None], ~empty
-    if rel_bias is not None and rel_key is not None:
-        reversed_bias = rel_bias.to(wide).flip(1)
+    if rel_key is not None:
+        filling = -(block + num_keys - 1) % _ALIGN
+        reversed_key = F.pad(rel_key.to(narrow).flip(1).transpose(1, 2), (0, filling)).contiguous()
+        if rel_bias is not None:
+            reversed_bias = F.pad(rel_bias.to(wide).flip(1), (0, filling))
     elif rel_bias is not None:
         tile = rel_bias.to(wide)[:, relative_column(block, num_keys)]
         bias_tile = tile.view(kv_heads, 1, heads // kv_heads, block, 1, num_keys)
     return _Call(
-        query=_blocks(query, block, shift, key.shape[0] * repeat),
+        query=_sequences(query, block, shift, repeat),
         key=key.flatten(1, 2),
         value=value.flatten(1, 2),
-        reversed_key=None if rel_key is None else rel_key.to(narrow).flip(1),
+        reversed_key=reversed_key,
         content_bias=content_bias,
         position_bias=position_bias,
         reversed_bias=reversed_bias,
@@ -192,6 +257,8 @@ def _prepare(
         present=present,
         seed=seed,
         num_keys=num_keys,
+        block=block,
+        shift=shift,
         repeat=repeat,
         scale=scale,
         dropout_p=dropout_p,
@@ -200,28 +267,80 @@ def _prepare(
     )
 
 
-def _blocks(rows: Tensor, block: int, shift: int, num_blocks: int) -> Tensor:
-    """[S, N, H, D] → [P, TQ, H, D]: from row `shift` on, the last block of a sequence filled with zeros."""
-    per_seq = num_blocks // rows.shape[0]
-    used = rows[:, shift : shift + per_seq * block]
-    if used.shape[1] < per_seq * block:
-        used = F.pad(used, (0, 0, 0, 0, 0, per_seq * block - used.shape[1]))
-    return used.reshape(num_blocks, block, *rows.shape[2:])
+@dataclass
+class _Tables:
+    """Gradients of the position tables, summed over the units. Reversed as the tables are, and not scaled yet."""
+
+    call: _Call
+    needs: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        call = self.call
+        heads, size = call.query.shape[2:]
+        kv_heads = call.key.shape[2]
+        columns = call.block + call.num_keys - 1
+        filled = columns if call.reversed_key is None else call.reversed_key.shape[2]
+        self.key = torch.zeros(heads, filled, size, dtype=call.wide)
+        self.content, self.position = (torch.zeros(heads, size, dtype=call.wide) for _ in range(2))
+        self.bias = torch.zeros(heads, filled, dtype=call.wide)
+        self.tile = torch.zeros(kv_heads, call.share, call.block, call.num_keys, dtype=call.wide)
+        self.by_distance = torch.empty(0, dtype=call.narrow)
+
+    def add(self, unit: _Unit, grad_logits: Tensor, grad_query: Tensor, position: Tensor | None) -> Tensor:
+        """Adds what this unit gives; returns the gradient of its query [n, r, h·W, D] with the position's part."""
+        call, heads = self.call, self.call.query_heads(unit)
+        by_key = call.split(grad_logits, unit)
+        if self.needs[1]:
+            self.content[heads] += grad_query.sum((0, 1))
+        if position is None:
+            if self.needs[3]:
+                summed = _over_neighbours(by_key)
+                self.tile[unit.heads, :, : unit.rows] += (
+                    summed[0, :, 0] if unit.blocks == 1 else summed.sum((0, 2))
+                )
+            return grad_query
+        table, columns = call.table(unit), slice(call.block - unit.rows, None)
+        shape = (position.shape[0], position.shape[1], table.shape[2])
+        if self.by_distance.shape != shape:
+            self.by_distance = torch.zeros(shape, dtype=call.narrow)
+        _over_neighbours(by_key, call.sheared(self.by_distance, unit))  # what the view leaves out stays zero
+        by_position = torch.bmm(self.by_distance, table.transpose(1, 2)).to(call.wide)
+        by_position = by_position.view(shape[0], unit.blocks, unit.rows, -1)
+        if self.needs[0]:
+            self.key[heads, columns] += torch.bmm(self.by_distance.transpose(1, 2), position)
+        if self.needs[2]:
+            self.position[heads] += by_position.sum((1, 2))
+        if self.needs[3]:
+            self.bias[heads, columns] += self.by_distance.sum(1, dtype=call.wide)
+        return grad_query + by_position.permute(1, 2, 0, 3)
+
+    def finished(self) -> tuple[Tensor, ...]:
+        """Of rel_key, content_bias, position_bias and rel_bias."""
+        call = self.call
+        columns = call.block + call.num_keys - 1
+        bias = self.bias[:, :columns].flip(1)
+        if call.reversed_key is None and self.needs[3]:
+            column = relative_column(call.block, call.num_keys).flatten().expand(bias.shape[0], -1)
+            bias.scatter_add_(1, column, self.tile.view(bias.shape[0], -1))
+        return self.key[:, :columns].flip(1), self.content * call.scale, self.position * call.scale, bias
 
 
-def _rows(blocks: Tensor, like: Tensor, shift: int) -> Tensor:
-    """[P, TQ, H, D] → [S, N, H, D] with zeros before row `shift`: the inverse of `_blocks`."""
-    num_seqs, num_rows = like.shape[:2]
-    if shift == 0 and blocks.shape[0] * blocks.shape[1] == num_seqs * num_rows:
-        return blocks.reshape(like.shape)
-    out = like.new_empty(like.shape)
-    first = min(shift, num_rows)
-    out[:, :first] = 0
-    sequences = blocks.reshape(num_seqs, -1, *blocks.shape[2:])
-    filled = min(num_rows - first, sequences.shape[1])
-    out[:, first : first + filled] = sequences[:, :filled]
-    out[:, first + filled :] = 0
-    return out
+def _over_neighbours(by_key: Tensor, out: Tensor | None = None) -> Tensor:
+    """[…, J, TK] → its sum over J, in `out` where it is given."""
+    count = by_key.shape[-2]
+    if count == 2:  # torch.sum over so few takes several times as long
+        return torch.add(by_key[..., 0, :], by_key[..., 1, :], out=out)
+    if count > 1:
+        return torch.sum(by_key, -2, out=out)
+    return by_key.squeeze(-2) if out is None else out.copy_(by_key.squeeze(-2))
+
+
+def _sequences(rows: Tensor, block: int, shift: int, repeat: int) -> Tensor:
+    """[S, N, H, D], as one sequence where no row lies outside a block: their blocks can then be taken together."""
+    whole = (
+        shift == 0 and rows.shape[0] * rows.shape[1] % (block * repeat) == 0 and rows.shape[1] % block == 0
+    )
+    return rows.reshape(1, -1, *rows.shape[2:]) if whole else rows
 
 
 def forward(
@@ -257,15 +376,17 @@ def forward(
         scale,
         dropout_p,
     )
-    out = query.new_empty(call.query.shape)
-    for group in call.groups():
-        position = None if rel_key is None else call.position_query(group)
-        weights = call.weights(group, call.content_query(group), call.keys(call.key, group), position)
+    out = query.new_empty(query.shape)
+    out[:, :shift] = 0
+    out_rows = _sequences(out, block, shift, repeat)
+    for unit in call.units():
+        position = None if rel_key is None else call.position_query(unit)
+        weights = call.weights(unit, call.content_query(unit), call.keys(call.key, unit), position)
         if dropout_p > 0.0:
-            weights.mul_(call.dropout(group))
-        summed = torch.bmm(weights.to(call.narrow), call.keys(call.value, group))
-        out[call.blocks_of(group)] = call.to_blocks(summed)
-    return _rows(out, query, shift), query.new_empty(0)
+            weights.mul_(call.dropout(unit))
+        summed = torch.bmm(weights.to(call.narrow), call.keys(call.value, unit))
+        call.rows(out_rows, unit).copy_(call.by_row(summed, unit))
+    return out, query.new_empty(0)
 
 
 def backward(
@@ -288,7 +409,7 @@ def backward(
     dropout_p: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """As `op.py` describes. Gradients of tables and biases are summed group by group in one order."""
+    """As `op.py` describes. Gradients of tables and biases are summed unit by unit in one order."""
     call = _prepare(
         query,
         key,
@@ -305,86 +426,53 @@ def backward(
         scale,
         dropout_p,
     )
-    blocks = call.query.shape[0]
     heads, size = query.shape[2:]
-    grad_blocks, out_blocks = _blocks(grad_out, block, shift, blocks), _blocks(out, block, shift, blocks)
-    grad_query = query.new_empty(call.query.shape)
+    grad_out = _sequences(grad_out, block, shift, repeat)
+    grad_query = query.new_empty(query.shape)
+    grad_query[:, :shift] = 0
+    query_rows = _sequences(grad_query, block, shift, repeat)
     grad_key, grad_value = key.new_empty(call.key.shape), value.new_empty(call.value.shape)
-    grad_table = torch.zeros(heads, block + call.num_keys - 1, size, dtype=call.wide)
-    grad_by_column = torch.zeros(heads, block + call.num_keys - 1, dtype=call.wide)
-    grad_tile = torch.zeros(heads, block, call.num_keys, dtype=call.wide)
-    grad_content, grad_position = (torch.zeros(heads, size, dtype=call.wide) for _ in range(2))
-    by_distance = None
-    for group in call.groups():
-        count, cut = group.stop - group.start, call.blocks_of(group)
+    tables = _Tables(call, needs)
+    for unit in call.units():
         content, keys, values = (
-            call.content_query(group),
-            call.keys(call.key, group),
-            call.keys(call.value, group),
+            call.content_query(unit),
+            call.keys(call.key, unit),
+            call.keys(call.value, unit),
         )
-        position = None if rel_key is None else call.position_query(group)
-        weights = call.weights(group, content, keys, position)  # [g·Hkv, T, J·TK]
-        grads = call.by_key_head(grad_blocks[cut].to(call.narrow))
-        delta = (grad_blocks[cut].to(call.wide) * out_blocks[cut].to(call.wide)).sum(-1, keepdim=True)
+        position = None if rel_key is None else call.position_query(unit)
+        weights = call.weights(unit, content, keys, position)  # [g·h, T, J·TK]
+        grads = call.by_key_head(call.rows(grad_out, unit).to(call.narrow))
         grad_logits = torch.bmm(grads, values.transpose(1, 2)).to(call.wide)
+        kept = weights
         if dropout_p > 0.0:
-            factor = call.dropout(group)
+            factor = call.dropout(unit)
             grad_logits.mul_(factor)
             kept = weights * factor
-        else:
-            kept = weights
-        _put(grad_value, group, torch.bmm(kept.to(call.narrow).transpose(1, 2), grads))
-        grad_logits.sub_(call.by_key_head(delta)).mul_(weights)
+        _put(grad_value, unit, torch.bmm(kept.to(call.narrow).transpose(1, 2), grads))
+        _softmax_backward(grad_logits, weights)
         narrow = grad_logits.to(call.narrow)
-        _put(grad_key, group, torch.bmm(narrow.transpose(1, 2), content))
-        grad_content_query = (
-            call.to_blocks(torch.bmm(narrow, keys)).to(call.wide) * scale
-        )  # [g·repeat, TQ, H, D]
-        if needs[1]:
-            grad_content += grad_content_query.sum((0, 1))
-        if rel_key is not None:
-            assert position is not None and call.reversed_key is not None
-            rows = position.shape[1]
-            if by_distance is None or by_distance.shape[1] != rows:
-                by_distance = torch.zeros(heads, rows, block + call.num_keys - 1, dtype=call.narrow)
-            by_neighbour = call.split(grad_logits)
-            summed = by_neighbour.sum(-2) if by_neighbour.shape[-2] > 1 else by_neighbour.squeeze(-2)
-            call.sheared(by_distance, count).copy_(summed)  # what the view leaves out stays zero
-            grad_position_query = torch.bmm(by_distance, call.reversed_key).to(call.wide)
-            grad_position_query = grad_position_query.view(heads, -1, block, size).permute(1, 2, 0, 3) * scale
-            grad_content_query += grad_position_query
-            if needs[0]:
-                grad_table += torch.bmm(by_distance.transpose(1, 2), position)
-            if needs[2]:
-                grad_position += grad_position_query.sum((0, 1))
-            if needs[3]:
-                grad_by_column += by_distance.sum(1, dtype=call.wide)
-        elif needs[3]:
-            grad_tile += call.split(grad_logits).sum((0, 2, 5)).flatten(0, 1)
-        grad_query[cut] = grad_content_query
-    if rel_key is None and needs[3]:
-        column = relative_column(block, call.num_keys).flatten().expand(heads, -1)
-        grad_by_column.scatter_add_(1, column, grad_tile.flatten(1))
-    elif needs[3]:
-        grad_by_column = grad_by_column.flip(1)
-    tables = (
-        (rel_key, grad_table.flip(1)),
-        (content_bias, grad_content),
-        (position_bias, grad_position),
-        (rel_bias, grad_by_column),
-    )
+        _put(grad_key, unit, torch.bmm(narrow.transpose(1, 2), content))
+        grad_rows = call.by_row(torch.bmm(narrow, keys), unit).to(call.wide)  # [n, r, h·W, D]
+        grad_rows = tables.add(unit, grad_logits, grad_rows, position)
+        torch.mul(grad_rows, scale, out=call.rows(query_rows, unit))
+    given = (rel_key, content_bias, position_bias, rel_bias)
     return (
-        _rows(grad_query, query, shift),
+        grad_query,
         grad_key.view(key.shape),
         grad_value.view(value.shape),
         *(
             grad.to(x.dtype) if x is not None and need else None
-            for (x, grad), need in zip(tables, needs, strict=True)
+            for x, grad, need in zip(given, tables.finished(), needs, strict=True)
         ),
     )
 
 
-def _put(target: Tensor, group: slice, result: Tensor) -> None:
-    """[g·Hkv, J·TK, D] into [G, J·TK, Hkv, D]."""
-    kv_heads = target.shape[2]
-    target[group] = result.view(-1, kv_heads, *result.shape[1:]).transpose(1, 2)
+def _softmax_backward(grad: Tensor, weights: Tensor) -> None:
+    """The gradient of the weights [·, T, keys] → that of the logits, in place: weights·(grad − Σ weights·grad)."""
+    torch.ops.aten._softmax_backward_data.out(grad, weights, -1, grad.dtype, grad_input=grad)
+
+
+def _put(target: Tensor, unit: _Unit, result: Tensor) -> None:
+    """[g·h, J·TK, D] into [G, J·TK, Hkv, D]."""
+    heads = unit.heads.stop - unit.heads.start
+    target[unit.group, :, unit.heads] = result.view(-1, heads, *result.shape[1:]).transpose(1, 2)
