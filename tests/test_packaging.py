@@ -85,6 +85,7 @@ def test_top_level() -> None:
         "bench",
         "constraints.txt",
         "csrc",
+        "docs",
         "pyproject.toml",
         "retro_kernels",
         "setup.py",

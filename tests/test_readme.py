@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 import random
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
+import plot
 import pytest
 import small
 import tables
@@ -122,3 +124,21 @@ def test_public_names_are_documented(name: str) -> None:
         assert "rais" in documented.lower(), f"{name} says nothing of errors"
         for argument in inspect.signature(found).parameters:
             assert argument in documented, f"{name} says nothing of {argument}"
+
+
+def test_picture(tmp_path: Path) -> None:
+    """From whatever was measured: nothing, the demo, kernels; predictions never."""
+    target = tmp_path / "docs" / "gains.png"
+    (tmp_path / "predictions.json").write_text(json.dumps({"predictions": [{"group": "g"}]}))
+    assert not plot.draw(tmp_path, target) and not target.exists()
+    extra = {"what": "core", "pass": "forward+backward", "positions": "bias"}
+    rows = [
+        {"group": "g", "case": c, "median_s": s, "extra": extra}
+        for c, s in (("retro_kernels", 1e-3), ("SDPA", 2e-3))
+    ]
+    rows.append({"group": "g", "case": "Flex", "skipped": "no such", "extra": extra})
+    (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"device": "chip"}, "results": rows}))
+    assert plot.rivals(tmp_path) == {"g\nchip": [("retro_kernels", 1e-3), ("SDPA", 2e-3)]}
+    (tmp_path / "demo.json").write_text(json.dumps({"bits_per_byte": {"plain": 2.0, "on": 1.5}}))
+    assert plot.gains(tmp_path) == {"plain decoder": 2.0, "RETRO on": 1.5}
+    assert plot.draw(tmp_path, target) and target.read_bytes().startswith(b"\x89PNG")
