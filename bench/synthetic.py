@@ -47,11 +47,17 @@ class Store:
     chunk_size = 64
 
     def __init__(
-        self, n: int, dim: int = 384, vocab_size: int = 8192, device: torch.device | None = None
+        self,
+        n: int,
+        dim: int = 384,
+        vocab_size: int = 8192,
+        device: torch.device | None = None,
+        embeddings: np.ndarray | None = None,
     ) -> None:
+        """embeddings: fp16 [n, dim] of `vectors`, where they are at hand."""
         device = device or torch.device("cpu")
         self.num_chunks = n
-        self.embeddings = vectors(n, dim, device).cpu().numpy()
+        self.embeddings = vectors(n, dim, device).cpu().numpy() if embeddings is None else embeddings
         tokens = torch.randint(1, vocab_size, (n, self.chunk_size), device=device, dtype=torch.int32)
         self.chunks = tokens.cpu().numpy().astype(np.uint16)
         self.document_ids = np.arange(n, dtype=np.int64) // CHUNKS_OF_A_DOCUMENT

@@ -2,6 +2,9 @@
 
 python bench/tables.py            # print the tables of results/*.json
 python bench/tables.py --write    # put them between the README's markers
+
+A file whose rows are no plain times has a view of its own: `retrieval` (bench_search.py, one line a set and index) and
+`retrieval-quality` (retrieval_quality.py, recall of questions).
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +85,77 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", conditions(result), ""])
 
 
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def retrieval_table(result: dict[str, Any]) -> str:
+    """Sets of growing size: one row an index, tuned to the recall that the group names; the stall of training with
+    live retrieval from a set of that size stands in the row of the index that trained."""
+    rows = [row for row in result["results"] if row.get("extra", {}).get("what") == "search"]
+    head = ["chunks", "index", "recall@10", "queries/s", "build", "bytes a chunk", "stall"]
+    lines = [_line(head), "|---:|---|---:|---:|---:|---:|---:|"]
+    last = None
+    for row in sorted(rows, key=lambda row: row["extra"]["n"]):
+        extra = row["extra"]
+        size = f"{extra['n']:,}" if extra["n"] != last else ""
+        last = extra["n"]
+        if "median_s" not in row:
+            lines.append(_line([size, row["case"], row["skipped"], "", "", "", ""]))
+            continue
+        stall = extra.get("stall_share")
+        lines.append(
+            _line(
+                [
+                    size,
+                    row["case"],
+                    f"{extra['recall']:.3f}",
+                    f"{1 / row['median_s']:,.0f}",
+                    duration(extra["build_s"]),
+                    _figure(extra.get("bytes_per_chunk"), ",.0f"),
+                    "" if stall is None else f"{100 * stall:.1f} %",
+                ]
+            )
+        )
+    return "\n".join([*lines, "", conditions(result), ""])
+
+
+def quality_table(result: dict[str, Any]) -> str:
+    """Questions whose passage is known: one row a retriever, under the corpus it was asked of."""
+    names = ["recall@1", "recall@5", "recall@20", "mrr"]
+    lines = [_line(["questions", "retriever", *(n.replace("mrr", "MRR") for n in names)])]
+    lines.append("|---|---|" + "---:|" * len(names))
+    last = None
+    for row in result["results"]:
+        cells = [_figure(row["figures"].get(name), ".3f") for name in names]
+        lines.append(_line([row["group"] if row["group"] != last else "", row["case"], *cells]))
+        last = row["group"]
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    belongs = f"{environment['device']}, {versions}; commit {environment['commit']}, {environment['date']}."
+    return "\n".join([*lines, "", belongs, ""])
+
+
+VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "retrieval": retrieval_table,
+    "retrieval_quality": quality_table,
+}
+"""By the result file's stem; every other file is shown as times."""
+
+
 def rendered(readme: str, folder: Path = HERE / "results") -> str:
     """The README's text with every table between its markers made anew from its result file."""
 
     def one(match: re.Match[str]) -> str:
-        result = json.loads((folder / f"{match['name']}.json").read_text())
+        stem = match["name"].replace("-", "_")
+        result = json.loads((folder / f"{stem}.json").read_text())
         if only := match["only"]:
             result["results"] = [row for row in result["results"] if row["group"].startswith(only)]
-        return f"{match[1]}{table(result)}{match[3]}"
+        return f"{match[1]}{VIEWS.get(stem, table)(result)}{match[3]}"
 
     return MARKER.sub(one, readme)
 
@@ -103,7 +170,7 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text())
         if "results" in result:
-            print(f"{path.name}\n\n{table(result)}")
+            print(f"{path.name}\n\n{VIEWS.get(path.stem, table)(result)}")
 
 
 if __name__ == "__main__":

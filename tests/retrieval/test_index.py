@@ -9,7 +9,14 @@ from retrieval.corpora import build, documents
 
 from retro_kernels.config import InputError
 from retro_kernels.retrieval import index as index_module
-from retro_kernels.retrieval.index import GroundTruth, Index, choose_factory, exact_search, faiss_status
+from retro_kernels.retrieval.index import (
+    GroundTruth,
+    Index,
+    choose_factory,
+    exact_search,
+    faiss_status,
+    least,
+)
 from retro_kernels.retrieval.store import INDEX, ChunkStore
 
 faiss = pytest.importorskip("faiss")
@@ -129,6 +136,22 @@ def test_tuning_takes_the_fastest_that_reaches_the_target(seed):
     assert not codes["reached"] and codes["target"] == 0.999
     with pytest.raises(InputError, match="recall is 1.5"):
         index.tune(vectors, 1.5)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 16, 17, 40, 63, 64, 1000])
+def test_the_least_value_is_closed_in_upon(limit):
+    tried = []
+
+    def reaches(value):
+        tried.append(value)
+        return value >= limit
+
+    found = least([1, 2, 4, 8, 16, 32, 64], reaches)
+    if limit > 64:
+        assert found is None and len(tried) == 7
+        return
+    # two halvings of a ratio of 2 leave one of 2^(1/4), rounding aside
+    assert limit <= found <= max(limit * 2**0.25 + 1, 1) and found in tried
 
 
 def test_few_vectors():
