@@ -62,11 +62,15 @@ def measured() -> Ceilings:
     source = torch.randint(0, 256, (length,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = statistics.median(timing.samples([lambda: target.copy_(source)], 20 if ON_GPU else 9))
+    name = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    return Ceilings(name, 2 * length / copy, matmul_rate())
+
+
+def matmul_rate() -> float:
+    """FLOP/s of a large matrix product in the benchmarks' dtype, on a CPU with the threads that are set."""
     n = 256 if TINY else 8192 if ON_GPU else 2048
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
-    product = statistics.median(timing.samples([lambda: a @ b], 20 if ON_GPU else 9))
-    name = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    return Ceilings(name, 2 * length / copy, 2 * n**3 / product)
+    return 2 * n**3 / statistics.median(timing.samples([lambda: a @ b], 20 if ON_GPU else 9))
 
 
 def attention(case: Case, which: Pass, e: int = 2) -> Cost:

@@ -1,0 +1,165 @@
+"""`ChunkedCrossAttention` with its projections, beside the same module on SDPA and on einsum.
+
+Shapes are those on which other implementations were measured: small (width 256) and medium (width 1,024). "SDPA with
+bias" materialises the additive bias and has its gradient; "SDPA without positions" computes less than any RETRO does.
+All formulations of a shape take turns, so that a machine's mood meets them all alike; each time stands beside the
+share that its products have of a large product's rate, measured in the same run with the same threads.
+
+For orientation, milliseconds of one other CPU's thread for the small shape, none with these positions (forward, forward
+and backward): lucidrains 176, 487; labml 189, 375; Norlund 204, 428; Megatron 168, 413; SDPA without positions 87, 267.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import roofline
+import timing
+import torch
+from bench_model import formulation
+from cases import DEVICE, DTYPE, ON_GPU, SMALL, TINY, Case, Pass, Positions, Shape
+from torch import Tensor
+
+from retro_kernels.nn import ChunkedCrossAttention
+
+OURS = "retro_kernels"
+SHAPES = {"small": SMALL, "medium": Shape(1, 2048, 16, 64, 2)}
+if TINY:
+    SHAPES = {"tiny": Shape(1, 133, 2, 16, 2)}
+PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
+ALL = torch.get_num_threads()
+THREADS = sorted({1, ALL}) if not ON_GPU else [ALL]
+ROWS: dict[Positions, tuple[tuple[str, Positions], ...]] = {
+    "bias": (
+        (OURS, "bias"),
+        ("SDPA with bias", "bias"),
+        ("SDPA without positions", "none"),
+        ("einsum", "bias"),
+    ),
+    "relative": ((OURS, "relative"), ("SDPA with bias", "bias"), ("SDPA without positions", "none")),
+    "none": ((OURS, "none"), ("SDPA without positions", "none")),
+}
+"""Which formulations stand in the table of a module with these positions, and which positions they have themselves."""
+FORMULATIONS = sorted({row for rows in ROWS.values() for row in rows})
+
+
+@dataclass
+class Module:
+    """One formulation of the layer on its inputs."""
+
+    name: str
+    positions: Positions
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        s, width = self.shape, self.shape.heads * self.shape.head_dim
+        made: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE}
+        torch.manual_seed(0)
+        self.layer = ChunkedCrossAttention(width, s.heads, position=self.positions, **made)
+        if self.positions == "bias":
+            torch.nn.init.normal_(self.layer.rel_bias)
+        self.x = torch.randn(s.batch, s.tokens, width, **made).requires_grad_()
+        states = (s.batch, s.chunks, s.neighbours, s.neighbour_len, width)
+        self.neighbours = torch.randn(states, **made).requires_grad_()
+        self.grad_out = torch.randn(self.x.shape, **made)
+        self.wanted = [self.x, self.neighbours, *self.layer.parameters()]
+
+    def forward(self) -> Tensor:
+        with formulation(self.name.split()[0]):
+            return self.layer(self.x, self.neighbours)
+
+    def call(self, which: Pass) -> Callable[[], Any]:
+        if which == "forward":
+            return torch.no_grad()(self.forward)
+        return lambda: torch.autograd.grad(self.forward(), self.wanted, self.grad_out)
+
+    def flops(self, which: Pass) -> float:
+        """Of the four projections and the core; twice as much again for the projections' backward."""
+        s, width = self.shape, self.shape.heads * self.shape.head_dim
+        projections = 4 * (s.batch * s.tokens + s.blocks * s.keys) * width**2
+        core = roofline.attention(Case(s, self.positions), which, DTYPE.itemsize).flops
+        return projections * (1 if which == "forward" else 3) + core
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Any:
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(ALL)
+
+
+@functools.cache
+def product_rate(threads: int) -> float:
+    """With as many threads as are set."""
+    return roofline.matmul_rate()
+
+
+@functools.lru_cache(1)
+def seconds(
+    shape: Shape, which: Pass, threads: int
+) -> dict[tuple[str, Positions], tuple[list[float], float]]:
+    """Samples of every formulation, taken in turn, and its operations."""
+    modules = {row: Module(*row, shape) for row in FORMULATIONS}
+    calls = {row: module.call(which) for row, module in modules.items()}
+    if ON_GPU:
+        samples = {row: timing.samples([call]) for row, call in calls.items()}
+    else:
+        longest = max(timing.wall_seconds(call) for call in calls.values())
+        rounds = 1 if TINY else max(3, min(9, int(2 * timing.SECONDS / longest)))
+        samples = {row: [] for row in calls}
+        for _ in range(rounds):
+            for row, call in calls.items():
+                samples[row].append(timing.wall_seconds(call))
+    return {row: (samples[row], module.flops(which)) for row, module in modules.items()}
+
+
+@functools.cache
+def saved(row: tuple[str, Positions], shape: Shape) -> int:
+    """Bytes kept for the backward beyond inputs, parameters and output."""
+    module = Module(*row, shape)
+    return timing.saved_bytes(module.forward, module.wanted)
+
+
+def _parameters() -> list[Any]:
+    return [
+        pytest.param(
+            size, which, threads, positions, row, id=f"{size} {which} {threads}: {positions} | {row[0]}"
+        )
+        for size in SHAPES
+        for threads in (THREADS if size != "medium" else THREADS[:1])
+        for which in PASSES
+        for positions, rows in ROWS.items()
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "which", "threads", "positions", "row"), _parameters(), indirect=["threads"]
+)
+def test_module(
+    benchmark: Any, size: str, which: Pass, threads: int, positions: Positions, row: tuple[str, Positions]
+) -> None:
+    shape = SHAPES[size]
+    on = "" if ON_GPU else f", {threads} thread{'s' if threads > 1 else ''}"
+    benchmark.group = f"cca module, {size}, {which}{on}: {positions}"
+    samples, flops = seconds(shape, which, threads)[row]
+    share = flops / product_rate(threads) / sorted(samples)[len(samples) // 2]
+    shown: dict[str, Any] = {"share of a large product's rate": round(share, 3)}
+    extra: dict[str, Any] = {
+        "case": row[0],
+        "what": "module",
+        "size": size,
+        "threads": threads,
+        "pass": which,
+    }
+    if which != "forward":
+        kept = saved(row, shape)
+        shown["MiB kept for backward"] = round(kept / 2**20, 1)
+        extra["saved_bytes"] = kept
+        extra["saved_ratio"] = kept / saved(("SDPA without positions", "none"), shape)
+    fields = {**Case(shape, positions).fields(), "positions": positions}
+    timing.record(benchmark, samples, **fields, **extra, shown=shown)
