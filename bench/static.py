@@ -1,0 +1,485 @@
+"""Compile every Triton kernel as the library launches it, for GPUs that need not be here, and guard the machine code.
+
+The library's own launch functions run on meta tensors for sm_80, sm_90 and sm_100; their launches are recorded instead
+of run, so block sizes, warps, stages and the attributes of the arguments (a pointer or stride divisible by 16) are
+those of a real launch, whatever `tiles.py` and its likes choose. Each kernel is then compiled, and its machine code
+read with the `cuobjdump` that comes with Triton.
+
+What is guarded, and what it has caught or would catch:
+
+- instructions: more than 300, or a stub (Triton once compiled a kernel for sm_100 to a trap of 16 instructions, without
+  an error), except kernels that only copy or merge; and within 15 % of the committed number.
+- matrix instructions in the hot loop: warpgroup ones on sm_90 where they are committed, never none.
+- spills in the innermost loop with matrix products (else of memory): none forward, at most 8 backward.
+- atomics: none, since they would make results depend on the order of the programs. Bitwise ones in shared memory, by
+  which tensor memory is claimed on sm_100, have no order and do not count.
+- registers x threads x wanted programs: within the 65,536 of a multiprocessor; shared memory: within a program's limit,
+  and that of the wanted programs together within the multiprocessor's.
+- processor time of the compiler: at most 10 s.
+
+What is known to miss a guard stands in the committed file under `known`, with the reason; it has to miss exactly that,
+so a repair shows up as well. Committed numbers hold for one version of Triton; with another the absolute guards remain.
+
+python bench/static.py [--only PART]     a table
+python bench/static.py --write           bench/results/static.json
+python bench/static.py --check           compare with it; exit status 1 if a guard fails
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import multiprocessing
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
+ARCHITECTURES = (80, 90, 100)
+LIMITS = {"compile_s": 10.0, "instructions": 300, "tolerance": 0.15, "registers": 65536}
+# bytes of shared memory: of one program, and of a multiprocessor (CUDA C++ programming guide, compute capabilities)
+SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200: decoding splits its keys by them
+MATRIX = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
+ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UTMAREDG|SUATOM|SURED)(\.|$)|ATOMS(?!\.(AND|OR|XOR))")
+PARTS = ("forward", "backward", "decode", "absorbed", "gather")
+
+
+class Variant(NamedTuple):
+    """One call of the library."""
+
+    arch: int
+    part: str
+    head_dim: int
+    """The states' width, where `part` is about states; tokens of a chunk in a gather."""
+    dtype: str
+    mode: str
+    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows."""
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.arch}/{self.part}-{self.mode}-{self.head_dim}-{self.dtype}"
+
+
+def variants() -> list[Variant]:
+    found = []
+    for arch in ARCHITECTURES:
+        for dim in (64, 128):
+            for dtype in ("bf16", "fp16"):
+                found += [Variant(arch, "forward", dim, dtype, m) for m in ("none", "bias", "relative")]
+                found += [
+                    Variant(arch, "backward", dim, dtype, m) for m in ("none", "bias", "biasgrad", "relative")
+                ]
+            for part in ("forward", "backward"):
+                found.append(Variant(arch, part, dim, "bf16", "encoder"))
+                found += [Variant(arch, part, dim, "fp32", "relative")]
+            found += [Variant(arch, "decode", dim, dtype, "relative") for dtype in ("bf16", "fp16", "fp32")]
+        for dim in (16, 32, 256):
+            found += [Variant(arch, part, dim, "bf16", "relative") for part in ("forward", "backward")]
+        found += [Variant(arch, "decode", dim, "bf16", "relative") for dim in (32, 256)]
+        found += [Variant(arch, "absorbed", 64, dtype, "softmax") for dtype in ("bf16", "fp16", "fp32")]
+        found += [Variant(arch, "absorbed", width, "bf16", "decode") for width in (256, 896, 2048)]
+        found += [
+            Variant(arch, "absorbed", 896, "fp16", "decode"),
+            Variant(arch, "absorbed", 128, "fp32", "decode"),
+        ]
+        found += [Variant(arch, "gather", 64, dtype, "tokens") for dtype in ("uint16", "int32")]
+    return found
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@contextlib.contextmanager
+def _recording(arch: int) -> Iterator[list[Launch]]:
+    """Launches of Triton kernels in this block are kept, not run; the library believes to be on `arch`."""
+    from triton.runtime.jit import JITFunction
+
+    from retro_kernels.ops.cca import decode_kernel, tiles
+
+    launches: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(self, args, options))
+
+    saved = JITFunction.run, tiles.architecture, decode_kernel.slots
+    JITFunction.run = record
+    tiles.architecture = lambda device: arch
+    decode_kernel.slots = lambda device, resident: resident * MULTIPROCESSORS[arch]
+    try:
+        yield launches
+    finally:
+        JITFunction.run, tiles.architecture, decode_kernel.slots = saved
+
+
+def launches(variant: Variant) -> list[Launch]:
+    """What a call of the library launches: RETRO's shape (chunks of 64, two neighbours of 128), 16 heads."""
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtypes |= {"uint16": torch.uint16, "int32": torch.int32}
+    dtype, dim, mode = dtypes[variant.dtype], variant.head_dim, variant.mode
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    fp32, int32, int64 = torch.float32, torch.int32, torch.int64
+    batch, chunks, heads, M, K, R, tokens = 8, 32, 16, 64, 2, 128, 2048
+    with _recording(variant.arch) as found:
+        if variant.part in ("forward", "backward"):
+            from retro_kernels.ops.cca import backward, forward
+
+            if mode == "encoder":  # the neighbours' rows attend to the chunk that found them
+                block, keys, shift, repeat = R, M, 0, K
+                query = empty(batch * chunks * K, R, heads, dim)
+                key = empty(batch * chunks, 1, M, heads, dim)
+                lengths = None
+            else:
+                block, keys, shift, repeat = M, R, M - 1, 1
+                query = empty(batch, tokens, heads, dim)
+                key = empty(batch * chunks, K, R, heads, dim)
+                lengths = empty(batch * chunks, K, dtype=int32)
+            relative = mode in ("relative", "encoder")
+            columns = block + keys - 1
+            terms = (
+                empty(heads, columns, dim) if relative else None,
+                empty(heads, dim) if relative else None,
+                empty(heads, dim) if relative else None,
+                empty(heads, columns, dtype=fp32) if mode in ("bias", "biasgrad") else None,
+                lengths,
+                None,  # no dropout
+            )
+            last = (block, shift, repeat, dim**-0.5, 0.0)
+            if variant.part == "forward":
+                forward.forward(query, key, key, *terms, *last)
+            else:
+                blocks = key.shape[0] * repeat
+                lse = empty(blocks, heads, block, dtype=fp32)
+                backward.backward(query, query, lse, query, key, key, *terms, *last, (mode != "bias",) * 4)
+        elif variant.part == "decode":
+            from retro_kernels.ops.cca.decode_kernel import decode_triton
+
+            decode_triton(
+                empty(batch, 1, heads, dim),
+                empty(batch, K, R, heads, dim),
+                empty(batch, K, R, heads, dim),
+                empty(batch, 1, dtype=int32),
+                empty(heads, batch, M + R - 1),
+                empty(heads, dim),
+                None,
+                empty(batch, K, dtype=int32),
+                dim**-0.5,
+            )
+        elif variant.part == "absorbed" and mode == "decode":
+            from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
+
+            absorbed_decode_triton(
+                empty(batch, 1, heads, dim),
+                empty(batch, K, R, dim),
+                empty(batch, 1, dtype=int32),
+                empty(heads, batch, M + R - 1),
+                None,
+                empty(batch, K, dtype=int32),
+                0.125,
+            )
+        elif variant.part == "absorbed":
+            from retro_kernels.ops.cca.absorbed_softmax import softmax_backward_triton, softmax_triton
+
+            blocks, rows = batch * chunks, M * heads
+            logits, rel = empty(blocks, rows, K * R), empty(blocks, rows, M + R)
+            lengths, out = empty(blocks, K, dtype=int32), empty(batch, tokens, heads, dim)
+            sizes = {"first": 0, "block": M, "neighbour_len": R, "dropout_p": 0.0}
+            softmax_triton(logits, rel, None, lengths, None, heads=heads, **sizes)
+            softmax_backward_triton(logits, logits, out, out, rel, None, chunks=chunks, **sizes)
+        else:
+            from retro_kernels.ops.gather.kernel import gather_triton
+
+            store, ids = empty(1_000_000, dim), empty(batch, chunks, K, dtype=int64)
+            gather_triton(store, ids, empty(1_000_000, dtype=torch.bool), 0, int64)
+    return found
+
+
+def wanted(kernel: str, arch: int, head_dim: int, warps: int, dtype: str) -> int:
+    """Programs that have to be resident on a multiprocessor to keep its memory busy."""
+    if kernel == "_cca_fwd_kernel" and dtype != "fp32" and warps == 4:
+        return 4 if head_dim <= 64 and arch >= 90 else 2 if head_dim <= 128 else 1
+    return 2 if warps <= 4 and dtype != "fp32" else 1
+
+
+def _processor_time() -> float:
+    """Of this process and of the assemblers it has waited for, in seconds."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in both)
+
+
+def compile_launch(launch: Launch, arch: int) -> tuple[str, str, dict[str, Any]]:
+    """SASS, resource usage, and what only the compiler knows."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, dict(launch.options), bound, specialization, options
+    )
+    start = _processor_time()
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=target, options=options.__dict__
+    )
+    seconds = _processor_time() - start
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [str(cuobjdump()), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    more = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps, "compile_s": seconds}
+    return sass, usage, more
+
+
+def cuobjdump() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P(?:T|\d+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+
+
+def _count(ops: list[str], *names: str) -> int:
+    return sum(op.split(".")[0] in names for op in ops)
+
+
+def read_sass(sass: str) -> dict[str, Any]:
+    """Counts in all and in the hot loop: the innermost loop with most matrix products, else with memory accesses.
+
+    Spills of the hot loop are the most of any innermost loop with matrix products.
+    """
+    lines = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
+    ops = [op for _, op, _ in lines]
+    loops = []
+    for address, op, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if op.split(".")[0] == "BRA" and target and int(target[1], 16) < address:
+            start = int(target[1], 16)
+            loops.append((start, address, [o for a, o, _ in lines if start <= a <= address]))
+    for work in (MATRIX, ("LDG", "LDGSTS", "UTMALDG")):
+        busy = [loop for loop in loops if _count(loop[2], *work)]
+        inner = [
+            x
+            for x in busy
+            if not any(y is not x and x[0] <= y[0] and y[1] <= x[1] and y[:2] != x[:2] for y in busy)
+        ]
+        if inner:
+            break
+    hot = max(inner, key=lambda loop: _count(loop[2], *work), default=(0, 0, []))[2]
+    return {
+        "instructions": len(ops),
+        "matrix": dict(sorted(Counter(x for x in (op.split(".")[0] for op in ops) if x in MATRIX).items())),
+        "matrix_hot": dict(
+            sorted(Counter(x for x in (op.split(".")[0] for op in hot) if x in MATRIX).items())
+        ),
+        "spills": _count(ops, "LDL", "STL"),
+        "spills_hot": max((_count(loop[2], "LDL", "STL") for loop in inner), default=0),
+        "atomics": sum(bool(ATOMIC.match(op)) for op in ops),
+    }
+
+
+def figures(variant: Variant) -> dict[str, dict[str, Any]]:
+    """Of every kernel that the variant launches."""
+    found = {}
+    for launch in launches(variant):
+        sass, usage, more = compile_launch(launch, variant.arch)
+        registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+        kernel = launch.kernel.fn.__name__
+        found[f"{variant.name}:{kernel.strip('_').removesuffix('_kernel')}"] = {
+            "kernel": kernel,
+            "arch": variant.arch,
+            "head_dim": variant.head_dim,
+            "dtype": variant.dtype,
+            "wanted": wanted(kernel, variant.arch, variant.head_dim, more["warps"], variant.dtype),
+            "registers": registers,
+            "stack": stack,
+            **read_sass(sass),
+            **more,
+            "compile_s": round(more["compile_s"], 1),
+        }
+    return found
+
+
+def failed(row: dict[str, Any]) -> list[str]:
+    """The absolute guards that a row of figures misses, each by its name and the figures."""
+    kernel, missed = row["kernel"], []
+    attends = kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel", "_cca_bwd_rel_kernel") or (
+        "decode" in kernel and "merge" not in kernel
+    )
+    if attends and row["instructions"] <= LIMITS["instructions"]:
+        missed.append(f"stub: {row['instructions']} instructions")
+    if attends and not row["matrix_hot"]:
+        missed.append("matrix: none in the hot loop")
+    if (
+        row["arch"] == 90
+        and kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel")
+        and row["dtype"] in ("bf16", "fp16")
+        and not row["matrix_hot"].get("HGMMA")
+    ):
+        missed.append("matrix: no HGMMA in the hot loop")
+    allowed = 8 if "bwd" in kernel else 0
+    if row["spills_hot"] > allowed:
+        missed.append(f"spills: {row['spills_hot']} in the hot loop, allowed {allowed}")
+    if row["atomics"]:
+        missed.append(f"atomics: {row['atomics']}")
+    threads = 32 * row["warps"]
+    if -(-row["registers"] // 8) * 8 * threads * row["wanted"] > LIMITS["registers"]:
+        missed.append(f"registers: {row['registers']} x {threads} threads x {row['wanted']} programs")
+    one, all_together = SHARED[row["arch"]]
+    if row["shared"] > one or (row["shared"] + 1024) * row["wanted"] > all_together:
+        missed.append(f"shared memory: {row['shared']} bytes x {row['wanted']} programs")
+    if row["compile_s"] > LIMITS["compile_s"]:
+        missed.append(f"compiler: {row['compile_s']} s")
+    return missed
+
+
+def changed(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """What differs from the committed figures of the same version of Triton."""
+    found = []
+    if abs(row["instructions"] - before["instructions"]) > LIMITS["tolerance"] * before["instructions"]:
+        found.append(f"instructions: {row['instructions']}, committed {before['instructions']}")
+    if row["matrix_hot"] != before["matrix_hot"]:
+        found.append(f"matrix: {row['matrix_hot']} in the hot loop, committed {before['matrix_hot']}")
+    return found
+
+
+def check(rows: dict[str, dict[str, Any]], committed: dict[str, Any], version: str) -> list[str]:
+    """Every complaint: guards missed or changed, apart from what is known, which has to be missed still."""
+    same, complaints = committed["triton"] == version, []
+    for name, row in rows.items():
+        missed = failed(row)
+        known = committed["known"].get(name, {}).get("guards", [])
+        kinds = sorted({x.partition(":")[0] for x in missed})
+        complaints += [f"{name}: {x}" for x in missed if x.partition(":")[0] not in known]
+        if same and name not in committed["rows"]:
+            complaints.append(f"{name}: not in the committed file")
+        elif same:
+            complaints += [f"{name}: {x}" for x in changed(row, committed["rows"][name])]
+            gone = [x for x in known if x not in kinds]
+            complaints += [f"{name}: known to miss the guard of {x}, but holds it now" for x in gone]
+    return complaints
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be compiled here."""
+    try:
+        import triton
+    except ImportError:
+        return "triton is not installed"
+    if "nvidia" not in triton.backends.backends:
+        return "this triton has no compiler for NVIDIA GPUs"
+    if not os.access(cuobjdump(), os.X_OK):
+        return "this triton comes without cuobjdump"
+    return None
+
+
+def _work(item: tuple[Variant, str]) -> dict[str, dict[str, Any]]:
+    variant, cache = item
+    os.environ["TRITON_CACHE_DIR"] = cache
+    return figures(variant)
+
+
+def compile_all(
+    which: list[Variant], processes: int, tell: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """With an empty cache, so that the compiler's time is a cold one."""
+    rows: dict[str, dict[str, Any]] = {}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        multiprocessing.get_context("spawn").Pool(processes) as pool,
+    ):
+        for found in pool.imap(_work, [(variant, cache) for variant in which]):
+            rows |= found
+            for name, row in found.items():
+                tell(line(name, row))
+    return rows
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    matrix = " ".join(f"{n} {op}" for op, n in row["matrix_hot"].items()) or "-"
+    return (
+        f"{name:58s} {row['registers']:4d} {row['warps']:3d} {row['spills_hot']:5d}/{row['spills']:<5d} {row['stack']:5d} "
+        f"{row['shared'] / 1024:6.1f} {row['instructions']:6d} {matrix:24s} {row['atomics']:2d} {row['compile_s']:5.1f}  "
+        + "; ".join(failed(row))
+    ).rstrip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", default=[], help="variants whose name contains this")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: here it compiles
+    reason = why_not()
+    if reason:
+        print(f"nothing compiled: {reason}")
+        return 0 if args.check else 1
+    which = [v for v in variants() if not args.only or any(x in v.name for x in args.only)]
+    header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
+    print(header, flush=True)
+    rows = compile_all(which, args.processes, lambda text: print(text, flush=True))
+
+    import triton
+
+    print(
+        f"{len(rows)} kernels, {sum(r['compile_s'] for r in rows.values()):.0f} s of compiler, triton {triton.__version__}"
+    )
+    committed = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
+    if args.write:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=True
+        ).stdout.strip()
+        if args.only and committed and committed["triton"] == triton.__version__:
+            rows = committed["rows"] | rows
+        known = {} if committed is None else committed["known"]
+        committed = {
+            "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(),
+            "commit": commit,
+            "known": known,
+            "rows": rows,
+        }
+        RESULTS.write_text(json.dumps(committed, indent=1) + "\n")
+    if not args.check:
+        return 0
+    if committed is None:
+        print(f"{RESULTS} does not exist: python bench/static.py --write")
+        return 1
+    if committed["triton"] != triton.__version__:
+        print(f"committed for triton {committed['triton']}: only the absolute guards are checked")
+    complaints = check(rows, committed, triton.__version__)
+    print("\n".join(complaints) or "every guard holds")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.exit(main())
