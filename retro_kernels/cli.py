@@ -251,7 +251,7 @@ def _add_search(parser: _Parser) -> None:
     parser.add_argument("text", metavar="TEXT")
     _add_set(parser, required=True, help="retrieval set")
     parser.add_argument(
-        "-k", type=_COUNT, default=5, metavar="N", help="neighbours to show (default: %(default)s)"
+        "-k", type=_COUNT, metavar="N", help="neighbours to show (default: 5, or as many as there are)"
     )
     parser.add_argument(
         "--retriever", default="dense", metavar="NAME", help="dense, bm25, random, dense+bm25, dense+edit, …"
@@ -473,7 +473,9 @@ def _search(args: argparse.Namespace) -> None:
     from .runs import pick_device
 
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
-    hits = retriever.search_text(args.text, args.k)
+    count = min(5, retriever.num_chunks) if args.k is None else args.k
+    retriever.check_num_neighbours(count)
+    hits = retriever.search_text(args.text, count)
     if args.json:
         _print_json({"text": args.text, "neighbours": [hit.to_dict() for hit in hits]})
         return

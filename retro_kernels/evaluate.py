@@ -107,10 +107,15 @@ def evaluate(
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
     if k < 1:
         raise InputError(f"eval: -k is {k}; it must be at least 1.")
+    if retriever is not None:
+        retriever.check_num_neighbours(k)
     if documents is None:
         report = ReadReport()
         documents = list(read_documents(list(data), report=report))
-        if warning := report.warning():
+        warning = report.warning()
+        if not documents:
+            raise InputError(f"eval: there is no document to read. {warning or 'No file was found.'}")
+        if warning:
             note(warning)
     corpus = tokenise(documents, tokenizer, size)
     if retriever is not None:

@@ -83,6 +83,8 @@ def generate(
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
     if k < 1:
         raise InputError(f"generate: the number of neighbours is {k}; it must be at least 1.")
+    if retriever is not None:
+        retriever.check_num_neighbours(k)
     reader = _Reader(loaded, retriever, k, pick_dtype(dtype, where))
     sampler = torch.Generator(where).manual_seed(seed)
     silent = _never(loaded.tokenizer, ignore_end).to(where)

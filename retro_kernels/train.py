@@ -488,7 +488,9 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
         return None
     from .retrieval import Retriever
 
-    return Retriever.from_pretrained(config.set, device=device, neighbours=config.neighbours)
+    retriever = Retriever.from_pretrained(config.set, device=device, neighbours=config.neighbours)
+    retriever.check_num_neighbours(config.num_neighbours)
+    return retriever
 
 
 def _read(config: TrainConfig) -> list[Document]:

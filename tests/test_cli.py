@@ -84,6 +84,22 @@ def test_one_line_for_what_cannot_be_used(
     assert not any((tmp_path / name).exists() for name in ("s", "s.build", "y"))
 
 
+@pytest.mark.parametrize("verb", ["search", "train", "eval", "generate"])
+def test_more_neighbours_than_chunks(
+    verb: str, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words: dict[str, list[object]] = {
+        "search": ["lomi", "--set", world.set],
+        "train": ["--data", world.train, "--set", world.set, "--out", tmp_path / "r"],
+        "eval": ["--run", world.run, "--data", world.held_out],
+        "generate": ["lomi", "--run", world.run],
+    }
+    assert run(verb, *words[verb], "-k", 10_000, "--device", "cpu") == 2
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "10,000 neighbours were asked for" in err
+    assert not (tmp_path / "r").exists()
+
+
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(args: object) -> None:
         raise KeyboardInterrupt

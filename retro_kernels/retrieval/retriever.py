@@ -226,6 +226,14 @@ class Retriever:
                 f"MODEL --out SET"
             )
 
+    def check_num_neighbours(self, k: int) -> None:
+        """InputError for more neighbours of a chunk than the set has chunks: places that nothing can ever fill."""
+        if k > self.num_chunks:
+            raise InputError(
+                f"{k:,} neighbours were asked for, but the retrieval set {self.store.path} holds {self.num_chunks:,} "
+                "chunks. Ask for no more than that."
+            )
+
     def __call__(
         self, tokens: Tensor, *, num_neighbours: int = 2, exclude_documents: Tensor | None = None
     ) -> NeighbourBatch:
