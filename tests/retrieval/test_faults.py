@@ -200,26 +200,77 @@ def test_full_disk(model, tmp_path, expected, monkeypatch, room):
     assert contents(tmp_path / "set") == expected
 
 
-def test_a_disk_that_is_really_full(model):
-    """A file system of 64 KiB, where this user may mount one."""
-    script = f"""
-        mount -t tmpfs -o size=64k tmpfs /mnt && PYTHONPATH={Path(__file__).parents[1]}:{Path(__file__).parents[2]} \\
-        {sys.executable} -c "
-from pathlib import Path
-from retrieval.corpora import build, documents
-try:
-    build(documents(5, 60), Path('/mnt/set'), tokenizer='{model}')
-except OSError as error:
-    print(error)
-print(Path('/mnt/set').exists())"
-    """
-    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+def on_a_small_file_system(program, size, *arguments):
+    """Standard output of a Python program to which /mnt is an empty file system of `size`; skips where this user may
+    not mount one."""
+    tests = Path(__file__).resolve().parents[1]
+    script = f'mount -t tmpfs -o size={size} tmpfs /mnt && exec "$0" -c "$@"'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, sys.executable, textwrap.dedent(program), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     if "mount" in done.stderr or "unshare" in done.stderr:
         pytest.skip(f"cannot mount a small file system here: {done.stderr.strip().splitlines()[0]}")
-    assert "No space left on device" in done.stdout and "is kept in /mnt/set.build" in done.stdout, (
-        done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_disk_that_is_really_full(model):
+    """A file system of 64 KiB, where this user may mount one."""
+    found = on_a_small_file_system(
+        """
+        import sys
+        from pathlib import Path
+        from retrieval.corpora import build, documents
+        try:
+            build(documents(5, 60), Path("/mnt/set"), tokenizer=sys.argv[1])
+        except OSError as error:
+            print(error)
+        print(Path("/mnt/set").exists())
+        """,
+        "64k",
+        model,
     )
-    assert done.stdout.strip().endswith("False")
+    assert "No space left on device" in found and "is kept in /mnt/set.build" in found
+    assert found.strip().endswith("False")
+
+
+def test_a_file_system_that_is_read_only(model):
+    """A set there is opened and searched; whatever would write to it says so, and changes nothing."""
+    found = on_a_small_file_system(
+        """
+        import os, sys
+        from pathlib import Path
+        from retrieval.corpora import build, contents, documents
+        from retro_kernels.config import InputError
+        from retro_kernels.retrieval import Retriever, append_to_retrieval_set, tune_retrieval_set
+        out, corpus = Path("/mnt/set"), documents(5, 16)
+        build(corpus, out, tokenizer=sys.argv[1], index="IVF2,SQfp16")
+        before = contents(out)
+        if os.system("exec 2>&1; mount -o remount,ro /mnt"):
+            sys.exit("mount: cannot make it read-only")
+        def refused(what, call):
+            try:
+                call()
+            except (InputError, OSError) as error:
+                print(what, "|", type(error).__name__, "|", error)
+        refused("build", lambda: build(documents(6, 5), out, tokenizer=sys.argv[1], overwrite=True))
+        refused("append", lambda: append_to_retrieval_set(out, documents(6, 5), embedder="hashing:64", progress=False))
+        refused("tune", lambda: tune_retrieval_set(out))
+        build(corpus, out, tokenizer=sys.argv[1], index="IVF2,SQfp16")
+        hits = Retriever.from_pretrained(out, verify="full").search_text(corpus[3].text[:80], 2)
+        print("found", len(hits), contents(out) == before)
+        """,
+        "16m",
+        model,
+    )
+    lines = found.strip().splitlines()
+    assert [line.split(" | ")[0] for line in lines[:3]] == ["build", "append", "tune"], found
+    assert all("Read-only file system" in line and "/mnt" in line for line in lines[:3]), found
+    assert lines[3] == "found 2 True"
 
 
 def test_two_builders(model, tmp_path):
