@@ -424,9 +424,9 @@ def compile_all(
 def line(name: str, row: dict[str, Any]) -> str:
     matrix = " ".join(f"{n} {op}" for op, n in row["matrix_hot"].items()) or "-"
     return (
-        f"{name:58s} {row['registers']:4d} {row['warps']:3d} {row['spills_hot']:5d}/{row['spills']:<5d} {row['stack']:5d} "
-        f"{row['shared'] / 1024:6.1f} {row['instructions']:6d} {matrix:24s} {row['atomics']:2d} {row['compile_s']:5.1f}  "
-        + "; ".join(failed(row))
+        f"{name:58s} {row['registers']:4d} {row['warps']:3d} {row['spills_hot']:5d}/{row['spills']:<5d} "
+        f"{row['stack']:5d} {row['shared'] / 1024:6.1f} {row['instructions']:6d} {matrix:24s} "
+        f"{row['atomics']:2d} {row['compile_s']:5.1f}  " + "; ".join(failed(row))
     ).rstrip()
 
 
@@ -450,7 +450,8 @@ def main() -> int:
     import triton
 
     print(
-        f"{len(rows)} kernels, {sum(r['compile_s'] for r in rows.values()):.0f} s of compiler, triton {triton.__version__}"
+        f"{len(rows)} kernels, {sum(r['compile_s'] for r in rows.values()):.0f} s of compiler, "
+        f"triton {triton.__version__}"
     )
     committed = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
     if args.write:
