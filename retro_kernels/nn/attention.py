@@ -263,6 +263,9 @@ class ChunkedCrossAttention(nn.Module):
         else:
             key, value = self.keys_and_values(neighbours)
             out = chunked_cross_attention(query, key, value, chunk_size=self.chunk_size, **options)
+        if _is_linear(self.o_proj) and self.o_proj.bias is None:
+            # rows without a neighbour are zero and stay so: nothing to cut off, copy and keep for the backward
+            return self.dropout(self.o_proj(out.flatten(2)))
         prefix = min(self.chunk_size - 1, x.shape[1])
         out = self.dropout(self.o_proj(out[:, prefix:].flatten(2)))
         if neighbour_lengths is not None and self.o_proj.bias is not None:
@@ -282,10 +285,7 @@ class ChunkedCrossAttention(nn.Module):
     ) -> bool:
         """Whether heads attend to the neighbours' states themselves. `decoding_batch`: for `attend_rows`, with so many
         sequences. Raises ValueError for `projection="absorbed"` where the weights alone are not the projections."""
-        plain = all(
-            type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks)
-            for x in (self.k_proj, self.v_proj)
-        )
+        plain = _is_linear(self.k_proj) and _is_linear(self.v_proj)
         if self.projection == "absorbed" and not plain:
             raise ValueError(
                 "ChunkedCrossAttention: k_proj or v_proj was replaced, parametrised or has hooks, which "
@@ -457,6 +457,11 @@ class BlockAttention(nn.Module):
             backend=self.backend,
         )
         return self.dropout(self.o_proj(out.flatten(2)))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is what its weights say: neither replaced nor parametrised, and without hooks."""
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _heads(table: Tensor, num_heads: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import peers
 import pytest
+import timing
 import torch
 
 from retro_kernels import retro_172m
@@ -103,6 +105,37 @@ def test_prefix_and_missing_neighbours_are_exactly_zero(seed: int, training: boo
     assert out[1, M - 1 : 2 * M - 1].ne(0).any()
     assert torch.equal((x + out)[:, : M - 1], x[:, : M - 1])
     assert cca(x[:, :2], neighbours[:, :0], lengths[:, :0]).eq(0).all()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_prefix_is_exactly_zero_without_a_bias_too(seed: int, replaced: bool) -> None:
+    cca = make(dropout=0.5)
+    if replaced:  # what the output projection makes of a zero is then not known
+        cca.o_proj.register_forward_hook(lambda module, given, out: out + 1)
+    x, neighbours, lengths = inputs(14)
+    lengths[0, 1] = 0
+    out = cca(x, neighbours, lengths)
+    assert out[:, : M - 1].eq(0).all()
+    assert out.ne(0).any()
+    if not replaced:
+        assert out[0, 2 * M - 1 : 3 * M - 1].eq(0).all()
+
+
+@pytest.mark.parametrize("position", ["relative", "bias", "none"])
+def test_it_keeps_no_more_for_the_backward_than_sdpa_without_positions(
+    seed: int, monkeypatch: pytest.MonkeyPatch, position: str
+) -> None:
+    """Bytes of the distinct storages beyond inputs and parameters, on the benchmark's small shape."""
+    x, neighbours = torch.randn(4, 1024, 256), torch.randn(4, 16, 2, 128, 256)
+
+    def kept(module: ChunkedCrossAttention) -> int:
+        tensors = [x.requires_grad_(), neighbours.requires_grad_(), *module.parameters()]
+        return timing.saved_bytes(lambda: module(x, neighbours), tensors)
+
+    ours = kept(ChunkedCrossAttention(256, 8, position=position, projection="materialised"))
+    name = "retro_kernels.nn.attention.chunked_cross_attention"
+    monkeypatch.setattr(name, peers.sdpa_chunked_cross_attention)
+    assert 0 < ours <= kept(ChunkedCrossAttention(256, 8, position="none", projection="materialised"))
 
 
 def test_reach_of_a_chunks_neighbours(seed: int) -> None:
