@@ -343,6 +343,13 @@ CPU_GOALS = (
         between("module", OURS, "SDPA with bias", positions="relative"),
         smaller=True,
     ),
+    Goal(
+        "module: bytes kept for the backward over those of SDPA without positions",
+        1.0,
+        0.95,
+        extra("saved_ratio", what="module"),
+        smaller=True,
+    ),
     Goal("host gather over numpy, warm", 3, 5, between("host gather", "numpy", OURS), unit="×"),
     Goal("host gather over numpy, cold", 4, 6, between("cold gather", "numpy", OURS), unit="×"),
     Goal(
