@@ -276,9 +276,18 @@ class TrainConfig:
     """entries of a tokenizer trained here (default: 16,384, or as many as the text supports)"""
     retrofit: str | None = None
     """run of a plain decoder to add retrieval to; its weights stay as they are unless unfrozen, and a
-    learning-rate schedule of its own begins"""
+    learning-rate schedule of its own begins unless first_step is given"""
     unfreeze: bool = False
     """train the weights of the retrofitted decoder as well"""
+    copy: float = 0.0
+    """start the layers that a retrofit adds from the decoder's own, cross-attention scaled by this; 0: anew"""
+    added_rate: float = 1.0
+    """learning rate of the layers that a retrofit adds, as a multiple of that of the others"""
+    first_step: int = 0
+    """number of the first step: schedule and order of the data go on there, as after so many steps of the decoder"""
+    lessons: float = 0.0
+    """share of the sequences that are given their own text as neighbours, shifted at random, which teaches to copy
+    from neighbours; it falls to nothing over the steps"""
     save_every: int = 500
     """steps between checkpoints"""
     log_every: int = 10
@@ -299,10 +308,24 @@ class TrainConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"train: {name} is {value!r}; it must be an integer of at least 1.")
-        for name, low in (("learning_rate", 0.0), ("weight_decay", 0.0), ("clip", 0.0), ("warmup", 0)):
+        for name, low in (
+            ("learning_rate", 0.0),
+            ("weight_decay", 0.0),
+            ("clip", 0.0),
+            ("warmup", 0),
+            ("copy", 0.0),
+            ("added_rate", 0.0),
+        ):
             value = getattr(self, name)
             if value is not None and not low <= value < float("inf"):
                 raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least {low}.")
+        if not 0.0 <= self.lessons <= 1.0:
+            raise InputError(f"train: lessons is {self.lessons!r}; it is a share, 0 to 1.")
+        if not isinstance(self.first_step, int) or not 0 <= self.first_step < self.steps:
+            raise InputError(
+                f"train: first_step is {self.first_step!r}; it must be an integer from 0 and less than the "
+                f"{self.steps:,} steps."
+            )
         changes = parse_overrides(self.model)
         if self.preset or not self.retrofit:
             preset(self.preset or DEFAULT_PRESET, **{**changes, **({} if self.set else {"cca_layers": ()})})
@@ -313,8 +336,11 @@ class TrainConfig:
         for name in ("neighbours", "retrofit"):
             if getattr(self, name) and not self.set:
                 raise InputError(f"train: {name} needs a retrieval set (--set).")
-        if self.unfreeze and not self.retrofit:
-            raise InputError("train: unfreeze only means something together with retrofit.")
+        for name, default in (("unfreeze", False), ("copy", 0.0), ("added_rate", 1.0), ("first_step", 0)):
+            if getattr(self, name) != default and not self.retrofit:
+                raise InputError(f"train: {name} only means something together with retrofit.")
+        if self.lessons and not self.set:
+            raise InputError("train: lessons needs a retrieval set (--set).")
         if self.tokenizer and self.set:
             raise InputError(
                 "train: the tokenizer is that of the retrieval set; give tokenizer or set, not both."
@@ -322,7 +348,7 @@ class TrainConfig:
 
     @property
     def warmup_steps(self) -> int:
-        return min(self.steps // 20, 750) if self.warmup is None else self.warmup
+        return min((self.steps - self.first_step) // 20, 750) if self.warmup is None else self.warmup
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -133,12 +133,41 @@ def _check_writable(folder: Path) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the update number `step` (0-based): linear warm-up, then half a cosine down to a tenth."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (
-        FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    """Of the update number `step` (0-based): linear warm-up, then half a cosine down to a tenth.
+
+    A run that begins at a later first step warms up to the cosine's value there.
+    """
+    warmed = min(1.0, (step - config.first_step + 1) / max(1, config.warmup_steps))
+    begin = 0 if config.first_step else config.warmup_steps
+    done = max(0.0, (step - begin) / max(1, config.steps - begin))
+    cosine = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return config.learning_rate * warmed * cosine
+
+
+def give_lessons(
+    tokens: Tensor, neighbours: NeighbourBatch, share: float, generator: torch.Generator
+) -> NeighbourBatch:
+    """A part of the sequences get their own text as neighbours, each shifted by up to 3/4 of a chunk either way.
+
+    tokens int [B, N], neighbours of L chunks of M tokens, `share` of the sequences drawn by `generator` (on the CPU).
+    Neighbour j of chunk u becomes the R tokens from uM + shift on, as far as the document and the sequence reach. It
+    holds what comes next, but at another place than a neighbour's own continuation, so it can be used only by
+    looking up the present tokens in it: the skill that real neighbours, which rarely have the answer, teach slowly.
+    More overlap with neighbours makes RETRO learn faster (Doostmohammadi and Kuhlmann 2025).
+    """
+    batch, chunks, count, length = neighbours.tokens.shape
+    taught = torch.rand(batch, generator=generator) < share
+    size = length // 2
+    shift = torch.randint(-3 * size // 4, 3 * size // 4 + 1, (batch, chunks, count), generator=generator)
+    start = (torch.arange(chunks)[:, None] * size + shift).clamp(min=0).to(tokens.device)
+    place = start[..., None] + torch.arange(length, device=tokens.device)  # [B, L, K, R]
+    rows = torch.arange(batch, device=tokens.device)[:, None, None, None]
+    text = tokens[rows, place.clamp(max=tokens.shape[1] - 1)]
+    real = ((place < tokens.shape[1]) & (text != 0)).cumprod(-1)
+    taught = taught.to(tokens.device)[:, None, None]
+    return neighbours._replace(
+        tokens=torch.where(taught[..., None], text * real, neighbours.tokens),
+        lengths=torch.where(taught, real.sum(-1).to(neighbours.lengths.dtype), neighbours.lengths),
     )
 
 
@@ -168,7 +197,7 @@ class _Trainer:
         self.config, self.folder, self.model, self.packed = config, folder, model, packed
         self.retriever, self.settings, self.progress = retriever, settings, progress
         self.device = next(model.parameters()).device
-        self.step = 0
+        self.step = config.first_step
         self.optimiser = _optimiser(config, model)
 
     def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
@@ -231,7 +260,7 @@ class _Trainer:
             while self.step < until and not asked.is_set():
                 rate = learning_rate(config, self.step)
                 for group in self.optimiser.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["factor"]
                 loss = self._accumulate(batches, forward, dtype, log)
                 norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
                 self.optimiser.step()
@@ -268,11 +297,16 @@ class _Trainer:
     ) -> Tensor:
         """Gradients of one step; returns its mean loss over the scored tokens of all its batches."""
         total = torch.zeros((), device=self.device)
-        for _ in range(self.config.accumulate):
+        for part in range(self.config.accumulate):
             started = time.perf_counter()
             batch, neighbours = next(batches)
             log.waited(time.perf_counter() - started)
             tokens, targets = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets))
+            if self.config.lessons and neighbours is not None:
+                first, steps = self.config.first_step, self.config.steps
+                share = self.config.lessons * (steps - self.step) / (steps - first)
+                draw = torch.Generator().manual_seed(hash((self.config.seed, self.step, part)) % 2**63)
+                neighbours = give_lessons(tokens, neighbours, share, draw)
             with autocast(self.device, dtype):
                 logits = forward(tokens, neighbours)
             loss = F.cross_entropy(
@@ -417,14 +451,15 @@ def _step_of(line: str) -> float:
 
 
 def _optimiser(config: TrainConfig, model: Retro) -> torch.optim.Optimizer:
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if p.ndim == 2 and name.endswith("weight")]
-    rest = [p for name, p in trained if not (p.ndim == 2 and name.endswith("weight"))]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups: dict[tuple[float, float], list[Tensor]] = {}  # (weight decay, factor of the learning rate)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            matrix = parameter.ndim == 2 and name.endswith("weight")
+            added = config.retrofit and (name.startswith("encoder.") or ".cca" in name)
+            kind = (config.weight_decay if matrix else 0.0, config.added_rate if added else 1.0)
+            groups.setdefault(kind, []).append(parameter)
+    made = [{"params": p, "weight_decay": decay, "factor": factor} for (decay, factor), p in groups.items()]
+    return torch.optim.AdamW(made, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
@@ -434,7 +469,9 @@ def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
     if base.model.config.cca_layers:
         raise InputError(f"retrofit: {config.retrofit} is a RETRO already; give the run of a plain decoder.")
     changes = {name: getattr(model_config, name) for name in _RETROFIT_FIELDS}
-    return Retro.from_decoder(base.model, model_config.cca_layers, freeze=not config.unfreeze, **changes)
+    return Retro.from_decoder(
+        base.model, model_config.cca_layers, freeze=not config.unfreeze, copy=config.copy, **changes
+    )
 
 
 _RETROFIT_FIELDS = (

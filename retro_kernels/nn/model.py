@@ -17,7 +17,7 @@ from ..config import InputError, RetroConfig
 from . import saving
 from .attention import ChunkedCrossAttention, SelfAttention, causal_sinusoids
 from .cache import ChunkNeighbours, DecodingCache, SelfAttentionCache
-from .encoder import NeighbourEncoder
+from .encoder import EncoderLayer, NeighbourEncoder
 from .layers import FeedForward, RMSNorm, initialise
 from .positions import DistanceTable
 
@@ -70,8 +70,8 @@ class Retro(nn.Module):
     """The RETRO language model of Borgeaud et al. 2021 (arXiv 2112.04426).
 
     Pre-norm decoder (RMSNorm, GELU, readout tied to the embedding by default) whose layers `config.cca_layers`
-    attend to encoded neighbours. `config.cca_layers == ()` is the plain decoder. Initialisation as GPT-2:
-    N(0, 0.02²), matrices that write to the residual stream divided by √(2 · layers) of their stack.
+    attend to encoded neighbours. `config.cca_layers == ()` is the plain decoder. Initialisation as GPT-2, at any
+    width: N(0, 2/(5·dim)), matrices that write to the residual stream divided by √(2 · layers) of their stack.
 
     `backend` picks the implementation of the attention ops ("reference", "torch", "triton"; None: the best here).
     `gradient_checkpointing` (an attribute; False) recomputes each layer in the backward pass.
@@ -94,9 +94,9 @@ class Retro(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws all weights anew (see the class) and computes the constant tables, as is needed after `to_empty`."""
-        initialise(self, self.config.num_layers)
+        initialise(self, self.config.num_layers, self.config.dim)
         if self.encoder is not None:
-            initialise(self.encoder, self.config.encoder_layers)
+            initialise(self.encoder, self.config.encoder_layers, self.config.encoder_dim)
         for module in self.modules():
             if isinstance(module, DistanceTable):
                 module.reset_parameters()
@@ -199,6 +199,7 @@ class Retro(nn.Module):
         cca_layers: tuple[int, ...],
         *,
         freeze: bool = True,
+        copy: float = 0.0,
         backend: str | None = None,
         **changes: Any,
     ) -> Retro:
@@ -209,6 +210,10 @@ class Retro(nn.Module):
         cross-attentions only: RETRO off then stays the decoder for good. Unfrozen is reported to reach a better
         perplexity (Wang et al. 2023) and gives that up. `changes` are fields of the configuration that concern the
         encoder and the cross-attention, such as `encoder_dim`.
+
+        `copy` > 0 starts from what the decoder knows already: each cross-attention from its layer's self-attention
+        (as Rothe et al. 2020 do for encoder-decoders), its output projection scaled by `copy`, and the encoder from
+        the decoder's first layers. It needs an encoder of the decoder's width and heads, and relative positions.
         """
         if not isinstance(decoder, Retro):
             decoder = cls.from_pretrained(decoder, backend=backend)
@@ -236,10 +241,50 @@ class Retro(nn.Module):
         for _, layer in model._numbered():
             if layer.cca is not None:
                 nn.init.zeros_(layer.cca.o_proj.weight)
+        if copy:
+            model._copy_decoder(copy)
         if freeze:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in weights)
         return model
+
+    @torch.no_grad()
+    def _copy_decoder(self, scale: float) -> None:
+        """Starts the cross-attentions and the encoder from the decoder's own layers; see `from_decoder`."""
+        config = self.config
+        widths = [
+            (config.dim, config.encoder_dim),
+            (config.num_heads, config.encoder_heads),
+            (config.head_dim, config.encoder_head_dim),
+            (config.ffn_dim, config.encoder_ffn_dim),
+        ]
+        relative = config.self_attention == config.cca_position == "relative"
+        if any(a != b for a, b in widths) or config.encoder_layers > config.num_layers or not relative:
+            raise InputError(
+                "Retro.from_decoder: copy needs an encoder of the decoder's width, heads and feed-forward width, no "
+                "deeper than the decoder, and relative positions in both attentions. Change the encoder, or leave "
+                "copy at 0."
+            )
+        for _, layer in self._numbered():
+            if layer.cca is None or layer.cca_norm is None:
+                continue
+            layer.cca.load_state_dict(layer.attention.state_dict(), strict=False)
+            layer.cca_norm.load_state_dict(layer.attention_norm.state_dict())
+            layer.cca.o_proj.weight.mul_(scale)
+            for project in (layer.cca.k_proj, layer.cca.v_proj):
+                # self-attention reads normalised states; the encoder's output norm has a gain of its own, 1 as yet
+                project.weight.mul_(layer.attention_norm.weight)
+        assert self.encoder is not None
+        for encoder, decoder in zip(
+            cast("list[EncoderLayer]", self.encoder.layers), self.layers, strict=False
+        ):
+            for part in ("attention", "attention_norm", "ffn", "ffn_norm"):
+                getattr(encoder, part).load_state_dict(getattr(decoder, part).state_dict(), strict=False)
+            if encoder.cross is not None:
+                # what the copy does not know shall not drown what it knows
+                encoder.cross.o_proj.weight.mul_(0.1)
+        if self.encoder.embedding is not None:
+            self.encoder.embedding.load_state_dict(self.embedding.state_dict())
 
     def _numbered(self) -> Iterator[tuple[int, DecoderLayer]]:
         return enumerate(cast("list[DecoderLayer]", self.layers), 1)
