@@ -1,8 +1,10 @@
 """The whole path on text that is already here: tokenizer, retrieval set, two models, evaluation, generation, one table.
 
-The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; of the rest a
-set is built, and on the rest a RETRO and the same decoder without retrieval are trained, on the same tokens in the same
-order. What comes out is what is printed.
+The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; the others
+are the retrieval set and the training text. A decoder without retrieval is trained for most of the steps; then it goes
+on as it is, and a RETRO made of it goes on with retrieval, both on the same tokens in the same order. At this size a
+RETRO trained from its first step does not learn to look anything up, hence the common beginning, the copied layers and
+the lessons (`TrainConfig`). What comes out is what is printed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +27,7 @@ from .data.tokenizer import _write_whole
 from .evaluate import draw, evaluate, find_neighbours
 from .generate import generate, show_chunks
 from .retrieval import Retriever, build_retrieval_set
-from .runs import load_run, note, write_json
+from .runs import checkpoints, load_run, note, write_json
 from .train import train
 
 LEFT_OUT = (
@@ -41,19 +44,25 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything, chosen so that the demo takes less than eight minutes on two cores."""
+    """How much of everything, chosen by measurement so that the demo takes less than eight minutes on two cores."""
 
-    train_bytes: int = 4_500_000
-    held_out_bytes: int = 150_000
+    train_bytes: int = 2_600_000
+    held_out_bytes: int = 200_000
     largest_document: int = 100_000
     held_out_share: float = 0.06
-    vocab_size: int = 4096
+    vocab_size: int = 1024
     preset: str = "retro_tiny"
-    model: tuple[str, ...] = ("self_attention=rotary", "share_encoder_embedding=true")
-    steps: int = 300
-    batch_size: int = 4
-    sequence_length: int = 512
-    learning_rate: float = 4e-3
+    # cross-attention where the copied layers look up what followed the present tokens before
+    model: tuple[str, ...] = ("cca_layers=2,3", "share_encoder_embedding=true")
+    steps: int = 1300
+    retrieval_from: float = 0.75
+    """Part of the steps after which RETRO parts from the plain decoder."""
+    batch_size: int = 8
+    sequence_length: int = 256
+    learning_rate: float = 3e-3
+    num_neighbours: int = 1
+    lessons: float = 0.3
+    copy: float = 0.5
     prompt_tokens: int = 160
     generated_tokens: int = 160
 
@@ -91,10 +100,12 @@ def demo(
     manifest = build_retrieval_set(
         training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
     )
+    steps = steps or size.steps
+    parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
     common: dict[str, Any] = dict(
         data=(source,),
         preset=size.preset,
-        steps=steps or size.steps,
+        steps=steps,
         batch_size=size.batch_size,
         seed=seed,
         device="cpu",
@@ -102,25 +113,35 @@ def demo(
         learning_rate=size.learning_rate,
         save_every=100,
     )
-    clock.start("training RETRO")
-    retro = train(
-        TrainConfig(out=str(folder / "retro"), set=str(folder / "set"), model=size.model, **common),
-        documents=training,
-        resume=True,
-        progress=progress,
+    decoder = TrainConfig(
+        out=str(folder / "plain"),
+        tokenizer=str(folder / "set" / "tokenizer.model"),
+        model=size.model,
+        **common,
     )
-    clock.start("training the plain decoder")
-    plain = train(
-        TrainConfig(
-            out=str(folder / "plain"),
-            tokenizer=str(folder / "set" / "tokenizer.model"),
-            model=size.model,
-            **common,
-        ),
-        documents=training,
-        resume=True,
-        progress=progress,
+    fitted = TrainConfig(
+        out=str(folder / "retro"),
+        set=str(folder / "set"),
+        model=size.model,
+        retrofit=str(folder / "decoder"),
+        unfreeze=True,
+        copy=size.copy,
+        first_step=parting,
+        lessons=size.lessons,
+        num_neighbours=size.num_neighbours,
+        **common,
     )
+    options: dict[str, Any] = dict(documents=training, resume=True, progress=progress)
+    if not (folder / "decoder").exists():
+        clock.start(f"training the decoder, steps 1 to {parting:,}")
+        newest = max((step for step, _ in checkpoints(folder / "plain")), default=0)
+        if newest < parting:
+            train(decoder, stop_after=parting - newest, **options)
+        _keep(folder / "plain", folder / "decoder")
+    clock.start(f"training RETRO from there, steps {parting + 1:,} to {steps:,}")
+    retro = train(fitted, **options)
+    clock.start(f"training the plain decoder from there, steps {parting + 1:,} to {steps:,}")
+    plain = train(decoder, **options)
 
     clock.start("evaluation")
     retriever = Retriever.from_pretrained(folder / "set")
@@ -157,7 +178,13 @@ def demo(
             "plain": scores["plain"]["bits_per_byte"]["off"],
             **scores["retro"]["bits_per_byte"],
         },
-        "training": {"retro": retro, "plain": plain},
+        "training": {
+            "retro": retro,
+            "plain": plain,
+            "tokens": steps * size.batch_size * size.sequence_length,
+            "steps": steps,
+            "parting": parting,
+        },
         "evaluation": scores,
         "set": {
             "chunks": manifest["num_chunks"],
@@ -186,6 +213,13 @@ def demo(
     say(passage)
     say(f"Written: {folder / 'report.md'}")
     return result
+
+
+def _keep(run: Path, copy: Path) -> None:
+    """The run as it is now, without its checkpoints; it goes on changing, the copy does not."""
+    staged = copy.with_name(f"{copy.name}.tmp-{os.getpid()}")
+    shutil.copytree(run, staged, ignore=shutil.ignore_patterns("checkpoint-*"))
+    os.replace(staged, copy)
 
 
 def read_corpus(corpus: str | os.PathLike[str] | None) -> tuple[list[Document], str]:
@@ -244,6 +278,13 @@ def report(result: dict[str, Any]) -> str:
         ("bits per byte: RETRO off", f"{bpb['off']:.4f}"),
         ("bits per byte: RETRO on", f"{bpb['on']:.4f}"),
         ("bits per byte: RETRO, shuffled neighbours", f"{bpb['shuffled']:.4f}"),
+        (
+            "held-out documents better on than",
+            ", ".join(
+                f"{mode}: {count} of {result['evaluation']['retro']['documents']}"
+                for mode, count in result["evaluation"]["retro"]["better_on"].items()
+            ),
+        ),
         ("training, plain decoder", f"{training['plain']['tokens_per_second']:,.0f} tokens/s"),
         (
             "training, RETRO with retrieval in the step",
@@ -255,7 +296,10 @@ def report(result: dict[str, Any]) -> str:
             "parameters, plain and RETRO",
             f"{training['plain']['parameters']:,} and {training['retro']['parameters']:,}",
         ),
-        ("training tokens, each", f"{training['retro']['tokens']:,} in {training['retro']['steps']:,} steps"),
+        (
+            "training tokens, each",
+            f"{training['tokens']:,} in {training['steps']:,} steps, the first {training['parting']:,} in common",
+        ),
         (
             "retrieval set",
             f"{found['chunks']:,} chunks of {found['documents']:,} documents, {found['embedder']}",

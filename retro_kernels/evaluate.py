@@ -89,6 +89,7 @@ def evaluate(
     half of it. seed: of the shuffle. plot: a PNG with the filtered curve.
 
     Returns bits_per_byte {off, on, shuffled} (those that apply), filtered {α: bpb} of RETRO on and filtered_off,
+    better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than that),
     bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
     Raises InputError where nothing can be read, or set and model do not fit.
     """
@@ -319,6 +320,11 @@ def _report(
         "num_neighbours": k if "on" in bits else 0,
         "tokens_per_second": rate,
     }
+    if "on" in bits:
+        per_document = {m: np.add.reduceat(x.sum(1), corpus.starts[:-1]) for m, x in bits.items()}
+        result["better_on"] = {
+            mode: int((per_document["on"] < per_document[mode]).sum()) for mode in bits if mode != "on"
+        }
     if found is not None:
         per_chunk = torch.from_numpy(run.tokenizer.token_bytes[corpus.chunks.astype(np.int64)].sum(1))
         for name, mode in (("filtered", "on"), ("filtered_off", "off")):
@@ -340,6 +346,10 @@ def table(result: dict[str, Any]) -> str:
         f"{'':<24}{'bits per byte':>14}",
     ]
     lines += [f"{'RETRO ' + mode:<24}{value:>14.4f}" for mode, value in result["bits_per_byte"].items()]
+    lines += [
+        f"RETRO on is better than {mode} in {count:,} of the documents"
+        for mode, count in result.get("better_on", {}).items()
+    ]
     if result["filtered_off"]:
         lines += ["", f"{'leakage filter':<24}{'RETRO on':>14}{'RETRO off':>14}"]
         for alpha, off in result["filtered_off"].items():

@@ -46,7 +46,11 @@ def test_demo(
     result = json.loads((tmp_path / "d" / "result.json").read_text())
     assert set(result["bits_per_byte"]) == {"plain", "off", "on", "shuffled"}
     assert all(f"{value:.4f}" in table for value in result["bits_per_byte"].values())
-    assert result["training"]["retro"]["tokens"] == result["training"]["plain"]["tokens"] == 3 * 2 * 128
+    training = result["training"]
+    assert training["tokens"] == 3 * 2 * 128 and training["parting"] == 2
+    assert training["retro"]["steps"] == training["plain"]["steps"] == 3
+    assert training["retro"]["tokens"] == training["plain"]["tokens"] == 2 * 128  # after the parting
+    assert set(result["evaluation"]["retro"]["better_on"]) == {"off", "shuffled"}
     assert result["generation"]["chunks"][0]["neighbours"][0]["title"].startswith("train-")
     page = (tmp_path / "d" / "report.md").read_text()
     assert table.strip() in page and result["generation"]["chunks"][0]["neighbours"][0]["title"] in page
