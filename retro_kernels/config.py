@@ -287,7 +287,7 @@ class TrainConfig:
     """number of the first step: schedule and order of the data go on there, as after so many steps of the decoder"""
     lessons: float = 0.0
     """share of the sequences that are given their own text as neighbours, shifted at random, which teaches to copy
-    from neighbours; it falls to nothing over the steps"""
+    from neighbours; it falls to nothing over four fifths of the steps"""
     save_every: int = 500
     """steps between checkpoints"""
     log_every: int = 10

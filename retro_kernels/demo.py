@@ -54,14 +54,17 @@ class Size:
     preset: str = "retro_tiny"
     # cross-attention where the copied layers look up what followed the present tokens before
     model: tuple[str, ...] = ("cca_layers=2,3", "share_encoder_embedding=true")
-    steps: int = 1300
-    retrieval_from: float = 0.75
+    steps: int = 1200
+    retrieval_from: float = 0.7
     """Part of the steps after which RETRO parts from the plain decoder."""
     batch_size: int = 8
     sequence_length: int = 256
     learning_rate: float = 3e-3
     num_neighbours: int = 1
-    lessons: float = 0.3
+    """K in training; the more of them, the longer the step."""
+    evaluated_neighbours: int = 4
+    """K in evaluation and generation, which is free to differ (Borgeaud et al. 2021, figure 4)."""
+    lessons: float = 0.25
     copy: float = 0.5
     prompt_tokens: int = 160
     generated_tokens: int = 160
@@ -133,14 +136,14 @@ def demo(
     )
     options: dict[str, Any] = dict(documents=training, resume=True, progress=progress)
     if not (folder / "decoder").exists():
-        clock.start(f"training the decoder, steps 1 to {parting:,}")
+        clock.start("common training")
         newest = max((step for step, _ in checkpoints(folder / "plain")), default=0)
         if newest < parting:
             train(decoder, stop_after=parting - newest, **options)
         _keep(folder / "plain", folder / "decoder")
-    clock.start(f"training RETRO from there, steps {parting + 1:,} to {steps:,}")
+    clock.start("training RETRO")
     retro = train(fitted, **options)
-    clock.start(f"training the plain decoder from there, steps {parting + 1:,} to {steps:,}")
+    clock.start("training the plain decoder")
     plain = train(decoder, **options)
 
     clock.start("evaluation")
@@ -149,12 +152,19 @@ def demo(
     found = find_neighbours(
         tokenise(held_out, run.tokenizer, run.model.config.chunk_size),
         retriever,
-        run.num_neighbours,
+        size.evaluated_neighbours,
         seed,
         progress,
     )
     scores = {
-        name: evaluate(model, documents=held_out, found=found, device="cpu", progress=progress)
+        name: evaluate(
+            model,
+            documents=held_out,
+            found=found,
+            num_neighbours=size.evaluated_neighbours,
+            device="cpu",
+            progress=progress,
+        )
         for name, model in (("retro", run), ("plain", load_run(folder / "plain")))
     }
 
@@ -184,6 +194,7 @@ def demo(
             "tokens": steps * size.batch_size * size.sequence_length,
             "steps": steps,
             "parting": parting,
+            "num_neighbours": size.num_neighbours,
         },
         "evaluation": scores,
         "set": {
@@ -303,6 +314,11 @@ def report(result: dict[str, Any]) -> str:
         (
             "retrieval set",
             f"{found['chunks']:,} chunks of {found['documents']:,} documents, {found['embedder']}",
+        ),
+        (
+            "neighbours of a chunk",
+            f"{training['num_neighbours']} in training, "
+            f"{result['evaluation']['retro']['num_neighbours']} in evaluation",
         ),
         (
             "held out",

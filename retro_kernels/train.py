@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 
 # What may differ when a run is resumed: none of it changes what is computed, but `steps`, which is announced.
 _FREE = {"out", "steps", "device", "save_every", "log_every"}
+LESSONS_END = 0.8  # of the steps; the rest are for learning how far real neighbours are to be trusted
 FINAL_RATE = 0.1  # of the highest learning rate, at the end of the cosine
 
 
@@ -303,8 +304,8 @@ class _Trainer:
             log.waited(time.perf_counter() - started)
             tokens, targets = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets))
             if self.config.lessons and neighbours is not None:
-                first, steps = self.config.first_step, self.config.steps
-                share = self.config.lessons * (steps - self.step) / (steps - first)
+                done = (self.step - self.config.first_step) / (self.config.steps - self.config.first_step)
+                share = self.config.lessons * max(0.0, 1 - done / LESSONS_END)
                 draw = torch.Generator().manual_seed(hash((self.config.seed, self.step, part)) % 2**63)
                 neighbours = give_lessons(tokens, neighbours, share, draw)
             with autocast(self.device, dtype):
