@@ -93,7 +93,11 @@ def demo(
     clock = _Clock(say)
     documents, source = read_corpus(corpus)
     training, held_out = split(documents, size, seed)
-    names = {"corpus": source, "corpus_sha256": corpus_hash(documents), "python": platform.python_version()}
+    names = {
+        "corpus": "Sources of the standard library" if corpus is None else Path(source).name,
+        "corpus_sha256": corpus_hash(documents),
+        "python": platform.python_version(),
+    }
     say(
         f"Corpus: {source}, {len(documents):,} documents, hash {names['corpus_sha256'][:16]}, Python {names['python']}"
     )

@@ -1,0 +1,103 @@
+"""A retrofit that goes on where its decoder stands: schedule, copied layers, lessons in copying."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small import MODEL, World, run
+
+from retro_kernels import NeighbourBatch, Retro
+from retro_kernels.config import InputError, TrainConfig, retro_tiny
+from retro_kernels.train import give_lessons, learning_rate
+
+SIZE, COUNT = 64, 2
+
+
+def batch(share: float, seed: int) -> tuple[torch.Tensor, NeighbourBatch, NeighbourBatch]:
+    """(tokens [6, 256], neighbours as found, neighbours with lessons); a document ends inside each sequence."""
+    tokens = torch.randint(1, 1000, (6, 256))
+    tokens[:, 150:192] = 0
+    found = NeighbourBatch(
+        torch.randint(1, 1000, (6, 4, COUNT, 2 * SIZE)), torch.full((6, 4, COUNT), 100, dtype=torch.int32)
+    )
+    return tokens, found, give_lessons(tokens, found, share, torch.Generator().manual_seed(seed))
+
+
+def test_a_lesson_is_the_sequences_own_text_nearby(seed: int) -> None:
+    tokens, found, taught = batch(1.0, seed)
+    assert taught.tokens.shape == found.tokens.shape and taught.lengths.dtype == found.lengths.dtype
+    shifts = set()
+    for b, u, j in torch.cartesian_prod(torch.arange(6), torch.arange(4), torch.arange(COUNT)).tolist():
+        length = int(taught.lengths[b, u, j])
+        text = taught.tokens[b, u, j]
+        assert not text[length:].any() and text[:length].all()  # no pad inside, nothing behind
+        if length < 8:
+            continue  # it begins at the document's end
+        first = max(0, u * SIZE - 48)
+        places = [
+            s for s in range(first, u * SIZE + 49) if torch.equal(tokens[b, s : s + length], text[:length])
+        ]
+        assert places, (b, u, j)
+        shifts.add(places[0] - u * SIZE)
+        stop = places[0] + length
+        assert length == 2 * SIZE or stop == 256 or tokens[b, stop] == 0
+    assert len(shifts) > 5  # the answer does not always stand at the same distance
+
+
+def test_lessons_are_for_their_share(seed: int) -> None:
+    _, found, same = batch(0.0, seed)
+    assert torch.equal(same.tokens, found.tokens) and torch.equal(same.lengths, found.lengths)
+    _, found, some = batch(0.5, seed)
+    changed = (some.tokens != found.tokens).flatten(1)
+    assert all(row.float().mean() > 0.5 or not row.any() for row in changed)  # whole sequences
+    _, _, again = batch(0.5, seed)
+    assert torch.equal(
+        (again.lengths == 100).all(-1), (some.lengths == 100).all(-1)
+    )  # drawn by the generator alone
+
+
+def test_the_schedule_goes_on(tmp_path: Path) -> None:
+    common = {"data": ("x",), "out": "o", "steps": 1000, "warmup": 10}
+    whole = TrainConfig(**common)
+    later = TrainConfig(**common, set="s", retrofit="r", first_step=700)
+    assert learning_rate(later, 700) == pytest.approx(learning_rate(later, 709) / 10, rel=0.05)
+    for step in (709, 850, 999):
+        assert learning_rate(later, step) == pytest.approx(learning_rate(whole, step), rel=0.02)
+    with pytest.raises(InputError, match="first_step is 1000"):
+        TrainConfig(**common, set="s", retrofit="r", first_step=1000)
+    with pytest.raises(InputError, match="retrofit"):
+        TrainConfig(**common, set="s", copy=0.5)
+    with pytest.raises(InputError, match="lessons is 1.5"):
+        TrainConfig(**common, set="s", lessons=1.5)
+
+
+def test_copied_layers(seed: int) -> None:
+    plain = Retro(retro_tiny(vocab_size=50, cca_layers=()))
+    model = Retro.from_decoder(plain, (2, 3), copy=0.5, share_encoder_embedding=True)
+    layer, first = model.layers[1], model.layers[0]
+    assert torch.equal(layer.cca.q_proj.weight, plain.layers[1].attention.q_proj.weight)
+    assert torch.equal(layer.cca.o_proj.weight, 0.5 * plain.layers[1].attention.o_proj.weight)
+    assert torch.equal(model.encoder.layers[0].attention.k_proj.weight, first.attention.k_proj.weight)
+    assert torch.equal(model.encoder.layers[0].ffn.up_proj.weight, first.ffn.up_proj.weight)
+    tokens = torch.randint(50, (1, 70))
+    assert torch.equal(model(tokens), plain(tokens))
+    with pytest.raises(InputError, match="copy needs an encoder"):
+        Retro.from_decoder(plain, (2, 3), copy=0.5, encoder_dim=64)
+
+
+def test_lessons_from_the_command_line_resume_bit_for_bit(world: World, tmp_path: Path) -> None:
+    words = ["train", "--data", world.train, "--set", world.set, "--retrofit", world.plain, "--unfreeze"]
+    words += ["--copy", 0.5, "--added-rate", 2, "--first-step", 2, "--lessons", 0.5, "--steps", 6, *MODEL]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    assert run(*words, "--out", tmp_path / "parts", "--stop-after", 2) == 0
+    assert run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume") == 0
+    tokens = torch.randint(4, 50, (1, 70))
+    whole, parts = (Retro.from_pretrained(tmp_path / name) for name in ("whole", "parts"))
+    assert torch.equal(whole(tokens), parts(tokens))
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps[-1] == 6
