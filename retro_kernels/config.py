@@ -348,7 +348,7 @@ class TrainConfig:
 
     @property
     def warmup_steps(self) -> int:
-        return min((self.steps - self.first_step) // 20, 750) if self.warmup is None else self.warmup
+        return min(self.steps // 20, 750) if self.warmup is None else self.warmup
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

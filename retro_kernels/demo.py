@@ -46,15 +46,15 @@ LEFT_OUT = (
 class Size:
     """How much of everything, chosen by measurement so that the demo takes less than eight minutes on two cores."""
 
-    train_bytes: int = 2_600_000
-    held_out_bytes: int = 200_000
+    train_bytes: int = 2_400_000
+    held_out_bytes: int = 160_000
     largest_document: int = 100_000
     held_out_share: float = 0.06
     vocab_size: int = 1024
     preset: str = "retro_tiny"
     # cross-attention where the copied layers look up what followed the present tokens before
     model: tuple[str, ...] = ("cca_layers=2,3", "share_encoder_embedding=true")
-    steps: int = 1200
+    steps: int = 1150
     retrieval_from: float = 0.7
     """Part of the steps after which RETRO parts from the plain decoder."""
     batch_size: int = 8

@@ -136,13 +136,14 @@ def _check_writable(folder: Path) -> None:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Of the update number `step` (0-based): linear warm-up, then half a cosine down to a tenth.
 
-    A run that begins at a later first step warms up to the cosine's value there.
+    A run that begins at a later first step begins inside this schedule.
     """
-    warmed = min(1.0, (step - config.first_step + 1) / max(1, config.warmup_steps))
-    begin = 0 if config.first_step else config.warmup_steps
-    done = max(0.0, (step - begin) / max(1, config.steps - begin))
-    cosine = FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return config.learning_rate * warmed * cosine
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * (
+        FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    )
 
 
 def give_lessons(

@@ -63,9 +63,8 @@ def test_the_schedule_goes_on(tmp_path: Path) -> None:
     common = {"data": ("x",), "out": "o", "steps": 1000, "warmup": 10}
     whole = TrainConfig(**common)
     later = TrainConfig(**common, set="s", retrofit="r", first_step=700)
-    assert learning_rate(later, 700) == pytest.approx(learning_rate(later, 709) / 10, rel=0.05)
-    for step in (709, 850, 999):
-        assert learning_rate(later, step) == pytest.approx(learning_rate(whole, step), rel=0.02)
+    for step in (700, 850, 999):
+        assert learning_rate(later, step) == learning_rate(whole, step) < whole.learning_rate
     with pytest.raises(InputError, match="first_step is 1000"):
         TrainConfig(**common, set="s", retrofit="r", first_step=1000)
     with pytest.raises(InputError, match="retrofit"):
