@@ -17,8 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from plot import kept
 from retrieval_quality import data_folder
-from run import environment, write
+from run import write
 
 from retro_kernels.demo import demo
 
@@ -58,16 +59,7 @@ def main() -> int:
                 text = {"title": entry["id"], "text": entry["text"]}
                 out.write(json.dumps(text) + "\n")
         result = demo(args.out, corpus=corpus)
-    kept = ("corpus_sha256", "python", "bits_per_byte", "report", "seconds")
-    write(
-        TARGET,
-        {
-            "environment": environment(),
-            **{name: result[name] for name in kept},
-            "filtered": {n: result["evaluation"]["retro"][n] for n in ("filtered", "filtered_off")},
-            "better_on": result["evaluation"]["retro"]["better_on"],
-        },
-    )
+    write(TARGET, kept(result))
     print(result["report"])
     return 0
 

@@ -14,13 +14,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from run import write
+from run import environment, write
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 TARGET = HERE.parent / "docs" / "gains.png"
 OURS = "retro_kernels"
-KEPT = ("corpus_sha256", "python", "bits_per_byte", "report")
+KEPT = ("corpus", "corpus_sha256", "python", "bits_per_byte", "report", "seconds")
+DEMOS = ("demo.json", "demo_rfc.json")
 MODELS = {
     "plain": "plain decoder",
     "off": "RETRO off",
@@ -29,11 +30,25 @@ MODELS = {
 }
 
 
-def gains(folder: Path) -> dict[str, float]:
-    """Bits per byte by model; empty where the demo's figures are not there."""
-    path = folder / "demo.json"
-    bits = json.loads(path.read_text())["bits_per_byte"] if path.exists() else {}
-    return {label: bits[name] for name, label in MODELS.items() if name in bits}
+def kept(result: dict[str, Any]) -> dict[str, Any]:
+    """What is committed of a demo's result.json."""
+    retro = result["evaluation"]["retro"]
+    return {
+        "environment": environment(),
+        **{name: result[name] for name in KEPT},
+        **{name: retro[name] for name in ("filtered", "filtered_off", "better_on", "documents")},
+    }
+
+
+def gains(folder: Path) -> dict[str, dict[str, float]]:
+    """By corpus, bits per byte by model; empty where no demo's figures are there."""
+    found = {}
+    for path in (folder / name for name in DEMOS):
+        if path.exists():
+            result = json.loads(path.read_text())
+            bits = result["bits_per_byte"]
+            found[result["corpus"]] = {label: bits[name] for name, label in MODELS.items() if name in bits}
+    return found
 
 
 def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
@@ -62,9 +77,9 @@ def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
 def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:
     """Writes the picture; False where nothing was measured yet."""
     bits, groups = gains(folder), rivals(folder)
-    panels = (
-        [("bits per byte of held-out text, less is better", list(bits.items()), "{:.3f}")] if bits else []
-    )
+    panels = [
+        (f"{corpus}:\nbits per byte, less is better", list(b.items()), "{:.4f}") for corpus, b in bits.items()
+    ]
     panels += [(title, [(c, 1e3 * s) for c, s in rows], "{:.3g} ms") for title, rows in groups.items()]
     if not panels:
         return False
@@ -79,11 +94,20 @@ def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:
     for axis, (title, rows, form) in zip(axes[0], panels, strict=True):
         names, values = [name for name, _ in rows], [value for _, value in rows]
         colours = ["tab:blue" if name in (OURS, MODELS["on"]) else "tab:gray" for name in names]
-        bars = axis.barh(names, values, color=colours)
-        axis.bar_label(bars, [form.format(value) for value in values], padding=3)
         axis.set_title(title, fontsize=9)
+        if "ms" in form:
+            bars = axis.barh(names, values, color=colours)
+            axis.bar_label(bars, [form.format(value) for value in values], padding=3)
+            axis.margins(x=0.2)
+        else:  # the differences are small beside the values, so points: a bar would have to begin at 0
+            axis.scatter(values, names, color=colours)
+            for name, value in zip(names, values, strict=True):
+                axis.annotate(
+                    form.format(value), (value, name), (0, 6), textcoords="offset points", ha="center"
+                )
+            axis.margins(x=0.2, y=0.2)
+            axis.grid(axis="x", alpha=0.3)
         axis.invert_yaxis()
-        axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="png", dpi=130)
@@ -96,8 +120,7 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, help="result.json of a demo")
     args = parser.parse_args()
     if args.demo:
-        result = json.loads(args.demo.read_text())
-        write(RESULTS / "demo.json", {name: result[name] for name in KEPT})
+        write(RESULTS / "demo.json", kept(json.loads(args.demo.read_text())))
     if draw():
         print(f"written: {TARGET}")
         return 0

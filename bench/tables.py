@@ -3,8 +3,8 @@
 python bench/tables.py            # print the tables of results/*.json
 python bench/tables.py --write    # put them between the README's markers
 
-A file whose rows are no plain times has a view of its own: `retrieval` (bench_search.py, one line a set and index) and
-`retrieval-quality` (retrieval_quality.py, recall of questions).
+A file whose rows are no plain times has a view of its own: `retrieval` (bench_search.py, one line a set and index),
+`retrieval-quality` (retrieval_quality.py, recall of questions), and `demo` and `demo-rfc` (as the demo prints them).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 # <!-- bench:cpu --> for a whole result file, <!-- bench:cpu cca forward --> for the groups whose name begins so
 MARKER = re.compile(
-    r"(<!-- bench:(?P<name>[\w-]+)(?: (?P<only>[^>]*?))? -->\n).*?(<!-- /bench -->)", re.DOTALL
+    r"(<!-- bench:(?P<name>[\w-]+)(?: (?P<only>[^>]*?))? -->\n).*?(?P<end><!-- /bench -->)", re.DOTALL
 )
 
 
@@ -140,9 +140,20 @@ def quality_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", belongs, ""])
 
 
+def demo_report(result: dict[str, Any]) -> str:
+    """The table as the demo prints it."""
+    environment = result["environment"]
+    return (
+        f"{result['report']}\n{environment['device']}, {environment['cores']} cores, torch "
+        f"{environment['versions']['torch']}; commit {environment['commit']}, {environment['date']}.\n"
+    )
+
+
 VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "retrieval": retrieval_table,
     "retrieval_quality": quality_table,
+    "demo": demo_report,
+    "demo_rfc": demo_report,
 }
 """By the result file's stem; every other file is shown as times."""
 
@@ -155,7 +166,7 @@ def rendered(readme: str, folder: Path = HERE / "results") -> str:
         result = json.loads((folder / f"{stem}.json").read_text())
         if only := match["only"]:
             result["results"] = [row for row in result["results"] if row["group"].startswith(only)]
-        return f"{match[1]}{VIEWS.get(stem, table)(result)}{match[3]}"
+        return match[1] + VIEWS.get(stem, table)(result) + match["end"]
 
     return MARKER.sub(one, readme)
 

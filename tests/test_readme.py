@@ -139,6 +139,8 @@ def test_picture(tmp_path: Path) -> None:
     rows.append({"group": "g", "case": "Flex", "skipped": "no such", "extra": extra})
     (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"device": "chip"}, "results": rows}))
     assert plot.rivals(tmp_path) == {"g\nchip": [("retro_kernels", 1e-3), ("SDPA", 2e-3)]}
-    (tmp_path / "demo.json").write_text(json.dumps({"bits_per_byte": {"plain": 2.0, "on": 1.5}}))
-    assert plot.gains(tmp_path) == {"plain decoder": 2.0, "RETRO on": 1.5}
+    (tmp_path / "demo.json").write_text(
+        json.dumps({"corpus": "c", "bits_per_byte": {"plain": 2.0, "on": 1.5}})
+    )
+    assert plot.gains(tmp_path) == {"c": {"plain decoder": 2.0, "RETRO on": 1.5}}
     assert plot.draw(tmp_path, target) and target.read_bytes().startswith(b"\x89PNG")
