@@ -730,7 +730,7 @@ def _rel_partials(
         HAS_POSITION=position_bias is not None,
         KEYS_FIRST=config.keys_first,
         PRECISION=tiles.precision(q.dtype),
-        num_warps=8 if g.padded_dim > 64 else 4,
+        num_warps=8 if g.padded_dim > 64 or config.keys >= 128 else 4,
         num_stages=2,
     )
     return partial.sum(0).transpose(0, 1)

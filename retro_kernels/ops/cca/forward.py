@@ -244,7 +244,7 @@ def forward(
     g = tiles.geometry(query, key, block, repeat)
     groups, num_sets, num_keys, kv_heads, _ = key.shape
     arch = tiles.architecture(query.device)
-    config = config or tiles.forward_config(arch, g.padded_dim, query.dtype, g.rows)
+    config = config or tiles.forward_config(arch, g.padded_dim, query.dtype, g.rows, rel_key is not None)
     out = query.new_empty(query.shape)
     lse = query.new_empty((g.blocks, g.num_heads, block), dtype=torch.float32)
     q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)

@@ -246,29 +246,46 @@ class Config(NamedTuple):
     """Backward: logits as [BN, BM], so that 8 warps split the keys; with rows first, 4 warps split 64 rows."""
 
 
-def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int) -> Config:
-    """Thresholds compiled for sm_80, sm_90 and sm_100 (`bench/static.py`: no spill in the hot loop)."""
+def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, relative: bool) -> Config:
+    """By what compiles for sm_80, sm_90 and sm_100 with fewest spills; `relative`: with a table of relative keys.
+
+    Chosen from machine code, not from times. `bench/results/static.json` has registers and spills of each kernel and,
+    under `known`, those that spill in their hot loop: with relative keys in fp32, and with 256 dimensions.
+    """
     warps = 8 if rows >= 128 else 4
     if dtype == torch.float32:
         # tf32x3 splits every operand in two, which costs registers
         return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 else warps, 1)
     if padded_dim > 128:
-        return Config(32, 8, 1) if arch < 90 else Config(64, warps, 2)
+        return Config(32, 8, 1) if arch < 90 else Config(64, 8, 2)
+    if relative and rows == 64:
+        # the position tile takes as many registers as the logits; Hopper's 8 warps repeat no product at 128 keys
+        return Config(128 if 90 <= arch < 100 else 64, 8, 2)
     return Config(64, warps, 2)
 
 
 def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: bool) -> Config:
-    """Like `forward_config`; `tables`: the neighbour-summed dS of a tile is kept for table gradients."""
+    """Like `forward_config`; `tables`: the neighbour-summed dS of a tile is kept for table gradients.
+
+    In the hot loop spill those with tables and 128 dimensions on sm_90, those in fp32 and those of 256 dimensions. With
+    8 warps and two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys
+    first, at 256 with 64 keys.
+    """
     warps = 8 if rows >= 128 else 4
+    hopper = 90 <= arch < 100
     if dtype == torch.float32:
-        return Config(32 if padded_dim <= 64 else 16, 8, 1)
-    if padded_dim <= 64:
-        return Config(64, warps, 2)
-    if padded_dim == 128:
-        if tables and rows == 64:
+        return Config(32 if padded_dim <= 64 else 16, 8, 1, keys_first=padded_dim <= 64)
+    if padded_dim > 128:
+        return Config(32, 8, 1, panels=2)
+    if rows == 64 and (tables or arch < 90):
+        if not hopper:
+            return Config(64, 4 if padded_dim <= 64 and not tables else 8, 1, keys_first=True)
+        if padded_dim == 128:
             return Config(128, 8, 1, panels=2, keys_first=True)
-        return Config(64, warps, 1, panels=2)
-    return Config(64 if arch >= 90 else 32, 8, 1, panels=2)
+        return Config(128, 8, 2, keys_first=True)
+    if padded_dim <= 64:
+        return Config(64, warps, 2 if arch >= 90 else 1)
+    return Config(64, warps, 1, panels=2)
 
 
 class Geometry(NamedTuple):
