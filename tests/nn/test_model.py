@@ -248,3 +248,21 @@ def test_bad_input(seed: int) -> None:
         model(x[0], neighbours)
     with pytest.raises(InputError, match="plain decoder"):
         tiny_model(cca_layers=())(x, neighbours)
+
+
+def test_every_attention_of_the_encoder_reads_normalised_states(seed: int) -> None:
+    """Queries are made of the norm of the state as it is after self-attention, not of what went into the layer."""
+    model, seen = Retro(TINY.replace(normalise_conditioning=True)), {}  # gains are 1 in a new model
+
+    def record(name: str):
+        return lambda module, args: seen.setdefault(name, args)
+
+    layer = model.encoder.layers[0]
+    layer.attention.register_forward_pre_hook(record("attention"))
+    layer.cross_norm.register_forward_pre_hook(record("before"))
+    layer.cross.register_forward_pre_hook(record("cross"))
+    model(torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True))
+    query, context = seen["cross"]
+    assert torch.equal(query, layer.cross_norm(seen["before"][0]))
+    for states in (seen["attention"][0], query, context):
+        assert torch.allclose(states.square().mean(-1), torch.ones(states.shape[:-1]), atol=1e-2), "not normalised"
