@@ -4,7 +4,8 @@ python bench/tables.py            # print the tables of results/*.json
 python bench/tables.py --write    # put them between the README's markers
 
 A file whose rows are no plain times has a view of its own: `retrieval` (bench_search.py, one line a set and index),
-`retrieval-quality` (retrieval_quality.py, recall of questions), and `demo` and `demo-rfc` (as the demo prints them).
+`retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-rfc` (as the demo prints them), and
+`static` (static.py, machine code of the kernels).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import static
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -140,6 +143,48 @@ def quality_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", belongs, ""])
 
 
+STATIC_ROWS = [
+    *(f"sm_{arch}/forward-{mode}-{dim}" for arch, mode, dim in [(90, "none", 64), (90, "bias", 64)]),
+    *(f"sm_{arch}/forward-relative-{dim}" for arch, dim in [(90, 64), (80, 128), (90, 128), (100, 128)]),
+    *(f"sm_90/backward-{mode}-{dim}" for dim in (64, 128) for mode in ("none", "biasgrad", "relative")),
+    *(f"sm_{arch}/backward-relative-128" for arch in (80, 100)),
+    "sm_90/decode-relative-64",
+    "sm_90/absorbed-decode-896",
+]
+"""The kernels of the README, in bf16; the file has all."""
+
+
+def programs(row: dict[str, Any]) -> int:
+    """How many of a kernel's programs a multiprocessor holds: by its registers, its shared memory, its 64 warps."""
+    registers = static.LIMITS["registers"] // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
+    shared = static.SHARED[row["arch"]][1] // (row["shared"] + 1024)
+    return int(min(registers, shared, 64 // row["warps"]))
+
+
+def static_table(result: dict[str, Any]) -> str:
+    """Machine code of kernels for GPUs that need not be here."""
+    head = ["kernel", "for", "registers", "spills in the hot loop", "shared memory", "matrix instructions"]
+    lines = [_line([*head, "programs a multiprocessor"]), "|---|---|---:|---:|---:|---|---:|"]
+    for variant in STATIC_ROWS:
+        name, row = next((n, r) for n, r in result["rows"].items() if n.startswith(f"{variant}-bf16:"))
+        kernel = name.partition("/")[2].partition("-bf16")[0].rsplit("-", 1)
+        lines.append(
+            _line(
+                [
+                    f"{kernel[0].replace('-', ', ').replace('biasgrad', 'bias and its gradient')}, D {kernel[1]}",
+                    f"sm_{row['arch']}",
+                    f"{row['registers']} x {32 * row['warps']} threads",
+                    str(row["spills_hot"]),
+                    f"{row['shared'] / 1024:.0f} KiB",
+                    ", ".join(f"{count} {op}" for op, count in row["matrix_hot"].items()),
+                    str(programs(row)),
+                ]
+            )
+        )
+    belongs = f"bf16, Triton {result['triton']}; commit {result['commit'][:12]}, {result['date']}."
+    return "\n".join([*lines, "", belongs, ""])
+
+
 def demo_report(result: dict[str, Any]) -> str:
     """The table as the demo prints it."""
     environment = result["environment"]
@@ -152,6 +197,7 @@ def demo_report(result: dict[str, Any]) -> str:
 VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "retrieval": retrieval_table,
     "retrieval_quality": quality_table,
+    "static": static_table,
     "demo": demo_report,
     "demo_rfc": demo_report,
 }

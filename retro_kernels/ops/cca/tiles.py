@@ -250,7 +250,8 @@ def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, re
     """By what compiles for sm_80, sm_90 and sm_100 with fewest spills; `relative`: with a table of relative keys.
 
     Chosen from machine code, not from times. `bench/results/static.json` has registers and spills of each kernel and,
-    under `known`, those that spill in their hot loop: with relative keys in fp32, and with 256 dimensions.
+    under `known`, those that spill in their hot loop: at most 4 values, with relative keys in fp32 or with 256
+    dimensions on sm_90, with a bias and 128 dimensions on sm_100.
     """
     warps = 8 if rows >= 128 else 4
     if dtype == torch.float32:
