@@ -300,6 +300,10 @@ def report(result: dict[str, Any]) -> str:
                 for mode, count in result["evaluation"]["retro"]["better_on"].items()
             ),
         ),
+        (
+            "longest run of tokens shared with ten neighbours",
+            f"{result['evaluation']['retro']['mean_overlap']:.1%} of a held-out chunk, on average",
+        ),
         ("training, plain decoder", f"{training['plain']['tokens_per_second']:,.0f} tokens/s"),
         (
             "training, RETRO with retrieval in the step",
