@@ -224,10 +224,10 @@ def launches(variant: Variant) -> list[Launch]:
 
             blocks, rows = batch * chunks, M * heads
             logits, rel = empty(blocks, rows, K * R), empty(blocks, rows, M + R)
-            lengths, out = empty(blocks, K, dtype=int32), empty(batch, tokens, heads, dim)
+            lengths = empty(blocks, K, dtype=int32)
             sizes = {"first": 0, "block": M, "neighbour_len": R, "dropout_p": 0.0}
             softmax_triton(logits, rel, None, lengths, None, heads=heads, **sizes)
-            softmax_backward_triton(logits, logits, out, out, rel, None, chunks=chunks, **sizes)
+            softmax_backward_triton(logits, logits, rel, None, heads=heads, **sizes)
         else:
             from retro_kernels.ops.gather.kernel import gather_triton
 

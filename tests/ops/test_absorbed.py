@@ -273,7 +273,7 @@ def test_opcheck(fused: bool, seed: int) -> None:
         torch.library.opcheck(absorbed._cca_absorbed_fwd, (*args, keep))
     out, weights, mixed = absorbed._cca_absorbed_fwd(*args, True)
     torch.library.opcheck(
-        absorbed._cca_absorbed_bwd, (torch.randn_like(out), out, weights, mixed, *args, [True] * 8)
+        absorbed._cca_absorbed_bwd, (torch.randn_like(out), weights, mixed, *args, [True] * 8)
     )
 
 

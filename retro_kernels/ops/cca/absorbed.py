@@ -114,27 +114,22 @@ def _dropped(weights: Tensor, seed: Tensor, block: int, heads: int, dropout_p: f
 def _softmax_backward(
     weights: Tensor,
     grad: Tensor,
-    out: Tensor,
-    grad_out: Tensor,
     grad_rel: Tensor | None,
     seed: Tensor | None,
     *,
     first: int,
-    chunks: int,
     block: int,
+    heads: int,
     neighbour_len: int,
     dropout_p: float,
 ) -> Tensor:
     """`absorbed_softmax.softmax_backward_triton` in plain PyTorch."""
-    heads = out.shape[2]
-    blocks = slice(first, first + weights.shape[0])
-    wide = torch.promote_types(out.dtype, torch.float32)
-    delta = (out.to(wide) * grad_out.to(wide)).sum(-1, keepdim=True)  # [B, N, H, 1]
-    delta = _rows(delta, block, chunks, block - 1).view(-1, block * heads, 1)[blocks]
+    wide = torch.promote_types(weights.dtype, torch.float32)
     dropped = weights
     if seed is not None:
         dropped = _dropped(weights, seed, block, heads, dropout_p)
         grad.copy_(_dropped(grad, seed, block, heads, dropout_p))
+    delta = (grad.to(wide) * weights.to(wide)).sum(-1, keepdim=True)
     if grad.dtype == wide:
         grad.sub_(delta).mul_(weights)
     else:
@@ -224,7 +219,6 @@ def _forward(
 
 def _backward(
     grad_out: Tensor,
-    out: Tensor,
     weights: Tensor,
     mixed: Tensor,
     query: Tensor,
@@ -275,13 +269,11 @@ def _backward(
         dropped = softmax_backward(
             weights[of_part],
             grad,
-            out,
-            grad_out,
             None if grad_rel is None else grad_rel[of_part],
             seed,
             first=start,
-            chunks=chunks,
             block=chunk_size,
+            heads=heads,
             neighbour_len=neighbour_len,
             dropout_p=dropout_p,
         )
@@ -387,7 +379,6 @@ def _forward_fake(
 
 def _backward_fake(
     grad_out: Tensor,
-    out: Tensor,
     weights: Tensor,
     mixed: Tensor,
     query: Tensor,
@@ -422,7 +413,7 @@ _cca_absorbed_fwd = register(
     f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _on_device(_forward), _forward_fake
 )
 _cca_absorbed_bwd = register(
-    f"cca_absorbed_bwd(Tensor grad_out, Tensor out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
+    f"cca_absorbed_bwd(Tensor grad_out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _on_device(_backward),
     _backward_fake,
@@ -430,12 +421,12 @@ _cca_absorbed_bwd = register(
 
 
 class _AbsorbedCrossAttention(torch.autograd.Function):
-    """Keeps the inputs, the output, the weights and the mixed states."""
+    """Keeps the inputs, the weights and the mixed states."""
 
     @staticmethod
     def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> Tensor:
         out, weights, mixed = _cca_absorbed_fwd(*args, True)
-        ctx.save_for_backward(out, weights, mixed, *args[:10], key_bias)
+        ctx.save_for_backward(weights, mixed, *args[:10], key_bias)
         ctx.options = args[10:]
         return out
 
@@ -462,8 +453,8 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 def _gradients(needs: tuple[bool, ...], grad_out: Tensor, *args: Any) -> tuple[Tensor | None, ...]:
-    saved, key_bias, options = args[:13], args[13], args[14:]
-    wanted = [need and x is not None for need, x in zip(needs[1:], saved[3:11], strict=True)]
+    saved, key_bias, options = args[:12], args[12], args[13:]
+    wanted = [need and x is not None for need, x in zip(needs[1:], saved[2:10], strict=True)]
     grads = _cca_absorbed_bwd(grad_out, *saved, *options, wanted)
     of_key_bias = torch.zeros_like(key_bias) if key_bias is not None and needs[0] else None
     return (of_key_bias, *(grad if need else None for grad, need in zip(grads, wanted, strict=True)))

@@ -7,7 +7,10 @@ neighbours), both from matrix products. The position tables come with their colu
 largest distance), so that a row's R values are contiguous and ascend with the key. The weights overwrite the logits,
 and in backward the logits' gradient overwrites the weights' gradient:
 
-    dS = W ∘ (dW − δ),   δ[r] = dout[r]·out[r],   dT[r, M − 1 − a + c] = Σ_j dS[r, j, c]
+    dS = W ∘ (dW − δ),   δ[r] = Σ W[r] dW[r],   dT[r, M − 1 − a + c] = Σ_j dS[r, j, c]
+
+δ equals dout[r]·out[r], but is summed from the very dW that it is subtracted from: where one weight is nearly 1, the
+two nearly cancel, and their rounding errors have to cancel too.
 
 Shapes: P blocks (attending chunks) · M rows of a block · H heads · K neighbours · R tokens each · GP columns of T,
 at least M + R − 1. Rows are [M, H], so the products around these kernels need no transposed copy.
@@ -110,24 +113,18 @@ def _cca_absorbed_softmax_kernel(
 def _cca_absorbed_softmax_bwd_kernel(
     p_weights,  # [P, M * H, K * R], before dropout
     p_grad,  # [P, M * H, K * R], gradient of the weights, overwritten by that of the logits
-    p_out,  # [B, N, H, D]
-    p_grad_out,  # [B, N, H, D]
     p_grad_rel,  # [P, M * H, GP]
     p_dropped,  # [P, M * H, K * R], the weights after dropout, written again
     p_seed,  # int64 [1]
     first,
-    L,
-    N,
     K,
     H,
     GP,
     keep_scale,
     M: tl.constexpr,
     R: tl.constexpr,
-    D: tl.constexpr,
     ROWS: tl.constexpr,
     BR: tl.constexpr,
-    BD: tl.constexpr,
     BG: tl.constexpr,
     GRAD_REL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -146,14 +143,14 @@ def _cca_absorbed_softmax_bwd_kernel(
     row64 = i_p64 * (M * H) + o_row
     o_tile = row64[:, None] * (K * R) + o_c[None, :]
 
-    # row a of block u is token (u + 1) M - 1 + a; those behind the sequence's end have no gradient
-    o_d = tl.arange(0, BD)
-    block = i_p64 + first
-    token = (block % L + 1) * M - 1 + o_a
-    o_out = (((block // L) * N + token) * H + o_h)[:, None] * D + o_d[None, :]  # [ROWS, BD]
-    m_out = (m_row & (token < N))[:, None] & (o_d < D)[None, :]
-    b_out = tl.load(p_out + o_out, mask=m_out, other=0.0).to(tl.float32)
-    b_delta = tl.sum(b_out * tl.load(p_grad_out + o_out, mask=m_out, other=0.0).to(tl.float32), 1)
+    b_delta = tl.zeros([ROWS], tl.float32)
+    for j in tl.range(0, K):
+        b_w = tl.load(p_weights + o_tile + j * R, mask=m_tile, other=0.0).to(tl.float32)  # [ROWS, BR]
+        b_g = tl.load(p_grad + o_tile + j * R, mask=m_tile, other=0.0).to(tl.float32)
+        if DROPOUT:
+            keep = _dropout_keep(p_seed, i_p + first, o_h[:, None], o_a, j * R + o_c, THRESHOLD, False)
+            b_g = tl.where(keep, b_g * keep_scale, 0.0)
+        b_delta += tl.sum(b_w * b_g, 1)
 
     b_grad_rel = tl.zeros([ROWS, BR], tl.float32)
     for j in tl.range(0, K):
@@ -234,20 +231,17 @@ def softmax_triton(
 def softmax_backward_triton(
     weights: Tensor,  # [P, M * H, K * R], before dropout
     grad: Tensor,  # [P, M * H, K * R], gradient of the weights, overwritten by that of the logits
-    out: Tensor,  # [B, N, H, D]
-    grad_out: Tensor,  # [B, N, H, D]
     grad_rel: Tensor | None,  # [P, M * H, GP], written
     seed: Tensor | None,
     *,
     first: int,
-    chunks: int,
     block: int,
+    heads: int,
     neighbour_len: int,
     dropout_p: float,
 ) -> Tensor:
     """Returns the weights after dropout again: `weights` itself where there is none."""
     blocks, rows, keys = weights.shape
-    _, tokens, heads, head_dim = out.shape
     dropped = weights if dropout_p == 0.0 else torch.empty_like(weights)
     if blocks > 0:
         sizes = tile(rows, neighbour_len)
@@ -255,22 +249,16 @@ def softmax_backward_triton(
         _cca_absorbed_softmax_bwd_kernel[(blocks * triton.cdiv(rows, sizes["ROWS"]),)](
             weights,
             grad,
-            out,
-            grad_out,
             grad if grad_rel is None else grad_rel,
             dropped,
             weights if seed is None else seed,
             first,
-            chunks,
-            tokens,
             keys // neighbour_len,
             heads,
             columns,
             1.0 / (1.0 - dropout_p),
             M=block,
             R=neighbour_len,
-            D=head_dim,
-            BD=triton.next_power_of_2(head_dim),
             BG=triton.next_power_of_2(columns),
             GRAD_REL=grad_rel is not None,
             DROPOUT=dropout_p > 0.0,
