@@ -36,7 +36,10 @@ def kept(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "environment": environment(),
         **{name: result[name] for name in KEPT},
-        **{name: retro[name] for name in ("filtered", "filtered_off", "better_on", "documents", "mean_overlap")},
+        **{
+            name: retro[name]
+            for name in ("filtered", "filtered_off", "better_on", "documents", "mean_overlap")
+        },
     }
 
 

@@ -265,4 +265,6 @@ def test_every_attention_of_the_encoder_reads_normalised_states(seed: int) -> No
     query, context = seen["cross"]
     assert torch.equal(query, layer.cross_norm(seen["before"][0]))
     for states in (seen["attention"][0], query, context):
-        assert torch.allclose(states.square().mean(-1), torch.ones(states.shape[:-1]), atol=1e-2), "not normalised"
+        assert torch.allclose(states.square().mean(-1), torch.ones(states.shape[:-1]), atol=1e-2), (
+            "not normalised"
+        )
