@@ -3,8 +3,9 @@
     python bench/plot.py                             # from bench/results/*.json
     python bench/plot.py --demo demo/result.json     # keeps the demo's figures in results/demo.json first
 
-Left: bits per byte of the demo's models (demo.json). Right: chunked cross-attention, forward and backward, beside what
-one would write instead: the first group of each kind of positions that a result file holds. Predictions are not drawn.
+First, bits per byte of the demo's models (demo.json, demo_rfc.json); then chunked cross-attention, forward and
+backward, beside what one would write instead: the first group of each kind of positions that the files
+hold. No predictions.
 """
 
 from __future__ import annotations
@@ -62,7 +63,11 @@ def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in result.get("results", []):
             extra = row.get("extra", {})
-            if "median_s" in row and extra.get("what") == "core" and extra.get("pass") == "forward+backward":
+            if (
+                "median_s" in row
+                and extra.get("what") in ("core", "module")
+                and extra.get("pass") == "forward+backward"
+            ):
                 groups.setdefault(row["group"], []).append(row)
         for group, rows in groups.items():
             kind = rows[0]["extra"].get("positions", "none")
@@ -91,10 +96,14 @@ def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    wide = min(2, len(panels))
+    high = -(-len(panels) // wide)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.2 * len(panels), 3.2), layout="constrained", squeeze=False
+        high, wide, figsize=(6.2 * wide, 2.8 * high), layout="constrained", squeeze=False
     )
-    for axis, (title, rows, form) in zip(axes[0], panels, strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (title, rows, form) in zip(axes.flat, panels, strict=False):
         names, values = [name for name, _ in rows], [value for _, value in rows]
         colours = ["tab:blue" if name in (OURS, MODELS["on"]) else "tab:gray" for name in names]
         axis.set_title(title, fontsize=9)
@@ -109,6 +118,7 @@ def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:
                     form.format(value), (value, name), (0, 6), textcoords="offset points", ha="center"
                 )
             axis.margins(x=0.2, y=0.2)
+            axis.locator_params(axis="x", nbins=5)
             axis.grid(axis="x", alpha=0.3)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)

@@ -2,9 +2,8 @@
 
 The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; the others
 are the retrieval set and the training text. A decoder without retrieval is trained for most of the steps; then it goes
-on as it is, and a RETRO made of it goes on with retrieval, both on the same tokens in the same order. At this size a
-RETRO trained from its first step does not learn to look anything up, hence the common beginning, the copied layers and
-the lessons (`TrainConfig`). What comes out is what is printed.
+on as it is, and a RETRO made of it goes on with retrieval, both on the same tokens in the same order; the layers added
+to it start as copies of its own, and lessons are mixed in (`TrainConfig`). What comes out is what is printed.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Size:
     num_neighbours: int = 1
     """K in training; the more of them, the longer the step."""
     evaluated_neighbours: int = 4
-    """K in evaluation and generation, which is free to differ (Borgeaud et al. 2021, figure 4)."""
+    """K in evaluation, which is free to differ."""
     lessons: float = 0.25
     copy: float = 0.5
     prompt_tokens: int = 160
@@ -91,6 +90,11 @@ def demo(
     size = size or Size()
     folder = Path(out)
     clock = _Clock(say)
+    steps = steps or size.steps
+    if steps < 2:
+        raise InputError(
+            f"demo: steps is {steps}; both models need a common step and one of their own, so at least 2."
+        )
     documents, source = read_corpus(corpus)
     training, held_out = split(documents, size, seed)
     names = {
@@ -107,7 +111,6 @@ def demo(
     manifest = build_retrieval_set(
         training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
     )
-    steps = steps or size.steps
     parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
     common: dict[str, Any] = dict(
         data=(source,),

@@ -81,3 +81,9 @@ def test_standard_library() -> None:
 def test_too_little_text() -> None:
     with pytest.raises(InputError, match="two to hold out"):
         split([Document("a", "b" * 100)], replace(Size(), held_out_share=0.5), 0)
+
+
+def test_both_models_need_a_step_of_their_own(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("demo", "--steps", 1, "--out", tmp_path / "d") == 2
+    error = capfd.readouterr().err
+    assert "steps is 1" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()
