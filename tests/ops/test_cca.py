@@ -48,9 +48,10 @@ def inputs(
     options = {name: draw(*shapes[name], scale=0.5) for name in tables}
     if lengths and chunks:
         given = torch.randint(0, length + 1, (batch, chunks, neighbours))
-        given[0, 0, 0], given[-1, -1, -1] = 0, length
+        given[0, 0, 0] = 0
         if chunks > 1:
             given[0, 1] = 0  # a chunk without any neighbour
+        given[0, 0, -1] = length  # set last: whatever the seed, something is attended to
         options["neighbour_lengths"] = given.to(device)
     block = (batch, chunks, neighbours, length, kv_heads, size)
     return [draw(batch, tokens, heads, size), draw(*block), draw(*block)], options
