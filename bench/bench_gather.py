@@ -26,7 +26,7 @@ from cases import DEVICE, ON_GPU, TINY
 from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from retro_kernels.ops import gather_neighbours
+from retro_kernels.ops import gather_embeddings, gather_neighbours
 from retro_kernels.ops.gather import native
 from retro_kernels.retrieval.store import open_array
 
@@ -266,3 +266,36 @@ def test_pinned(benchmark: Any, count: int, name: str) -> None:
             rows = tokens[: 2 * count].view(torch.int16)
             calls.append(lambda rows=rows: rows.to(DEVICE, non_blocking=True))
     timing.measure(benchmark, calls, wall=name.endswith("on the host"))
+
+
+WIDTH, VOCABULARY = 896, 32_000
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("count", [512, 20_480])
+@pytest.mark.parametrize("name", [OURS, "gather, then F.embedding"])
+def test_embeddings_on_the_gpu(benchmark: Any, count: int, name: str, ceilings: roofline.Ceilings) -> None:
+    """Neighbours embedded as the encoder reads them (bf16, 896 wide), in one kernel and in two."""
+    benchmark.group = f"gather and embedding of {count:,} ids on the GPU"
+    tokens, flags = gpu_store("gpu")
+    tokens = (tokens.to(torch.int32) % VOCABULARY).to(torch.uint16)
+    weight = torch.randn(VOCABULARY, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+
+    def fused(ids: Tensor) -> Any:
+        return gather_embeddings(tokens, ids, weight, continuation=flags, backend="triton")
+
+    def apart(ids: Tensor) -> Any:
+        gathered, lengths = gather_neighbours(tokens, ids, continuation=flags, backend="triton")
+        return torch.nn.functional.embedding(gathered, weight), lengths
+
+    call = fused if name == OURS else apart
+    floor = ceilings.floor(roofline.gather(count, out_element=WIDTH * weight.element_size()))
+    median = timing.measure(
+        benchmark,
+        [lambda ids=ids: call(ids) for ids in _id_sets(count)],
+        case=name,
+        what="gather and embedding",
+        count=count,
+        floor_s=floor,
+    )
+    benchmark.extra_info["share_of_floor"] = round(floor / median, 4)

@@ -23,6 +23,7 @@ _HOME = {
     "NeighbourBatch": "ops",
     "block_attention": "ops",
     "chunked_cross_attention": "ops",
+    "gather_embeddings": "ops",
     "gather_neighbours": "ops",
     "use_backend": "ops",
     "ChunkedCrossAttention": "nn",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         NeighbourBatch,
         block_attention,
         chunked_cross_attention,
+        gather_embeddings,
         gather_neighbours,
         use_backend,
     )

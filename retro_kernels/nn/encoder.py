@@ -83,25 +83,29 @@ class NeighbourEncoder(nn.Module):
         """`tokens` int [B, L, K, R], `hidden` [B, L, M, dim], `lengths` int [B, L, K] (None: all R) →
         [B, L, K, R, encoder_dim].
 
+        Tokens that are embedded already (`gather_embeddings`) are taken as they are: [B, L, K, R, encoder_dim].
         What stands behind a neighbour's length is finite and carries no meaning. Raises ValueError for shapes that
         do not fit together.
         """
         config = self.config
         expected = [*tokens.shape[:2], config.chunk_size, config.dim]
-        if tokens.ndim != 4 or tokens.shape[3] != config.neighbour_len or list(hidden.shape) != expected:
+        embedded = tokens.is_floating_point()
+        row = [config.neighbour_len, config.encoder_dim] if embedded else [config.neighbour_len]
+        if tokens.ndim != 3 + len(row) or list(tokens.shape[3:]) != row or list(hidden.shape) != expected:
             raise ValueError(
                 f"NeighbourEncoder: tokens is {list(tokens.shape)} and hidden {list(hidden.shape)}; they must be "
-                f"[B, L, K, {config.neighbour_len}] and [B, L, {config.chunk_size}, {config.dim}]."
+                f"[B, L, K, {', '.join(map(str, row))}] and [B, L, {config.chunk_size}, {config.dim}]."
             )
         table = self.embedding if self.embedding is not None else embedding
-        if table is None:
+        if table is None and not embedded:
             raise ValueError(
                 "NeighbourEncoder: with share_encoder_embedding, the decoder's embedding must be given."
             )
         chunks = hidden.flatten(0, 1)  # [B·L, M, dim]
         if self.conditioning_norm is not None:
             chunks = self.conditioning_norm(chunks)
-        e = self.dropout(table(tokens.flatten(0, 2).to(torch.int64)))  # [B·L·K, R, d']
+        flat = tokens.flatten(0, 2)
+        e = self.dropout(flat if table is None or embedded else table(flat.to(torch.int64)))  # [B·L·K, R, d']
         flat_lengths = None if lengths is None else lengths.flatten()
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():

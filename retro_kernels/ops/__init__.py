@@ -9,7 +9,7 @@ from retro_kernels.ops.cca import (
     chunked_cross_attention,
     chunked_cross_attention_decode,
 )
-from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
+from retro_kernels.ops.gather import NeighbourBatch, gather_embeddings, gather_neighbours
 
 __all__ = [
     "NeighbourBatch",
@@ -19,6 +19,7 @@ __all__ = [
     "choose_projection",
     "chunked_cross_attention",
     "chunked_cross_attention_decode",
+    "gather_embeddings",
     "gather_neighbours",
     "pick_backend",
     "use_backend",

@@ -268,3 +268,18 @@ def test_every_attention_of_the_encoder_reads_normalised_states(seed: int) -> No
         assert torch.allclose(states.square().mean(-1), torch.ones(states.shape[:-1]), atol=1e-2), (
             "not normalised"
         )
+
+
+def test_the_encoder_takes_embedded_tokens(seed):
+    """What `gather_embeddings` gives stands for the tokens; a table of the encoder's own is left alone then."""
+    model = tiny_model()
+    encoder = model.encoder
+    neighbours, hidden = (
+        random_neighbours(2, 3),
+        torch.randn(2, 3, M, model.config.dim).to(model.embedding.weight.dtype),
+    )
+    embedded = encoder.embedding(neighbours.tokens)
+    expected = encoder(neighbours.tokens, hidden, neighbours.lengths)
+    assert torch.equal(encoder(embedded, hidden, neighbours.lengths), expected)
+    with pytest.raises(ValueError, match=r"must be \[B, L, K, \d+, \d+\]"):
+        encoder(embedded[..., :-1], hidden, neighbours.lengths)

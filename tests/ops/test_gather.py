@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import retro_kernels
-from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours, native, op
+from retro_kernels.ops.gather import NeighbourBatch, gather_embeddings, gather_neighbours, native, op
 
 HOST_BACKENDS = ["native", "torch", "reference", "triton"]
 DTYPES = {"uint16": torch.uint16, "int32": torch.int32}
@@ -357,6 +357,78 @@ def test_neighbour_batch_moves() -> None:
     assert isinstance(moved, retro_kernels.NeighbourBatch)
     assert moved.tokens.is_meta and moved.lengths.is_meta and moved.distances.is_meta  # type: ignore[union-attr]
     assert moved.ids is None
+
+
+def embed_and_compare(
+    store: Tensor, ids: Tensor, flags: Tensor, weight: Tensor, pad_id: int, backend: str | None
+) -> None:
+    """Output and gradient are those of a gather and a lookup after it, to the last bit."""
+    ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    embedded, lengths = gather_embeddings(
+        store, ids, ours, continuation=flags, pad_id=pad_id, backend=backend
+    )
+    tokens, expected_lengths = gather_neighbours(store, ids, continuation=flags, pad_id=pad_id)
+    expected = torch.nn.functional.embedding(tokens, theirs)
+    grad = torch.randn_like(expected)
+    embedded.backward(grad)
+    expected.backward(grad)
+    assert torch.equal(embedded, expected) and torch.equal(lengths, expected_lengths)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("chunk_size", "pad_id", "width"), [(64, 0, 24), (5, 3, 200), (1, 0, 1)])
+def test_embeddings(backend: str, dtype: str, chunk_size: int, pad_id: int, width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 37, chunk_size, dtype, pad_id)
+    store %= 97
+    ids, weight = make_ids(rng, 37, (2, 3, 4)), torch.randn(97, width)
+    embed_and_compare(torch.from_numpy(store), ids, torch.from_numpy(continuation), weight, pad_id, backend)
+
+
+def test_embeddings_of_wrong_tables_and_of_nothing(backend: str) -> None:
+    store = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32)
+    flags, weight = torch.tensor([True, False]), torch.randn(4, 3)
+    ids = torch.tensor([[0, -1]])
+    with pytest.raises(TypeError, match="weight is torch.int64"):
+        gather_embeddings(store, ids, weight.long(), continuation=flags, backend=backend)
+    with pytest.raises(ValueError, match=r"weight has shape \(4,\)"):
+        gather_embeddings(store, ids, weight[:, 0], continuation=flags, backend=backend)
+    with pytest.raises(ValueError, match="ids has 2"):
+        gather_embeddings(store, ids + 2, weight, continuation=flags, backend=backend)
+    embedded, lengths = gather_embeddings(store, ids[:, :0], weight, continuation=flags, backend=backend)
+    assert embedded.shape == (1, 0, 4, 3) and lengths.shape == (1, 0)
+    if backend == "triton":
+        embedded, _ = gather_embeddings(store, ids, weight[:3], continuation=flags, backend=backend)
+        assert embedded[0, 0, 2].isnan().all() and not embedded[0, 1].isnan().any()
+    else:
+        with pytest.raises(IndexError):
+            gather_embeddings(store, ids, weight[:3], continuation=flags, backend=backend)
+
+
+def test_embeddings_are_a_registered_op(seed: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton's interpreter is off")
+    rng = np.random.default_rng(seed)
+    store, continuation = (torch.from_numpy(x) for x in make_store(rng, 9, 4, "int32"))
+    arguments = (store % 11, make_ids(rng, 9, (2, 2, 2)), continuation, torch.randn(11, 6), 0)
+    torch.library.opcheck(torch.ops.retro_kernels.gather_embeddings, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_embeddings_on_the_gpu(seed: int, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 997, 64, "uint16")
+    ids, weight = make_ids(rng, 997, (4, 33, 2)), torch.randn(2**16, 896, dtype=dtype)
+    embed_and_compare(
+        torch.from_numpy(store).cuda(),
+        ids.cuda(),
+        torch.from_numpy(continuation).cuda(),
+        weight.cuda(),
+        0,
+        None,
+    )
 
 
 @pytest.mark.gpu

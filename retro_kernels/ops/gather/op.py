@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops._register import register
 from retro_kernels.ops.gather import native
 from retro_kernels.ops.gather.native import Array
 from retro_kernels.ops.gather.reference import gather_reference
@@ -90,6 +92,59 @@ def gather_neighbours(
             return _gather_native(tokens, ids, continuation, pad_id, dtype)
         tokens, continuation = _as_tensor(tokens), _as_tensor(continuation)
     return torch.ops.retro_kernels.gather_neighbours(tokens, ids, continuation, pad_id, dtype, chosen)
+
+
+def gather_embeddings(
+    tokens: Tensor | np.ndarray,
+    ids: Tensor,
+    weight: Tensor,
+    *,
+    continuation: Tensor | np.ndarray,
+    pad_id: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gather_neighbours` and the encoder's embedding lookup in one: the embedded tokens of neighbours, as
+    `NeighbourEncoder` takes them in place of tokens.
+
+    Args:
+        tokens, ids, continuation, pad_id: as in `gather_neighbours`.
+        weight: [V, E] float32, float16, bfloat16 or float64, the embedding table, on the device of `ids`.
+        backend: that of the gather. "triton", chosen where the store is on the GPU, looks up in the same kernel; with
+            every other one the tokens are gathered first and looked up by PyTorch.
+
+    Returns:
+        embedded [B, L, K, 2M, E] in weight's dtype (pads as weight[pad_id]) and lengths int32 [B, L, K]. The gradient
+        of `weight` is that of `torch.nn.functional.embedding`; the tokens for it are gathered again.
+
+    Raises:
+        ValueError: as `gather_neighbours`; `weight` is not a matrix on the device of `ids`.
+        TypeError: as `gather_neighbours`; `weight` is not floating-point.
+        IndexError: a token is none of the V, on the host. In the kernel, where a check would have to wait, its
+            embedding is NaN.
+
+    Equivalent to:
+        tokens, lengths = gather_neighbours(tokens, ids, continuation=continuation, pad_id=pad_id)
+        embedded = torch.nn.functional.embedding(tokens, weight)
+    """
+    _check(tokens, ids, continuation, pad_id, torch.int64)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"gather_embeddings: weight is {found}; it must be a floating-point tensor.")
+    if weight.ndim != 2 or weight.device != ids.device:
+        raise ValueError(
+            f"gather_embeddings: weight has shape {tuple(weight.shape)} on {weight.device}; it must be [V, E] on "
+            f"{ids.device}, where ids are."
+        )
+    chosen = pick_backend("gather_embeddings", backend, _candidates(tokens, ids, continuation))
+    if chosen == "triton":
+        tokens, continuation = _as_tensor(tokens), _as_tensor(continuation)
+        if ids.is_cpu and ids.numel():
+            _check_range(ids, len(tokens))
+        return _GatherEmbeddings.apply(tokens, ids, continuation, weight, pad_id)
+    gathered, lengths = gather_neighbours(
+        tokens, ids, continuation=continuation, pad_id=pad_id, backend=chosen
+    )
+    return F.embedding(gathered, weight), lengths
 
 
 def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: torch.dtype) -> None:
@@ -212,6 +267,50 @@ _library.define(
 for _key in ("CPU", "CUDA"):
     _library.impl(NAME, _gather, _key)
 torch.library.register_fake(f"retro_kernels::{NAME}", _gather_fake, lib=_library)
+
+
+def _embed(
+    tokens: Tensor, ids: Tensor, continuation: Tensor, weight: Tensor, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    from retro_kernels.ops.gather.kernel import gather_embeddings_triton  # triton exists on Linux only
+
+    return gather_embeddings_triton(tokens, ids, continuation, weight, pad_id)
+
+
+def _embed_fake(
+    tokens: Tensor, ids: Tensor, continuation: Tensor, weight: Tensor, pad_id: int
+) -> tuple[Tensor, Tensor]:
+    out = weight.new_empty((*ids.shape, 2 * tokens.shape[1], weight.shape[1]))
+    return out, torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
+
+
+_gather_embeddings = register(
+    "gather_embeddings(Tensor tokens, Tensor ids, Tensor continuation, Tensor weight, int pad_id) -> (Tensor, Tensor)",
+    _embed,
+    _embed_fake,
+)
+
+
+class _GatherEmbeddings(torch.autograd.Function):
+    """Keeps no tokens: gathering them again reads and writes 1/E of what the gradient takes."""
+
+    @staticmethod
+    def forward(ctx, tokens, ids, continuation, weight, pad_id):  # type: ignore[no-untyped-def]
+        out, lengths = _gather_embeddings(tokens, ids, continuation, weight, pad_id)
+        ctx.save_for_backward(tokens, ids, continuation)
+        ctx.pad_id, ctx.num_embeddings = pad_id, weight.shape[0]
+        ctx.mark_non_differentiable(lengths)
+        return out, lengths
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        tokens, ids, continuation = ctx.saved_tensors
+        gathered, _ = torch.ops.retro_kernels.gather_neighbours(
+            tokens, ids, continuation, ctx.pad_id, torch.int64, "triton"
+        )
+        grad_weight = torch.ops.aten.embedding_dense_backward(grad, gathered, ctx.num_embeddings, -1, False)
+        return None, None, None, grad_weight, None
 
 
 def _dtype(x: Array) -> torch.dtype | None:
