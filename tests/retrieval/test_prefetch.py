@@ -139,14 +139,14 @@ def test_the_stall_is_what_the_loop_waited(retriever: Retriever) -> None:
             time.sleep(pause)
             yield torch.ones(1, M, dtype=torch.int64)
 
-    hidden = retriever.prefetch(loader(0.02))
+    hidden = retriever.prefetch(loader(0.15))
     for _ in hidden:
-        time.sleep(0.1)  # the step
+        time.sleep(0.25)  # the step
     open_ = retriever.prefetch(loader(0.05))
     for _ in open_:
         pass
-    assert hidden.first_seconds >= 0.02
-    assert hidden.stall_seconds - hidden.first_seconds < 0.06  # three batches, all ready
+    assert hidden.first_seconds >= 0.15
+    assert hidden.stall_seconds - hidden.first_seconds < 0.2  # of 0.45; a busy machine may add a little
     assert open_.stall_seconds >= 4 * 0.05 * 0.9
 
 
