@@ -50,7 +50,7 @@ class Found:
     overlap: Tensor
     """float64 [C], r(C) of each chunk with its ten nearest neighbours."""
     shuffled: Tensor | None
-    """int64 [C]: the chunk whose neighbours each gets in the control; None where there is only one document."""
+    """int64 [C]: the chunk whose neighbours each gets in the control; None where there is only one chunk."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def evaluate(
     num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and
     half of it. seed: of the shuffle. plot: a PNG with the filtered curve.
 
-    Returns bits_per_byte {off, on, shuffled} (those that apply), filtered {α: bpb} of RETRO on and filtered_off,
+    Returns bits_per_byte {off, on, shuffled} (off alone without neighbours), filtered {α: bpb} of RETRO on and filtered_off,
     better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than that),
     bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
     Raises InputError where nothing can be read, or set and model do not fit.
@@ -126,9 +126,11 @@ def evaluate(
     if found is not None and model.config.cca_layers:
         modes += ["on"] if found.shuffled is None else ["on", "shuffled"]
         if found.shuffled is None:
+            note("There is only one chunk, so neighbours cannot be shuffled: that control is left out.")
+        elif corpus.num_documents == 1:
             note(
-                "There is only one document, so neighbours cannot be shuffled among documents: "
-                "that control is left out."
+                "There is only one document, so neighbours are shuffled among its chunks: those are about the same "
+                "things, and the control says less than one among documents."
             )
     scorer = _Scorer(loaded, corpus, window, stride, batch_size, pick_dtype(dtype, where))
     bits = {}
@@ -186,14 +188,18 @@ def find_neighbours(corpus: TokenDocuments, retriever: Retriever, k: int, seed: 
 
 
 def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
-    """For every chunk a chunk of another document, int64 [C]; None where there is one document only.
+    """For every chunk a chunk of another document, int64 [C]; another chunk where there is one document only, and
+    None where there is one chunk only.
 
     Each chunk is taken once, unless one document has more than half of all chunks: then those beyond are drawn again.
     """
+    if len(owner) < 2:
+        return None
     rng = np.random.default_rng([seed, 2])
     documents, counts = np.unique(owner, return_counts=True)
-    if len(documents) < 2:
-        return None
+    if len(documents) == 1:
+        owner = np.arange(len(owner))
+        documents, counts = owner, np.ones_like(owner)
     rank = np.empty(owner.max() + 1, np.int64)
     rank[rng.permutation(documents)] = np.arange(len(documents))
     order = np.lexsort(

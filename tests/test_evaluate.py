@@ -78,7 +78,9 @@ def test_derangement(seed: int) -> None:
         assert np.array_equal(partner, derangement(owner, seed))
         if counts.max() * 2 <= counts.sum():
             assert np.array_equal(np.sort(partner), np.arange(len(owner)))
-    assert derangement(np.zeros(5, np.int64), seed) is None
+    alone = derangement(np.zeros(5, np.int64), seed)  # one document: other chunks of it
+    assert alone is not None and sorted(alone) == [0, 1, 2, 3, 4] and (alone != np.arange(5)).all()
+    assert derangement(np.zeros(1, np.int64), seed) is None
 
 
 def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
@@ -110,10 +112,14 @@ def test_plain_decoder_and_single_document(world: World, capfd: pytest.CaptureFi
     assert with_set["bits_per_byte"] == plain["bits_per_byte"]
     assert with_set["filtered_off"]["1"] == pytest.approx(plain["bits_per_byte"]["off"], rel=1e-12)
     one = evaluate(world.run, documents=[Document("a", "lomi")], device="cpu", progress=False)
-    assert list(one["bits_per_byte"]) == ["off", "on"] and "only one document" in capfd.readouterr().err
+    assert list(one["bits_per_byte"]) == ["off", "on"] and "only one chunk" in capfd.readouterr().err
     assert (
         one["bits_per_byte"]["on"] == one["bits_per_byte"]["off"]
     )  # shorter than a chunk: nothing to attend to
+    text = " ".join(path.read_text() for path in sorted(world.held_out.rglob("*.txt")))[:600]
+    several = evaluate(world.run, documents=[Document("a", text)], device="cpu", progress=False)
+    assert several["chunks"] > 1 and list(several["bits_per_byte"]) == ["off", "on", "shuffled"]
+    assert "only one document" in capfd.readouterr().err
 
 
 def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,8 @@ def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -
             elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
                 report.skip("binary", str(path))
             else:
-                file.seek(0)
+                if in_folder:
+                    file.seek(0)
                 yield from _one_document(file, title, str(path), report)
     except _READ_ERRORS as error:
         report.skip("unreadable", f"{path}: {getattr(error, 'strerror', None) or error}")

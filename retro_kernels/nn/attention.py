@@ -214,6 +214,9 @@ class ChunkedCrossAttention(nn.Module):
                 f"ChunkedCrossAttention: projection is {projection!r}; choose "
                 '"auto", "materialised" or "absorbed".'
             )
+        encoder_dim = dim if encoder_dim is None else encoder_dim
+        if encoder_dim < 1:
+            raise ValueError(f"ChunkedCrossAttention: encoder_dim is {encoder_dim}; it must be at least 1.")
         if chunk_size < 1 or neighbour_len < 1:
             raise ValueError(
                 f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
@@ -227,7 +230,6 @@ class ChunkedCrossAttention(nn.Module):
             backend,
         )
         self.projection = projection
-        encoder_dim = dim if encoder_dim is None else encoder_dim
         inner, columns = num_heads * head_dim, chunk_size + neighbour_len - 1
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, inner, bias=bias, **made)
@@ -247,7 +249,7 @@ class ChunkedCrossAttention(nn.Module):
         """`x` [B, N, dim], `neighbours` [B, L, K, R, encoder_dim] with L = N // M → [B, N, dim], to be added to x.
 
         `neighbour_lengths` int [B, L, K]: how many leading tokens are real, 0 = no such neighbour, None = all.
-        Raises ValueError for shapes that do not fit.
+        Raises ValueError for shapes that do not fit, TypeError for what is no tensor.
         """
         self._check(x, neighbours)
         if (
@@ -376,6 +378,11 @@ class ChunkedCrossAttention(nn.Module):
         return out
 
     def _check(self, x: Tensor, neighbours: Tensor) -> None:
+        for name, tensor in (("x", x), ("neighbours", neighbours)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"ChunkedCrossAttention: {name} is of type {type(tensor).__name__}; it must be a tensor."
+                )
         if x.ndim != 3 or x.shape[2] != self.q_proj.in_features:
             width = self.q_proj.in_features
             raise ValueError(f"ChunkedCrossAttention: x is {list(x.shape)}; it must be [B, N, {width}].")
@@ -469,6 +476,10 @@ def _heads(table: Tensor, num_heads: int) -> Tensor:
 
 
 def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
-    if num_heads < 1 or (head_dim is None and dim % num_heads):
+    if dim < 1 or (head_dim is not None and head_dim < 1):
+        raise ValueError(f"attention: dim is {dim} and head_dim {head_dim}; both must be at least 1.")
+    if num_heads < 1:
+        raise ValueError(f"attention: num_heads is {num_heads}; it must be at least 1.")
+    if head_dim is None and dim % num_heads:
         raise ValueError(f"attention: dim {dim} is not a multiple of num_heads {num_heads}; give head_dim.")
     return dim // num_heads if head_dim is None else head_dim

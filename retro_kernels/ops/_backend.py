@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 """Triton decides when a kernel is defined whether it is compiled or interpreted, so this is read once as well."""
@@ -82,6 +83,23 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu":
         return "it needs a GPU (on a CPU only Triton's slow interpreter, TRITON_INTERPRET=1, meant for tests)"
     return f"the kernels run on CUDA devices, not on {device.type}"
+
+
+def why_not_transformed() -> str | None:
+    """The reason why an op with a backward of its own cannot run inside `torch.func` or forward-mode differentiation,
+    where its tangent would be lost without a word, or None outside of them."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "it has no torch.func transforms (vmap, grad, jvp) and no forward-mode derivative"
+    return None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What matrix products are cast to on `device` here, or None outside of autocast and where there is none."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 @lru_cache

@@ -19,7 +19,15 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def below_autograd(*args: Any) -> Any:
+        # an exported program calls the op itself, with parameters that require a gradient
+        if not torch.is_grad_enabled():
+            return implementation(*args)
+        with torch.no_grad():
+            return implementation(*args)
+
     for device in ("CPU", "CUDA"):
-        _library.impl(name, implementation, device)
+        _library.impl(name, below_autograd, device)
     torch.library.register_fake(f"retro_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.retro_kernels, name).default

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -80,6 +81,16 @@ def test_compressed_and_json_lines(tmp_path):
 def test_stdin(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("\ufeffpiped".encode())))
     assert read("-")[0] == [("stdin", "piped")]
+
+
+def test_a_pipe_is_read_to_its_end(tmp_path):
+    """As the shell's <(…) names one: it cannot be rewound."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("out of a pipe",), daemon=True)
+    writer.start()
+    assert read([pipe])[0] == [("pipe", "out of a pipe")]
+    writer.join()
 
 
 def test_what_is_no_text_is_counted(tmp_path, caplog):

@@ -193,11 +193,21 @@ def test_a_few_rows_are_rows_of_the_whole(seed: int) -> None:
         (dict(num_kv_heads=3), "must divide"),
         (dict(position="absolute"), "choose"),
         (dict(chunk_size=0), "at least 1"),
+        (dict(head_dim=0), "head_dim 0; both must be at least 1"),
+        (dict(encoder_dim=0), "encoder_dim is 0"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("projection", ["materialised", "absorbed"])
+def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: str) -> None:
+    cca = make(projection=projection)
+    given = inputs(3 * M + 1)
+    exported = torch.export.export(cca, given).module()
+    torch.testing.assert_close(exported(*given), cca(*given))
 
 
 def test_bad_shapes(seed: int) -> None:
@@ -208,6 +218,8 @@ def test_bad_shapes(seed: int) -> None:
             cca(x, bad, lengths[:, : bad.shape[1]])
     with pytest.raises(ValueError, match="must be"):
         cca(x[..., :5], neighbours)
+    with pytest.raises(TypeError, match="neighbours is of type NoneType"):
+        cca(x, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give head_dim"):
         ChunkedCrossAttention(10, 4)
 

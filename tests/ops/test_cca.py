@@ -460,6 +460,15 @@ def test_bad_arguments_say_what_to_do(seed):
         (dict(position_bias=options["position_bias"], rel_key=None), ValueError, "without rel_key"),
         (dict(dropout_p=1.0), ValueError, "dropout_p"),
         (dict(chunk_size=0), ValueError, "chunk_size"),
+        (dict(chunk_size=16.0), TypeError, "chunk_size is 16.0; it has to be an integer"),
+        (dict(scale=math.nan), ValueError, "scale is nan; it has to be finite"),
+        (dict(query=query.numpy()), TypeError, "query is of type ndarray; it has to be a tensor"),
+        (dict(neighbour_lengths=[1]), TypeError, "neighbour_lengths is of type list"),
+        (
+            dict(query=query.to(torch.float8_e4m3fn)),
+            TypeError,
+            "float8_e4m3fn; it has to be a floating-point",
+        ),
         (dict(backend="cuda"), ValueError, "no backend"),
         (dict(query=query[:1]), ValueError, "batch"),
         (dict(query=torch.cat((query, query[..., :1]), -1)), ValueError, "head size"),
@@ -468,3 +477,60 @@ def test_bad_arguments_say_what_to_do(seed):
         call = {"query": query, "key": key, "value": value, "chunk_size": M, **changes}
         with pytest.raises(error, match=message):
             chunked_cross_attention(**call)
+
+
+@pytest.mark.parametrize("backend", ("reference", *BACKENDS))
+def test_an_empty_batch_is_one(seed, backend):
+    tensors, options = inputs(batch=0, tokens=2 * M + 5, lengths=False)
+    leaves = [x.requires_grad_() for x in (*tensors, options["rel_key"])]
+    out = chunked_cross_attention(*tensors, chunk_size=M, backend=backend, **options)
+    assert out.shape == tensors[0].shape
+    gradients = torch.autograd.grad(out.sum(), leaves)
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(gradients, leaves, strict=True))
+
+
+@pytest.mark.parametrize("tables", (("rel_bias",), TABLES))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_minus_infinity_forbids(seed, backend, tables):
+    """Neighbour tokens at some distances; in the first rows all of them."""
+    tensors, options = inputs(tables=tables)
+    options["rel_bias"][:, : R + 3] = -math.inf
+    results = []
+    for chosen in (backend, "reference"):
+        leaves = [x.detach().requires_grad_() for x in (*tensors, options["rel_bias"])]
+        given = {**options, "rel_bias": leaves[3]}
+        out = chunked_cross_attention(*leaves[:3], chunk_size=M, backend=chosen, **given)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert not results[0][0][:, : M + 2].any() and results[0][0].any()
+    for ours, definition in zip(*results, strict=True):
+        torch.testing.assert_close(ours, definition, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_run_on_the_definition_or_are_refused(seed, backend):
+    """An op without a forward derivative would lose the tangent without a word."""
+    (query, key, value), options = inputs()
+
+    def attend(query, backend=None):
+        return chunked_cross_attention(query, key, value, chunk_size=M, backend=backend, **options)
+
+    out, tangent = torch.func.jvp(attend, (query,), (query,))
+    step = 1e-2
+    difference = (attend(query * (1 + step)) - attend(query * (1 - step))) / (2 * step)
+    torch.testing.assert_close(tangent, difference, rtol=1e-2, atol=1e-2)
+    assert tangent.abs().max() > 0.01
+    torch.testing.assert_close(torch.func.vmap(attend)(query[None])[0], out)
+    with pytest.raises(ValueError, match="no torch.func transforms"):
+        torch.func.jvp(lambda x: attend(x, backend), (query,), (query,))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ValueError, match="no forward-mode derivative"),
+    ):
+        attend(torch.autograd.forward_ad.make_dual(query, query), backend)
+
+
+def test_shapes_alone_on_the_meta_device():
+    (query, key, value), options = inputs(device="meta", lengths=False)
+    out = chunked_cross_attention(query.requires_grad_(), key, value, chunk_size=M, **options)
+    assert out.is_meta and out.shape == query.shape
+    assert torch.autograd.grad(out.sum(), [query])[0].is_meta

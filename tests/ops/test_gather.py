@@ -301,6 +301,8 @@ def test_ids_out_of_range(backend: str, wrong: int) -> None:
         ({"dtype": torch.uint16}, TypeError, "torch.uint16 cannot hold the tokens of a store in int32"),
         ({"pad_id": 2**31}, ValueError, "pad_id is 2147483648; the store's torch.int32 holds"),
         ({"tokens": STORE.to(torch.uint16), "pad_id": -1}, ValueError, "torch.uint16 holds 0 to 65535"),
+        ({"pad_id": 0.5}, TypeError, "pad_id is 0.5; it has to be an integer"),
+        ({"ids": IDS.to("meta")}, ValueError, "ids are on meta"),
         ({"backend": "cuda"}, ValueError, 'backend "cuda" cannot run here'),
         ({"backend": "faiss"}, ValueError, 'there is no backend "faiss"'),
     ],

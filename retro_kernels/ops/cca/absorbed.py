@@ -21,9 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register
-from retro_kernels.ops.cca.op import _check_lengths, _check_table
+from retro_kernels.ops.cca.op import (
+    _check_chunk_size,
+    _check_float,
+    _check_lengths,
+    _check_table,
+    _checked_scale,
+)
 from retro_kernels.ops.cca.reference import block_attention_reference, dropout_keep, relative_column
 
 _SLICE = {"cuda": 2**27, "cpu": 2**21}  # logits that exist at one time where they need not be kept
@@ -525,8 +531,13 @@ def absorbed_cross_attention(
         options
     )
     heads, head_dim = query.shape[2:]
-    scale = head_dim**-0.5 if scale is None else float(scale)
-    candidates = {"triton": why_not_triton(query.device, query.dtype), "torch": None, "reference": None}
+    scale = _checked_scale(name, scale, head_dim)
+    transformed = why_not_transformed()
+    candidates = {
+        "triton": why_not_triton(query.device, query.dtype) or transformed,
+        "torch": transformed,
+        "reference": None,
+    }
     if query.device.type == "cpu" and backend is None:
         candidates["triton"] = candidates["triton"] or "interpreted, and slow"
     empty = query.numel() == 0 or states.numel() == 0
@@ -571,7 +582,7 @@ def absorbed_cross_attention(
         dropout_p,
         chosen == "triton",
     )
-    autocast = torch.is_autocast_enabled(query.device.type)
+    autocast = autocast_dtype(query.device) is not None
     with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
             out = _AbsorbedCrossAttention.apply(key_bias, *args)
@@ -654,8 +665,7 @@ def _check(
 ) -> list[Any]:
     """The tensors, cast where autocast is on."""
     for label, tensor in (("query", query), ("states", states)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor.")
+        _check_float(name, label, tensor)
     if query.dim() != 4:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [B, N, H, D].")
     if states.dim() != 5:
@@ -664,8 +674,7 @@ def _check(
         )
     batch, tokens, heads, head_dim = query.shape
     neighbour_len, width = states.shape[3:]
-    if chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
+    _check_chunk_size(name, chunk_size)
     if states.shape[:2] != (batch, tokens // chunk_size):
         raise ValueError(
             f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has one of "
@@ -712,9 +721,8 @@ def _check(
         content_bias,
         position_bias,
     ]
-    if torch.is_autocast_enabled(query.device.type):
+    if (dtype := autocast_dtype(query.device)) is not None:
         # rel_bias stays as it is: it is added to the logits in float32
-        dtype = torch.get_autocast_dtype(query.device.type)
         tensors = [None if x is None else x.to(dtype) for x in tensors]
     if len({x.dtype for x in tensors[:4]}) > 1:
         raise TypeError(

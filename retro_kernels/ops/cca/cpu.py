@@ -59,6 +59,7 @@ class _Call:
     bias_tile: Tensor | None  # [Hkv, 1, W, TQ, 1, TK], without `reversed_key` only
     missing: Tensor | None  # bool [G, J * TK]
     present: Tensor | None  # bool [G]; None where every group has a key
+    forbids: bool  # whether rel_bias has −inf, which can take a row all its keys
     seed: Tensor | None
     num_keys: int
     block: int
@@ -191,7 +192,10 @@ class _Call:
         by_group = logits.view(unit.group.stop - unit.group.start, -1, logits.shape[2])
         if self.missing is not None:
             by_group.masked_fill_(self.missing[unit.group, None], float("-inf"))
+        nothing = (logits == float("-inf")).all(-1, keepdim=True) if self.forbids else None
         torch.softmax(logits, -1, out=logits)
+        if nothing is not None:
+            logits.masked_fill_(nothing, 0.0)
         if self.present is not None:
             by_group.mul_(self.present[unit.group, None, None])
         return logits
@@ -255,6 +259,7 @@ def _prepare(
         bias_tile=bias_tile,
         missing=missing,
         present=present,
+        forbids=rel_bias is not None and bool(rel_bias.isneginf().any()),
         seed=seed,
         num_keys=num_keys,
         block=block,

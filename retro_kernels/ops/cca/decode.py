@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register
 from retro_kernels.ops.cca.absorbed import _by_head, _on_device, _per_head
-from retro_kernels.ops.cca.op import _check_lengths, _check_table
+from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
 
 def chunked_cross_attention_decode(
@@ -82,7 +82,7 @@ def chunked_cross_attention_decode(
     )
     gradient = _needs_gradient(query, key, value, rel_key, content_bias, position_bias, rel_bias)
     chosen = pick_backend(name, backend, _candidates(query, gradient, None))
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = _checked_scale(name, scale, query.shape[-1])
     if chosen == "triton":
         return _cca_decode(
             query, key, value, rows, rel_key, content_bias, position_bias, rel_bias, neighbour_lengths, scale
@@ -205,7 +205,7 @@ def absorbed_decode(
         f"it takes states up to {limit:,} wide in {query.dtype}, not {width:,}" if width > limit else None
     )
     chosen = pick_backend(name, backend, _candidates(query, gradient, too_wide))
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = _checked_scale(name, scale, head_dim)
     if chosen == "reference":
         wide = torch.promote_types(query.dtype, torch.float32)
         key, value = (
@@ -343,7 +343,7 @@ def _candidates(query: Tensor, gradient: bool, reason: str | None) -> dict[str, 
     """Best first. The kernels are for a few rows, which are bound by memory; large products do better for many."""
     if reason is None and gradient:
         reason = "the decoding kernels have no gradient (wrap the call in torch.no_grad(), or take another backend)"
-    triton = why_not_triton(query.device, query.dtype) or reason
+    triton = why_not_triton(query.device, query.dtype) or why_not_transformed() or reason
     many = query.shape[1] * query.shape[2] > _MANY_ROWS
     order = ("torch", "triton") if query.device.type == "cpu" or many else ("triton", "torch")
     return {name: triton if name == "triton" else None for name in (*order, "reference")}
@@ -355,8 +355,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _cast(name: str, query: Tensor, *others: Tensor | None) -> list[Any]:
     """All in the query's dtype, or in that of autocast; the first two others are what it is multiplied with."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if (dtype := autocast_dtype(query.device)) is not None:
         return [None if x is None else x.to(dtype) for x in (query, *others)]
     for x in others[:2]:
         if x is not None and x.dtype != query.dtype:
@@ -369,11 +368,11 @@ def _cast(name: str, query: Tensor, *others: Tensor | None) -> list[Any]:
 
 def _check_floating(name: str, **tensors: Tensor) -> None:
     query = tensors["query"]
+    for label, tensor in tensors.items():
+        _check_float(name, label, tensor)
     if query.dim() != 4:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [B, T, H, D].")
     for label, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor.")
         if tensor.device != query.device:
             raise ValueError(f"{name}: {label} is on {tensor.device}, but query on {query.device}.")
 

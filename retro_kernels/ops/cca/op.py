@@ -18,15 +18,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from retro_kernels.ops._backend import pick_backend, why_not_triton
+from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register
 from retro_kernels.ops.cca.reference import block_attention_reference
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HAS_CPU_PATH = importlib.util.find_spec("retro_kernels.ops.cca.cpu") is not None
 
 
@@ -281,8 +283,7 @@ def chunked_cross_attention(
     _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
     batch, num_tokens, num_heads, _ = query.shape
     key_batch, num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim = key.shape
-    if chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
+    _check_chunk_size(name, chunk_size)
     if key_batch != batch:
         raise ValueError(f"{name}: key has a batch of {key_batch}, but query has one of {batch}.")
     if num_chunks != num_tokens // chunk_size:
@@ -423,10 +424,9 @@ def _attend(
         if table is not None:
             _check_table(name, label, table, shape, query)
 
-    autocast = torch.is_autocast_enabled(query.device.type)
-    if autocast:
+    dtype = autocast_dtype(query.device)
+    if dtype is not None:
         # rel_bias stays as it is: it is added to the float32 logits
-        dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         content_bias = None if content_bias is None else content_bias.to(dtype)
         position_bias = None if position_bias is None else position_bias.to(dtype)
@@ -440,7 +440,7 @@ def _attend(
 
     empty = query.numel() == 0 or key.numel() == 0
     chosen = "reference" if empty else pick_backend(name, backend, _candidates(query))
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = _checked_scale(name, scale, head_dim)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     # the backends walk query, key and value by their strides; the small tensors they expect whole
     rel_key, content_bias, position_bias, rel_bias, lengths = (
@@ -448,7 +448,7 @@ def _attend(
         for x in (rel_key, content_bias, position_bias, rel_bias, lengths)
     )
     tensors = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed)
-    with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with contextlib.nullcontext() if dtype is None else torch.autocast(query.device.type, enabled=False):
         if chosen == "reference":
             options: dict[str, Any] = {
                 "block": block,
@@ -466,19 +466,19 @@ def _attend(
 
 def _candidates(query: Tensor) -> dict[str, str | None]:
     """Backends, best first, with the reason why one cannot run here."""
-    triton = why_not_triton(query.device, query.dtype)
+    transformed = why_not_transformed()
+    triton = why_not_triton(query.device, query.dtype) or transformed
     if triton is None and query.shape[-1] > 256:
         triton = f"the kernels hold a head in registers, at most 256 wide; this one has {query.shape[-1]}"
     if query.device.type != "cpu":
         return {"triton": triton, "torch": "it is the fast path of CPUs", "reference": None}
-    missing = None if _HAS_CPU_PATH else "it is not part of this installation"
+    missing = transformed if _HAS_CPU_PATH else "it is not part of this installation"
     return {"torch": missing, "reference": None, "triton": triton}
 
 
 def _check_ranks(name: str, query: Tensor, key: Tensor, value: Tensor, rank: int, legend: str) -> None:
     for label, tensor in (("query", query), ("key", key), ("value", value)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor.")
+        _check_float(name, label, tensor)
     if query.dim() != 4:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [·, ·, H, D].")
     if key.dim() != rank:
@@ -493,7 +493,35 @@ def _check_ranks(name: str, query: Tensor, key: Tensor, value: Tensor, rank: int
         )
 
 
+def _check_float(name: str, label: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {label} is of type {type(tensor).__name__}; it has to be a tensor.")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor (float32, float16, bfloat16 or "
+            "float64)."
+        )
+
+
+def _check_chunk_size(name: str, chunk_size: int) -> None:
+    if not isinstance(chunk_size, (int, torch.SymInt)):
+        raise TypeError(f"{name}: chunk_size is {chunk_size!r}; it has to be an integer.")
+    if chunk_size < 1:
+        raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
+
+
+def _checked_scale(name: str, scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5 if head_dim else 1.0
+    scale = float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"{name}: scale is {scale}; it has to be finite.")
+    return scale
+
+
 def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"{name}: {label} is of type {type(lengths).__name__}; it has to be a tensor.")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(
             f"{name}: {label} is {lengths.dtype}; it has to hold integers (a mask: use mask.sum(-1))."
@@ -505,9 +533,8 @@ def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...
 
 
 def _check_table(name: str, label: str, table: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
+    _check_float(name, label, table)
     if table.shape != shape:
         raise ValueError(f"{name}: {label} has shape {tuple(table.shape)}; expected {shape}.")
-    if not table.is_floating_point():
-        raise TypeError(f"{name}: {label} is {table.dtype}; it has to be a floating-point tensor.")
     if table.device != query.device:
         raise ValueError(f"{name}: {label} is on {table.device}, but query on {query.device}.")

@@ -44,7 +44,7 @@ def block_attention_reference(
     wide = torch.promote_types(query.dtype, torch.float32)
     narrow = wide if upcast else query.dtype
 
-    per_seq = blocks // max(num_seqs, 1)
+    per_seq = blocks // num_seqs if num_seqs else -(-max(num_rows - shift, 0) // max(block, 1))
     q = query[:, shift:]
     q = F.pad(q, (0, 0, 0, 0, 0, per_seq * block - q.shape[1]))
     q = q.reshape(blocks, block, num_heads, head_dim)  # [P, TQ, H, D]

@@ -174,10 +174,14 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
     if dtype == torch.uint16 and kind != torch.uint16:
         raise TypeError(f"{NAME}: dtype torch.uint16 cannot hold the tokens of a store in int32.")
     limits = (0, 2**16 - 1) if kind == torch.uint16 else (-(2**31), 2**31 - 1)
+    if not isinstance(pad_id, (int, np.integer)):
+        raise TypeError(f"{NAME}: pad_id is {pad_id!r}; it has to be an integer.")
     if not limits[0] <= pad_id <= limits[1]:
         raise ValueError(
             f"{NAME}: pad_id is {pad_id}; the store's {tokens.dtype} holds {limits[0]} to {limits[1]}."
         )
+    if ids.is_meta and not (isinstance(tokens, Tensor) and tokens.is_meta):
+        raise ValueError(f"{NAME}: ids are on meta, without data, but tokens are not. Move ids there.")
     on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
     if on_gpu and ids.device != tokens.device:
         raise ValueError(f"{NAME}: tokens are on {tokens.device}, but ids on {ids.device}. Move ids there.")
