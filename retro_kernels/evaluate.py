@@ -88,9 +88,9 @@ def evaluate(
     num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and
     half of it. seed: of the shuffle. plot: a PNG with the filtered curve.
 
-    Returns bits_per_byte {off, on, shuffled} (off alone without neighbours), filtered {α: bpb} of RETRO on and filtered_off,
-    better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than that),
-    bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
+    Returns bits_per_byte {off, on, shuffled} (off alone without neighbours), filtered {α: bpb} of RETRO
+    on and filtered_off, better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than
+    that), bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
     Raises InputError where nothing can be read, or set and model do not fit.
     """
     where = pick_device(device)

@@ -118,7 +118,7 @@ class Retriever:
         embed_unknown: bool = True,
         rerank_fetch: int = 64,
         seed: int = 0,
-        verify: str = "sizes",
+        verify: str = "auto",
     ) -> Retriever:
         """Opens the retrieval set in the folder `path`.
 
@@ -142,6 +142,7 @@ class Retriever:
         if metric not in ("l2", "inner product"):
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
         store = ChunkStore.open(path, verify=verify)
+        store.check_document_ids()
         device = torch.device("cpu" if device is None else device)
         stats = Stats()
         documents = DocumentTable(store.document_ids, store.num_documents, device)

@@ -11,6 +11,7 @@ from retrieval.corpora import build, documents
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import document_hash
+from retro_kernels.retrieval import Retriever
 from retro_kernels.retrieval import store as store_module
 from retro_kernels.retrieval.store import MANIFEST, REQUIRED_FILES, ChunkStore, hash_chunks, open_array
 
@@ -188,12 +189,17 @@ def test_manifests_that_do_not_fit(copy, change, message):
 
 
 @pytest.mark.parametrize("name", REQUIRED_FILES)
-def test_every_file_is_checked(copy, name):
+def test_every_file_is_checked(copy, name, monkeypatch):
     size = (copy / name).stat().st_size
     flipped = bytearray((copy / name).read_bytes())
     flipped[size * 3 // 4] ^= 4
     (copy / name).write_bytes(flipped)
-    with pytest.raises(InputError, match=name):
+    for verify in ("full", "auto"):
+        with pytest.raises(InputError, match=f"content of {name} has changed"):
+            ChunkStore.open(copy, verify=verify)
+    monkeypatch.setattr(store_module, "VERIFIED_BYTES", 1)
+    ChunkStore.open(copy)  # too large to be read each time
+    with pytest.raises(InputError, match=f"content of {name} has changed"):
         ChunkStore.open(copy, verify="full")
     os.truncate(copy / name, size - 1)
     with pytest.raises(InputError, match=f"{name} has"):
@@ -249,6 +255,14 @@ def test_links_out_of_the_folder_are_refused(copy, tmp_path):
     (copy / "chunks.npy").symlink_to(tmp_path / "elsewhere.npy")
     with pytest.raises(InputError, match="link out of the folder"):
         ChunkStore.open(copy)
+
+
+def test_document_ids_are_checked_before_anything_is_allocated_by_them(copy):
+    content = bytearray((copy / "document_ids.npy").read_bytes())
+    content[-3] ^= 64  # 2^46 documents
+    (copy / "document_ids.npy").write_bytes(content)
+    with pytest.raises(InputError, match="document_ids.npy is not within 0 to"):
+        Retriever.from_pretrained(copy, verify="sizes")
 
 
 def test_contents_that_make_no_sense_are_found_in_full(copy):
