@@ -29,6 +29,7 @@ _HOME = {
     "ChunkedCrossAttention": "nn",
     "NeighbourEncoder": "nn",
     "Retro": "nn",
+    "RetroFitted": "nn",
     "Tokenizer": "data",
     "Retriever": "retrieval",
     "build_retrieval_set": "retrieval",
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
         retro_tiny,
     )
     from .data import Tokenizer
-    from .nn import ChunkedCrossAttention, NeighbourEncoder, Retro
+    from .nn import ChunkedCrossAttention, NeighbourEncoder, Retro, RetroFitted
     from .ops import (
         NeighbourBatch,
         block_attention,

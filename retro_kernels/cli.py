@@ -209,7 +209,9 @@ def _add_index(parser: _Parser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="SET", help="folder of the retrieval set")
     parser.add_argument(
-        "--tokenizer", metavar="MODEL", help="SentencePiece model (default: one is trained on the text)"
+        "--tokenizer",
+        metavar="MODEL",
+        help="SentencePiece model or tokenizer.json (default: one is trained on the text)",
     )
     parser.add_argument(
         "--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained"

@@ -139,8 +139,11 @@ class RetroConfig:
         return decoder + encoder + len(self.encoder_cross_layers) * cross + len(self.cca_layers) * cca
 
 
-def _every_third(last: int) -> tuple[int, ...]:
-    return tuple(range(6, last + 1, 3))
+def default_cca_layers(num_layers: int) -> tuple[int, ...]:
+    """Every third layer from the sixth, as in the paper; of fewer than nine layers, the middle one and the last."""
+    if num_layers < 9:
+        return tuple(sorted({max(1, num_layers // 2), num_layers}))
+    return tuple(range(6, num_layers + 1, 3))
 
 
 # The four models of Table 2. P is "every third layer from 6", which is what the table's parameter counts fit
@@ -158,7 +161,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         num_heads=4,
         head_dim=32,
         num_layers=4,
-        cca_layers=(2, 4),
         encoder_dim=128,
         encoder_layers=1,
         encoder_heads=4,
@@ -172,7 +174,6 @@ _PRESETS: dict[str, dict[str, Any]] = {
         num_heads=8,
         head_dim=32,
         num_layers=6,
-        cca_layers=(3, 6),
         encoder_dim=256,
         encoder_heads=8,
         encoder_head_dim=32,
@@ -191,7 +192,7 @@ def preset(name: str, **overrides: Any) -> RetroConfig:
     if name not in _PRESETS:
         raise InputError(f"preset: {name!r} is not one of {', '.join(PRESETS)}.")
     values = dict(_PRESETS[name])
-    values.setdefault("cca_layers", _every_third(values["num_layers"]))
+    values.setdefault("cca_layers", default_cca_layers(values["num_layers"]))
     return RetroConfig(**{**values, **overrides})
 
 
@@ -275,8 +276,8 @@ class TrainConfig:
     vocab_size: int | None = None
     """entries of a tokenizer trained here (default: 16,384, or as many as the text supports)"""
     retrofit: str | None = None
-    """run of a plain decoder to add retrieval to; its weights stay as they are unless unfrozen, and a
-    learning-rate schedule of its own begins unless first_step is given"""
+    """run of a plain decoder, or folder of a pretrained model of transformers, to add retrieval to; its weights stay as
+    they are unless unfrozen, and a learning-rate schedule of its own begins unless first_step is given"""
     unfreeze: bool = False
     """train the weights of the retrofitted decoder as well"""
     copy: float = 0.0

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .config import InputError
@@ -88,6 +89,7 @@ def generate(
     reader = _Reader(loaded, retriever, k, pick_dtype(dtype, where))
     sampler = torch.Generator(where).manual_seed(seed)
     silent = _never(loaded.tokenizer, ignore_end).to(where)
+    silent = F.pad(silent, (0, loaded.model.config.vocab_size - len(silent)), value=True)
     stream = _Stream(loaded.tokenizer, on_text)
     started = time.perf_counter()
     logits = reader.read(loaded.tokenizer.encode(prompt))
@@ -254,7 +256,8 @@ class _Stream:
 def _never(tokenizer: Tokenizer, ignore_end: bool) -> Tensor:
     """bool [V]: tokens that stand for no text and are never drawn."""
     silent = torch.from_numpy(tokenizer.token_bytes == 0)
-    silent[1] = True  # <unk>: encoding never gives it
+    if tokenizer.unk_id >= 0:
+        silent[tokenizer.unk_id] = True  # encoding never gives it
     silent[tokenizer.pad_id] = ignore_end
     return silent
 

@@ -1,6 +1,7 @@
 """A training run as a folder, and what every script needs around a model: device, arithmetic, progress, interruption.
 
-    RUN/config.json, model.safetensors   the newest weights, as `Retro.from_pretrained` reads them
+    RUN/config.json, model.safetensors   the newest weights, as `Retro.from_pretrained` reads them (`RetroFitted`: those
+                                         added to a pretrained model)
     RUN/tokenizer.model                  the tokenizer of those weights
     RUN/train.json                       how it was trained (TrainConfig) and what was found: arithmetic, fingerprints
     RUN/metrics.jsonl                    one JSON object every few steps
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from .config import InputError
 from .data.tokenizer import Tokenizer, _write_whole
-from .nn import Retro
+from .nn import Retro, RetroFitted
 from .ops._backend import cpu_has_bf16
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
@@ -44,7 +45,7 @@ class Run:
     """A trained model with what belongs to it. `settings` is train.json."""
 
     folder: Path
-    model: Retro
+    model: Retro | RetroFitted
     tokenizer: Tokenizer
     settings: dict[str, Any]
 
@@ -61,9 +62,16 @@ def load_run(folder: str | os.PathLike[str], device: torch.device | str = "cpu")
     """Opens the folder that `train` wrote. Raises InputError where it is none, or is damaged."""
     folder = Path(folder)
     settings = read_settings(folder)
-    model = Retro.from_pretrained(folder, device=device)
+    model: Retro | RetroFitted
+    if RetroFitted.is_saved_in(folder):
+        model = RetroFitted.from_pretrained(folder, device=device)
+    else:
+        model = Retro.from_pretrained(folder, device=device)
     tokenizer = Tokenizer(folder / TOKENIZER)
-    if model.config.vocab_size != tokenizer.vocab_size:
+    # a pretrained model's table is often rounded up
+    if model.config.vocab_size < tokenizer.vocab_size or (
+        isinstance(model, Retro) and model.config.vocab_size > tokenizer.vocab_size
+    ):
         raise InputError(
             f"{folder}: the model has {model.config.vocab_size:,} tokens, but tokenizer.model has "
             f"{tokenizer.vocab_size:,}. They do not belong together."
@@ -96,7 +104,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(step), path) for step, path in found if step.isdecimal())
 
 
-def save_checkpoint(folder: Path, step: int, model: Retro, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: dict[str, Any]) -> None:
     """Weights and `state` (tensors and plain values only) as the newest checkpoint; older ones go afterwards."""
     final = folder / f"checkpoint-{step:08d}"
     staged = folder / f"{final.name}.tmp-{os.getpid()}"

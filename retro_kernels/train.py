@@ -29,7 +29,9 @@ from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_
 from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import IGNORE, Packed, TokenDocuments, tokenise
 from .data.tokenizer import Tokenizer
-from .nn import Retro
+from .nn import Retro, RetroFitted
+from .nn.retrofit import load_base
+from .nn.saving import CONFIG, read_config
 from .runs import (
     METRICS,
     SETTINGS,
@@ -95,8 +97,12 @@ def train(
     if documents is None:
         documents = _read(config)
     tokenizer = _tokenizer(config, retriever, documents, bool(saved))
-    model_config = _model_config(config, tokenizer, retriever)
-    corpus = tokenise(documents, tokenizer, model_config.chunk_size)
+    if retriever is not None and _is_pretrained(config.retrofit):
+        model_config, chunk_size = None, retriever.chunk_size
+    else:
+        model_config = _model_config(config, tokenizer, retriever)
+        chunk_size = model_config.chunk_size
+    corpus = tokenise(documents, tokenizer, chunk_size)
     packed = Packed(
         corpus,
         config.sequence_length,
@@ -105,7 +111,11 @@ def train(
     )
 
     torch.manual_seed(config.seed)
-    model = _new_model(config, model_config).to(device)
+    model: Retro | RetroFitted
+    if model_config is not None:
+        model = _new_model(config, model_config).to(device)
+    else:
+        model = _fitted(config, tokenizer, chunk_size).to(device)
     settings = {
         "config": config.to_dict(),
         "dtype": "bf16" if pick_dtype(config.dtype, device) == torch.bfloat16 else "fp32",
@@ -190,7 +200,7 @@ class _Trainer:
         self,
         config: TrainConfig,
         folder: Path,
-        model: Retro,
+        model: Retro | RetroFitted,
         packed: Packed,
         retriever: Retriever | None,
         settings: dict[str, Any],
@@ -218,8 +228,12 @@ class _Trainer:
         self.settings["dtype"] = settings["dtype"]
         if "summary" in settings:
             self.settings["summary"] = settings["summary"]
-        weights = Retro.from_pretrained(checkpoint, device=self.device).state_dict()
-        self.model.load_state_dict(weights)
+        saved: nn.Module
+        if isinstance(self.model, RetroFitted):
+            saved = RetroFitted.from_pretrained(checkpoint, base=self.model.base)
+        else:
+            saved = Retro.from_pretrained(checkpoint, device=self.device)
+        self.model.load_state_dict(saved.state_dict())
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and "cuda_rng" in state:
@@ -452,7 +466,7 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _optimiser(config: TrainConfig, model: Retro) -> torch.optim.Optimizer:
+def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     groups: dict[tuple[float, float], list[Tensor]] = {}  # (weight decay, factor of the learning rate)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -468,12 +482,42 @@ def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
     if not config.retrofit:
         return Retro(model_config)
     base = load_run(config.retrofit)
-    if base.model.config.cca_layers:
+    if not isinstance(base.model, Retro) or base.model.config.cca_layers:
         raise InputError(f"retrofit: {config.retrofit} is a RETRO already; give the run of a plain decoder.")
     changes = {name: getattr(model_config, name) for name in _RETROFIT_FIELDS}
     return Retro.from_decoder(
         base.model, model_config.cca_layers, freeze=not config.unfreeze, copy=config.copy, **changes
     )
+
+
+def _is_pretrained(folder: str | None) -> bool:
+    """Whether `folder` holds a model of transformers, and no run."""
+    path = Path(folder or "")
+    if not folder or (path / SETTINGS).exists() or not (path / CONFIG).is_file():
+        return False
+    return "model_type" in read_config(path)
+
+
+def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> RetroFitted:
+    """Retrieval for the model of transformers in the folder `config.retrofit`."""
+    folder = Path(str(config.retrofit))
+    for name in ("preset", "unfreeze", "copy", "compile"):
+        if getattr(config, name):
+            raise InputError(f"retrofit: {name} is not possible where {folder} is a model of transformers.")
+    files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
+    prints = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    if tokenizer.fingerprint not in prints:
+        raise InputError(
+            f"retrofit: {folder} has another tokenizer than {config.set}. Build the set with --tokenizer {files[0]}."
+        )
+    base = load_base(folder, torch.float32)
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if config.sequence_length > longest:
+        raise InputError(
+            f"train: sequence_length is {config.sequence_length}; {folder} was made for at most {longest} tokens."
+        )
+    changes = {"chunk_size": chunk_size, "neighbour_len": 2 * chunk_size, "pad_id": tokenizer.file_pad_id}
+    return RetroFitted(base, **{**parse_overrides(config.model), **changes})
 
 
 _RETROFIT_FIELDS = (

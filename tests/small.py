@@ -63,6 +63,27 @@ def _word(rng: random.Random) -> str:
     )
 
 
+def pretrained(folder: Path, texts: Path) -> Path:
+    """A folder as one is downloaded: model and tokenizer.json, with more rows in the table than tokens."""
+    import tokenizers
+    import transformers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train([str(path) for path in sorted(texts.iterdir())], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    config = transformers.GPT2Config(
+        vocab_size=416, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=end, eos_token_id=end
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def build(root: Path) -> World:
     """Deterministic, apart from what the machine's arithmetic does."""
     rng = random.Random(7)

@@ -39,7 +39,8 @@ def smaller(words: list[str]) -> list[str]:
             own_tokenizer = {"--tokenizer", "--merge", "--append"} & set(words)
             return ["--embedder", "hashing:64", *([] if own_tokenizer else ["--vocab-size", "400"])]
         case "train":
-            return [*SIZES, *(TINY if "--set" in words else PLAIN)]
+            pretrained = "models/gpt2" in words
+            return [*SIZES, *([] if pretrained else TINY if "--set" in words else PLAIN)]
         case "generate":
             return ["--max-tokens", "70", "--device", "cpu"]
         case "eval":
@@ -49,13 +50,14 @@ def smaller(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README calls corpus/, more/ and held-out/."""
+    """What the README calls corpus/, more/, held-out/ and models/gpt2."""
     root, rng = tmp_path_factory.mktemp("readme"), random.Random(3)
     passages = [" ".join(small._word(rng) for _ in range(24)) for _ in range(12)]
     for name, count in (("corpus", 8), ("more", 2), ("held-out", 2)):
         (root / name).mkdir()
         for i in range(count):
             (root / name / f"{name}-{i}.txt").write_text(small.text(rng, passages, 250), encoding="utf-8")
+    small.pretrained(root / "models" / "gpt2", root / "corpus")
     return root
 
 

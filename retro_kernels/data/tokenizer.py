@@ -1,5 +1,7 @@
 """Text to token ids and back, without losing a character: a SentencePiece BPE model with byte fallback.
 
+Or the byte-level BPE of a pretrained model (byte_level.py), behind the same class.
+
 SentencePiece is used for what it does well (learning merges and applying them); three things it does are undone here:
 
 * It writes a space as U+2581, so a literal U+2581 in the text would come back as a space. Encoding cuts the text
@@ -27,6 +29,8 @@ import numpy as np
 
 from retro_kernels.config import InputError
 
+from .byte_level import ByteLevel
+
 DEFAULT_VOCAB_SIZE = 16_384
 MAX_VOCAB_SIZE = 131_072
 MIN_VOCAB_SIZE = 288  # 4 special, 256 bytes, 9 kinds of white space, and a few letters
@@ -49,9 +53,12 @@ _PROBE = (
 class Tokenizer:
     """A trained tokenizer, lossless for every `str` that UTF-8 can hold: `decode(encode(text)) == text`.
 
-    `Tokenizer(path)` opens a SentencePiece model file. Models made elsewhere are accepted where they keep the same
-    promises (id 0 pads and is never produced, byte fallback, no normalisation, white space kept), and refused with an
-    InputError that names the broken promise otherwise.
+    `Tokenizer(path)` opens a SentencePiece model file, or a pretrained model's tokenizer.json with a byte-level BPE.
+    Models made elsewhere are accepted where they keep the same promises (id 0 pads and is never produced, byte
+    fallback, no normalisation, white space kept), and refused with an InputError that names the broken one otherwise.
+
+    A tokenizer.json has 0 exchanged with `file_pad_id`, the id that its end-of-text token has in the file (0: the
+    ids are those of the file). A model that goes by the file's ids needs to know: `RetroFitted(…, pad_id=file_pad_id)`.
     """
 
     pad_id = 0
@@ -65,58 +72,30 @@ class Tokenizer:
         self._load(model, str(path))
 
     def _load(self, model: bytes, source: str) -> None:
-        import sentencepiece
-
         if not model:
             raise InputError(
-                f"Tokenizer: {source} is empty. Give a SentencePiece model file (tokenizer.model)."
+                f"Tokenizer: {source} is empty. Give a SentencePiece model file (tokenizer.model) or a tokenizer.json."
             )
-        try:
-            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
-            raise InputError(f"Tokenizer: {source} is not a SentencePiece model, or is damaged.") from None
+        json = model[:64].lstrip().startswith(b"{")
+        self._backend: _SentencePiece | ByteLevel = (ByteLevel if json else _SentencePiece)(model, source)
         self._model = model
         self._source = source
-        self._processor: Any = processor
-        self.vocab_size: int = processor.vocab_size()
+        self._pieces = self._backend.pieces
+        self.file_pad_id = self._backend.file_pad_id
+        self.vocab_size: int = len(self._pieces)
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
-        self._check_promises()
-        self._pieces = [self._piece(i) for i in range(self.vocab_size)]
         self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
         """int32 [vocab_size]: how many bytes of UTF-8 text each token stands for; 0 for pad, bos and eos."""
-        self._byte_ids = [0] * 256
-        for i in range(self.vocab_size):
-            if processor.is_byte(i):
-                self._byte_ids[self._pieces[i][0]] = i
-        self._space_ids = [self._byte_ids[byte] for byte in _SPACE.encode()]
         self._check_round_trip()
 
-    def _piece(self, i: int) -> bytes:
-        if self._processor.is_control(i):
-            return b""
-        if self._processor.is_unknown(i):
-            return "\ufffd".encode()
-        piece = self._processor.id_to_piece(i)
-        if self._processor.is_byte(i):
-            return bytes([int(piece[1:-1], 16)])
-        return piece.replace(_SPACE, " ").encode()
-
-    def _check_promises(self) -> None:
-        processor = self._processor
-        broken = None
-        if processor.pad_id() != 0 or not processor.is_control(0):
-            broken = f"its padding id is {processor.pad_id()}, not 0 (training option --pad_id=0)"
-        elif sum(processor.is_byte(i) for i in range(self.vocab_size)) != 256:
-            broken = "it has no byte fallback (training option --byte_fallback)"
-        if broken:
-            raise InputError(
-                f"Tokenizer: {self._source} cannot be used: {broken}. Or train one on your own text."
-            )
-
     def _check_round_trip(self) -> None:
-        """White space collapsed, characters normalised, a space put in front: one probe shows them all."""
-        ids = self.encode(_PROBE)
-        if self.decode(ids) != _PROBE or 0 in ids:
+        """White space collapsed, characters normalised, a space put in front: two probes show them all."""
+        probes = (_PROBE + self._backend.special_text, "a")
+        encoded = [self.encode(probe) for probe in probes]
+        if any(
+            self.decode(ids) != probe or not self.token_bytes[ids].all()
+            for probe, ids in zip(probes, encoded, strict=True)
+        ):
             raise InputError(
                 f"Tokenizer: {self._source} loses characters or white space. A model is needed that was trained with "
                 "identity normalisation, without dummy prefix and with white space kept. Or train one on your own text."
@@ -130,18 +109,23 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        return self._processor.bos_id()
+        return self._backend.bos_id
 
     @property
     def eos_id(self) -> int:
-        return self._processor.eos_id()
+        return self._backend.eos_id
+
+    @property
+    def unk_id(self) -> int:
+        """Never produced; −1: there is none."""
+        return self._backend.unk_id
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`; no special token is added, and the text cannot spell one.
 
         Raises InputError for a `str` with lone surrogates, which is not Unicode text, and TypeError for no `str`.
         """
-        return [i for part in self._segments(text) for i in self._encode_segment(part)]
+        return [i for part in self._encoded(text) for i in part]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]`, several at a time."""
@@ -149,15 +133,10 @@ class Tokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an int32 array: four bytes a token where a list of a long document takes forty."""
-        parts = [np.array(self._encode_segment(part), dtype=np.int32) for part in self._segments(text)]
+        parts = [np.array(part, dtype=np.int32) for part in self._encoded(text)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
-    def _segments(self, text: str) -> Iterator[str]:
-        """Cuts where no piece can reach across, so that the tokens are those of the whole text.
-
-        U+2581 comes as a segment of its own. A piece holds a space only in front or throughout, so a long text may be
-        cut before any space that follows something else.
-        """
+    def _encoded(self, text: str) -> Iterator[list[int]]:
         if not isinstance(text, str):
             raise TypeError(f"Tokenizer: text must be a str, not {type(text).__name__}.")
         try:
@@ -167,17 +146,7 @@ class Tokenizer:
                 f"Tokenizer: the text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character "
                 f"{error.start}: that is no Unicode text. Decode the input with errors='replace'."
             ) from None
-        for part in re.split(f"({_SPACE})", text) if _SPACE in text else (text,):
-            start = 0
-            while len(part) - start > _SEGMENT_CHARS:
-                cut = _word_start(part, start + _SEGMENT_CHARS)
-                yield part[start:cut]
-                start = cut
-            if start < len(part):
-                yield part[start:] if start else part
-
-    def _encode_segment(self, part: str) -> list[int]:
-        return self._space_ids if part == _SPACE else self._processor.encode(part)
+        return self._backend.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that form no character become U+FFFD; pad, bos and eos become nothing."""
@@ -245,6 +214,61 @@ class Tokenizer:
             )
         tokenizer.save(path)
         return tokenizer
+
+
+class _SentencePiece:
+    """The backend of a `Tokenizer`: `pieces`, the bytes of each id (none for special ones), and `encode`."""
+
+    file_pad_id = 0
+    special_text = ""  # the probe spells them already
+
+    def __init__(self, model: bytes, source: str) -> None:
+        import sentencepiece
+
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise InputError(f"Tokenizer: {source} is not a SentencePiece model, or is damaged.") from None
+        self._processor: Any = processor
+        ids = range(processor.vocab_size())
+        broken = None
+        if processor.pad_id() != 0 or not processor.is_control(0):
+            broken = f"its padding id is {processor.pad_id()}, not 0 (training option --pad_id=0)"
+        elif sum(map(processor.is_byte, ids)) != 256:
+            broken = "it has no byte fallback (training option --byte_fallback)"
+        if broken:
+            raise InputError(f"Tokenizer: {source} cannot be used: {broken}. Or train one on your own text.")
+        self.bos_id, self.eos_id, self.unk_id = processor.bos_id(), processor.eos_id(), processor.unk_id()
+        self.pieces = [self._piece(i) for i in ids]
+        byte_ids = {self.pieces[i][0]: i for i in ids if processor.is_byte(i)}
+        self._space_ids = [byte_ids[byte] for byte in _SPACE.encode()]
+
+    def _piece(self, i: int) -> bytes:
+        if self._processor.is_control(i):
+            return b""
+        if self._processor.is_unknown(i):
+            return "\ufffd".encode()
+        piece = self._processor.id_to_piece(i)
+        if self._processor.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace(_SPACE, " ").encode()
+
+    def encode(self, text: str) -> Iterator[list[int]]:
+        """The ids of `text`, in parts: cut where no piece can reach across, so that they are those of the whole.
+
+        U+2581 comes as a part of its own. A piece holds a space only in front or throughout, so a long text may be
+        cut before any space that follows something else.
+        """
+        for part in re.split(f"({_SPACE})", text) if _SPACE in text else (text,):
+            start = 0
+            while len(part) - start > _SEGMENT_CHARS:
+                cut = _word_start(part, start + _SEGMENT_CHARS)
+                yield self._processor.encode(part[start:cut])
+                start = cut
+            if part == _SPACE:
+                yield self._space_ids
+            elif start < len(part):
+                yield self._processor.encode(part[start:])
 
 
 def check_vocab_size(vocab_size: int | None) -> None:

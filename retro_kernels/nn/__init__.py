@@ -5,6 +5,7 @@ from .cache import DecodingCache
 from .encoder import NeighbourEncoder
 from .layers import FeedForward, RMSNorm
 from .model import DecoderLayer, Retro
+from .retrofit import RetroFitted
 
 __all__ = [
     "BlockAttention",
@@ -15,5 +16,6 @@ __all__ = [
     "NeighbourEncoder",
     "RMSNorm",
     "Retro",
+    "RetroFitted",
     "SelfAttention",
 ]

@@ -74,7 +74,7 @@ class ChunkNeighbours:
 
 @dataclass
 class DecodingCache:
-    """State of `Retro.decode`. `length` tokens of `batch_size` sequences have been read.
+    """State of `Retro.decode` and `RetroFitted.decode`. `length` tokens of `batch_size` sequences have been read.
 
     It belongs to the weights that it was filled with: throw it away when they change.
     """
@@ -87,3 +87,5 @@ class DecodingCache:
     neighbours: dict[int, ChunkNeighbours | None] = field(default_factory=dict)
     """Per CCA layer (1-based), the neighbours of the last whole chunk; None or absent: RETRO is off for it."""
     position_terms: dict[int, dict[str, Any]] = field(default_factory=dict)
+    past: Any = None
+    """Keys and values that a base from another library keeps in a cache of its own."""

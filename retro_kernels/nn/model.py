@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from ..config import InputError, RetroConfig
 from . import saving
 from .attention import ChunkedCrossAttention, SelfAttention, causal_sinusoids
-from .cache import ChunkNeighbours, DecodingCache, SelfAttentionCache
+from .cache import DecodingCache, SelfAttentionCache
 from .encoder import EncoderLayer, NeighbourEncoder
 from .layers import FeedForward, RMSNorm, initialise
 from .positions import DistanceTable
+from .retrieving import DecodingStep, Retrieving
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -66,7 +66,7 @@ class DecoderLayer(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
-class Retro(nn.Module):
+class Retro(Retrieving):
     """The RETRO language model of Borgeaud et al. 2021 (arXiv 2112.04426).
 
     Pre-norm decoder (RMSNorm, GELU, readout tied to the embedding by default) whose layers `config.cca_layers`
@@ -109,7 +109,7 @@ class Retro(nn.Module):
         CCA are skipped. N is free; a chunk's neighbours reach its last token and the tokens after it. Raises
         ValueError for shapes that do not fit.
         """
-        found = self._neighbours(tokens, neighbours, tokens.shape[-1] // self.config.chunk_size)
+        found = self.fitting_neighbours(tokens, neighbours, tokens.shape[-1] // self.config.chunk_size)
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
         x = self.dropout(self.embedding(tokens))
         sinusoids = causal_sinusoids(x) if self.config.self_attention == "relative" else None
@@ -118,9 +118,13 @@ class Retro(nn.Module):
             x = run(layer.attend, x, sinusoids)
             if found is not None and number == self.config.cca_layers[0]:
                 lengths = found[1]
-                encoded = self._encode(found, x)
+                encoded = self.encode(found[0], x, lengths)
             x = run(layer.finish, x, encoded, lengths)
         return self._logits(x)
+
+    def input_embedding(self) -> nn.Embedding:
+        """The table of the tokens."""
+        return self.embedding
 
     def new_cache(self, batch_size: int) -> DecodingCache:
         """An empty cache for `decode`."""
@@ -137,41 +141,19 @@ class Retro(nn.Module):
         Any split of a sequence into calls gives the logits of `forward`. A chunk's neighbours are encoded and
         projected once. Raises ValueError for shapes that do not fit, before the cache is touched.
         """
-        size = self.config.chunk_size
-        if tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
-            raise InputError(
-                f"Retro.decode: tokens is {list(tokens.shape)}; it must be [{cache.batch_size}, T] "
-                "with T ≥ 1."
-            )
-        start = cache.length
-        completed = (start + tokens.shape[1]) // size - start // size
-        if neighbours is not None and neighbours[0].ndim == 4 and neighbours[0].shape[1] != completed:
-            raise InputError(
-                f"Retro.decode: neighbours hold {neighbours[0].shape[1]} chunks, but tokens {start} … "
-                f"{start + tokens.shape[1] - 1} complete {completed}."
-            )
-        found = self._neighbours(tokens, neighbours, completed)
-        segments = _segments(start, tokens.shape[1], size)
+        step = DecodingStep(self, tokens, cache, neighbours)
         x = self.dropout(self.embedding(tokens))
-        encoded = last_states = None
         for number, layer in self._numbered():
             x = x + layer.attention(layer.attention_norm(x), cache=cache.self_attention[number - 1])
-            if self.config.cca_layers and number == self.config.cca_layers[0]:
-                encoded = self._encode_completed(found, x, cache, completed)
-                last_states = None if encoded is None else encoded[:, -1].clone()
             if layer.cca is not None and layer.cca_norm is not None:
-                chunks = [cache.neighbours.get(number), *_project(layer.cca, encoded, found, completed)]
-                x = x + self._cached_cca(number, layer.cca, layer.cca_norm(x), chunks, segments, cache)
-                if completed:
-                    last = chunks[-1]
-                    cache.neighbours[number] = None if last is None else last.detached(last_states)
+                x = x + step.contribution(number, layer.cca_norm, layer.cca, x)
             x = x + layer.ffn(layer.ffn_norm(x))
-        cache.length = start + tokens.shape[1]
+        cache.length += tokens.shape[1]
         return self._logits(x)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory` (made if needed); each appears whole."""
-        saving.save(self, self.config, Path(directory))
+        saving.save(self.state_dict(), self.config.to_dict(), Path(directory))
 
     @classmethod
     def from_pretrained(
@@ -289,72 +271,6 @@ class Retro(nn.Module):
     def _numbered(self) -> Iterator[tuple[int, DecoderLayer]]:
         return enumerate(cast("list[DecoderLayer]", self.layers), 1)
 
-    def _neighbours(
-        self, tokens: Tensor, neighbours: NeighbourBatch | None, chunks: int
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """Tokens [B, chunks, K, R] and lengths, checked; None where there is nothing to attend to."""
-        if tokens.ndim != 2:
-            raise InputError(f"Retro: tokens is {list(tokens.shape)}; it must be [B, N].")
-        if neighbours is None:
-            return None
-        config = self.config
-        if self.encoder is None:
-            raise InputError(
-                "Retro: neighbours are given, but this model is a plain decoder (cca_layers is empty)."
-            )
-        found, lengths = neighbours[0], neighbours[1]
-        shape = list(found.shape)
-        if (
-            found.ndim != 4
-            or shape[0] != tokens.shape[0]
-            or shape[1] < chunks
-            or shape[3] != config.neighbour_len
-        ):
-            raise InputError(
-                f"Retro: neighbours.tokens is {shape}; for tokens {list(tokens.shape)} and chunk_size "
-                f"{config.chunk_size} it must be [{tokens.shape[0]}, {chunks}, K, {config.neighbour_len}]."
-            )
-        if lengths is not None and list(lengths.shape) != shape[:3]:
-            raise InputError(f"Retro: neighbours.lengths is {list(lengths.shape)}; it must be {shape[:3]}.")
-        if chunks == 0 or shape[2] == 0:
-            return None
-        return found[:, :chunks], None if lengths is None else lengths[:, :chunks]
-
-    def _encode(self, found: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
-        assert self.encoder is not None
-        self.encoder.gradient_checkpointing = self.gradient_checkpointing
-        chunks, size = found[0].shape[1], self.config.chunk_size
-        hidden = x[:, : chunks * size].unflatten(1, (chunks, size))
-        return self.encoder(*found[:1], hidden, found[1], embedding=self.embedding)
-
-    def _encode_completed(
-        self, found: tuple[Tensor, Tensor | None] | None, x: Tensor, cache: DecodingCache, completed: int
-    ) -> Tensor | None:
-        held = x if cache.conditioning is None else torch.cat((cache.conditioning, x), 1)
-        cache.conditioning = held[:, completed * self.config.chunk_size :].clone()
-        return None if found is None else self._encode(found, held)
-
-    def _cached_cca(
-        self,
-        number: int,
-        cca: ChunkedCrossAttention,
-        x: Tensor,
-        chunks: list[ChunkNeighbours | None],
-        segments: list[tuple[int, int, int]],
-        cache: DecodingCache,
-    ) -> Tensor:
-        if number not in cache.position_terms:
-            cache.position_terms[number] = cca.position_terms()
-        terms, parts = cache.position_terms[number], []
-        for index, (first_row, start, stop) in enumerate(segments):
-            chunk = chunks[index]
-            if chunk is None or start == stop:
-                parts.append(torch.zeros_like(x[:, start:stop]))
-            else:
-                rows = x[:, start:stop]
-                parts.append(cca.attend_rows(rows, first_row, chunk.key, chunk.value, chunk.lengths, terms))
-        return torch.cat(parts, 1)
-
     def _checkpointed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return function(*arguments)
@@ -367,29 +283,3 @@ class Retro(nn.Module):
 
 def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return function(*arguments)
-
-
-def _segments(start: int, count: int, size: int) -> list[tuple[int, int, int]]:
-    """Tokens start … start + count − 1 by the chunk they attend to: (first row, from, to), relative to start.
-
-    The first segment always belongs to the chunk attended to so far, and may be empty.
-    """
-    boundaries = (t + size - 1 - start for t in range(start // size * size, start + count - size + 1, size))
-    cuts = [0, *boundaries, count]
-    return [((start + cut + 1) % size, cut, end) for cut, end in pairwise(cuts)]
-
-
-def _project(
-    cca: ChunkedCrossAttention,
-    encoded: Tensor | None,
-    found: tuple[Tensor, Tensor | None] | None,
-    completed: int,
-) -> list[ChunkNeighbours | None]:
-    if encoded is None or found is None:
-        return [None] * completed
-    batch, _, neighbours = encoded.shape[:3]
-    lengths = [None] * completed if found[1] is None else found[1].unbind(1)
-    if cca.absorbs(neighbours, encoded.device, decoding_batch=batch):
-        return [ChunkNeighbours(x, None, n) for x, n in zip(encoded.unbind(1), lengths, strict=True)]
-    key, value = cca.keys_and_values(encoded)
-    return [ChunkNeighbours(k, v, n) for k, v, n in zip(key.unbind(1), value.unbind(1), lengths, strict=True)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import InputError, RetroConfig
 from .positions import DistanceTable
@@ -17,15 +18,15 @@ from .positions import DistanceTable
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def save(model: nn.Module, config: RetroConfig, directory: Path) -> None:
+def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
     """Writes both files; each appears under its name only when it is whole, the weights first."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().contiguous() for name, value in weights.items()}
     staged = directory / f"{WEIGHTS}.tmp-{os.getpid()}"
     staged_config = directory / f"{CONFIG}.tmp-{os.getpid()}"
     try:
         save_file(weights, staged, metadata={"format": "pt"})
-        staged_config.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
+        staged_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(staged, directory / WEIGHTS)
         os.replace(staged_config, directory / CONFIG)
     finally:
@@ -33,7 +34,8 @@ def save(model: nn.Module, config: RetroConfig, directory: Path) -> None:
         staged_config.unlink(missing_ok=True)
 
 
-def load_config(directory: Path) -> RetroConfig:
+def read_config(directory: Path) -> dict[str, Any]:
+    """What `save` was given. InputError: missing or damaged."""
     path = directory / CONFIG
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -45,16 +47,25 @@ def load_config(directory: Path) -> RetroConfig:
         raise InputError(f"{path} is damaged ({error}).") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} is damaged (it must hold one JSON object).")
+    return values
+
+
+def load_config(directory: Path) -> RetroConfig:
+    return model_config(read_config(directory), directory)
+
+
+def model_config(values: dict[str, Any], directory: Path) -> RetroConfig:
+    """`values`, read from `directory`, as a configuration. InputError: they are none."""
     try:
         return RetroConfig.from_dict(values)
     except (InputError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{directory / CONFIG}: {error}") from None
 
 
-def load_weights(
-    model: nn.Module, directory: Path, device: torch.device | str, dtype: torch.dtype | None
-) -> None:
-    """Fills `model`, which stands on the meta device, so that no weight is ever held twice or drawn at random."""
+def read_weights(
+    directory: Path, wanted: dict[str, Tensor], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """What `save` was given: as many, of the names and shapes of `wanted`. InputError: missing, damaged, or others."""
     path = directory / WEIGHTS
     try:
         weights = load_file(path, device=str(device))
@@ -64,7 +75,6 @@ def load_weights(
         ) from None
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}).") from None
-    wanted = model.state_dict()
     missing, unknown = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing or unknown:
         raise InputError(
@@ -77,6 +87,14 @@ def load_weights(
                 f"{path} does not fit {CONFIG}: {name} is {list(value.shape)}, not "
                 f"{list(wanted[name].shape)}."
             )
+    return weights
+
+
+def load_weights(
+    model: nn.Module, directory: Path, device: torch.device | str, dtype: torch.dtype | None
+) -> None:
+    """Fills `model`, which stands on the meta device, so that no weight is ever held twice or drawn at random."""
+    weights = read_weights(directory, model.state_dict(), device)
     if dtype is not None:
         weights = {name: value.to(dtype) for name, value in weights.items()}
     model.load_state_dict(weights, assign=True)

@@ -79,8 +79,8 @@ def build_retrieval_set(
 
     paths: files, folders and "-" as `read_documents` takes them (also include, exclude), or a list of `Document`.
         Documents with the same text are kept once.
-    tokenizer: a SentencePiece model to use. None trains one on the corpus, with `vocab_size` entries (default: 16,384,
-        or as many as the text supports).
+    tokenizer: a SentencePiece model or tokenizer.json to use. None trains one on the corpus, with `vocab_size` entries
+        (default: 16,384, or as many as the text supports).
     embedder: a BERT folder or name, "hashing", or an object (TextEmbedder). None: all-MiniLM-L6-v2.
     index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
         that reaches `recall`@10 is stored.

@@ -1,7 +1,7 @@
 """The retrieval set on disk: one folder of flat arrays, described by a manifest that is checked when it is opened.
 
     manifest.json           format version, shapes, fingerprints, index factory, measurements, size and SHA-256 of files
-    tokenizer.model         the SentencePiece model whose ids the chunks hold
+    tokenizer.model         the SentencePiece model (or tokenizer.json, under this name) whose ids the chunks hold
     chunks.npy              uint16 (int32 for more than 65,536 ids) [C, M]: a document's last chunk is padded with 0
     document_ids.npy        int64 [C], ascending: a document's chunks lie side by side
     documents.jsonl         {"title": …, "bytes": …}, a document a line; document_offsets.npy int64 [D + 1] finds them

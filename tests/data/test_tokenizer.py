@@ -79,7 +79,7 @@ def test_white_space_is_cheap(tokenizer):
 def test_long_texts_are_cut_where_it_makes_no_difference(tokenizer, seed):
     text = some_text(seed, 40_000)
     assert len(text) > 3 * (1 << 16)
-    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+    assert tokenizer.encode(text) == tokenizer._backend._processor.encode(text)
     np.testing.assert_array_equal(tokenizer.encode_array(text), tokenizer.encode(text))
     assert tokenizer.encode_array("").shape == (0,)
 

@@ -1,0 +1,151 @@
+"""What every decoder with retrieval does alike, ours or one of another library: neighbours checked and encoded, and
+chunked cross-attention token by token."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..config import InputError, RetroConfig
+from .attention import ChunkedCrossAttention
+from .cache import ChunkNeighbours, DecodingCache
+from .encoder import NeighbourEncoder
+
+if TYPE_CHECKING:
+    from ..ops import NeighbourBatch
+
+
+class Retrieving(nn.Module):
+    """A decoder some of whose layers attend to encoded neighbours.
+
+    `config` says which and how, `encoder` is None for a plain decoder, `gradient_checkpointing` (False) recomputes
+    the encoder's layers in the backward pass.
+    """
+
+    config: RetroConfig
+    encoder: NeighbourEncoder | None
+    gradient_checkpointing = False
+
+    def input_embedding(self) -> nn.Embedding:
+        """The decoder's own, for an encoder that shares it."""
+        raise NotImplementedError
+
+    def fitting_neighbours(
+        self, tokens: Tensor, neighbours: NeighbourBatch | None, chunks: int
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Tokens [B, chunks, K, R] and lengths, checked; None where there is nothing to attend to."""
+        name, config = type(self).__name__, self.config
+        if tokens.ndim != 2:
+            raise InputError(f"{name}: tokens is {list(tokens.shape)}; it must be [B, N].")
+        if neighbours is None:
+            return None
+        if self.encoder is None:
+            raise InputError(
+                f"{name}: neighbours are given, but this model is a plain decoder (cca_layers is empty)."
+            )
+        found, lengths = neighbours[0], neighbours[1]
+        shape = list(found.shape)
+        if (
+            found.ndim != 4
+            or shape[0] != tokens.shape[0]
+            or shape[1] < chunks
+            or shape[3] != config.neighbour_len
+        ):
+            raise InputError(
+                f"{name}: neighbours.tokens is {shape}; for tokens {list(tokens.shape)} and chunk_size "
+                f"{config.chunk_size} it must be [{tokens.shape[0]}, {chunks}, K, {config.neighbour_len}]."
+            )
+        if lengths is not None and list(lengths.shape) != shape[:3]:
+            raise InputError(f"{name}: neighbours.lengths is {list(lengths.shape)}; it must be {shape[:3]}.")
+        if chunks == 0 or shape[2] == 0:
+            return None
+        return found[:, :chunks], None if lengths is None else lengths[:, :chunks]
+
+    def encode(self, found: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """Neighbours `found` [B, L, K, R] in the light of `x` [B, ≥ L·M, dim], the decoder's state after self-attention
+        of the first CCA layer → [B, L, K, R, encoder_dim]."""
+        assert self.encoder is not None
+        self.encoder.gradient_checkpointing = self.gradient_checkpointing
+        chunks, size = found.shape[1], self.config.chunk_size
+        hidden = x[:, : chunks * size].unflatten(1, (chunks, size))
+        return self.encoder(found, hidden, lengths, embedding=self.input_embedding())
+
+
+class DecodingStep:
+    """One call of `decode`: T tokens after those in the cache, by the chunk they attend to; checked first."""
+
+    def __init__(
+        self, model: Retrieving, tokens: Tensor, cache: DecodingCache, neighbours: NeighbourBatch | None
+    ) -> None:
+        size, name = model.config.chunk_size, type(model).__name__
+        if tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
+            raise InputError(
+                f"{name}.decode: tokens is {list(tokens.shape)}; it must be [{cache.batch_size}, T] "
+                "with T ≥ 1."
+            )
+        start, count = cache.length, tokens.shape[1]
+        completed = (start + count) // size - start // size
+        if neighbours is not None and neighbours[0].ndim == 4 and neighbours[0].shape[1] != completed:
+            raise InputError(
+                f"{name}.decode: neighbours hold {neighbours[0].shape[1]} chunks, but tokens {start} … "
+                f"{start + count - 1} complete {completed}."
+            )
+        self._found = model.fitting_neighbours(tokens, neighbours, completed)
+        self._model, self._cache, self._completed = model, cache, completed
+        self._segments = _segments(start, count, size)
+        self._encoded: Tensor | None = None
+        self._last_states: Tensor | None = None
+
+    def contribution(self, number: int, norm: nn.Module, cca: ChunkedCrossAttention, x: Tensor) -> Tensor:
+        """What is to be added to `x` [B, T, dim], the state after self-attention of layer `number`.
+
+        The layers come in order: the first one encodes the neighbours of the chunks that these tokens complete.
+        """
+        cache, parts = self._cache, []
+        if number == self._model.config.cca_layers[0]:
+            self._encode(x)
+        chunks = [cache.neighbours.get(number), *self._projected(cca)]
+        if number not in cache.position_terms:
+            cache.position_terms[number] = cca.position_terms()
+        terms, x = cache.position_terms[number], norm(x)
+        for chunk, (first_row, start, stop) in zip(chunks, self._segments, strict=True):
+            rows = x[:, start:stop]
+            if chunk is None or start == stop:
+                parts.append(torch.zeros_like(rows))
+            else:
+                parts.append(cca.attend_rows(rows, first_row, chunk.key, chunk.value, chunk.lengths, terms))
+        if self._completed:
+            last = chunks[-1]
+            cache.neighbours[number] = None if last is None else last.detached(self._last_states)
+        return torch.cat(parts, 1)
+
+    def _encode(self, x: Tensor) -> None:
+        cache, read = self._cache, self._completed * self._model.config.chunk_size
+        held = x if cache.conditioning is None else torch.cat((cache.conditioning, x), 1)
+        cache.conditioning = held[:, read:].clone()
+        if self._found is not None:
+            self._encoded = self._model.encode(self._found[0], held, self._found[1])
+            self._last_states = self._encoded[:, -1].clone()
+
+    def _projected(self, cca: ChunkedCrossAttention) -> list[ChunkNeighbours | None]:
+        encoded = self._encoded
+        if encoded is None or self._found is None:
+            return [None] * self._completed
+        lengths = [None] * self._completed if self._found[1] is None else self._found[1].unbind(1)
+        if cca.absorbs(encoded.shape[2], encoded.device, decoding_batch=encoded.shape[0]):
+            return [ChunkNeighbours(x, None, n) for x, n in zip(encoded.unbind(1), lengths, strict=True)]
+        pairs = zip(*(states.unbind(1) for states in cca.keys_and_values(encoded)), lengths, strict=True)
+        return [ChunkNeighbours(key, value, n) for key, value, n in pairs]
+
+
+def _segments(start: int, count: int, size: int) -> list[tuple[int, int, int]]:
+    """Tokens start … start + count − 1 by the chunk they attend to: (first row, from, to), relative to start.
+
+    The first segment always belongs to the chunk attended to so far, and may be empty.
+    """
+    boundaries = (t + size - 1 - start for t in range(start // size * size, start + count - size + 1, size))
+    cuts = [0, *boundaries, count]
+    return [((start + cut + 1) % size, cut, end) for cut, end in pairwise(cuts)]

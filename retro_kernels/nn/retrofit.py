@@ -1,0 +1,452 @@
+"""RETRO-fitting: retrieval for a pretrained causal language model of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..config import InputError, RetroConfig, default_cca_layers
+from . import saving
+from .attention import ChunkedCrossAttention
+from .cache import DecodingCache
+from .encoder import NeighbourEncoder
+from .layers import RMSNorm, initialise
+from .retrieving import DecodingStep, Retrieving
+
+if TYPE_CHECKING:
+    from ..ops import NeighbourBatch
+
+_OWN_BASE = "base"  # folder of a base that was trained as well
+_Contribution = Callable[[int, nn.Module, ChunkedCrossAttention, Tensor], Tensor]
+
+
+class RetroFitted(Retrieving):
+    """A pretrained causal language model with chunked cross-attention after the self-attention of some layers.
+
+    `base` is a `transformers` model for causal language modelling (GPT-2, Llama, Mistral, Qwen, Gemma, GPT-NeoX, GPT-J,
+    OPT, …). Its code and weights stay as they are: while this model is called, hooks add CCA's contribution to what
+    the layer's self-attention is about to add to the residual stream, so the order is the paper's, ATTN, CCA, FFW.
+    Where a layer computes both side by side (GPT-J, GPT-NeoX), CCA stands beside them: it reads the state after
+    self-attention, and the feed-forward networks of the later layers are the first to see it. Where to add is found by
+    one forward pass over a few tokens; a layer that does not add its attention's output to its input is refused.
+
+    CCA's output projections start at zero, so the first step computes what `base` computes, to the last bit; without
+    neighbours that always holds. `freeze=True` trains only what is added: a norm and a CCA in each of
+    `config.cca_layers`, and the encoder (Borgeaud et al. 2021, section 4.2). `freeze=False` is reported to reach a
+    better perplexity (Wang et al. 2023), and changes the base. In training mode the base's own dropout is at work.
+
+    `cca_layers` (1-based) are by default every third layer from the sixth, in models of fewer than nine layers the
+    middle one and the last. `changes` are further fields of `RetroConfig` that concern the encoder and CCA. The
+    encoder is by default as wide as the base, and then reads through the base's embedding. `pad_id` is the base's id of
+    the end of a text, which `tokens`, neighbours and logits here call 0, as a retrieval set does; the base's own 0
+    is then called `pad_id`. Give `file_pad_id` of the `Tokenizer` that made the tokens. `backend`: as in `Retro`.
+
+    Parameters: `base`, `encoder`, and `added.<layer>.cca_norm` and `.cca`, made on the base's device and in its dtype.
+    Raises InputError where the base or the fields do not fit. With neighbours the base must not recompute its layers
+    (gradient checkpointing), and stands on one device.
+    """
+
+    encoder: NeighbourEncoder
+
+    def __init__(
+        self,
+        base: Any,
+        *,
+        cca_layers: tuple[int, ...] | None = None,
+        freeze: bool = True,
+        backend: str | None = None,
+        **changes: Any,
+    ) -> None:
+        super().__init__()
+        layers = _decoder_layers(base)
+        self.config = config = _config(base, cca_layers, changes)
+        self._layers = {number: layers[number - 1] for number in config.cca_layers}
+        self._sites = _sites(base, self._layers)
+        base.requires_grad_(not freeze)
+        self.base = base
+        options: dict[str, Any] = {
+            "head_dim": config.head_dim,
+            "encoder_dim": config.encoder_dim,
+            "chunk_size": config.chunk_size,
+            "neighbour_len": config.neighbour_len,
+            "position": config.cca_position,
+            "dropout": config.dropout,
+            "backend": backend,
+        }
+        self.added = nn.ModuleDict()
+        for number in config.cca_layers:
+            cca = ChunkedCrossAttention(config.dim, config.num_heads, **options)
+            norm = RMSNorm(config.dim, eps=config.norm_eps)
+            self.added[str(number)] = nn.ModuleDict({"cca_norm": norm, "cca": cca})
+        self.encoder = NeighbourEncoder(config, backend)
+        initialise(self.added, config.num_layers, config.dim)
+        initialise(self.encoder, config.encoder_layers, config.encoder_dim)
+        for number in config.cca_layers:
+            nn.init.zeros_(self._cca(number)[1].o_proj.weight)
+        like = self.input_embedding().weight
+        self.added.to(like.device, like.dtype)
+        self.encoder.to(like.device, like.dtype)
+
+    def forward(
+        self, tokens: Tensor, neighbours: NeighbourBatch | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """`tokens` int [B, N] → logits [B, N, vocab_size] of each next token; `neighbours` as in `Retro.forward`.
+
+        `attention_mask` [B, N] is the base's: 0 where a row is padded, which with neighbours must be on the right,
+        since the grid of chunks starts at a row's first token. What stands behind a row's end is ignored anyway, so
+        a mask is rarely needed. Raises ValueError for shapes that do not fit.
+        """
+        found = self.fitting_neighbours(tokens, neighbours, tokens.shape[-1] // self.config.chunk_size)
+        if found is None:
+            return self._run(tokens, attention_mask=attention_mask, use_cache=False).logits
+        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
+            raise InputError(
+                "RetroFitted: the base recomputes its layers in the backward pass, without neighbours. Call "
+                "base.gradient_checkpointing_disable()."
+            )
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise InputError(
+                "RetroFitted: attention_mask pads on the left; chunks are counted from a row's first token, so pad on "
+                "the right."
+            )
+        encoded: list[Tensor] = []
+
+        def contribution(number: int, norm: nn.Module, cca: ChunkedCrossAttention, x: Tensor) -> Tensor:
+            if not encoded:
+                encoded.append(self.encode(found[0], x, found[1]))
+            return cca(norm(x), encoded[0], found[1])
+
+        with self._adding(contribution):
+            return self._run(tokens, attention_mask=attention_mask, use_cache=False).logits
+
+    def new_cache(self, batch_size: int) -> DecodingCache:
+        """An empty cache for `decode`."""
+        return DecodingCache(batch_size)
+
+    @torch.no_grad()
+    def decode(
+        self, tokens: Tensor, cache: DecodingCache, neighbours: NeighbourBatch | None = None
+    ) -> Tensor:
+        """As `Retro.decode`: reads `tokens` int [B, T] after those in `cache` → logits [B, T, vocab_size].
+
+        The base keeps its keys and values in its own cache. Raises ValueError for shapes that do not fit.
+        """
+        step = DecodingStep(self, tokens, cache, neighbours)
+        with self._adding(step.contribution):
+            result = self._run(tokens, past_key_values=cache.past, use_cache=True)
+        cache.past = result.past_key_values
+        cache.length += tokens.shape[1]
+        return result.logits
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser is to be given: all that is added, and the base where it is not frozen."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def input_embedding(self) -> nn.Embedding:
+        """The base's."""
+        return self.base.get_input_embeddings()
+
+    def encode(self, found: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return super().encode(self._exchanged(found), x, lengths)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes what was added, `config.json` and `model.safetensors`, into `directory` (made if needed). The base is
+        named by where it came from; one that is not frozen is written too, into the folder `base`."""
+        folder = Path(directory)
+        if any(parameter.requires_grad for parameter in self.base.parameters()):
+            staged = folder / f"{_OWN_BASE}.tmp-{os.getpid()}"
+            try:
+                self.base.save_pretrained(staged)
+                shutil.rmtree(folder / _OWN_BASE, ignore_errors=True)
+                os.replace(staged, folder / _OWN_BASE)
+            finally:
+                shutil.rmtree(staged, ignore_errors=True)
+        config = {"base": _description(self.base), "added": self.config.to_dict()}
+        saving.save(self._added_weights(), config, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike[str],
+        *,
+        base: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> RetroFitted:
+        """The model that `save_pretrained` wrote, in evaluation mode and frozen unless its base was trained too.
+
+        `base`: a model, or where transformers finds one; None: where it was then. `dtype`: None is that of the saved
+        weights. Raises InputError if a file is missing or damaged, or where the base is not the one that the weights
+        were trained with.
+        """
+        folder = Path(directory)
+        values = saving.read_config(folder)
+        if not cls.is_saved_in(folder) or not isinstance(values["base"], dict):
+            raise InputError(f"{folder} holds no RetroFitted (its {saving.CONFIG} names no base).")
+        config = saving.model_config(values["added"], folder)
+        own = (folder / _OWN_BASE).is_dir()
+        if base is None:
+            base = str(folder / _OWN_BASE) if own else values["base"]["source"]
+        if isinstance(base, (str, os.PathLike)):
+            base = load_base(base, dtype or getattr(torch, values["base"].get("dtype", "float32")))
+        _check_same_base(values["base"], _description(base), folder)
+        fields = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_BASE}
+        model = cls(base, freeze=not own, backend=backend, **fields)
+        weights = saving.read_weights(folder, model._added_weights())
+        model.load_state_dict(weights, strict=False)
+        return model.to(device=device, dtype=dtype).eval()
+
+    @staticmethod
+    def is_saved_in(directory: str | os.PathLike[str]) -> bool:
+        """Whether `directory` holds what `save_pretrained` writes, and not a `Retro`. InputError: neither."""
+        return saving.read_config(Path(directory)).keys() == {"base", "added"}
+
+    def _added_weights(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("base.")}
+
+    def _cca(self, number: int) -> tuple[nn.Module, ChunkedCrossAttention]:
+        pair: Any = self.added[str(number)]
+        return pair["cca_norm"], pair["cca"]
+
+    def _run(self, tokens: Tensor, **options: Any) -> Any:
+        result = self.base(input_ids=self._exchanged(tokens), return_dict=True, **options)
+        if pad := self.config.pad_id:
+            first, logits = result.logits[..., 0].clone(), result.logits
+            logits[..., 0] = logits[..., pad]
+            logits[..., pad] = first
+        return result
+
+    def _exchanged(self, tokens: Tensor) -> Tensor:
+        """Ids of the base for ours, and the other way round."""
+        pad = self.config.pad_id
+        return tokens if pad == 0 else torch.where(tokens == 0, pad, torch.where(tokens == pad, 0, tokens))
+
+    @contextlib.contextmanager
+    def _adding(self, contribution: _Contribution) -> Iterator[None]:
+        """While it lasts, the base's layers add what `contribution` makes of their state after self-attention."""
+        residual: dict[int, Tensor] = {}
+        with contextlib.ExitStack() as hooks:
+            for number in self.config.cca_layers:
+                norm, cca = self._cca(number)
+
+                def enter(module: Any, args: Any, kwargs: Any, number: int = number) -> None:
+                    residual[number] = _first(args, kwargs)
+
+                def leave(
+                    module: Any,
+                    args: Any,
+                    output: Any,
+                    number: int = number,
+                    norm: Any = norm,
+                    cca: Any = cca,
+                ) -> Any:
+                    attended = _first(output)
+                    attended = attended + contribution(number, norm, cca, residual.pop(number) + attended)
+                    return (attended, *output[1:]) if isinstance(output, tuple) else attended
+
+                before = self._layers[number].register_forward_pre_hook(enter, with_kwargs=True)
+                hooks.callback(before.remove)
+                hooks.callback(self._sites[number].register_forward_hook(leave).remove)
+            yield
+
+
+_OF_THE_BASE = ("vocab_size", "dim", "num_layers")
+
+
+def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Any:
+    """The causal language model that transformers finds at `source`. InputError: none; ImportError: no transformers."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("A pretrained base needs transformers: pip install transformers") from error
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"The base {source} cannot be loaded ({reason}). Name a folder or model with base=."
+        ) from None
+
+
+def _decoder_layers(base: Any) -> nn.ModuleList:
+    """The list of the decoder's layers, found by its length."""
+    if not isinstance(base, nn.Module) or not hasattr(base, "get_input_embeddings"):
+        raise TypeError(
+            f"RetroFitted: base is {type(base).__name__}; it must be a transformers model for causal language "
+            "modelling, as AutoModelForCausalLM gives."
+        )
+    if any(parameter.is_meta for parameter in base.parameters()):
+        raise InputError("RetroFitted: the base has no weights yet (meta device). Load them first.")
+    wanted = getattr(_text_config(base), "num_hidden_layers", None)
+    lists = {name: part for name, part in base.named_modules() if isinstance(part, nn.ModuleList)}
+    fitting = [name for name, part in lists.items() if len(part) == wanted]
+    outer = [name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)]
+    if len(outer) != 1 or getattr(base.config, "is_encoder_decoder", False):
+        shown = ", ".join(f"{name} ({len(part)})" for name, part in list(lists.items())[:8]) or "none"
+        raise InputError(
+            f"RetroFitted: {type(base).__name__} has no list of decoder layers that could be found. Looked for one "
+            f"ModuleList with num_hidden_layers = {wanted} entries in a decoder-only model; its lists: {shown}."
+        )
+    return lists[outer[0]]
+
+
+def _text_config(base: Any) -> Any:
+    return base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+
+
+def _config(base: Any, cca_layers: tuple[int, ...] | None, changes: dict[str, Any]) -> RetroConfig:
+    if refused := sorted(set(changes) & set(_OF_THE_BASE)):
+        raise InputError(f"RetroFitted: {refused} are those of the base; they cannot be changed.")
+    text, embedding = _text_config(base), base.get_input_embeddings()
+    dim, heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
+    if dim is None or heads is None:
+        raise InputError(
+            f"RetroFitted: {type(base).__name__} is no decoder with attention (hidden_size {dim}, num_attention_heads "
+            f"{heads})."
+        )
+    head_dim = getattr(text, "head_dim", None) or dim // heads
+    layers = default_cca_layers(text.num_hidden_layers) if cca_layers is None else tuple(cca_layers)
+    if not layers:
+        raise InputError("RetroFitted: cca_layers is empty; name the layers (1-based) that shall attend.")
+    width = changes.get("encoder_dim", dim)
+    fields: dict[str, Any] = {
+        "vocab_size": embedding.num_embeddings,
+        "dim": dim,
+        "num_layers": text.num_hidden_layers,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "ffn_dim": 4 * dim,
+        "cca_layers": layers,
+        "encoder_dim": dim,
+        "encoder_heads": heads,
+        "encoder_head_dim": head_dim,
+        "encoder_ffn_dim": 4 * width,
+        "share_encoder_embedding": width == dim == embedding.embedding_dim,
+    }
+    config = RetroConfig.from_dict({**fields, **changes})
+    if config.share_encoder_embedding and embedding.embedding_dim != config.encoder_dim:
+        raise InputError(
+            f"RetroFitted: the base's embedding is {embedding.embedding_dim} wide and the encoder "
+            f"{config.encoder_dim}; they cannot share it (share_encoder_embedding=False)."
+        )
+    return config
+
+
+class _Call(NamedTuple):
+    module: nn.Module
+    given: Tensor | None
+    result: Tensor | None
+
+
+@torch.no_grad()
+def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
+    """Per layer the module whose output, added to the layer's input, is the state after self-attention.
+
+    Seen in one forward pass: a module that runs later is given just that state; or, side by side with the feed-forward
+    network, both outputs and the input make the layer's result. A dropout behind the attention is such a module
+    too, and the last one is taken, so that CCA is not dropped with it.
+    """
+    calls: dict[int, list[_Call]] = {number: [] for number in layers}
+    modes = {module: module.training for module in base.modules()}
+    device = base.get_input_embeddings().weight.device
+    with contextlib.ExitStack() as hooks:
+        for number, layer in layers.items():
+            for module in (*layer.children(), layer):
+
+                def record(module: Any, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
+                    calls[number].append(_Call(module, _first(args, kwargs), _first(output)))
+
+                hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
+        base.eval()
+        try:
+            base(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    sites = {}
+    for number, layer in layers.items():
+        site = _site(calls[number])
+        if site is None:
+            names = ", ".join(name for name, _ in layer.named_children())
+            raise InputError(
+                f"RetroFitted: layer {number} ({type(layer).__name__}) cannot be fitted. Looked for a part whose "
+                "output is added to the layer's input and read by a later part, or added together with a later part's "
+                f"output to give the layer's; its parts: {names}. Leave it out of cca_layers if other layers differ."
+            )
+        sites[number] = site
+    return sites
+
+
+def _site(calls: list[_Call]) -> nn.Module | None:
+    *parts, (_, x, out) = calls
+    if x is None or out is None:
+        return None
+    results = [(i, part.result) for i, part in enumerate(parts) if _alike(part.result, x)]
+    for i, result in reversed(results):
+        if any(_alike(later.given, x) and _equal(later.given, x + result) for later in parts[i + 1 :]):
+            return parts[i].module
+    for i, result in reversed(results):
+        for j, other in results:
+            size = 16 * torch.finfo(x.dtype).eps * (x.abs() + result.abs() + other.abs())
+            if j > i and bool(((x + result + other - out).abs() <= size).all()):
+                return parts[i].module
+    return None
+
+
+def _alike(value: Tensor | None, x: Tensor) -> TypeGuard[Tensor]:
+    return value is not None and value.numel() == x.numel() and value.dtype == x.dtype
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.flatten(), b.flatten())
+
+
+def _first(values: Any, named: dict[str, Any] | None = None) -> Any:
+    """The first floating tensor among arguments or results."""
+    if isinstance(values, Tensor):
+        return values
+    everything = (*values, *(named or {}).values()) if isinstance(values, (tuple, list)) else ()
+    return next((v for v in everything if isinstance(v, Tensor) and v.is_floating_point()), None)
+
+
+def _description(base: Any) -> dict[str, Any]:
+    """What a base is known by: where it came from, its kind, its sizes, and a few of its weights."""
+    text, sample, source = _text_config(base), {}, base.config.name_or_path
+    weights = [(name, w) for name, w in base.named_parameters() if w.numel() and w.is_floating_point()]
+    for name, weight in weights[:: max(1, len(weights) // 16)]:
+        sample[name] = float(weight.detach().flatten()[weight.numel() // 2])
+    return {
+        "source": str(Path(source).resolve()) if source and Path(source).is_dir() else source,
+        "model_type": base.config.model_type,
+        "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "vocab_size": base.get_input_embeddings().num_embeddings,
+        "dim": text.hidden_size,
+        "num_layers": text.num_hidden_layers,
+        "sample": sample,
+    }
+
+
+def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+    """InputError where they differ by more than the rounding to another dtype."""
+    for name in ("model_type", "vocab_size", "dim", "num_layers"):
+        if saved.get(name) != given[name]:
+            raise InputError(
+                f"{folder} was trained with a base whose {name} is {saved.get(name)!r}, not {given[name]!r}. Give "
+                f"that base ({saved.get('source') or 'it had no name'}) as base=."
+            )
+    sample = saved.get("sample", {})
+    for name, value in given["sample"].items():
+        if name in sample and not math.isclose(sample[name], value, rel_tol=0.01, abs_tol=1e-6):
+            raise InputError(
+                f"{folder} was trained with another base of the same kind: {name} differs. Give that base "
+                f"({saved.get('source') or 'it had no name'}) as base=."
+            )

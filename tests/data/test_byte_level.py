@@ -1,0 +1,138 @@
+"""The tokenizer.json of a pretrained model: lossless, ids as the model knows them, 0 and the end of text exchanged."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retro_kernels import InputError, Tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+WORDS = "a neighbour, and another one: it's 1984!\n\tif x == y:\n        return naïve\n" * 20
+
+
+def made(
+    path: Path, *, special: tuple[str, ...] = ("<|endoftext|>",), first: bool = False, **parts: Any
+) -> Any:
+    """A byte-level BPE learnt from a few words, in `path`; `first`: special tokens have the first ids."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(special) if first else [],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([WORDS], trainer)
+    backend.add_special_tokens(list(special))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    backend.save(str(path))
+    return backend
+
+
+def some_text(seed: int, length: int = 3000) -> str:
+    rng = random.Random(seed)
+    points = [
+        rng.choice([rng.randrange(0x100), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
+        for _ in range(length)
+    ]
+    return "".join(map(chr, points)) + WORDS
+
+
+def test_nothing_is_lost(seed: int, tmp_path: Path) -> None:
+    made(tmp_path / "t.json", normalizer=tokenizers.normalizers.NFC())
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    for text in ("", " ", "e\u0301 <|endoftext|> \u2581 <pad>", some_text(seed)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.encode_array(text).tolist() == ids
+        assert 0 not in ids and tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.decode_bytes(tokenizer.encode("🙂")[:1]) == "🙂".encode()[:1]
+    with pytest.raises(InputError, match="surrogate"):
+        tokenizer.encode("\ud800")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_ids_are_those_of_the_file_but_two(seed: int, tmp_path: Path, first: bool) -> None:
+    special = ("<|endoftext|>", "<|other|>")
+    backend = made(tmp_path / "t.json", special=special, first=first)
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    end = backend.token_to_id("<|endoftext|>")
+    assert (end == 0) == first and tokenizer.file_pad_id == end
+    assert tokenizer.vocab_size == backend.get_vocab_size() and tokenizer.pad_id == tokenizer.eos_id == 0
+    text = some_text(seed)
+    theirs = backend.encode(text).ids
+    assert tokenizer.encode(text) == [end if i == 0 else 0 if i == end else i for i in theirs]
+    if not first:
+        assert 0 in theirs  # "!" is the first letter
+        assert tokenizer.encode("!") == [end]
+    for name in special:
+        i = backend.token_to_id(name)
+        assert tokenizer.decode([0 if i == end else i]) == ""
+
+
+def test_other_tokens_of_the_file(tmp_path: Path) -> None:
+    """Added ones that are not special are text, and the first known end of a text counts."""
+    backend = made(tmp_path / "t.json", special=("<|im_end|>", "</s>"))
+    backend.add_tokens(["        ", "<tool>"])
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    assert tokenizer.file_pad_id == backend.token_to_id("</s>")
+    assert len(tokenizer.encode("        ")) == len(tokenizer.encode("<tool>")) == 1
+    assert tokenizer.decode(tokenizer.encode("a        <tool></s>")) == "a        <tool></s>"
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    def refused(match: str) -> None:
+        with pytest.raises(InputError, match=match):
+            Tokenizer(tmp_path / "t.json")
+
+    for content in (b"{", b'{"a": 1}', b'{"added_tokens": [], "model": 3}'):
+        (tmp_path / "t.json").write_bytes(content)
+        refused("no tokenizer.json")
+    made(tmp_path / "t.json", special=("<mask>",))
+    refused("no special token that ends a text")
+    made(tmp_path / "t.json", pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True))
+    refused("loses characters")
+    backend = made(tmp_path / "t.json")
+    backend.add_tokens([tokenizers.AddedToken("<word>", lstrip=True)])
+    backend.save(str(tmp_path / "t.json"))
+    refused("swallow white space")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "t.json"))
+    refused("no byte-level BPE")
+
+
+def test_travels_to_other_processes_and_folders(tmp_path: Path) -> None:
+    """Under any name: what a file holds is seen in it."""
+    made(tmp_path / "t.json")
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    tokenizer.save(tmp_path / "tokenizer.model")
+    for copy in (pickle.loads(pickle.dumps(tokenizer)), Tokenizer(tmp_path / "tokenizer.model")):
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert copy.encode(WORDS) == tokenizer.encode(WORDS)
+
+
+def test_gpt2(data: Path, seed: int, tmp_path: Path) -> None:
+    """The real one, put together from its two files; a few ids that are generally known."""
+    files = data / "tokenizers"
+    vocabulary = json.loads(lzma.decompress((files / "gpt2.vocab.json.xz").read_bytes()))
+    lines = lzma.decompress((files / "gpt2.merges.txt.xz").read_bytes()).decode().splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.vocab_size == 50_257 and tokenizer.file_pad_id == 50_256
+    assert tokenizer.encode("Hello world!") == [15496, 995, 50_256]
+    text = some_text(seed)
+    assert tokenizer.decode(tokenizer.encode(text)) == text

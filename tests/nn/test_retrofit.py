@@ -1,0 +1,329 @@
+"""Pretrained models of transformers with retrieval added: each kind of layer, from small random weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retro_kernels import InputError, NeighbourBatch, RetroFitted
+from retro_kernels.config import default_cca_layers
+
+transformers = pytest.importorskip("transformers")
+
+M, R, V, LAYERS = 4, 8, 61, 4
+COMMON: dict[str, Any] = dict(
+    vocab_size=V,
+    hidden_size=32,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=128,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+GPT2: dict[str, Any] = dict(
+    vocab_size=V, n_embd=32, n_layer=LAYERS, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+)
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GPT-2": ("GPT2", GPT2),
+    "Llama, grouped heads": ("Llama", COMMON | {"num_key_value_heads": 1}),
+    "Qwen2": ("Qwen2", COMMON | {"num_key_value_heads": 1}),
+    "Mistral, sliding window": ("Mistral", COMMON | {"num_key_value_heads": 1, "sliding_window": 6}),
+    "Gemma2, norm behind attention": (
+        "Gemma2",
+        COMMON | {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": 6},
+    ),
+    "OPT": ("OPT", COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0}),
+    "GPT-NeoX, side by side": ("GPTNeoX", COMMON | {"use_parallel_residual": True}),
+    "GPT-NeoX, one after another": ("GPTNeoX", COMMON | {"use_parallel_residual": False}),
+    "GPT-J": ("GPTJ", GPT2 | {"rotary_dim": 8}),
+}
+SIDE_BY_SIDE = {"GPT-NeoX, side by side", "GPT-J"}
+all_kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def base_model(kind: str = "GPT-2", **changes: Any) -> Any:
+    name, sizes = KINDS[kind]
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def fitted(base: Any, filled: bool = True, **changes: Any) -> RetroFitted:
+    """`filled`: as if trained, so that neighbours have an effect."""
+    model = RetroFitted(base, chunk_size=M, neighbour_len=R, **changes).eval()
+    for layer in model.added.values() if filled else ():
+        torch.nn.init.normal_(layer["cca"].o_proj.weight, std=0.3)
+    return model
+
+
+def random_input(tokens: int = 14) -> tuple[torch.Tensor, NeighbourBatch]:
+    chunks = tokens // M
+    lengths = torch.randint(1, R + 1, (2, chunks, 2))
+    return torch.randint(1, V, (2, tokens)), NeighbourBatch(torch.randint(1, V, (2, chunks, 2, R)), lengths)
+
+
+@all_kinds
+def test_starts_as_the_base_and_stays_it_without_neighbours(seed: int, kind: str) -> None:
+    base = base_model(kind)
+    x, neighbours = random_input()
+    before = base(x).logits
+    model = fitted(base, filled=False)
+    assert model.config.cca_layers == (2, 4)
+    assert torch.equal(model(x, neighbours), before)  # step 0
+    torch.nn.init.normal_(model.added["2"]["cca"].o_proj.weight)
+    assert not torch.equal(model(x, neighbours), before)
+    assert torch.equal(model(x), before) and torch.equal(base(x).logits, before)  # no hook is left behind
+    nobody = neighbours._replace(lengths=torch.zeros_like(neighbours.lengths))
+    assert torch.equal(model(x, nobody), before)
+
+
+@all_kinds
+def test_reach_of_a_chunks_neighbours(seed: int, kind: str) -> None:
+    """A chunk's last token is the first that its neighbours reach; nothing later in the text reaches back."""
+    model = fitted(base_model(kind).double())
+    x, neighbours = random_input()
+    logits = model(x, neighbours)
+    assert torch.equal(logits[:, : M - 1], model(x)[:, : M - 1])
+    for u in range(3):
+        tokens = neighbours.tokens.clone()
+        tokens[:, u, :, 0] = tokens[:, u, :, 0] % (V - 1) + 1
+        other = model(x, neighbours._replace(tokens=tokens))
+        first = (u + 1) * M - 1
+        assert torch.equal(other[:, :first], logits[:, :first])
+        assert not torch.isclose(other[:, first], logits[:, first], rtol=0, atol=1e-12).all(-1).any()
+    for t in (M - 1, 9):
+        changed = x.clone()
+        changed[:, t] = changed[:, t] % (V - 1) + 1
+        torch.testing.assert_close(model(changed, neighbours)[:, :t], logits[:, :t])
+    short, found = (
+        x[:, :9],
+        neighbours._replace(tokens=neighbours.tokens[:, :2], lengths=neighbours.lengths[:, :2]),
+    )
+    torch.testing.assert_close(model(short, found), logits[:, :9])
+
+
+@all_kinds
+def test_any_split_into_decoding_steps_is_one_pass(seed: int, kind: str) -> None:
+    model = fitted(base_model(kind).double())
+    x, neighbours = random_input(22)
+    whole = model(x, neighbours)
+    cache, parts, start = model.new_cache(2), [], 0
+    for count in (3, 1, 1, 6, 1, 1, 4, 5):
+        chunks = slice(start // M, (start + count) // M)
+        found = neighbours._replace(
+            tokens=neighbours.tokens[:, chunks], lengths=neighbours.lengths[:, chunks]
+        )
+        parts.append(model.decode(x[:, start : start + count], cache, found))
+        start += count
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+    off = model.new_cache(2)
+    torch.testing.assert_close(model.decode(x, off), model(x))
+
+
+@all_kinds
+def test_stands_behind_self_attention(seed: int, kind: str) -> None:
+    """CCA reads the layer's input plus its attention; that and no later state conditions the encoder; and the
+    feed-forward network of the layer reads the sum, except where both stand side by side."""
+    base = base_model(kind)
+    model = fitted(base)
+    layer, norm = model._layers[2], model.added["2"]["cca_norm"]
+    x, neighbours = random_input()
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            given = args[0] if args else kwargs["hidden_states"]
+            seen[name] = (given, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    attention = next(
+        part for name, part in layer.named_children() if name in ("attn", "attention", "self_attn")
+    )
+    behind = getattr(layer, "post_attention_layernorm", None) if "Gemma" in kind else attention
+    feed = {
+        "OPT": "final_layer_norm",
+        "Gemma2": "pre_feedforward_layernorm",
+        "GPT-2": "ln_2",
+        "GPT-J": "ln_1",
+    }
+    before = getattr(layer, feed.get(kind.split(",")[0], "post_attention_layernorm"))
+    parts = dict(layer=layer, behind=behind, norm=norm, before=before, cca=model.added["2"]["cca"])
+    for name, part in parts.items():
+        part.register_forward_hook(keep(name), with_kwargs=True)
+    model.encoder.register_forward_hook(lambda module, args, output: seen.update(encoder=args[1]))
+    model(x, neighbours)
+    state = seen["layer"][0] + seen["behind"][1]  # this hook runs before those of the call
+    torch.testing.assert_close(seen["norm"][0], state)
+    read = seen["layer"][0] if kind in SIDE_BY_SIDE else state + seen["cca"][1]
+    torch.testing.assert_close(seen["before"][0].view_as(read), read)
+    torch.testing.assert_close(seen["encoder"], state[:, : 3 * M].unflatten(1, (3, M)))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_learns_to_copy_from_neighbours(seed: int, freeze: bool) -> None:
+    """Random text that nothing but its neighbours foretells. Frozen, the base gets no gradient and stays as it is."""
+    letters, size = 6, 3 * M
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False}
+    base = base_model("GPT-2", n_layer=2, vocab_size=letters, **quiet)
+    for module in (base.get_input_embeddings(), base.lm_head):
+        torch.nn.init.normal_(module.weight, std=0.3)
+    kept = copy.deepcopy(base.state_dict())
+    model = RetroFitted(base, chunk_size=M, neighbour_len=R, encoder_layers=1, freeze=freeze).train()
+    added = {id(p) for name, p in model.named_parameters() if not name.startswith("base.")}
+    assert ({id(p) for p in model.trainable_parameters()} == added) == freeze
+    optimiser = torch.optim.AdamW(model.trainable_parameters(), lr=1e-2)
+    lengths = torch.tensor([R, R, 0]).expand(16, 3)[..., None]
+    losses = []
+    for _ in range(45):
+        x = torch.randint(letters, (16, size + 1))
+        # a chunk's neighbour is the chunk with its continuation
+        tokens = torch.stack([x[:, :R], x[:, M : M + R], x[:, :R]], 1)[:, :, None]
+        logits = model(x[:, :-1], NeighbourBatch(tokens, lengths))
+        loss = F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten())
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert all(torch.equal(value, kept[name]) for name, value in base.state_dict().items()) == freeze
+    assert losses[-1] < min(losses[0], math.log(letters)) - 0.2
+
+
+def test_every_added_weight_gets_a_gradient(seed: int) -> None:
+    model = fitted(base_model("Llama, grouped heads"))
+    x, neighbours = random_input()
+    model(x, neighbours).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("base."):
+            assert parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
+    """With pad_id, tokens, neighbours and logits call the base's end of text 0, and its 0 pad_id."""
+    base, end = base_model(), 57
+    plain, model = fitted(base), RetroFitted(base, chunk_size=M, neighbour_len=R, pad_id=end).eval()
+    model.load_state_dict(plain.state_dict())
+    x, neighbours = random_input()
+    x[:, 2], neighbours.tokens[..., 3] = 0, end
+    order = torch.arange(V)
+    order[[0, end]] = torch.tensor([end, 0])
+    theirs = neighbours._replace(tokens=order[neighbours.tokens])
+    assert torch.equal(model(x, neighbours), plain(order[x], theirs)[..., order])
+    assert torch.equal(model(x), base(order[x]).logits[..., order])
+    model(x, neighbours).sum().backward()
+
+
+def test_padding(seed: int) -> None:
+    """On the right it changes nothing, with a mask or without; on the left it is refused."""
+    model = fitted(base_model("Qwen2").double())
+    x, neighbours = random_input()
+    logits, mask = model(x, neighbours), torch.ones_like(x)
+    mask[1, 9:] = 0
+    for given in (mask, None):
+        padded = model(x.where(mask > 0, 0), neighbours, attention_mask=given)
+        torch.testing.assert_close(padded[1, :9], logits[1, :9])
+        torch.testing.assert_close(padded[0], logits[0])
+    with pytest.raises(InputError, match="pad on the right"):
+        model(x, neighbours, attention_mask=mask.flip(1))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
+    """What was added alone, with the base by name; a base that was trained too goes along."""
+    base_model().save_pretrained(tmp_path / "base model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base model")
+    model = fitted(base, freeze=freeze, cca_layers=(3,), encoder_dim=24, encoder_layers=1)
+    if not freeze:
+        torch.nn.init.normal_(base.lm_head.weight)
+    model.save_pretrained(tmp_path / "fitted")
+    assert (tmp_path / "fitted" / "base").exists() != freeze
+    x, neighbours = random_input()
+    again = RetroFitted.from_pretrained(tmp_path / "fitted")
+    assert not again.training and again.config == model.config
+    assert torch.equal(again(x, neighbours), model(x, neighbours))
+    assert len(again.trainable_parameters()) == len(model.trainable_parameters())
+    given = RetroFitted.from_pretrained(
+        tmp_path / "fitted", base=copy.deepcopy(base).bfloat16(), dtype=torch.bfloat16
+    )
+    assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
+    given(x, neighbours)
+
+
+def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
+    base = base_model()
+    fitted(base).save_pretrained(tmp_path)
+
+    def refused(match: str, given: Any = None) -> None:
+        with pytest.raises(InputError, match=match):
+            RetroFitted.from_pretrained(tmp_path, base=given)
+
+    refused("num_layers is 4, not 3", base_model(n_layer=3))
+    refused("model_type is 'gpt2', not 'llama'", base_model("Llama, grouped heads"))
+    refused("another base of the same kind", base_model())
+    refused("cannot be loaded", str(tmp_path / "nowhere"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["added"]["encoder_ffn_dim"] = 7
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused("does not fit", base)
+    (tmp_path / "config.json").write_text(json.dumps({"dim": 3}))
+    refused("names no base", base)
+
+
+def test_refuses(seed: int) -> None:
+    with pytest.raises(TypeError, match="AutoModelForCausalLM"):
+        RetroFitted(torch.nn.Linear(2, 2))
+    encoder_decoder = transformers.T5Config(
+        vocab_size=V, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    with pytest.raises(InputError, match="decoder-only"):
+        RetroFitted(transformers.T5ForConditionalGeneration(encoder_decoder))
+    bloom = transformers.BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=2)
+    with pytest.raises(InputError, match="layer 1 .* cannot be fitted"):
+        RetroFitted(transformers.BloomForCausalLM(bloom))
+    mamba = transformers.MambaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(InputError, match="no decoder with attention"):
+        RetroFitted(transformers.MambaForCausalLM(mamba))
+    base = base_model()
+    for match, changes in [
+        ("those of the base", {"dim": 8}),
+        ("unknown fields", {"surprise": 8}),
+        ("1-based", {"cca_layers": (0,)}),
+        ("empty", {"cca_layers": ()}),
+        ("share_encoder_embedding", {"encoder_dim": 8, "share_encoder_embedding": True}),
+    ]:
+        with pytest.raises(InputError, match=match):
+            RetroFitted(base, **changes)
+    with torch.device("meta"), pytest.raises(InputError, match="meta device"):
+        RetroFitted(base_model())
+    model = fitted(base)
+    x, neighbours = random_input()
+    with pytest.raises(InputError, match=r"RetroFitted: neighbours.tokens is \[2, 3, 2, 8\]"):
+        model(x[:1], neighbours)
+    with pytest.raises(InputError, match="complete 3"):
+        model.decode(x, model.new_cache(2), neighbours._replace(tokens=neighbours.tokens[:, :2]))
+    base.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+        model.train()(x, neighbours)
+
+
+def test_default_layers() -> None:
+    """The paper's, and a rule for models too shallow for it."""
+    assert default_cca_layers(12) == (6, 9, 12) and default_cca_layers(32)[-2:] == (27, 30)
+    assert [default_cca_layers(n) for n in (1, 2, 4, 6, 8, 9)] == [
+        (1,),
+        (1, 2),
+        (2, 4),
+        (3, 6),
+        (4, 8),
+        (6, 9),
+    ]

@@ -1,0 +1,126 @@
+"""A pretrained model of transformers with its own tokenizer, from the set to generation, on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+from small import CHUNK, SEQUENCE, World, run
+
+from retro_kernels import InputError, Retriever, RetroFitted, Tokenizer
+from retro_kernels.config import TrainConfig
+from retro_kernels.evaluate import evaluate
+from retro_kernels.generate import generate
+from retro_kernels.runs import load_run
+from retro_kernels.train import train as train_run
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def pretrained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small.pretrained(tmp_path_factory.mktemp("pretrained"), world.train)
+
+
+@pytest.fixture(scope="module")
+def fitted(world: World, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Set and run."""
+    root = tmp_path_factory.mktemp("fitted")
+    tokenizer = [
+        "--tokenizer",
+        pretrained / "tokenizer.json",
+        "--embedder",
+        "hashing:64",
+        "--chunk-size",
+        CHUNK,
+    ]
+    assert run("index", world.train, "--out", root / "set", *tokenizer) == 0
+    assert train(world, root / "set", pretrained, root / "run", "--steps", 4) == 0
+    return root / "set", root / "run"
+
+
+def train(world: World, set: Path, pretrained: Path, out: Path, *words: object) -> int:
+    sizes = [
+        "--sequence-length",
+        SEQUENCE,
+        "--batch-size",
+        2,
+        "--device",
+        "cpu",
+        "--model",
+        "encoder_layers=1",
+    ]
+    return run(
+        "train", "--data", world.train, "--set", set, "--retrofit", pretrained, "--out", out, *sizes, *words
+    )
+
+
+def test_set_and_run(world: World, pretrained: Path, fitted: tuple[Path, Path], seed: int) -> None:
+    """Ids are those of the file but for two; off is the base, in its own ids; what was added is trained."""
+    retriever, loaded = Retriever.from_pretrained(fitted[0]), load_run(fitted[1])
+    tokenizer = Tokenizer(pretrained / "tokenizer.json")
+    assert retriever.tokenizer.fingerprint == loaded.tokenizer.fingerprint == tokenizer.fingerprint
+    assert retriever.tokenizer.file_pad_id == loaded.model.config.pad_id == tokenizer.vocab_size - 1
+    assert isinstance(loaded.model, RetroFitted) and loaded.model.config.vocab_size == 416
+    base = transformers.AutoModelForCausalLM.from_pretrained(pretrained)
+    theirs = tokenizers.Tokenizer.from_file(str(pretrained / "tokenizer.json")).encode("naïve! ka lo mi").ids
+    ours = torch.tensor([tokenizer.encode("naïve! ka lo mi")])
+    logits = base(torch.tensor([theirs])).logits
+    assert torch.equal(loaded.model(ours)[..., 1:399], logits[..., 1:399])
+    assert torch.equal(loaded.model(ours)[..., 0], logits[..., tokenizer.file_pad_id])
+    assert all(layer["cca"].o_proj.weight.abs().sum() > 0 for layer in loaded.model.added.values())
+    assert not (fitted[1] / "base").exists()
+    tokens = torch.randint(1, 399, (1, 3 * CHUNK))
+    assert not torch.equal(loaded.model(tokens, retriever(tokens)), loaded.model(tokens))
+
+
+def test_evaluation_and_generation(world: World, fitted: tuple[Path, Path]) -> None:
+    result = evaluate(fitted[1], [world.held_out], progress=False)
+    assert set(result["bits_per_byte"]) == {"off", "on", "shuffled"}
+    made = [generate(fitted[1], "ka lo mi " * 12, max_tokens=40, seed=5, ignore_end=True) for _ in range(2)]
+    assert made[0]["text"] == made[1]["text"] and made[0]["tokens"] == 40
+    assert len(made[0]["chunks"]) > 1 and made[0]["chunks"][0]["neighbours"]
+
+
+def test_resumed_is_not_interrupted(
+    world: World, pretrained: Path, fitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {
+        "data": (str(world.train),),
+        "set": str(fitted[0]),
+        "retrofit": str(pretrained),
+        "steps": 5,
+    }
+    common |= {"sequence_length": SEQUENCE, "batch_size": 2, "device": "cpu", "model": ("encoder_layers=1",)}
+    whole, stopped = (TrainConfig(out=str(tmp_path / name), **common) for name in ("whole", "stopped"))
+    train_run(whole, progress=False)
+    train_run(stopped, progress=False, stop_after=2)
+    train_run(stopped, progress=False, resume=True)
+    weights = load_run(whole.out).model.state_dict()
+    for name, value in load_run(stopped.out).model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_what_does_not_fit(
+    world: World,
+    pretrained: Path,
+    fitted: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words, message in [
+        (["--unfreeze"], "unfreeze is not possible"),
+        (["--compile"], "compile is not possible"),
+        (["--sequence-length", 256], "at most 128 tokens"),
+    ]:
+        assert train(world, fitted[0], pretrained, tmp_path / "r", "--steps", 2, *words) == 2
+        assert message in capsys.readouterr().err
+    assert train(world, world.set, pretrained, tmp_path / "r", "--steps", 2) == 2
+    assert "has another tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "model.safetensors").exists()
+    with pytest.raises(InputError, match="base"):
+        RetroFitted.from_pretrained(world.run)
