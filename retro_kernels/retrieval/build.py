@@ -51,7 +51,7 @@ from retro_kernels.retrieval.writing import (
     sync_folder,
 )
 
-SHARD_CHUNKS = 4096
+SHARD_CHUNKS = 1024  # ten seconds of a slow processor: what an interrupted build loses at most
 _EXACT_FALLBACK = 1_000_000  # vectors: 8 ms of a core for a query
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Document]
