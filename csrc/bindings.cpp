@@ -1,6 +1,9 @@
 // The only file that knows Python. Arrays arrive as addresses (tensor.data_ptr(), array.ctypes.data); whoever calls has
 // checked shapes, dtypes and devices. The GIL is released in every op.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "ops.h"
 
@@ -21,6 +24,22 @@ retro::Gather gather(uintptr_t tokens, int token_bytes, int64_t row_stride, int6
           at<int64_t>(ids),  n,           pad_id,     at<void>(out), out_bytes,  at<int32_t>(lengths)};
 }
 
+retro::Attention attention(uintptr_t query, std::array<int64_t, 3> query_strides, uintptr_t key,
+                           std::array<int64_t, 3> key_strides, uintptr_t value, std::array<int64_t, 3> value_strides,
+                           uintptr_t table, int64_t columns, uintptr_t content_bias, uintptr_t position_bias,
+                           uintptr_t rel_bias, uintptr_t lengths, uintptr_t out, std::array<int64_t, 4> query_shape,
+                           std::array<int64_t, 4> key_shape, int64_t block, int64_t shift, int64_t repeat,
+                           float scale) {
+  const auto [seqs, rows, heads, dim] = query_shape;
+  const auto [groups, neighbours, keys, kv_heads] = key_shape;
+  return {at<float>(query), query_strides[0], query_strides[1], query_strides[2],
+          at<float>(key), key_strides[0], key_strides[1], key_strides[2],
+          at<float>(value), value_strides[0], value_strides[1], value_strides[2],
+          at<float>(table), columns, at<float>(content_bias), at<float>(position_bias), at<float>(rel_bias),
+          at<int64_t>(lengths), at<float>(out),
+          seqs, rows, heads, kv_heads, dim, groups, neighbours, keys, block, shift, repeat, scale};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -34,6 +53,18 @@ PYBIND11_MODULE(_C, m) {
         retro::gather_neighbours_cpu(g, threads, static_cast<retro::Advise>(advise));
       },
       "gather"_a, "threads"_a, "advise"_a);
+  py::class_<retro::Attention>(m, "Attention")
+      .def(py::init(&attention), py::kw_only(), "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a,
+           "value_strides"_a, "table"_a, "columns"_a, "content_bias"_a, "position_bias"_a, "rel_bias"_a, "lengths"_a,
+           "out"_a, "query_shape"_a, "key_shape"_a, "block"_a, "shift"_a, "repeat"_a, "scale"_a);
+  m.def("attend_cpu_works", &retro::attend_cpu_works);
+  m.def(
+      "attend_cpu",
+      [](const retro::Attention& a, int threads) {
+        py::gil_scoped_release nogil;
+        retro::attend_cpu(a, threads);
+      },
+      "attention"_a, "threads"_a);
 #ifdef RETRO_WITH_CUDA
   m.attr("cuda") = true;
   m.def(

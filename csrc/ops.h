@@ -29,6 +29,35 @@ enum class Advise : int { never = 0, always = 1, when_cold = 2 };
 // memory is asked for ahead (madvise WILLNEED): always, never, or as soon as a page fault had to wait for the disk.
 void gather_neighbours_cpu(const Gather& g, int threads, Advise advise);
 
+// Block attention in float32 as retro_kernels/ops/cca/reference.py defines it, whose letters these are. Strides in elements;
+// a head's D numbers lie together.
+struct Attention {
+  const float* query;  // [S, N, H, D]
+  int64_t query_seq, query_row, query_head;
+  const float* key;  // [G, J·TK, Hkv, D]
+  int64_t key_group, key_row, key_head;
+  const float* value;  // likewise
+  int64_t value_group, value_row, value_head;
+  const float* table;  // [H, D, columns] keys of positions by reversed distance, or null
+  int64_t columns;     // at least TQ + TK + 63
+  const float* content_bias;   // [H, D] or null
+  const float* position_bias;  // [H, D] or null
+  const float* rel_bias;       // [H, TQ + TK - 1] by distance, or null
+  const int64_t* lengths;      // [G, J] or null
+  float* out;                  // [S, N, H, D] whole; rows before `shift` are left alone
+  int64_t seqs, rows, heads, kv_heads, dim, groups, neighbours, keys, block, shift, repeat;
+  float scale;
+
+  int64_t real(int64_t group, int64_t neighbour) const {
+    return lengths == nullptr ? keys : lengths[group * neighbours + neighbour];
+  }
+};
+
+bool attend_cpu_works();
+
+// The same bits for every number of threads.
+void attend_cpu(const Attention& a, int threads);
+
 #ifdef RETRO_WITH_CUDA
 // All of it in memory that the GPU reaches; `host_tokens`, `host_continuation`: pinned host memory, read in place.
 // An id outside -1 .. C-1 gives a row of pads, since throwing would need a synchronisation.

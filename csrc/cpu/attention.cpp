@@ -1,0 +1,95 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "../ops.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RETRO_VECTORS 1
+#endif
+
+namespace retro {
+
+#ifdef RETRO_VECTORS
+namespace {
+
+constexpr int64_t kTileBytes = 64 << 10;  // of logits that exist at one time, where a few rows have no more
+constexpr int kBuffers = 9;
+constexpr int64_t kAhead = 16, kLine = 16;  // rows between a row's prefetch and its use; numbers of a cache line
+
+// What one thread works in; grows to what was asked for.
+class Scratch {
+ public:
+  float* at(int which, int64_t size) {
+    std::vector<float>& buffer = buffers_[which];
+    if (static_cast<int64_t>(buffer.size()) < size + 16) buffer.resize(size + 16);
+    void* start = buffer.data();
+    size_t space = buffer.size() * sizeof(float);
+    return static_cast<float*>(std::align(64, size * sizeof(float), start, space));
+  }
+
+ private:
+  std::vector<float> buffers_[kBuffers];
+};
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+constexpr int kLanes = 8, kTall = 6, kWide = 2;
+#include "attention.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+constexpr int kLanes = 16, kTall = 8, kWide = 2;
+#include "attention.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+using Run = void (*)(const Attention&, int64_t, int64_t, Scratch&);
+
+Run best() {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq"))
+    return avx512::run;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::run;
+  return nullptr;
+}
+
+}  // namespace
+
+bool attend_cpu_works() { return best() != nullptr; }
+
+void attend_cpu(const Attention& a, int threads) {
+  const Run run = best();
+  if (run == nullptr) throw std::runtime_error("attend_cpu: this processor has no AVX2.");
+  const int64_t units = a.groups * a.kv_heads;
+  std::atomic<int64_t> next{0};
+  const auto work = [&a, &next, run, units] {
+    Scratch scratch;
+    for (int64_t unit; (unit = next.fetch_add(1)) < units;) run(a, unit / a.kv_heads, unit % a.kv_heads, scratch);
+  };
+  std::vector<std::thread> others;
+  try {
+    while (static_cast<int64_t>(others.size()) + 1 < std::min<int64_t>(threads, units)) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: this one does the rest.
+  }
+  work();
+  for (std::thread& other : others) other.join();
+}
+#else
+bool attend_cpu_works() { return false; }
+void attend_cpu(const Attention&, int) { throw std::runtime_error("attend_cpu: it is built for x86-64 by GCC only."); }
+#endif
+
+}  // namespace retro

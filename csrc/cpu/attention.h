@@ -1,0 +1,187 @@
+// One (key group, key head) of block attention, as csrc/cpu/attention.cpp includes it: once for each instruction set, in
+// a namespace that says how wide a vector is (kLanes), and how many query rows (kTall) by vectors of columns (kWide) a
+// product keeps in registers. No include, no template: what is defined here is compiled for that instruction set only.
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
+
+constexpr int64_t kPanel = kLanes * kWide;  // columns of a panel
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+static inline void store(float* p, Vec x) { *reinterpret_cast<Loose*>(p) = x; }
+static inline Vec splat(float x) { return x - Vec{}; }  // unlike 0 + x, which turns -0 into 0, no operation
+static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp(x) for x <= 0, zero below the smallest normal number, NaN for NaN. 2^n times a polynomial of the rest, |r| <= ln2/2.
+static inline Vec exponential(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec inside = larger(x, splat(-87.33654f));
+  const Vec shifted = inside * splat(1.44269504f) + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (inside - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + splat(1.3981999507e-3f);
+  p = p * r + splat(8.3334519073e-3f);
+  p = p * r + splat(4.1665795894e-2f);
+  p = p * r + splat(1.6666665459e-1f);
+  p = p * r + splat(5.0000001201e-1f);
+  p = p * (r * r) + r + splat(1.0f);
+  const Bits power = (reinterpret_cast<Bits>(shifted) << 23) + (127 << 23);  // the magic number's own bits fall out
+  const Vec result = p * reinterpret_cast<Vec>(power);
+  return x < splat(-87.33654f) ? Vec{} : result;
+}
+
+// c[i, 0 .. kPanel) = start[i, ..] + Σ_d a[i, d] · panel[d, ..] for kTall rows; `start` may be null.
+__attribute__((noinline)) static void product(const float* a, int64_t a_row, const float* panel, int64_t panel_row, int64_t depth,
+                           const float* start, int64_t start_row, float* c, int64_t c_row) {
+  Vec sum[kTall][kWide];
+  for (int i = 0; i < kTall; ++i)
+    for (int v = 0; v < kWide; ++v) sum[i][v] = start ? load(start + i * start_row + v * kLanes) : Vec{};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b[kWide];
+    for (int v = 0; v < kWide; ++v) b[v] = load(panel + d * panel_row + v * kLanes);
+    for (int i = 0; i < kTall; ++i) {
+      const Vec x = splat(a[i * a_row + d]);
+      for (int v = 0; v < kWide; ++v) sum[i][v] += x * b[v];
+    }
+  }
+  for (int i = 0; i < kTall; ++i)
+    for (int v = 0; v < kWide; ++v) store(c + i * c_row + v * kLanes, sum[i][v]);
+}
+
+static int64_t up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// exp(logit - largest) in place; returns what makes the row's sum one, 0 where no logit is above -inf.
+static inline float soften(float* row, int64_t width) {
+  Vec top = splat(-INFINITY);
+  for (int64_t c = 0; c < width; c += kLanes) top = larger(load(row + c), top);
+  float largest = -INFINITY;
+  for (int i = 0; i < kLanes; ++i) largest = top[i] > largest ? top[i] : largest;
+  if (largest == -INFINITY) {
+    bool nan = false;
+    for (int64_t c = 0; c < width; ++c) nan |= row[c] != row[c];
+    if (!nan) {
+      memset(row, 0, width * sizeof(float));
+      return 0.0f;
+    }
+  }
+  Vec sum{};
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const Vec weight = exponential(load(row + c) - splat(largest));
+    store(row + c, weight);
+    sum += weight;
+  }
+  float total = 0.0f;
+  for (int i = 0; i < kLanes; ++i) total += sum[i];
+  return 1.0f / total;
+}
+
+static void run(const Attention& a, int64_t group, int64_t head, Scratch& scratch) {
+  const int64_t dim = a.dim, wide_dim = up(dim, kPanel), share = a.heads / a.kv_heads;
+  const float* key = a.key + group * a.key_group + head * a.key_head;
+  const float* value = a.value + group * a.value_group + head * a.value_head;
+
+  // Keys that exist, in whole panels of one neighbour each: keys [panel][D][kPanel], values [panel of D][key][kPanel].
+  int64_t width = 0;
+  for (int64_t j = 0; j < a.neighbours; ++j) width += up(a.real(group, j), kPanel);
+  float* keys = scratch.at(0, width * dim);
+  float* values = scratch.at(1, width * wide_dim);
+  for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
+    const int64_t real = a.real(group, j), padded = up(real, kPanel);
+    for (int64_t c = 0; c < padded; ++c) {
+      const int64_t row = j * a.keys + c, column = (at + c) % kPanel;
+      float* k = keys + (at + c - column) * dim + column;
+      if (c < real) {
+        const float* from = key + row * a.key_row;
+        if (c + kAhead < real)
+          for (int64_t d = 0; d < dim; d += kLine) {
+            __builtin_prefetch(from + kAhead * a.key_row + d);
+            __builtin_prefetch(value + (row + kAhead) * a.value_row + d);
+          }
+        for (int64_t d = 0; d < dim; ++d) k[d * kPanel] = from[d];
+      } else {
+        for (int64_t d = 0; d < dim; ++d) k[d * kPanel] = 0.0f;
+      }
+      for (int64_t d = 0; d < wide_dim; d += kPanel) {
+        float* v = values + (d * width + (at + c) * kPanel);
+        const float* from = value + row * a.value_row + d;
+        const int64_t some = c < real ? std::min(kPanel, dim - d) : 0;
+        memcpy(v, from, some * sizeof(float));
+        memset(v + some, 0, (kPanel - some) * sizeof(float));
+      }
+    }
+    at += padded;
+  }
+
+  const int64_t per_seq = a.groups / a.seqs, seq = group / per_seq;
+  const int64_t reach = a.block - 1 + up(a.keys, kPanel);  // columns of the table that a row or its padding reads
+  const int64_t columns = up(reach, kPanel);
+  const int64_t tall = std::max<int64_t>(kTall, kTileBytes / sizeof(float) / std::max<int64_t>(width, 1) / kTall * kTall);
+  float* content = scratch.at(2, up(a.block, kTall) * dim);
+  float* position = scratch.at(3, up(a.block, kTall) * dim);
+  float* by_distance = scratch.at(4, up(a.block, kTall) * columns);
+  float* bias = scratch.at(5, kTall + columns + kPanel) + kTall;
+  float* logits = scratch.at(6, std::min(tall, up(a.block, kTall)) * width);
+  float* shares = scratch.at(8, std::min(tall, up(a.block, kTall)));
+  float* sums = scratch.at(7, std::min(tall, up(a.block, kTall)) * wide_dim);
+
+  for (int64_t r = 0; r < a.repeat; ++r) {
+    const int64_t first = a.shift + (group % per_seq * a.repeat + r) * a.block;
+    const int64_t rows = std::min(a.block, a.rows - first), padded = up(rows, kTall), skipped = a.block - rows;
+    for (int64_t h = head * share; h < (head + 1) * share; ++h) {
+      const float* query = a.query + seq * a.query_seq + first * a.query_row + h * a.query_head;
+      const float* u = a.content_bias ? a.content_bias + h * dim : nullptr;
+      const float* w = a.position_bias ? a.position_bias + h * dim : nullptr;
+      for (int64_t i = 0; i < padded; ++i)
+        for (int64_t d = 0; d < dim; ++d) {
+          const float x = i < rows ? query[i * a.query_row + d] : 0.0f;
+          content[i * dim + d] = a.scale * (u ? x + u[d] : x);
+          position[i * dim + d] = a.scale * (w ? x + w[d] : x);
+        }
+      // Row i of a block reads column rows - 1 - i + c of what is laid out by reversed distance.
+      const float* start = nullptr;
+      int64_t start_row = 0;
+      if (a.rel_bias) {
+        const int64_t all = a.block + a.keys - 1, left = all - skipped;
+        for (int64_t x = -kTall; x < columns + kPanel; ++x)
+          bias[x] = x >= 0 && x < left ? a.rel_bias[h * all + left - 1 - x] : 0.0f;
+        start = bias + rows - 1;
+        start_row = -1;
+      }
+      if (a.table) {
+        const float* table = a.table + h * dim * a.columns + skipped;
+        for (int64_t x = 0; x < rows - 1 + up(a.keys, kPanel); x += kPanel)
+          for (int64_t i = 0; i < padded; i += kTall)
+            product(position + i * dim, dim, table + x, a.columns, dim, a.rel_bias ? bias + x : nullptr, 0,
+                    by_distance + i * columns + x, columns);
+        start = by_distance + rows - 1;
+        start_row = columns - 1;
+      }
+      for (int64_t top = 0; top < rows; top += tall) {
+        const int64_t bottom = std::min(top + tall, padded);
+        for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
+          const int64_t real = a.real(group, j);
+          for (int64_t c = 0; c < real; c += kPanel, at += kPanel) {
+            for (int64_t i = top; i < bottom; i += kTall)
+              product(content + i * dim, dim, keys + at * dim, kPanel, dim,
+                      start ? start + i * start_row + c : nullptr, start_row, logits + (i - top) * width + at, width);
+            for (int64_t pad = real - c; pad < kPanel; ++pad)
+              for (int64_t i = top; i < bottom; ++i) logits[(i - top) * width + at + pad] = -INFINITY;
+          }
+        }
+        for (int64_t i = top; i < bottom; ++i) shares[i - top] = soften(logits + (i - top) * width, width);
+        for (int64_t d = 0; d < wide_dim; d += kPanel)
+          for (int64_t i = top; i < bottom; i += kTall)
+            product(logits + (i - top) * width, width, values + d * width, kPanel, width, nullptr, 0,
+                    sums + (i - top) * wide_dim + d, wide_dim);
+        for (int64_t i = top; i < std::min(bottom, rows); ++i) {
+          float* out = a.out + ((seq * a.rows + first + i) * a.heads + h) * dim;
+          const float* sum = sums + (i - top) * wide_dim;
+          const float share = shares[i - top];
+          for (int64_t d = 0; d < dim; ++d) out[d] = sum[d] * share;
+        }
+      }
+    }
+  }
+}
