@@ -21,6 +21,7 @@ namespace retro {
 namespace {
 
 constexpr int64_t kTileBytes = 64 << 10;  // of logits that exist at one time, where a few rows have no more
+constexpr int64_t kAskedKeys = 32 << 10;  // numbers of a unit's keys, up to which the next one's fit the L2 beside it
 constexpr int kBuffers = 9;
 constexpr int64_t kAhead = 16, kLine = 16;  // rows between a row's prefetch and its use; numbers of a cache line
 
@@ -73,10 +74,14 @@ void attend_cpu(const Attention& a, int threads) {
   const Run run = best();
   if (run == nullptr) throw std::runtime_error("attend_cpu: this processor has no AVX2.");
   const int64_t units = a.groups * a.kv_heads;
-  std::atomic<int64_t> next{0};
-  const auto work = [&a, &next, run, units] {
+  std::atomic<int64_t> taken{0};
+  const auto work = [&a, &taken, run, units] {
     Scratch scratch;
-    for (int64_t unit; (unit = next.fetch_add(1)) < units;) run(a, unit / a.kv_heads, unit % a.kv_heads, scratch);
+    for (int64_t unit = taken++; unit < units;) {
+      const int64_t next = taken++;
+      run(a, unit, next, scratch);
+      unit = next;
+    }
   };
   std::vector<std::thread> others;
   try {

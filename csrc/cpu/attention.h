@@ -77,7 +77,9 @@ static inline float soften(float* row, int64_t width) {
   return 1.0f / total;
 }
 
-static void run(const Attention& a, int64_t group, int64_t head, Scratch& scratch) {
+// `next` is the unit after this one: its keys and values are asked for while this one is computed.
+static void run(const Attention& a, int64_t unit, int64_t next, Scratch& scratch) {
+  const int64_t group = unit / a.kv_heads, head = unit % a.kv_heads;
   const int64_t dim = a.dim, wide_dim = up(dim, kPanel), share = a.heads / a.kv_heads;
   const float* key = a.key + group * a.key_group + head * a.key_head;
   const float* value = a.value + group * a.value_group + head * a.value_head;
@@ -114,7 +116,16 @@ static void run(const Attention& a, int64_t group, int64_t head, Scratch& scratc
     at += padded;
   }
 
-  const int64_t per_seq = a.groups / a.seqs, seq = group / per_seq;
+  const int64_t all_keys = a.neighbours * a.keys;
+  const bool ask = next < a.groups * a.kv_heads && all_keys * dim <= kAskedKeys;
+  const float* next_key = a.key + next / a.kv_heads * a.key_group + next % a.kv_heads * a.key_head;
+  const float* next_value = a.value + next / a.kv_heads * a.value_group + next % a.kv_heads * a.value_head;
+  const int64_t per_seq = a.groups * a.repeat / a.seqs, next_block = next / a.kv_heads * a.repeat;  // in blocks
+  const float* next_query = a.query + next_block / per_seq * a.query_seq + next % a.kv_heads * share * a.query_head +
+                            (a.shift + next_block % per_seq * a.block) * a.query_row;
+  const int64_t each = (all_keys - 1) / (a.repeat * share * a.block) + 1;
+  int64_t asked = ask ? 0 : all_keys;
+
   const int64_t reach = a.block - 1 + up(a.keys, kPanel);  // columns of the table that a row or its padding reads
   const int64_t columns = up(reach, kPanel);
   const int64_t tall = std::max<int64_t>(kTall, kTileBytes / sizeof(float) / std::max<int64_t>(width, 1) / kTall * kTall);
@@ -127,7 +138,8 @@ static void run(const Attention& a, int64_t group, int64_t head, Scratch& scratc
   float* sums = scratch.at(7, std::min(tall, up(a.block, kTall)) * wide_dim);
 
   for (int64_t r = 0; r < a.repeat; ++r) {
-    const int64_t first = a.shift + (group % per_seq * a.repeat + r) * a.block;
+    const int64_t block = group * a.repeat + r;
+    const int64_t first = a.shift + block % per_seq * a.block, seq = block / per_seq;
     const int64_t rows = std::min(a.block, a.rows - first), padded = up(rows, kTall), skipped = a.block - rows;
     for (int64_t h = head * share; h < (head + 1) * share; ++h) {
       const float* query = a.query + seq * a.query_seq + first * a.query_row + h * a.query_head;
@@ -170,7 +182,16 @@ static void run(const Attention& a, int64_t group, int64_t head, Scratch& scratc
               for (int64_t i = top; i < bottom; ++i) logits[(i - top) * width + at + pad] = -INFINITY;
           }
         }
-        for (int64_t i = top; i < bottom; ++i) shares[i - top] = soften(logits + (i - top) * width, width);
+        for (int64_t i = top; i < bottom; ++i) {
+          for (const int64_t last = std::min(asked + each, all_keys); asked < last; ++asked)
+            for (int64_t d = 0; d < dim; d += kLine) {
+              __builtin_prefetch(next_key + asked * a.key_row + d, 0, 2);
+              __builtin_prefetch(next_value + asked * a.value_row + d, 0, 2);
+            }
+          if (ask)
+            for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(next_query + i * a.query_row + d, 0, 2);
+          shares[i - top] = soften(logits + (i - top) * width, width);
+        }
         for (int64_t d = 0; d < wide_dim; d += kPanel)
           for (int64_t i = top; i < bottom; i += kTall)
             product(logits + (i - top) * width, width, values + d * width, kPanel, width, nullptr, 0,
