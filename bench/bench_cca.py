@@ -5,6 +5,10 @@ bias" materialises the additive bias and has its gradient; "SDPA without positio
 All formulations of a shape take turns, so that a machine's mood meets them all alike; each time stands beside the
 share that its products have of a large product's rate, measured in the same run with the same threads.
 
+Other implementations stand beside them on the small shape where they are installed; they are no dependency:
+
+    pip install --no-deps retro-pytorch==0.3.9 labml-nn==0.5.1 labml einops autofaiss embedding-reader pandas pyarrow fire termcolor
+
 For orientation, milliseconds of one other CPU's thread for the small shape, none with these positions (forward, forward
 and backward): lucidrains 176, 487; labml 189, 375; Norlund 204, 428; Megatron 168, 413; SDPA without positions 87, 267.
 """
@@ -12,6 +16,7 @@ and backward): lucidrains 176, 487; labml 189, 375; Norlund 204, 428; Megatron 1
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +38,9 @@ if TINY:
 PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 ALL = torch.get_num_threads()
 THREADS = sorted({1, ALL}) if not ON_GPU else [ALL]
+OTHERS = {"retro-pytorch": "retro_pytorch.retro_pytorch", "labml-nn": "labml_nn.transformers.retro.model"}
+"""Packages, and the module that has their chunked cross-attention. One turns keys and queries by their place (with a query's
+taken wrongly), the other has no positions at all."""
 ROWS: dict[Positions, tuple[tuple[str, Positions], ...]] = {
     "bias": (
         (OURS, "bias"),
@@ -45,6 +53,35 @@ ROWS: dict[Positions, tuple[tuple[str, Positions], ...]] = {
 }
 """Which formulations stand in the table of a module with these positions, and which positions they have themselves."""
 FORMULATIONS = sorted({row for rows in ROWS.values() for row in rows})
+OTHER_ROWS: tuple[tuple[str, Positions], ...] = tuple((name, "none") for name in OTHERS)
+
+
+@functools.cache
+def why_not(name: str) -> str | None:
+    """Why another implementation cannot be measured."""
+    try:
+        importlib.import_module(OTHERS[name])
+    except Exception as error:  # an unmaintained package fails in any way
+        return f"{name} cannot be imported ({type(error).__name__}: {error}); this file says how to install it"
+    return None
+
+
+def other(name: str, shape: Shape) -> torch.nn.Module:
+    """Its layer, to be called with x and the neighbours."""
+    width, module = shape.heads * shape.head_dim, importlib.import_module(OTHERS[name])
+    if name == "labml-nn":
+        return module.ChunkedCrossAttention(width, shape.heads, shape.head_dim, shape.chunk)
+    rotary = module.RotaryEmbedding(min(shape.head_dim, module.MIN_DIM_HEAD))
+    places = (
+        rotary(shape.chunk, device=DEVICE, offset=shape.chunk - 1),
+        rotary(shape.neighbour_len, device=DEVICE),
+    )
+    layer = module.ChunkedCrossAttention(
+        shape.chunk, dim=width, dim_head=shape.head_dim, heads=shape.heads
+    )
+    call = layer.forward
+    layer.forward = lambda x, context: call(x, context=context, pos_emb=places)
+    return layer
 
 
 @dataclass
@@ -59,7 +96,10 @@ class Module:
         s, width = self.shape, self.shape.heads * self.shape.head_dim
         made: dict[str, Any] = {"device": DEVICE, "dtype": DTYPE}
         torch.manual_seed(0)
-        self.layer = ChunkedCrossAttention(width, s.heads, position=self.positions, **made)
+        if self.name in OTHERS:
+            self.layer = other(self.name, s).to(**made)
+        else:
+            self.layer = ChunkedCrossAttention(width, s.heads, position=self.positions, **made)
         if self.positions == "bias":
             torch.nn.init.normal_(self.layer.rel_bias)
         self.x = torch.randn(s.batch, s.tokens, width, **made).requires_grad_()
@@ -98,12 +138,17 @@ def product_rate(threads: int) -> float:
     return roofline.matmul_rate()
 
 
+def _others(shape: Shape) -> tuple[tuple[str, Positions], ...]:
+    return OTHER_ROWS if shape != SHAPES.get("medium") else ()
+
+
 @functools.lru_cache(1)
 def seconds(
     shape: Shape, which: Pass, threads: int
 ) -> dict[tuple[str, Positions], tuple[list[float], float]]:
     """Samples of every formulation, taken in turn, and its operations."""
-    modules = {row: Module(*row, shape) for row in FORMULATIONS}
+    others = [row for row in _others(shape) if why_not(row[0]) is None]
+    modules = {row: Module(*row, shape) for row in (*FORMULATIONS, *others)}
     calls = {row: module.call(which) for row, module in modules.items()}
     if ON_GPU:
         samples = {row: timing.samples([call]) for row, call in calls.items()}
@@ -133,7 +178,7 @@ def _parameters() -> list[Any]:
         for threads in (THREADS if size != "medium" else THREADS[:1])
         for which in PASSES
         for positions, rows in ROWS.items()
-        for row in rows
+        for row in (*rows, *_others(SHAPES[size]))
     ]
 
 
@@ -144,6 +189,8 @@ def test_module(
     benchmark: Any, size: str, which: Pass, threads: int, positions: Positions, row: tuple[str, Positions]
 ) -> None:
     shape = SHAPES[size]
+    if row[0] in OTHERS and (reason := why_not(row[0])):
+        pytest.skip(reason)
     on = "" if ON_GPU else f", {threads} thread{'s' if threads > 1 else ''}"
     benchmark.group = f"cca module, {size}, {which}{on}: {positions}"
     samples, flops = seconds(shape, which, threads)[row]
