@@ -40,6 +40,14 @@ retro::Attention attention(uintptr_t query, std::array<int64_t, 3> query_strides
           seqs, rows, heads, kv_heads, dim, groups, neighbours, keys, block, shift, repeat, scale};
 }
 
+retro::Gradients gradients(uintptr_t grad_out, uintptr_t out, uintptr_t table_rows, uintptr_t grad_query,
+                           uintptr_t grad_key, uintptr_t grad_value, uintptr_t grad_table, uintptr_t grad_bias,
+                           uintptr_t grad_content, uintptr_t grad_position, int64_t parts, int64_t wide) {
+  return {at<float>(grad_out), at<float>(out), at<float>(table_rows), at<float>(grad_query), at<float>(grad_key),
+          at<float>(grad_value), at<float>(grad_table), at<float>(grad_bias), at<float>(grad_content),
+          at<float>(grad_position), parts, wide};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -65,6 +73,16 @@ PYBIND11_MODULE(_C, m) {
         retro::attend_cpu(a, threads);
       },
       "attention"_a, "threads"_a);
+  py::class_<retro::Gradients>(m, "Gradients")
+      .def(py::init(&gradients), py::kw_only(), "grad_out"_a, "out"_a, "table_rows"_a, "grad_query"_a, "grad_key"_a,
+           "grad_value"_a, "grad_table"_a, "grad_bias"_a, "grad_content"_a, "grad_position"_a, "parts"_a, "wide"_a);
+  m.def(
+      "attend_backward_cpu",
+      [](const retro::Attention& a, const retro::Gradients& g, int threads) {
+        py::gil_scoped_release nogil;
+        retro::attend_backward_cpu(a, g, threads);
+      },
+      "attention"_a, "gradients"_a, "threads"_a);
 #ifdef RETRO_WITH_CUDA
   m.attr("cuda") = true;
   m.def(

@@ -39,7 +39,7 @@ struct Attention {
   const float* value;  // likewise
   int64_t value_group, value_row, value_head;
   const float* table;  // [H, D, columns] keys of positions by reversed distance, or null
-  int64_t columns;     // at least TQ + TK + 63
+  int64_t columns;     // at least TQ + TK + 95
   const float* content_bias;   // [H, D] or null
   const float* position_bias;  // [H, D] or null
   const float* rel_bias;       // [H, TQ + TK - 1] by distance, or null
@@ -53,10 +53,26 @@ struct Attention {
   }
 };
 
+// Its gradients. Those of the tables are sums over a part of the groups, to which the op adds: zero at first.
+struct Gradients {
+  const float* grad_out;    // [S, N, H, D] whole, as `out`
+  const float* out;
+  const float* table_rows;  // [H, columns, wide] keys of positions by reversed distance, or null
+  float* grad_query;        // [S, N, H, D] whole; rows before `shift` are left alone
+  float* grad_key;          // [G, J, TK, Hkv, D] whole
+  float* grad_value;        // likewise
+  float* grad_table;        // [parts, H, columns, wide]
+  float* grad_bias;         // [parts, H, columns] by reversed distance
+  float* grad_content;      // [parts, H, D]
+  float* grad_position;     // [parts, H, D]
+  int64_t parts, wide;      // wide: a multiple of 32, at least D
+};
+
 bool attend_cpu_works();
 
 // The same bits for every number of threads.
 void attend_cpu(const Attention& a, int threads);
+void attend_backward_cpu(const Attention& a, const Gradients& g, int threads);
 
 #ifdef RETRO_WITH_CUDA
 // All of it in memory that the GPU reaches; `host_tokens`, `host_continuation`: pinned host memory, read in place.

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kTileBytes = 64 << 10;  // of logits that exist at one time, where a few rows have no more
 constexpr int64_t kAskedKeys = 32 << 10;  // numbers of a unit's keys, up to which the next one's fit the L2 beside it
-constexpr int kBuffers = 9;
+constexpr int kBuffers = 15;
 constexpr int64_t kAhead = 16, kLine = 16;  // rows between a row's prefetch and its use; numbers of a cache line
 
 // What one thread works in; grows to what was asked for.
@@ -56,7 +56,7 @@ constexpr int kLanes = 16, kTall = 8, kWide = 2;
 }  // namespace avx512
 #pragma GCC pop_options
 
-using Run = void (*)(const Attention&, int64_t, int64_t, Scratch&);
+using Run = void (*)(const Attention&, const Gradients*, int64_t, int64_t, int64_t, Scratch&);
 
 Run best() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
@@ -70,31 +70,60 @@ Run best() {
 
 bool attend_cpu_works() { return best() != nullptr; }
 
-void attend_cpu(const Attention& a, int threads) {
-  const Run run = best();
-  if (run == nullptr) throw std::runtime_error("attend_cpu: this processor has no AVX2.");
-  const int64_t units = a.groups * a.kv_heads;
+namespace {
+
+// `task(i, scratch)` for every i < count, on so many threads.
+template <class Task>
+void spread(int64_t count, int threads, const Task& task) {
   std::atomic<int64_t> taken{0};
-  const auto work = [&a, &taken, run, units] {
+  const auto work = [&taken, &task, count] {
     Scratch scratch;
-    for (int64_t unit = taken++; unit < units;) {
-      const int64_t next = taken++;
-      run(a, unit, next, scratch);
-      unit = next;
-    }
+    task(taken, count, scratch);
   };
   std::vector<std::thread> others;
   try {
-    while (static_cast<int64_t>(others.size()) + 1 < std::min<int64_t>(threads, units)) others.emplace_back(work);
+    while (static_cast<int64_t>(others.size()) + 1 < std::min<int64_t>(threads, count)) others.emplace_back(work);
   } catch (const std::system_error&) {
     // No more threads to be had: this one does the rest.
   }
   work();
   for (std::thread& other : others) other.join();
 }
+
+Run best_or_throw() {
+  if (const Run run = best()) return run;
+  throw std::runtime_error("attend_cpu: this processor has no AVX2.");
+}
+
+}  // namespace
+
+void attend_cpu(const Attention& a, int threads) {
+  const Run run = best_or_throw();
+  spread(a.groups * a.kv_heads, threads, [&a, run](std::atomic<int64_t>& taken, int64_t units, Scratch& scratch) {
+    for (int64_t unit = taken++; unit < units;) {
+      const int64_t next = taken++;
+      run(a, nullptr, 0, unit, next, scratch);
+      unit = next;
+    }
+  });
+}
+
+void attend_backward_cpu(const Attention& a, const Gradients& g, int threads) {
+  const Run run = best_or_throw();
+  // A task is one part and key head: nobody else adds to its sums, and its groups come in order.
+  spread(g.parts * a.kv_heads, threads, [&a, &g, run](std::atomic<int64_t>& taken, int64_t tasks, Scratch& scratch) {
+    for (int64_t task = taken++; task < tasks; task = taken++) {
+      const int64_t part = task / a.kv_heads, head = task % a.kv_heads;
+      const int64_t end = (part + 1) * a.groups / g.parts;
+      for (int64_t group = part * a.groups / g.parts; group < end; ++group)
+        run(a, &g, part, group * a.kv_heads + head, (group + 1) * a.kv_heads + head, scratch);
+    }
+  });
+}
 #else
 bool attend_cpu_works() { return false; }
 void attend_cpu(const Attention&, int) { throw std::runtime_error("attend_cpu: it is built for x86-64 by GCC only."); }
+void attend_backward_cpu(const Attention& a, const Gradients&, int threads) { attend_cpu(a, threads); }
 #endif
 
 }  // namespace retro

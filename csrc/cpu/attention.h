@@ -32,17 +32,17 @@ static inline Vec exponential(Vec x) {
   return x < splat(-87.33654f) ? Vec{} : result;
 }
 
-// c[i, 0 .. kPanel) = start[i, ..] + Σ_d a[i, d] · panel[d, ..] for kTall rows; `start` may be null.
-__attribute__((noinline)) static void product(const float* a, int64_t a_row, const float* panel, int64_t panel_row, int64_t depth,
+// c[i, 0 .. kPanel) = start[i, ..] + Σ_d a[i, d] · panel[d, ..] for kTall rows; `start` may be null, or c itself.
+__attribute__((noinline)) static void product(const float* a, int64_t a_row, int64_t a_step, const float* panel, int64_t panel_row, int64_t depth,
                            const float* start, int64_t start_row, float* c, int64_t c_row) {
   Vec sum[kTall][kWide];
   for (int i = 0; i < kTall; ++i)
     for (int v = 0; v < kWide; ++v) sum[i][v] = start ? load(start + i * start_row + v * kLanes) : Vec{};
-  for (int64_t d = 0; d < depth; ++d) {
+  for (int64_t d = 0; d < depth; ++d, a += a_step) {
     Vec b[kWide];
     for (int v = 0; v < kWide; ++v) b[v] = load(panel + d * panel_row + v * kLanes);
     for (int i = 0; i < kTall; ++i) {
-      const Vec x = splat(a[i * a_row + d]);
+      const Vec x = splat(a[i * a_row]);
       for (int v = 0; v < kWide; ++v) sum[i][v] += x * b[v];
     }
   }
@@ -77,44 +77,68 @@ static inline float soften(float* row, int64_t width) {
   return 1.0f / total;
 }
 
-// `next` is the unit after this one: its keys and values are asked for while this one is computed.
-static void run(const Attention& a, int64_t unit, int64_t next, Scratch& scratch) {
+
+// The keys of a group that exist, in whole panels of one neighbour each. `across` [panel][D][kPanel], `along`
+// [panel of D][key][kPanel]; either may be null.
+static void pack(const Attention& a, int64_t group, const float* from, int64_t from_row, int64_t width, float* across,
+                 float* along) {
+  const int64_t dim = a.dim, wide_dim = up(dim, kPanel);
+  for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
+    const int64_t real = a.real(group, j), padded = up(real, kPanel);
+    for (int64_t c = 0; c < padded; ++c, ++at) {
+      const float* row = from + (j * a.keys + c) * from_row;
+      const int64_t some = c < real ? dim : 0, column = at % kPanel;
+      if (c + kAhead < real)
+        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + kAhead * from_row + d);
+      if (across) {
+        float* to = across + (at - column) * dim + column;
+        for (int64_t d = 0; d < some; ++d) to[d * kPanel] = row[d];
+        for (int64_t d = some; d < dim; ++d) to[d * kPanel] = 0.0f;
+      }
+      if (along)
+        for (int64_t d = 0; d < wide_dim; d += kPanel) {
+          float* to = along + d * width + at * kPanel;
+          const int64_t count = std::max<int64_t>(0, std::min(kPanel, some - d));
+          memcpy(to, row + d, count * sizeof(float));
+          memset(to + count, 0, (kPanel - count) * sizeof(float));
+        }
+    }
+  }
+}
+
+// [keys][D], as far as they exist, into the gradient of keys or values; zero behind.
+static void unpack(const Attention& a, int64_t group, int64_t head, const float* from, float* to) {
+  const int64_t dim = a.dim, wide_dim = up(dim, kPanel);
+  for (int64_t j = 0, at = 0; j < a.neighbours; at += up(a.real(group, j), kPanel), ++j)
+    for (int64_t c = 0; c < a.keys; ++c) {
+      float* row = to + (((group * a.neighbours + j) * a.keys + c) * a.kv_heads + head) * dim;
+      if (c < a.real(group, j))
+        memcpy(row, from + (at + c) * wide_dim, dim * sizeof(float));
+      else
+        memset(row, 0, dim * sizeof(float));
+    }
+}
+
+static inline float dot(const float* x, const float* y, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+// One unit; with `g` its gradients, those of the tables added to what part `part` has. `next` is the unit after this one:
+// its keys, values and queries are asked for while this one is computed.
+static void run(const Attention& a, const Gradients* g, int64_t part, int64_t unit, int64_t next, Scratch& scratch) {
   const int64_t group = unit / a.kv_heads, head = unit % a.kv_heads;
   const int64_t dim = a.dim, wide_dim = up(dim, kPanel), share = a.heads / a.kv_heads;
   const float* key = a.key + group * a.key_group + head * a.key_head;
   const float* value = a.value + group * a.value_group + head * a.value_head;
-
-  // Keys that exist, in whole panels of one neighbour each: keys [panel][D][kPanel], values [panel of D][key][kPanel].
   int64_t width = 0;
   for (int64_t j = 0; j < a.neighbours; ++j) width += up(a.real(group, j), kPanel);
-  float* keys = scratch.at(0, width * dim);
-  float* values = scratch.at(1, width * wide_dim);
-  for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
-    const int64_t real = a.real(group, j), padded = up(real, kPanel);
-    for (int64_t c = 0; c < padded; ++c) {
-      const int64_t row = j * a.keys + c, column = (at + c) % kPanel;
-      float* k = keys + (at + c - column) * dim + column;
-      if (c < real) {
-        const float* from = key + row * a.key_row;
-        if (c + kAhead < real)
-          for (int64_t d = 0; d < dim; d += kLine) {
-            __builtin_prefetch(from + kAhead * a.key_row + d);
-            __builtin_prefetch(value + (row + kAhead) * a.value_row + d);
-          }
-        for (int64_t d = 0; d < dim; ++d) k[d * kPanel] = from[d];
-      } else {
-        for (int64_t d = 0; d < dim; ++d) k[d * kPanel] = 0.0f;
-      }
-      for (int64_t d = 0; d < wide_dim; d += kPanel) {
-        float* v = values + (d * width + (at + c) * kPanel);
-        const float* from = value + row * a.value_row + d;
-        const int64_t some = c < real ? std::min(kPanel, dim - d) : 0;
-        memcpy(v, from, some * sizeof(float));
-        memset(v + some, 0, (kPanel - some) * sizeof(float));
-      }
-    }
-    at += padded;
-  }
+  float* keys = scratch.at(0, width * dim);  // across
+  float* values = scratch.at(1, width * wide_dim);  // along; across for the gradients
+  float* key_rows = g ? scratch.at(9, width * wide_dim) : nullptr;
+  pack(a, group, key, a.key_row, width, keys, key_rows);
+  pack(a, group, value, a.value_row, width, g ? values : nullptr, g ? nullptr : values);
 
   const int64_t all_keys = a.neighbours * a.keys;
   const bool ask = next < a.groups * a.kv_heads && all_keys * dim <= kAskedKeys;
@@ -127,15 +151,26 @@ static void run(const Attention& a, int64_t unit, int64_t next, Scratch& scratch
   int64_t asked = ask ? 0 : all_keys;
 
   const int64_t reach = a.block - 1 + up(a.keys, kPanel);  // columns of the table that a row or its padding reads
-  const int64_t columns = up(reach, kPanel);
-  const int64_t tall = std::max<int64_t>(kTall, kTileBytes / sizeof(float) / std::max<int64_t>(width, 1) / kTall * kTall);
-  float* content = scratch.at(2, up(a.block, kTall) * dim);
-  float* position = scratch.at(3, up(a.block, kTall) * dim);
-  float* by_distance = scratch.at(4, up(a.block, kTall) * columns);
+  const int64_t columns = up(reach, kPanel), most = up(a.block, kTall);
+  const int64_t tall =
+      std::min(most, std::max<int64_t>(kTall, kTileBytes / 4 / std::max<int64_t>(width, 1) / kTall * kTall));
+  float* content = scratch.at(2, most * wide_dim);
+  float* position = scratch.at(3, most * wide_dim);
+  float* by_distance = scratch.at(4, most * std::max(columns, wide_dim));
   float* bias = scratch.at(5, kTall + columns + kPanel) + kTall;
-  float* logits = scratch.at(6, std::min(tall, up(a.block, kTall)) * width);
-  float* shares = scratch.at(8, std::min(tall, up(a.block, kTall)));
-  float* sums = scratch.at(7, std::min(tall, up(a.block, kTall)) * wide_dim);
+  float* logits = scratch.at(6, tall * width + kTall);
+  float* sums = scratch.at(7, most * wide_dim);
+  float* shares = scratch.at(14, most);
+  float *grads = nullptr, *slopes = nullptr, *key_sums = nullptr, *value_sums = nullptr, *distances = nullptr;
+  if (g) {
+    grads = scratch.at(8, most * wide_dim);
+    slopes = scratch.at(10, tall * width + kTall);
+    key_sums = scratch.at(11, up(width, kTall) * wide_dim);
+    value_sums = scratch.at(12, up(width, kTall) * wide_dim);
+    distances = scratch.at(13, most * columns + kTall);
+    memset(key_sums, 0, width * wide_dim * sizeof(float));
+    memset(value_sums, 0, width * wide_dim * sizeof(float));
+  }
 
   for (int64_t r = 0; r < a.repeat; ++r) {
     const int64_t block = group * a.repeat + r;
@@ -143,13 +178,16 @@ static void run(const Attention& a, int64_t unit, int64_t next, Scratch& scratch
     const int64_t rows = std::min(a.block, a.rows - first), padded = up(rows, kTall), skipped = a.block - rows;
     for (int64_t h = head * share; h < (head + 1) * share; ++h) {
       const float* query = a.query + seq * a.query_seq + first * a.query_row + h * a.query_head;
+      const int64_t whole = ((seq * a.rows + first) * a.heads + h) * dim, whole_row = a.heads * dim;
       const float* u = a.content_bias ? a.content_bias + h * dim : nullptr;
       const float* w = a.position_bias ? a.position_bias + h * dim : nullptr;
       for (int64_t i = 0; i < padded; ++i)
-        for (int64_t d = 0; d < dim; ++d) {
-          const float x = i < rows ? query[i * a.query_row + d] : 0.0f;
-          content[i * dim + d] = a.scale * (u ? x + u[d] : x);
-          position[i * dim + d] = a.scale * (w ? x + w[d] : x);
+        for (int64_t d = 0; d < wide_dim; ++d) {
+          const bool inside = i < rows && d < dim;
+          const float x = inside ? query[i * a.query_row + d] : 0.0f;
+          content[i * wide_dim + d] = inside ? a.scale * (u ? x + u[d] : x) : 0.0f;
+          if (a.table) position[i * wide_dim + d] = inside ? a.scale * (w ? x + w[d] : x) : 0.0f;
+          if (g) grads[i * wide_dim + d] = inside ? g->grad_out[whole + i * whole_row + d] : 0.0f;
         }
       // Row i of a block reads column rows - 1 - i + c of what is laid out by reversed distance.
       const float* start = nullptr;
@@ -165,19 +203,24 @@ static void run(const Attention& a, int64_t unit, int64_t next, Scratch& scratch
         const float* table = a.table + h * dim * a.columns + skipped;
         for (int64_t x = 0; x < rows - 1 + up(a.keys, kPanel); x += kPanel)
           for (int64_t i = 0; i < padded; i += kTall)
-            product(position + i * dim, dim, table + x, a.columns, dim, a.rel_bias ? bias + x : nullptr, 0,
+            product(position + i * wide_dim, wide_dim, 1, table + x, a.columns, dim, a.rel_bias ? bias + x : nullptr, 0,
                     by_distance + i * columns + x, columns);
         start = by_distance + rows - 1;
         start_row = columns - 1;
       }
+      if (g) memset(distances, 0, padded * columns * sizeof(float));
       for (int64_t top = 0; top < rows; top += tall) {
-        const int64_t bottom = std::min(top + tall, padded);
+        const int64_t bottom = std::min(top + tall, padded), count = std::min(bottom, rows) - top;
         for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
           const int64_t real = a.real(group, j);
           for (int64_t c = 0; c < real; c += kPanel, at += kPanel) {
-            for (int64_t i = top; i < bottom; i += kTall)
-              product(content + i * dim, dim, keys + at * dim, kPanel, dim,
+            for (int64_t i = top; i < bottom; i += kTall) {
+              product(content + i * wide_dim, wide_dim, 1, keys + at * dim, kPanel, dim,
                       start ? start + i * start_row + c : nullptr, start_row, logits + (i - top) * width + at, width);
+              if (g)
+                product(grads + i * wide_dim, wide_dim, 1, values + at * dim, kPanel, dim, nullptr, 0,
+                        slopes + (i - top) * width + at, width);
+            }
             for (int64_t pad = real - c; pad < kPanel; ++pad)
               for (int64_t i = top; i < bottom; ++i) logits[(i - top) * width + at + pad] = -INFINITY;
           }
@@ -190,19 +233,73 @@ static void run(const Attention& a, int64_t unit, int64_t next, Scratch& scratch
             }
           if (ask)
             for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(next_query + i * a.query_row + d, 0, 2);
-          shares[i - top] = soften(logits + (i - top) * width, width);
+          float* row = logits + (i - top) * width;
+          shares[i - top] = soften(row, width);
+          if (g && i < rows) {  // weights, and the gradient of their logits
+            float* slope = slopes + (i - top) * width;
+            const Vec mean = splat(dot(grads + i * wide_dim, g->out + whole + i * whole_row, dim));
+            for (int64_t c = 0; c < width; c += kLanes) {
+              const Vec weight = load(row + c) * splat(shares[i - top]);
+              store(row + c, weight);
+              store(slope + c, weight * (load(slope + c) - mean));
+            }
+          }
         }
         for (int64_t d = 0; d < wide_dim; d += kPanel)
           for (int64_t i = top; i < bottom; i += kTall)
-            product(logits + (i - top) * width, width, values + d * width, kPanel, width, nullptr, 0,
-                    sums + (i - top) * wide_dim + d, wide_dim);
-        for (int64_t i = top; i < std::min(bottom, rows); ++i) {
-          float* out = a.out + ((seq * a.rows + first + i) * a.heads + h) * dim;
-          const float* sum = sums + (i - top) * wide_dim;
-          const float share = shares[i - top];
-          for (int64_t d = 0; d < dim; ++d) out[d] = sum[d] * share;
+            product((g ? slopes : logits) + (i - top) * width, width, 1, (g ? key_rows : values) + d * width, kPanel,
+                    width, nullptr, 0, sums + i * wide_dim + d, wide_dim);
+        if (!g) {
+          for (int64_t i = top; i < top + count; ++i)
+            for (int64_t d = 0; d < dim; ++d)
+              a.out[whole + i * whole_row + d] = sums[i * wide_dim + d] * shares[i - top];
+          continue;
         }
+        for (int64_t d = 0; d < wide_dim; d += kPanel)
+          for (int64_t k = 0; k < width; k += kTall) {
+            float *to_key = key_sums + k * wide_dim + d, *to_value = value_sums + k * wide_dim + d;
+            product(slopes + k, 1, width, content + top * wide_dim + d, wide_dim, count, to_key, wide_dim, to_key,
+                    wide_dim);
+            product(logits + k, 1, width, grads + top * wide_dim + d, wide_dim, count, to_value, wide_dim, to_value,
+                    wide_dim);
+          }
+        if (start)
+          for (int64_t i = top; i < top + count; ++i)
+            for (int64_t j = 0, at = 0; j < a.neighbours; at += up(a.real(group, j), kPanel), ++j) {
+              const float* slope = slopes + (i - top) * width + at;
+              float* to = distances + i * columns + rows - 1 - i;
+              for (int64_t c = 0; c < a.real(group, j); ++c) to[c] += slope[c];
+            }
       }
+      if (!g) continue;
+      const int64_t table = (part * a.heads + h) * a.columns + skipped, left = rows - 1 + a.keys;
+      float* grad_content = g->grad_content + (part * a.heads + h) * dim;
+      float* grad_position = g->grad_position + (part * a.heads + h) * dim;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t d = 0; d < dim; ++d) grad_content[d] += a.scale * sums[i * wide_dim + d];
+      if (a.rel_bias)
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t x = 0; x < left; ++x) g->grad_bias[table + x] += distances[i * columns + x];
+      if (a.table)
+        for (int64_t d = 0; d < wide_dim; d += kPanel) {
+          for (int64_t x = 0; x < left; x += kTall) {
+            float* to = g->grad_table + (table + x) * g->wide + d;
+            product(distances + x, 1, columns, position + d, wide_dim, rows, to, g->wide, to, g->wide);
+          }
+          for (int64_t i = 0; i < padded; i += kTall)  // the logits by distance have been used
+            product(distances + i * columns, columns, 1, g->table_rows + (h * a.columns + skipped) * g->wide + d, g->wide,
+                    left, nullptr, 0, by_distance + i * wide_dim + d, wide_dim);
+        }
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t d = 0; d < dim; ++d) {
+          const float more = a.table ? by_distance[i * wide_dim + d] : 0.0f;
+          if (a.table) grad_position[d] += a.scale * more;
+          g->grad_query[whole + i * whole_row + d] = a.scale * (sums[i * wide_dim + d] + more);
+        }
     }
+  }
+  if (g) {
+    unpack(a, group, head, key_sums, g->grad_key);
+    unpack(a, group, head, value_sums, g->grad_value);
   }
 }

@@ -366,8 +366,8 @@ def forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """As `op.py` describes, but without a log-sum-exp (an empty tensor): the backward makes the softmax again."""
-    if native.WORKS and query.dtype == torch.float32 and dropout_p == 0.0:
-        out = native.attend(
+    if native.can_run(query, dropout_p):
+        attention = native.Attention(
             query,
             key,
             value,
@@ -381,7 +381,7 @@ def forward(
             repeat,
             scale,
         )
-        return out, query.new_empty(0)
+        return attention.forward(), query.new_empty(0)
     call = _prepare(
         query,
         key,
@@ -432,6 +432,24 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """As `op.py` describes. Gradients of tables and biases are summed unit by unit in one order."""
+    given = (rel_key, content_bias, position_bias, rel_bias)
+    if native.can_run(query, dropout_p):
+        attention = native.Attention(
+            query,
+            key,
+            value,
+            rel_key,
+            content_bias,
+            position_bias,
+            rel_bias,
+            lengths,
+            block,
+            shift,
+            repeat,
+            scale,
+        )
+        grads = attention.backward(grad_out, out)
+        return (*grads[:3], *_wanted(grads[3:], given, needs))
     call = _prepare(
         query,
         key,
@@ -477,16 +495,19 @@ def backward(
         grad_rows = call.by_row(torch.bmm(narrow, keys), unit).to(call.wide)  # [n, r, h·W, D]
         grad_rows = tables.add(unit, grad_logits, grad_rows, position)
         torch.mul(grad_rows, scale, out=call.rows(query_rows, unit))
-    given = (rel_key, content_bias, position_bias, rel_bias)
     return (
         grad_query,
         grad_key.view(key.shape),
         grad_value.view(value.shape),
-        *(
-            grad.to(x.dtype) if x is not None and need else None
-            for x, grad, need in zip(given, tables.finished(), needs, strict=True)
-        ),
+        *_wanted(tables.finished(), given, needs),
     )
+
+
+def _wanted(
+    grads: tuple[Tensor, ...], given: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> Iterator[Tensor | None]:
+    for x, grad, need in zip(given, grads, needs, strict=True):
+        yield grad.to(x.dtype) if x is not None and need else None
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> None:
