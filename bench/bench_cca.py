@@ -7,7 +7,8 @@ share that its products have of a large product's rate, measured in the same run
 
 Other implementations stand beside them on the small shape where they are installed; they are no dependency:
 
-    pip install --no-deps retro-pytorch==0.3.9 labml-nn==0.5.1 labml einops autofaiss embedding-reader pandas pyarrow fire termcolor
+    pip install --no-deps retro-pytorch==0.3.9 labml-nn==0.5.1 labml einops \\
+        autofaiss embedding-reader pandas pyarrow fire termcolor
 
 For orientation, milliseconds of one other CPU's thread for the small shape, none with these positions (forward, forward
 and backward): lucidrains 176, 487; labml 189, 375; Norlund 204, 428; Megatron 168, 413; SDPA without positions 87, 267.
@@ -39,8 +40,8 @@ PASSES: tuple[Pass, ...] = ("forward", "forward+backward")
 ALL = torch.get_num_threads()
 THREADS = sorted({1, ALL}) if not ON_GPU else [ALL]
 OTHERS = {"retro-pytorch": "retro_pytorch.retro_pytorch", "labml-nn": "labml_nn.transformers.retro.model"}
-"""Packages, and the module that has their chunked cross-attention. One turns keys and queries by their place (with a query's
-taken wrongly), the other has no positions at all."""
+"""Packages, and the module that has their chunked cross-attention. The first turns queries and keys by their place, the
+second has no positions at all."""
 ROWS: dict[Positions, tuple[tuple[str, Positions], ...]] = {
     "bias": (
         (OURS, "bias"),
@@ -62,7 +63,9 @@ def why_not(name: str) -> str | None:
     try:
         importlib.import_module(OTHERS[name])
     except Exception as error:  # an unmaintained package fails in any way
-        return f"{name} cannot be imported ({type(error).__name__}: {error}); this file says how to install it"
+        return (
+            f"{name} cannot be imported ({type(error).__name__}: {error}); this file says how to install it"
+        )
     return None
 
 
@@ -76,9 +79,7 @@ def other(name: str, shape: Shape) -> torch.nn.Module:
         rotary(shape.chunk, device=DEVICE, offset=shape.chunk - 1),
         rotary(shape.neighbour_len, device=DEVICE),
     )
-    layer = module.ChunkedCrossAttention(
-        shape.chunk, dim=width, dim_head=shape.head_dim, heads=shape.heads
-    )
+    layer = module.ChunkedCrossAttention(shape.chunk, dim=width, dim_head=shape.head_dim, heads=shape.heads)
     call = layer.forward
     layer.forward = lambda x, context: call(x, context=context, pos_emb=places)
     return layer

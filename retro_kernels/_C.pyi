@@ -1,5 +1,7 @@
 # csrc/bindings.cpp as Python sees it. Addresses are integers; the meaning of every argument is in csrc/ops.h.
 
+from collections.abc import Sequence
+
 cuda: bool
 
 class Gather:
@@ -24,3 +26,50 @@ def gather_neighbours_cpu(gather: Gather, threads: int, advise: int) -> None: ..
 def gather_neighbours_cuda(
     gather: Gather, host_tokens: bool, host_continuation: bool, stream: int
 ) -> None: ...
+
+class Attention:
+    def __init__(
+        self,
+        *,
+        query: int,
+        query_strides: Sequence[int],
+        key: int,
+        key_strides: Sequence[int],
+        value: int,
+        value_strides: Sequence[int],
+        table: int,
+        columns: int,
+        content_bias: int,
+        position_bias: int,
+        rel_bias: int,
+        lengths: int,
+        out: int,
+        query_shape: Sequence[int],
+        key_shape: Sequence[int],
+        block: int,
+        shift: int,
+        repeat: int,
+        scale: float,
+    ) -> None: ...
+
+class Gradients:
+    def __init__(
+        self,
+        *,
+        grad_out: int,
+        out: int,
+        table_rows: int,
+        grad_query: int,
+        grad_key: int,
+        grad_value: int,
+        grad_table: int,
+        grad_bias: int,
+        grad_content: int,
+        grad_position: int,
+        parts: int,
+        wide: int,
+    ) -> None: ...
+
+def attend_cpu_works() -> bool: ...
+def attend_cpu(attention: Attention, threads: int) -> None: ...
+def attend_backward_cpu(attention: Attention, gradients: Gradients, threads: int) -> None: ...

@@ -135,7 +135,8 @@ def _native() -> tuple[bool, str]:
             False,
             f"the extension is not built or does not load ({_first_line(error)}): pip install . in the checkout",
         )
-    return True, f"C++ gather, {Path(native.__file__ or '').name}"
+    attention = ", attention" if native.attend_cpu_works() else ""
+    return True, f"C++ gather{attention}, {Path(native.__file__ or '').name}"
 
 
 def _native_cuda(torch: Any) -> tuple[bool, str]:

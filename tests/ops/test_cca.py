@@ -10,6 +10,7 @@ from numerics import assert_accurate
 from torch import Tensor
 
 from retro_kernels import block_attention, chunked_cross_attention, use_backend
+from retro_kernels.ops.cca import native
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 M, R, D = 16, 32, 16
@@ -193,6 +194,24 @@ def test_cpu_path_in_other_dtypes(seed, shape, dtype):
         torch.testing.assert_close(ours[name], exact[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("shape", ["everything", "additive bias", "grouped heads"])
+def test_cpu_path_without_the_extension(seed, monkeypatch, shape):
+    monkeypatch.setattr("retro_kernels.ops.cca.native._WORKS", False)
+    compare("torch", torch.float32, **SHAPES[shape])
+
+
+def test_a_length_beyond_the_keys_is_all_of_them(seed):
+    tensors, options = inputs(tables=("rel_bias",))
+    lengths = options["neighbour_lengths"]
+    outs = [
+        chunked_cross_attention(
+            *tensors[:3], chunk_size=M, rel_bias=options["rel_bias"], neighbour_lengths=x, backend="torch"
+        )
+        for x in (torch.full_like(lengths, 30_000), None)
+    ]
+    torch.testing.assert_close(*outs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [16, 64, 128, 256])
@@ -330,6 +349,18 @@ def test_every_run_is_the_same(seed, backend):
     for _ in range(20 if backend == "torch" else 2):
         again = run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend=backend)
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_threads_change_no_bit(seed, monkeypatch):
+    tensors, options = inputs(tokens=4 * M + 3, heads=4)
+    if not native.can_run(tensors[0], 0.0):
+        pytest.skip("the threads are torch's here")
+    grad = torch.randn_like(tensors[0])
+    found = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr("torch.get_num_threads", lambda threads=threads: threads)
+        found.append(run(chunked_cross_attention, tensors, options, grad, chunk_size=M, backend="torch"))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
 
 
 @pytest.mark.gpu

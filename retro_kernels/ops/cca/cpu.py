@@ -1,6 +1,7 @@
 """Block attention on a CPU: backend "torch".
 
-The definition (`reference.py`) in units of blocks and heads whose logits fit a core's cache, with a closed-form
+In float32 and without dropout csrc does it where it can (`native.py`); everything else is done here:
+the definition (`reference.py`) in units of blocks and heads whose logits fit a core's cache, with a closed-form
 backward that makes them again: nothing but the inputs and the output is kept, and no tensor of all logits ever
 exists. A unit's query, keys and values are views of the inputs wherever it is one block, which BLAS reads as they
 lie; the last block of a sequence has as many rows as there are tokens, not M.
@@ -448,8 +449,8 @@ def backward(
             repeat,
             scale,
         )
-        grads = attention.backward(grad_out, out)
-        return (*grads[:3], *_wanted(grads[3:], given, needs))
+        found = attention.backward(grad_out, out)
+        return (*found[:3], *_wanted(found[3:], given, needs))
     call = _prepare(
         query,
         key,

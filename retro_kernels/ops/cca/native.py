@@ -15,13 +15,12 @@ _PARTS = 32
 
 if WHY_NOT is None:
     from retro_kernels import _C
-
-    _WORKS: bool = _C.attend_cpu_works()
-else:
-    _WORKS = False
+# an extension that was built before this op was written has everything else
+_WORKS: bool = WHY_NOT is None and hasattr(_C, "attend_cpu") and _C.attend_cpu_works()
 
 
 def can_run(query: Tensor, dropout_p: float) -> bool:
+    """Whether this processor and build can (x86-64 with AVX2, GCC), and the op does what is asked."""
     return _WORKS and query.dtype == torch.float32 and dropout_p == 0.0
 
 
@@ -52,11 +51,13 @@ class Attention:
         self._table: Tensor | None = None
         if rel_key is not None:
             self._table = F.pad(rel_key.flip(1), (0, -rel_key.shape[2] % 32, 0, self._filled - self._columns))
-        across = None if self._table is None else self._table[..., : query.shape[3]].transpose(1, 2).contiguous()
+        across = (
+            None if self._table is None else self._table[..., : query.shape[3]].transpose(1, 2).contiguous()
+        )
         content, position, bias = (
             None if x is None else x.to(query.dtype) for x in (content_bias, position_bias, rel_bias)
         )
-        lengths = None if lengths is None else lengths.to(torch.int64)
+        lengths = None if lengths is None else lengths.to(torch.int64).clamp(0, self._key_shape[2])
         self._query = query
         self._out = query.new_empty(query.shape)
         self._alive = (key, value, across, content, position, bias, lengths)
