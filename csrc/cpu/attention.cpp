@@ -72,7 +72,7 @@ bool attend_cpu_works() { return best() != nullptr; }
 
 namespace {
 
-// `task(i, scratch)` for every i < count, on so many threads.
+// `task(taken, count, scratch)` on so many threads: each takes the next number below `count` until none is left.
 template <class Task>
 void spread(int64_t count, int threads, const Task& task) {
   std::atomic<int64_t> taken{0};

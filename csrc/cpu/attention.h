@@ -33,8 +33,10 @@ static inline Vec exponential(Vec x) {
 }
 
 // c[i, 0 .. kPanel) = start[i, ..] + Σ_d a[i, d] · panel[d, ..] for kTall rows; `start` may be null, or c itself.
-__attribute__((noinline)) static void product(const float* a, int64_t a_row, int64_t a_step, const float* panel, int64_t panel_row, int64_t depth,
-                           const float* start, int64_t start_row, float* c, int64_t c_row) {
+// Not inlined: inside `run` its addresses would not stay in registers.
+__attribute__((noinline)) static void product(const float* a, int64_t a_row, int64_t a_step, const float* panel,
+                                              int64_t panel_row, int64_t depth, const float* start, int64_t start_row,
+                                              float* c, int64_t c_row) {
   Vec sum[kTall][kWide];
   for (int i = 0; i < kTall; ++i)
     for (int v = 0; v < kWide; ++v) sum[i][v] = start ? load(start + i * start_row + v * kLanes) : Vec{};

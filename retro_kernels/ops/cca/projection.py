@@ -46,7 +46,7 @@ _CPU = {
     ("absorbed", False): _Cpu(1 / 83.9e9, 0.0, 0.39e-9),
     ("absorbed", True): _Cpu(1 / 87.4e9, 0.0, 0.58e-9),
 }
-_CPU_MARGIN = 1.02
+_CPU_MARGIN = 1.01
 """Closer than this the model cannot tell."""
 _CPU_THIN = 1 / 37e9
 """Seconds an operation of products with a few rows, as in decoding."""
