@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
 SLICE = 32
 """Distance columns that are sheared at a time: a whole window would not fit into registers beside the rest."""
 
