@@ -22,9 +22,9 @@ What is known to miss a guard stands in the committed file under `known`, with t
 worse than that, and has to miss it still, so a repair shows up as well. Committed numbers hold for one version of
 Triton; with another the absolute guards remain, and what is known is excused whatever its figure.
 
-python bench/static.py [--only PART]     a table (with --all of more types and widths than are committed)
-python bench/static.py --write           bench/results/static.json
-python bench/static.py --check           compare with it; exit status 1 if a guard fails
+python bench/static.py [--only PART]     a table (with --all of more types and widths)
+python bench/static.py --write           bench/results/static.json, of all
+python bench/static.py --check [--all]   compare with it; exit status 1 if a guard fails
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Variant(NamedTuple):
 
 
 def variants(every: bool = False) -> list[Variant]:
-    """Those that are committed: all architectures in bf16, other types and widths on sm_90; `every`: the rest too."""
+    """All architectures in bf16, other types and widths on sm_90; `every`: the rest too, as the committed file has."""
     found = []
     for arch in ARCHITECTURES:
         for dim in (64, 128):
@@ -287,38 +287,85 @@ def cuobjdump() -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P(?:T|\d+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P(?:T|\d+)\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
 def _count(ops: list[str], *names: str) -> int:
     return sum(op.split(".")[0] in names for op in ops)
 
 
-def read_sass(sass: str) -> dict[str, Any]:
+def _loops(lines: list[tuple[int, str, str]]) -> list[frozenset[int]]:
+    """Natural loops of the control flow, each as the positions of its instructions.
+
+    Not the span between a backward branch and its target: code that waits for a copy and rarely runs lies behind the
+    kernel's end and branches back into its middle, without being a loop around all that lies in between.
+    """
+    at = {address: i for i, (address, _, _) in enumerate(lines)}
+    after: list[list[int]] = []  # where each instruction may lead
+    joins: dict[str, int] = {}  # convergence barrier → where its threads meet
+    for i, (_, op, rest) in enumerate(lines):
+        name, guarded = op.split(".")[0], bool(re.match(r"@|.*\bU?P\d", rest)) or op.startswith("BRA.")
+        found = re.search(r"0x([0-9a-f]+)", rest)
+        target = at.get(int(found[1], 16)) if found else None
+        barrier = re.search(r"\bB\d+", rest)
+        leads = [] if name in ("EXIT", "BRA", "RET", "BSYNC") and not guarded else [i + 1]
+        if name in ("BRA", "CALL") and target is not None:
+            leads.append(target)
+        elif name == "BSSY" and barrier and target is not None:
+            joins[barrier[0]] = target
+        elif name == "BSYNC" and barrier:
+            leads.append(joins.get(barrier[0], i + 1))
+        after.append([x for x in leads if x < len(lines)])
+    before: list[list[int]] = [[] for _ in lines]
+    loops: dict[int, set[int]] = {}
+    backward = []
+    state = [0] * len(lines)  # 1: on the path from the entry, 2: left
+    path = [(0, iter(after[0]))] if lines else []
+    if path:
+        state[0] = 1
+    while path:
+        node, rest_of = path[-1]
+        for x in rest_of:
+            before[x].append(node)
+            if state[x] == 1:
+                backward.append((node, x))
+            elif state[x] == 0:
+                state[x] = 1
+                path.append((x, iter(after[x])))
+                break
+        else:
+            state[node] = 2
+            path.pop()
+    for end, head in backward:
+        body = loops.setdefault(head, {head})
+        queue = [end]
+        while queue:
+            node = queue.pop()
+            if node not in body:
+                body.add(node)
+                queue += before[node]
+    return [frozenset(body) for body in loops.values()]
+
+
+def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
     """Counts in all and in the hot loop: the innermost loop with most matrix products, else with memory accesses.
 
-    Spills of the hot loop are the most of any innermost loop with matrix products.
+    Spills of the hot loop are the most of any innermost loop with matrix products. `whole`: all of the kernel is hot.
     """
-    lines = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(sass)]
+    lines = [(int(m[1], 16), m[3], (m[2] or "") + m[4]) for m in _INSTRUCTION.finditer(sass)]
     ops = [op for _, op, _ in lines]
-    loops = []
-    for address, op, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if op.split(".")[0] == "BRA" and target and int(target[1], 16) < address:
-            start = int(target[1], 16)
-            loops.append((start, address, [o for a, o, _ in lines if start <= a <= address]))
-    if _count(ops, *MATRIX) and not any(_count(loop[2], *MATRIX) for loop in loops):
-        loops = [(lines[0][0], lines[-1][0], ops)]
+    everywhere = frozenset(range(len(lines)))
+    inner: list[frozenset[int]] = []
     for work in (MATRIX, ("LDG", "LDGSTS", "UTMALDG")):
-        busy = [loop for loop in loops if _count(loop[2], *work)]
-        inner = [
-            x
-            for x in busy
-            if not any(y is not x and x[0] <= y[0] and y[1] <= x[1] and y[:2] != x[:2] for y in busy)
-        ]
+        busy = {i for i in everywhere if ops[i].split(".")[0] in work}
+        loops = [loop for loop in _loops(lines) if loop & busy]
+        inner = [x for x in loops if not any(y < x for y in loops)]
+        if work is MATRIX and busy and (whole or not inner):
+            inner = [everywhere]
         if inner:
             break
-    hot = max(inner, key=lambda loop: _count(loop[2], *work), default=(0, 0, []))[2]
+    bodies = [[ops[i] for i in sorted(loop)] for loop in inner]
+    hot = max(bodies, key=lambda body: _count(body, *work), default=[])
     return {
         "instructions": len(ops),
         "matrix": dict(sorted(Counter(x for x in (op.split(".")[0] for op in ops) if x in MATRIX).items())),
@@ -326,7 +373,7 @@ def read_sass(sass: str) -> dict[str, Any]:
             sorted(Counter(x for x in (op.split(".")[0] for op in hot) if x in MATRIX).items())
         ),
         "spills": _count(ops, "LDL", "STL"),
-        "spills_hot": max((_count(loop[2], "LDL", "STL") for loop in inner), default=0),
+        "spills_hot": max((_count(body, "LDL", "STL") for body in bodies), default=0),
         "atomics": sum(bool(ATOMIC.match(op)) for op in ops),
     }
 
@@ -346,7 +393,7 @@ def figures(variant: Variant) -> dict[str, dict[str, Any]]:
             "wanted": wanted(kernel, variant.arch, variant.head_dim, more["warps"], variant.dtype),
             "registers": registers,
             "stack": stack,
-            **read_sass(sass),
+            **read_sass(sass, variant.mode == "encoder" and kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel")),
             **more,
             "compile_s": round(more["compile_s"], 1),
         }
@@ -471,9 +518,10 @@ def save(rows: dict[str, dict[str, Any]], known: dict[str, Any], version: str) -
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent, check=True
     ).stdout.strip()
     date = datetime.date.today().isoformat()
-    text = json.dumps(
-        {"triton": version, "date": date, "commit": commit, "known": known, "rows": rows}, indent=1
-    )
+    head = json.dumps({"triton": version, "date": date, "commit": commit, "known": known}, indent=1)
+    # a line a kernel, so that a difference is a line too
+    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    text = f'{head.removesuffix("}").rstrip()},\n "rows": {{\n{body}\n }}\n}}'
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(text + "\n")
     partial.replace(RESULTS)
@@ -490,7 +538,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="more types and widths on every architecture")
+    parser.add_argument("--all", action="store_true", help="all types and widths on every architecture")
     parser.add_argument("--only", action="append", default=[], help="variants whose name contains this")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")
@@ -501,7 +549,9 @@ def main() -> int:
     if reason:
         print(f"nothing compiled: {reason}")
         return 0 if args.check else 1
-    which = [v for v in variants(args.all) if not args.only or any(x in v.name for x in args.only)]
+    which = [
+        v for v in variants(args.all or args.write) if not args.only or any(x in v.name for x in args.only)
+    ]
     header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
     print(header, flush=True)
 

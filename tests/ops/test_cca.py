@@ -10,7 +10,7 @@ from numerics import assert_accurate
 from torch import Tensor
 
 from retro_kernels import block_attention, chunked_cross_attention, use_backend
-from retro_kernels.ops.cca import native
+from retro_kernels.ops.cca import native, tiles
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 M, R, D = 16, 32, 16
@@ -405,6 +405,15 @@ def test_dropout_is_that_of_the_definition(seed, backend):
     with use_backend(backend):
         other = chunked_cross_attention(*tensors, chunk_size=M, dropout_p=0.3, **options)
     assert not torch.equal(other, results[1]["out"])
+
+
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_block_sizes_of_other_gpus(seed, monkeypatch, keys_first):
+    """Several key tiles, each with several slices of distance columns, the head dimension in two panels."""
+    config = tiles.Config(32, 4, 1, panels=2, keys_first=keys_first)
+    monkeypatch.setattr(tiles, "forward_config", lambda *_: config)
+    monkeypatch.setattr(tiles, "backward_config", lambda *_: config)
+    compare("triton", torch.float32, batch=1, heads=1, chunk=32, length=64, size=32, tokens=64)
 
 
 BLOCKS = {

@@ -37,8 +37,8 @@ from retro_kernels.ops.cca.tiles import (
     _store_zero_rows,
 )
 
-SLICE = 64
-"""Distance columns that are sheared at a time: a whole window would not fit into registers beside dQ."""
+REL_SLICE = 64
+"""Distance columns of one program of the kernel for rel_key, which keeps nothing else."""
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def _cca_bwd_kernel(
                     TK,
                     BM,
                     BN,
-                    W,
+                    WS,
                     HAS_REL,
                     HAS_POSITION,
                     HAS_BIAS,
@@ -400,7 +400,7 @@ def _cca_bwd_kernel(
                         DW,
                         D,
                         True,
-                        False,
+                        TMA,
                     )  # [WS, DW]
                     dq0 = tl.dot(by_distance_low, b_rel, dq0, input_precision=PRECISION)
                     if PANELS == 2:
@@ -417,7 +417,7 @@ def _cca_bwd_kernel(
                             DW,
                             D - DW,
                             True,
-                            False,
+                            TMA,
                         )  # [WS, DW]
                         dq1 = tl.dot(by_distance_low, b_rel, dq1, input_precision=PRECISION)
 
@@ -554,7 +554,7 @@ def backward(
     config = config or tiles.backward_config(
         arch, g.padded_dim, query.dtype, g.rows, need_columns or rel_key is not None
     )
-    window = triton.next_power_of_2(g.rows + config.keys - 1)
+    window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
     key_tiles = triton.cdiv(num_keys, config.keys)
     width = g.padded_dim // config.panels
     programs = g.blocks * g.row_tiles * g.num_heads
@@ -573,12 +573,14 @@ def backward(
     k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
     r = None if rel_key is None else rel_key.contiguous()
     if tma is None:
-        tma = block % g.rows == 0 and tiles.can_use_tma(arch, g.head_dim, g.padded_dim, (q, k, v, do))
+        tma = block % g.rows == 0 and tiles.can_use_tma(
+            arch, g.head_dim, g.padded_dim, (q, k, v, do) if r is None else (q, k, v, do, r)
+        )
     _cca_bwd_kernel[(programs,)](
         tiles.descriptor(q, g.rows, width, tma),
         tiles.descriptor(k, config.keys, width, tma),
         tiles.descriptor(v, config.keys, width, tma),
-        r,
+        None if r is None else tiles.descriptor(r, tiles.SLICE, width, tma),
         tiles.descriptor(o, g.rows, width, tma),
         tiles.descriptor(do, g.rows, width, tma),
         tiles.descriptor(dq, g.rows, width, tma),
@@ -621,7 +623,7 @@ def backward(
         BM=g.rows,
         BN=config.keys,
         W=window,
-        WS=min(SLICE, window),
+        WS=tiles.SLICE,
         HAS_REL=rel_key is not None,
         HAS_CONTENT=content_bias is not None,
         HAS_POSITION=position_bias is not None,
@@ -695,9 +697,8 @@ def _rel_partials(
     scale: float,
 ) -> Tensor:
     """Gradient of rel_key by tile, [row tiles, H, key tiles, W, D]."""
-    slice_ = min(SLICE, window)
     key_tiles = triton.cdiv(num_keys, config.keys)
-    parts = g.num_heads * g.row_tiles * key_tiles * (window // slice_)
+    parts = g.num_heads * g.row_tiles * key_tiles * (window // REL_SLICE)
     # depends on shapes alone, so that the order of the sum, and with it every bit, is the same in every run
     splits = max(1, min(triton.cdiv(g.blocks, 4), triton.cdiv(528, parts)))
     per_split = triton.cdiv(g.blocks, splits)
@@ -726,12 +727,13 @@ def _rel_partials(
         BM=g.rows,
         BN=config.keys,
         W=window,
-        WS=slice_,
+        WS=REL_SLICE,
         HAS_POSITION=position_bias is not None,
         KEYS_FIRST=config.keys_first,
         PRECISION=tiles.precision(q.dtype),
-        num_warps=8 if g.padded_dim > 64 or config.keys >= 128 else 4,
-        num_stages=2,
+        num_warps=8 if g.padded_dim > 64 or max(g.rows, config.keys) >= 128 else 4,
+        # on sm_80 the tiles to come take registers: there 128 rows of 128 dimensions would spill in the loop
+        num_stages=1 if tiles.architecture(q.device) < 90 and g.padded_dim > 64 and g.rows >= 128 else 2,
     )
     return partial.sum(0).transpose(0, 1)
 

@@ -66,7 +66,7 @@ def _cca_fwd_kernel(
     BD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    W: tl.constexpr,
+    WS: tl.constexpr,
     HAS_REL: tl.constexpr,
     HAS_CONTENT: tl.constexpr,
     HAS_POSITION: tl.constexpr,
@@ -124,7 +124,7 @@ def _cca_fwd_kernel(
                 TK,
                 BM,
                 BN,
-                W,
+                WS,
                 HAS_REL,
                 HAS_POSITION,
                 HAS_BIAS,
@@ -251,13 +251,14 @@ def forward(
     k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
     r = None if rel_key is None else rel_key.contiguous()
     if tma is None:
-        tma = block % g.rows == 0 and tiles.can_use_tma(arch, g.head_dim, g.padded_dim, (q, k, v))
-    window = triton.next_power_of_2(g.rows + config.keys - 1)
+        tma = block % g.rows == 0 and tiles.can_use_tma(
+            arch, g.head_dim, g.padded_dim, (q, k, v) if r is None else (q, k, v, r)
+        )
     _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
         tiles.descriptor(q, g.rows, g.padded_dim, tma),
         tiles.descriptor(k, config.keys, g.padded_dim, tma),
         tiles.descriptor(v, config.keys, g.padded_dim, tma),
-        r,
+        None if r is None else tiles.descriptor(r, tiles.SLICE, g.padded_dim, tma),
         tiles.descriptor(o, g.rows, g.padded_dim, tma),
         out,
         lse,
@@ -288,7 +289,7 @@ def forward(
         BD=g.padded_dim,
         BM=g.rows,
         BN=config.keys,
-        W=window,
+        WS=tiles.SLICE,
         HAS_REL=rel_key is not None,
         HAS_CONTENT=content_bias is not None,
         HAS_POSITION=position_bias is not None,

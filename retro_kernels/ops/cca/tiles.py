@@ -17,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+SLICE = 32
+"""Distance columns that are sheared at a time: a whole window would not fit into registers beside the rest."""
+
 
 # A source is a TMA descriptor [batch, rows, H * D] (TMA) or a pointer with two strides; TMA clips at `num_rows`.
 @triton.jit
@@ -141,7 +144,7 @@ def _position_tile(
     TK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    W: tl.constexpr,
+    WS: tl.constexpr,
     HAS_REL: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -158,53 +161,62 @@ def _position_tile(
     a = tl.arange(0, BM)
     n = tl.arange(0, BN)
     if HAS_REL:
-        first = o_i - o_c + TK - BN
-        m_column = (first + tl.arange(0, W) >= 0) & (first + tl.arange(0, W) < COLUMNS)
-        if KEYS_FIRST:
-            b_by_distance = tl.zeros([W, BM], tl.float32)
-        else:
-            b_by_distance = tl.zeros([BM, W], tl.float32)
-        for i in tl.static_range(PANELS):
-            b_q = _load_tile(
+        q_col = i_head * D
+        b_q0 = _load_tile(
+            query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA
+        )  # [BM, DW]
+        if HAS_POSITION:
+            b_q0 = _add_bias(b_q0, p_position_bias, i_head, 0, D, DW, D)
+        if PANELS == 2:
+            b_q1 = _load_tile(
                 query,
                 i_seq,
                 o_row,
-                i_head * D + i * DW,
+                q_col + DW,
                 stride_qs,
                 stride_qn,
                 num_rows,
                 m_row,
                 BM,
                 DW,
-                D - i * DW,
+                D - DW,
                 True,
                 TMA,
             )  # [BM, DW]
             if HAS_POSITION:
-                b_q = _add_bias(b_q, p_position_bias, i_head, i * DW, D, DW, D - i * DW)
-            b_rel = _load_tile(
-                rel_key,
-                i_head,
-                first,
-                i * DW,
-                COLUMNS * D,
-                D,
-                COLUMNS,
-                m_column,
-                W,
-                DW,
-                D - i * DW,
-                True,
-                False,
-            )  # [W, DW]
-            if KEYS_FIRST:
-                b_by_distance = tl.dot(b_rel, tl.trans(b_q), b_by_distance, input_precision=PRECISION)
-            else:
-                b_by_distance = tl.dot(b_q, tl.trans(b_rel), b_by_distance, input_precision=PRECISION)
+                b_q1 = _add_bias(b_q1, p_position_bias, i_head, DW, D, DW, D - DW)
         if KEYS_FIRST:
-            tile = tl.gather(b_by_distance, a[None, :] - n[:, None] + (BN - 1), 0) * scale_log2  # [BN, BM]
+            tile = tl.zeros([BN, BM], tl.float32)
         else:
-            tile = tl.gather(b_by_distance, a[:, None] - n[None, :] + (BN - 1), 1) * scale_log2  # [BM, BN]
+            tile = tl.zeros([BM, BN], tl.float32)
+        for o_t in tl.range(0, BM + BN - 1, WS, num_stages=1):
+            first = o_i - o_c + TK - BN + o_t
+            column = first + tl.arange(0, WS)
+            m_column = (column >= 0) & (column < COLUMNS)
+            b_rel = _load_tile(
+                rel_key, i_head, first, 0, COLUMNS * D, D, COLUMNS, m_column, WS, DW, D, True, TMA
+            )  # [WS, DW]
+            if KEYS_FIRST:
+                by_distance = tl.dot(b_rel, tl.trans(b_q0), input_precision=PRECISION)  # [WS, BM]
+            else:
+                by_distance = tl.dot(b_q0, tl.trans(b_rel), input_precision=PRECISION)  # [BM, WS]
+            if PANELS == 2:
+                b_rel = _load_tile(
+                    rel_key, i_head, first, DW, COLUMNS * D, D, COLUMNS, m_column, WS, DW, D - DW, True, TMA
+                )  # [WS, DW]
+                if KEYS_FIRST:
+                    by_distance = tl.dot(b_rel, tl.trans(b_q1), by_distance, input_precision=PRECISION)
+                else:
+                    by_distance = tl.dot(b_q1, tl.trans(b_rel), by_distance, input_precision=PRECISION)
+            if KEYS_FIRST:
+                t = a[None, :] - n[:, None] + (BN - 1 - o_t)  # [BN, BM]
+                inside = (t >= 0) & (t < WS)
+                tile += tl.where(inside, tl.gather(by_distance, tl.where(inside, t, 0), 0), 0.0)
+            else:
+                t = a[:, None] - n[None, :] + (BN - 1 - o_t)  # [BM, BN]
+                inside = (t >= 0) & (t < WS)
+                tile += tl.where(inside, tl.gather(by_distance, tl.where(inside, t, 0), 1), 0.0)
+        tile *= scale_log2
     if HAS_BIAS:
         if KEYS_FIRST:
             column = (o_i + a)[None, :] - (o_c + n)[:, None] + (TK - 1)
@@ -249,28 +261,24 @@ class Config(NamedTuple):
 def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, relative: bool) -> Config:
     """By what compiles for sm_80, sm_90 and sm_100 with fewest spills; `relative`: with a table of relative keys.
 
-    Chosen from machine code, not from times. `bench/results/static.json` has registers and spills of each kernel and,
-    under `known`, those that spill in their hot loop: at most 4 values, with relative keys in fp32 or with 256
-    dimensions on sm_90, with a bias and 128 dimensions on sm_100.
+    Chosen from machine code, not from times: `bench/results/static.json` has registers and spills of each kernel and,
+    under `known`, which of them miss a guard.
     """
     warps = 8 if rows >= 128 else 4
     if dtype == torch.float32:
         # tf32x3 splits every operand in two, which costs registers
         return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 else warps, 1)
     if padded_dim > 128:
-        return Config(32, 8, 1) if arch < 90 else Config(64, 8, 2)
-    if relative and rows == 64:
-        # the position tile takes as many registers as the logits; Hopper's 8 warps repeat no product at 128 keys
-        return Config(128 if 90 <= arch < 100 else 64, 8, 2)
-    return Config(64, warps, 2)
+        return Config(32, 8, 1) if arch < 90 else Config(64, 8, 1 if relative else 2)
+    # tensor memory holds the products on sm_100: there 8 warps repeat none of them
+    return Config(64, 8 if relative and arch >= 100 else warps, 2)
 
 
 def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: bool) -> Config:
     """Like `forward_config`; `tables`: the neighbour-summed dS of a tile is kept for table gradients.
 
-    In the hot loop spill those with tables and 128 dimensions on sm_90, those in fp32 and those of 256 dimensions. With
-    8 warps and two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys
-    first, at 256 with 64 keys.
+    With 8 warps and two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with
+    keys first, at 256 with 64 keys.
     """
     warps = 8 if rows >= 128 else 4
     hopper = 90 <= arch < 100
@@ -284,6 +292,9 @@ def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, t
         if padded_dim == 128:
             return Config(128, 8, 1, panels=2, keys_first=True)
         return Config(128, 8, 2, keys_first=True)
+    if rows >= 128 and arch < 90:
+        # without tensor memory or products from shared memory, 64 keys of 128 rows spill hundreds of values
+        return Config(32, 8, 1, panels=2 if padded_dim >= 64 else 1)
     if padded_dim <= 64:
         return Config(64, warps, 2 if arch >= 90 else 1)
     return Config(64, warps, 1, panels=2)
