@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -14,17 +15,21 @@
 #include <unistd.h>
 #endif
 
+// A function that only prefetches has no effect in GCC's eyes, which then drops every call of it: such functions have to
+// be part of their caller before GCC looks.
 #if defined(__GNUC__)
 #define RETRO_PREFETCH(p) __builtin_prefetch(p)
+#define RETRO_INLINE inline __attribute__((always_inline))
 #else
 #define RETRO_PREFETCH(p) (void)(p)
+#define RETRO_INLINE inline
 #endif
 
 namespace retro {
 namespace {
 
 constexpr int64_t kAhead = 12;          // rows between a row's prefetch and its copy: hides one memory latency
-constexpr int64_t kRowsPerThread = 2048;  // fewer are copied sooner than a thread starts
+constexpr int64_t kRowsPerTurn = 2048;  // a thread's turn: fewer are copied sooner than another thread starts
 constexpr int64_t kHugeBytes = 4 << 20;   // an output from here on holds a whole huge page in any case
 constexpr int64_t kRowsPerCheck = 256;  // rows between two looks at the fault counter
 
@@ -51,7 +56,7 @@ struct Copier {
 
   bool continues(int64_t id) const { return g.continuation[id] != 0 && id + 1 < g.num_chunks; }
 
-  void prefetch(int64_t i) const {
+  RETRO_INLINE void prefetch(int64_t i) const {
     const int64_t id = g.ids[i];
     if (id < 0) return;
     RETRO_PREFETCH(g.continuation + id);
@@ -106,23 +111,31 @@ struct Copier {
     g.lengths[i] = static_cast<int32_t>(length);
   }
 
-  void run(int64_t begin, int64_t end, Advise advise) const {
-    if (advise == Advise::always) will_need(begin, end);
-    bool watch = advise == Advise::when_cold;
-    int64_t faults = watch ? major_faults() : 0;
+  // Rows [begin, end). `cold`: pages had to be read from disk before, so these rows' are asked for at once.
+  void run(int64_t begin, int64_t end, Advise advise, bool& cold) const {
+    if (advise == Advise::always || cold) will_need(begin, end);
+    const bool watch = advise == Advise::when_cold;
+    int64_t faults = watch && !cold ? major_faults() : 0;
     int64_t check = begin + 4;  // soon at first: if all is cold, every row before it waits for the disk alone
     for (int64_t i = begin; i < std::min(begin + kAhead, end); ++i) prefetch(i);
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) prefetch(i + kAhead);
       copy(i);
-      if (watch && i == check) {
+      if (watch && !cold && i == check) {
         if (major_faults() != faults) {
           will_need(i + 1, end);
-          watch = false;
+          cold = true;
         }
         check += std::min<int64_t>(2 * (check - begin), kRowsPerCheck);
       }
     }
+  }
+
+  // Turn after turn until no row is left: a thread that the system lets wait holds up one turn, not half of the rows.
+  void take_turns(std::atomic<int64_t>& next, Advise advise) const {
+    bool cold = false;
+    for (int64_t begin; (begin = next.fetch_add(kRowsPerTurn)) < g.n;)
+      run(begin, std::min(begin + kRowsPerTurn, g.n), advise, cold);
   }
 };
 
@@ -144,17 +157,17 @@ template <class Token, class Out>
 void gather(const Gather& g, int threads, Advise advise) {
   few_faults(g.out, g.n * 2 * g.chunk_size * g.out_bytes);
   const Copier<Token, Out> copier{g};
-  const int64_t wanted = std::min<int64_t>(std::max(threads, 1), (g.n + kRowsPerThread - 1) / kRowsPerThread);
-  const int64_t share = (g.n + wanted - 1) / wanted;
+  const int64_t turns = (g.n + kRowsPerTurn - 1) / kRowsPerTurn;
+  const int64_t wanted = std::min<int64_t>(std::max(threads, 1), turns);
+  std::atomic<int64_t> next{0};
   std::vector<std::thread> others;
-  int64_t begin = 0;
   try {
-    for (; static_cast<int64_t>(others.size()) + 1 < wanted; begin += share)
-      others.emplace_back([&copier, begin, share, advise] { copier.run(begin, begin + share, advise); });
+    while (static_cast<int64_t>(others.size()) + 1 < wanted)
+      others.emplace_back([&copier, &next, advise] { copier.take_turns(next, advise); });
   } catch (const std::system_error&) {
-    // No more threads to be had: this one does the rest.
+    // No more threads to be had: these do the rest.
   }
-  copier.run(begin, g.n, advise);
+  copier.take_turns(next, advise);
   for (std::thread& other : others) other.join();
 }
 

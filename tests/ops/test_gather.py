@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -503,3 +506,12 @@ def test_on_the_gpu_past_two_to_the_31_tokens(backend_name: str) -> None:
     )
     assert lengths.tolist() == [128, 64]
     assert tokens[0].tolist() == list(range(60_000, 60_128))
+
+
+@pytest.mark.skipif(
+    native.WHY_NOT is not None or not shutil.which("objdump"), reason="needs the extension and objdump"
+)
+def test_the_compiler_kept_the_prefetches() -> None:
+    """GCC drops calls of a function that does nothing but prefetch, and the gather takes twice as long without them."""
+    code = subprocess.run(["objdump", "-d", native._C.__file__], capture_output=True, text=True).stdout
+    assert re.search(r"\b(prefetch\w*|prfm)\b", code) or not code
