@@ -25,7 +25,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -163,7 +163,9 @@ class Index:
             raise InputError("Index.build: there are no vectors.")
         device = torch.device("cpu" if device is None else device)
         factory = factory or choose_factory(n, dim, device)
-        searcher = _new_searcher(factory, dim, device, _training_sample(vectors, factory, seed))
+        searcher = _new_searcher(
+            factory, dim, device, functools.partial(_training_sample, vectors, factory, seed)
+        )
         for start in range(0, n, _BLOCK_ROWS):
             block = _block(vectors, start)
             searcher.add(block)
@@ -324,7 +326,7 @@ class Index:
             factors = (4, 10, 30) if refined else (0,)
             return [(f"nprobe={{}},k_factor_rf={f}" if f else "nprobe={}", probes) for f in factors]
         if graph:
-            return [("efSearch={}", [16, 32, 64, 128, 256, 512, 1024])]
+            return [("efSearch={}", [8, 16, 32, 64, 128, 256, 512, 1024])]
         return [("k_factor_rf={}", [1, 2, 4, 10, 30, 100])] if refined else []
 
 
@@ -384,9 +386,14 @@ class GroundTruth:
 
     def measure(self, index: Index) -> dict[str, Any]:
         index.search(self.queries[:1], 1)  # threads and tables are made in the first call
-        start = time.perf_counter()
-        distances, ids = index.search(self.queries, self.k + 1)
-        seconds = time.perf_counter() - start
+        times: list[float] = []
+        while (
+            len(times) < 3 and sum(times) < 0.5
+        ):  # a short time is easily disturbed, and settings are chosen by it
+            start = time.perf_counter()
+            distances, ids = index.search(self.queries, self.k + 1)
+            times.append(time.perf_counter() - start)
+        seconds = min(times)
         _, ids = self._without_self(distances, ids)
         found = torch.from_numpy(self.vectors[ids.clamp(min=0).numpy()].astype(np.float32))  # [Q, k, E]
         exact = (found - self.queries.unsqueeze(1)).square().sum(-1).masked_fill(ids < 0, math.inf)
@@ -466,7 +473,7 @@ class _FaissSearcher:
 
     @classmethod
     def new(
-        cls, factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]
+        cls, factory: str, dim: int, device: torch.device, sample: Callable[[], np.ndarray]
     ) -> _FaissSearcher:
         if factory == "CAGRA":
             return _CagraSearcher.new_cagra(dim, device)
@@ -474,7 +481,7 @@ class _FaissSearcher:
         searcher = cls.on_device(index, factory, device)
         if not index.is_trained:
             try:
-                searcher.index.train(np.concatenate(list(sample)))
+                searcher.index.train(sample())
             except RuntimeError as error:
                 raise InputError(
                     f"The index {factory} cannot be trained on so few vectors: {_reason(error)}. {_BY_SIZE}"
@@ -646,7 +653,9 @@ def _device_number(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _new_searcher(factory: str, dim: int, device: torch.device, sample: Iterator[np.ndarray]) -> _Searcher:
+def _new_searcher(
+    factory: str, dim: int, device: torch.device, sample: Callable[[], np.ndarray]
+) -> _Searcher:
     if factory == EXACT and (_faiss() is None or (device.type == "cuda" and not _has_gpu_faiss())):
         return _TorchSearcher(dim, device)
     return _FaissSearcher.new(factory, dim, device, sample)
@@ -665,13 +674,16 @@ def _empty_index(factory: str | None, dim: int) -> Any:
         ) from None
 
 
-def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> Iterator[np.ndarray]:
-    """Rows to train on, drawn when asked for: 64 for each inverted list and 65,536 at least, or all."""
+def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> np.ndarray:
+    """fp32 rows to train on: 64 for each inverted list and 65,536 at least, or all. (FAISS advises 39 to 256; k-means
+    takes as long as this number times that of the lists.)"""
     lists = re.search(r"IVF(\d+)", factory)
     wanted = min(len(vectors), max(65_536, 64 * int(lists[1]) if lists else 0))
     rows = np.sort(np.random.default_rng(seed).choice(len(vectors), size=wanted, replace=False))
+    sample = np.empty((wanted, vectors.shape[1]), dtype=np.float32)
     for start in range(0, wanted, _BLOCK_ROWS):
-        yield np.ascontiguousarray(vectors[rows[start : start + _BLOCK_ROWS]], dtype=np.float32)
+        sample[start : start + _BLOCK_ROWS] = vectors[rows[start : start + _BLOCK_ROWS]]
+    return sample
 
 
 def _block(vectors: np.ndarray, start: int) -> np.ndarray:
