@@ -6,7 +6,12 @@
 Every index is tuned to that recall in one way: parameters doubled until it is reached, then the last doubling halved
 twice; so all are compared at nearly the same recall. hnswlib, usearch and ScaNN join in where they are installed, on
 the same vectors and threads. The row's time is that of one query out of a batch of a thousand. The index that is chosen
-by itself also serves a training run (bench_training.py): the share of the run that its steps waited for neighbours.
+by itself also serves a training run (bench_training.py): the share of the run that its steps waited for neighbours;
+RETRO_BENCH_STALL=0 leaves that out. Building and searching are also given in processor seconds, of all threads
+together: what they cost where other work takes a share of the cores.
+
+On a CPU ten million vectors are kept in a file, and the exact index and the graphs are left out: every query compared
+with all of them, and a graph in memory beside them. About 12 GB of memory and as much of disk.
 """
 
 from __future__ import annotations
@@ -32,10 +37,12 @@ from retro_kernels.retrieval.index import EXACT, GroundTruth, Index, choose_fact
 
 DIM = 384
 SIZES = (1_000_000,) if ON_GPU else (2_000,) if TINY else (10_000, 100_000)
-if "RETRO_BENCH_SIZES" in os.environ:  # ten million vectors take 8 GB, twice, and a GPU or an evening
+if "RETRO_BENCH_SIZES" in os.environ:
     SIZES = tuple(int(n) for n in os.environ["RETRO_BENCH_SIZES"].split(","))
 QUERIES = 100 if TINY else 1000
 TARGET = 0.95
+IN_MEMORY = 1_000_000
+WITH_STALL = os.environ.get("RETRO_BENCH_STALL", "1") == "1"
 FACTORIES = (
     (EXACT, "IVF*,SQfp16", "CAGRA")
     if ON_GPU
@@ -43,10 +50,35 @@ FACTORIES = (
 )
 
 
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """Deleted when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="retro-search-")
+
+
 @functools.lru_cache(1)
 def base(n: int) -> tuple[np.ndarray, GroundTruth]:
-    data = vectors(n, DIM, DEVICE).cpu().numpy()
-    return data, GroundTruth(data, num_queries=QUERIES)
+    if n > IN_MEMORY and not ON_GPU:
+        path = Path(folder().name) / f"vectors-{n}.npy"
+        data = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(n, DIM))
+        vectors(n, DIM, DEVICE, out=torch.from_numpy(data))
+    else:
+        data = vectors(n, DIM, DEVICE).cpu().numpy()
+    return data, GroundTruth(data, num_queries=queries_of(n))
+
+
+def queries_of(n: int) -> int:
+    return min(QUERIES, 200 if n > IN_MEMORY else QUERIES)
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """The result, and what it took: seconds, and processor seconds of all threads."""
+    wall, processor = time.perf_counter(), time.process_time()
+    result = call()
+    return result, {
+        "build_s": time.perf_counter() - wall,
+        "build_processor_s": time.process_time() - processor,
+    }
 
 
 def _group(n: int) -> str:
@@ -54,16 +86,28 @@ def _group(n: int) -> str:
 
 
 def _record(
-    benchmark: Any, n: int, call: Callable[[], Any], recall: float, build: float, setting: str, **extra: Any
+    benchmark: Any,
+    n: int,
+    call: Callable[[], Any],
+    recall: float,
+    build: dict[str, float],
+    setting: str,
+    **extra: Any,
 ) -> None:
     """`bytes_per_chunk` in extra: of the index alone, the set's own files not counted."""
     if benchmark.disabled:
         return
+    processor = time.process_time()
     samples = timing.samples([call], 5, wall=True)
+    processor = (time.process_time() - processor) / (len(samples) + 1)  # a first call to warm up is in it
+    queries = queries_of(n)
+    extra["queries_per_processor_s"] = queries / processor
     shown = {
         "recall": recall,
-        "queries/s": QUERIES / sorted(samples)[2],
-        "build s": build,
+        "queries/s": queries / sorted(samples)[2],
+        "queries/processor-s": queries / processor,
+        "build s": build["build_s"],
+        "build processor-s": build["build_processor_s"],
         "setting": setting or "-",
     }
     benchmark.extra_info["shown"] = shown | {
@@ -71,9 +115,7 @@ def _record(
         for key, name in (("bytes_per_chunk", "bytes a chunk"), ("stall_share", "stall"))
         if key in extra
     }
-    timing.record(
-        benchmark, [s / QUERIES for s in samples], recall=recall, build_s=build, setting=setting, **extra
-    )
+    timing.record(benchmark, [s / queries for s in samples], recall=recall, setting=setting, **build, **extra)
 
 
 def _indexes() -> list[tuple[int, str]]:
@@ -82,8 +124,7 @@ def _indexes() -> list[tuple[int, str]]:
     for n in SIZES:
         chosen = choose_factory(n, DIM, DEVICE)
         named = [f.replace("IVF*", f"IVF{1 << round(np.log2(4 * n**0.5))}") for f in FACTORIES]
-        if n > 1_000_000:
-            # a graph of ten million, in memory beside them; and every query compared with all on a CPU
+        if n > IN_MEMORY:
             named = [f for f in named if f != "CAGRA" and not f.startswith("HNSW") and (ON_GPU or f != EXACT)]
         found += [(n, f) for f in dict.fromkeys((chosen, *named))]
     return found
@@ -110,17 +151,15 @@ def test_index(benchmark: Any, n: int, factory: str) -> None:
         factory=factory,
         default=chosen,
     )
-    begin = time.perf_counter()
     try:
-        index = Index.build(data, factory, device=DEVICE)
+        index, build = timed(lambda: Index.build(data, factory, device=DEVICE))
         index.search(truth.queries[:1], 1)
     except (ImportError, ValueError) as error:
         pytest.skip(str(error).splitlines()[0])
-    build = time.perf_counter() - begin
-    result = index.tune(data, TARGET, num_queries=min(QUERIES, 200 if n > 1_000_000 else QUERIES))
+    result = index.tune(data, TARGET, num_queries=queries_of(n))
     queries = truth.queries.to(DEVICE)
     extra: dict[str, Any] = {"bytes_per_chunk": _bytes_per_chunk(index, n)}
-    if chosen:
+    if chosen and WITH_STALL:
         store = Store(n, DIM, VOCABULARY, DEVICE, embeddings=data)
         _, extra["stall_share"] = run_ahead(retriever_of(store, index))
     _record(benchmark, n, lambda: index.search(queries, 10), result["recall"], build, index.setting, **extra)
@@ -153,7 +192,7 @@ def _hnswlib(data: np.ndarray) -> Built:
         index.set_ef(ef)
         return index.knn_query(queries, k=11)[0].astype(np.int64)
 
-    return search, [16, 32, 64, 128, 256, 512], lambda folder: index.save_index(str(folder / "index"))
+    return search, [8, 16, 32, 64, 128, 256, 512], lambda folder: index.save_index(str(folder / "index"))
 
 
 def _usearch(data: np.ndarray) -> Built:
@@ -166,7 +205,7 @@ def _usearch(data: np.ndarray) -> Built:
         index.expansion_search = ef
         return index.search(queries, 11, threads=torch.get_num_threads()).keys.astype(np.int64)
 
-    return search, [16, 32, 64, 128, 256, 512], lambda folder: index.save(str(folder / "index"))
+    return search, [8, 16, 32, 64, 128, 256, 512], lambda folder: index.save(str(folder / "index"))
 
 
 def _scann(data: np.ndarray) -> Built:
@@ -189,7 +228,7 @@ def _scann(data: np.ndarray) -> Built:
     return search, [8, 16, 32, 64, 128, 256], lambda folder: index.serialize(str(folder))
 
 
-OTHERS = {"hnswlib": _hnswlib, "usearch": _usearch, "scann": _scann}
+OTHERS = {"hnswlib": _hnswlib, "scann": _scann, "usearch": _usearch}
 
 
 @pytest.mark.skipif(ON_GPU, reason="these search on the CPU; the other rows here are a GPU's")
@@ -202,10 +241,10 @@ def test_others(benchmark: Any, n: int, name: str) -> None:
         importlib.import_module(name)
     except ImportError as error:
         pytest.skip(str(error))
+    if n > IN_MEMORY:
+        pytest.skip("keeps its vectors, or a graph, in memory beside them")
     data, truth = base(n)
-    begin = time.perf_counter()
-    search, values, save = OTHERS[name](data)
-    build = time.perf_counter() - begin
+    (search, values, save), build = timed(lambda: OTHERS[name](data))
     queries = truth.queries.numpy()
 
     def recall(value: int) -> float:

@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", help="chunks of the sets of bench_search.py, e.g. 1000000 or 10000,100000 (the default)"
     )
+    parser.add_argument(
+        "--conditions", help='kept in every row, e.g. "other work on the machine"; the tables say it'
+    )
     args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
             args.k,
             "-p",
             "no:cacheprovider",
+            "-o",
+            "faulthandler_timeout=0",  # an index of a million is built for longer than any test may take
             "--benchmark-only",
             "--benchmark-quiet",
             "-rf",
@@ -177,6 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         rows, ceilings = collect(rows_file)
     if not any("median_s" in row for row in rows):
         return status or 1
+    if args.conditions:
+        for row in rows:
+            row.setdefault("extra", {})["conditions"] = args.conditions
     result = {"environment": environment(), "ceilings": ceilings, "results": rows}
     import torch
 

@@ -1,7 +1,9 @@
 """A retrieval set made of random numbers: as large as a benchmark wants, with the structure that matters for its speed.
 
-Vectors lie around the centres of their documents in a space of few dimensions, as embeddings of sentences do (uniformly
-random ones have no near neighbours, and every approximate index fails on them).
+Vectors lie around the centres of their documents, those around the centres of subjects, and few directions hold most of
+the variance, as with embeddings of sentences (uniformly random ones have no near neighbours, and every approximate
+index fails on them). The spreads are such that half of the ten nearest of a chunk are of its own document, as in real
+text.
 """
 
 from __future__ import annotations
@@ -14,29 +16,31 @@ import torch
 from torch import Tensor
 
 CHUNKS_OF_A_DOCUMENT = 33  # the median in real text
-LATENT = 48
+DECAY = 0.8
+"""The i-th direction has i^−DECAY of the first one's spread."""
 
 
-def vectors(n: int, dim: int, device: torch.device, seed: int = 0) -> Tensor:
-    """fp16 [n, dim], unit length, in the order of their documents; made block by block."""
+def vectors(n: int, dim: int, device: torch.device, seed: int = 0, out: Tensor | None = None) -> Tensor:
+    """fp16 [n, dim], unit length, in the order of their documents; made block by block, into `out` where it is given
+    (memory of a mapped file, for one)."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    spread = normal(LATENT, dim)
+    scale = torch.arange(1, dim + 1, device=device) ** -DECAY
+    spread = scale[:, None] * torch.linalg.qr(normal(dim, dim))[0]  # [direction, dim]
     documents = -(-n // CHUNKS_OF_A_DOCUMENT)
     # documents of one subject lie near each other
-    subjects = normal(max(1, documents // 50), LATENT)
-    out = torch.empty(n, dim, dtype=torch.float16, device=device)
+    subjects = normal(max(1, documents // 50), dim)
+    out = torch.empty(n, dim, dtype=torch.float16, device=device) if out is None else out
     step = CHUNKS_OF_A_DOCUMENT * 10_000
     for start in range(0, n, step):
         rows = min(step, n - start)
         count = -(-rows // CHUNKS_OF_A_DOCUMENT)
         subject = torch.randint(0, len(subjects), (count,), generator=generator, device=device)
-        centre = subjects[subject] + 0.8 * normal(count, LATENT)
-        latent = centre.repeat_interleave(CHUNKS_OF_A_DOCUMENT, 0)[:rows] + 0.8 * normal(rows, LATENT)
-        block = latent @ spread + 0.5 * normal(rows, dim)
+        centre = subjects[subject] + normal(count, dim)
+        block = (centre.repeat_interleave(CHUNKS_OF_A_DOCUMENT, 0)[:rows] + normal(rows, dim)) @ spread
         out[start : start + rows] = torch.nn.functional.normalize(block, dim=1).half()
     return out
 

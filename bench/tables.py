@@ -35,6 +35,9 @@ def conditions(result: dict[str, Any]) -> str:
         f"{environment['device']}, {environment['torch_threads']} threads, Python {environment['python']}, {versions}; "
         f"commit {environment['commit']}, {environment['date']}. Median; ratio to the first row of its group."
     )
+    said = dict.fromkeys(row.get("extra", {}).get("conditions") for row in result["results"])
+    for text in filter(None, said):
+        line += f" {text[0].upper()}{text[1:]}{'' if len(said) == 1 else ' in some rows'}."
     if ceilings:
         line += (
             f" Floors from the ceilings of the same run: copy {ceilings['bandwidth'] / 1e9:,.0f} GB/s, "
@@ -98,18 +101,30 @@ def _figure(value: float | None, form: str) -> str:
 
 def retrieval_table(result: dict[str, Any]) -> str:
     """Sets of growing size: one row an index, tuned to the recall that the group names; the stall of training with
-    live retrieval from a set of that size stands in the row of the index that trained."""
+    live retrieval from a set of that size stands in the row of the index that trained. Where the processor's seconds
+    were measured too, all threads together, they stand beside the wall's."""
     rows = [row for row in result["results"] if row.get("extra", {}).get("what") == "search"]
-    head = ["chunks", "index", "recall@10", "queries/s", "build", "bytes a chunk", "stall"]
-    lines = [_line(head), "|---:|---|---:|---:|---:|---:|---:|"]
+    both = any("build_processor_s" in row["extra"] for row in rows)
+    head = [
+        "chunks",
+        "index",
+        "recall@10",
+        "queries/s",
+        *["per processor-s"] * both,
+        "build",
+        *["processor"] * both,
+    ]
+    head += ["bytes a chunk", "stall"]
+    lines = [_line(head), "|---:|---" + "|---:" * (len(head) - 2) + "|"]
     last = None
     for row in sorted(rows, key=lambda row: row["extra"]["n"]):
         extra = row["extra"]
         size = f"{extra['n']:,}" if extra["n"] != last else ""
         last = extra["n"]
         if "median_s" not in row:
-            lines.append(_line([size, row["case"], row["skipped"], "", "", "", ""]))
+            lines.append(_line([size, row["case"], row["skipped"], *[""] * (len(head) - 3)]))
             continue
+        rate, processor = extra.get("queries_per_processor_s"), extra.get("build_processor_s")
         stall = extra.get("stall_share")
         lines.append(
             _line(
@@ -118,7 +133,9 @@ def retrieval_table(result: dict[str, Any]) -> str:
                     row["case"],
                     f"{extra['recall']:.3f}",
                     f"{1 / row['median_s']:,.0f}",
+                    *[_figure(rate, ",.0f")] * both,
                     duration(extra["build_s"]),
+                    *["–" if processor is None else duration(processor)] * both,
                     _figure(extra.get("bytes_per_chunk"), ",.0f"),
                     "" if stall is None else f"{100 * stall:.1f} %",
                 ]
