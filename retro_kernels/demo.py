@@ -66,6 +66,8 @@ class Size:
     """K in evaluation, which is free to differ."""
     lessons: float = 0.25
     copy: float = 3.0
+    added_rate: float = 0.25
+    """Of the layers that start out copying: at the decoder's rate they forget how."""
     prompt_tokens: int = 160
     generated_tokens: int = 160
 
@@ -137,6 +139,7 @@ def demo(
         retrofit=str(folder / "decoder"),
         unfreeze=True,
         copy=size.copy,
+        added_rate=size.added_rate,
         first_step=parting,
         lessons=size.lessons,
         num_neighbours=size.num_neighbours,
