@@ -190,7 +190,7 @@ def _add_device(parser: _Parser, default: str | None = "auto") -> None:
 
 def _add_demo(parser: _Parser) -> None:
     parser.add_argument(
-        "--corpus", metavar="PATH", help="text to use (default: the sources of Python's standard library)"
+        "--corpus", metavar="PATH", help="text to use (default: the packages of Python's standard library)"
     )
     parser.add_argument(
         "--out", default="demo", metavar="DIR", help="where set, models and report go (default: %(default)s)"

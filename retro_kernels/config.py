@@ -281,7 +281,8 @@ class TrainConfig:
     unfreeze: bool = False
     """train the weights of the retrofitted decoder as well"""
     copy: float = 0.0
-    """start the layers that a retrofit adds from the decoder's own, cross-attention scaled by this; 0: anew"""
+    """start the layers that a retrofit adds so that they copy from neighbours: what follows the present tokens there
+    gets a logit higher by up to this; 0: at random, adding nothing"""
     added_rate: float = 1.0
     """learning rate of the layers that a retrofit adds, as a multiple of that of the others"""
     first_step: int = 0

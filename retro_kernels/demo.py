@@ -1,9 +1,11 @@
 """The whole path on text that is already here: tokenizer, retrieval set, two models, evaluation, generation, one table.
 
-The corpus is the sources of Python's standard library, or any text. Some of its documents are held out; the others
-are the retrieval set and the training text. A decoder without retrieval is trained for most of the steps; then it goes
-on as it is, and a RETRO made of it goes on with retrieval, both on the same tokens in the same order; the layers added
-to it start as copies of its own, and lessons are mixed in (`TrainConfig`). What comes out is what is printed.
+The corpus is the sources of the packages of Python's standard library, or any text. Some of its documents are held
+out; the others are the retrieval set and the training text. The library's modules outside packages are left out because
+hardly one of them has anything to look up in others, while the modules of a package share conventions and phrases.
+A decoder without retrieval is trained for most of the steps; then it goes on as it is, and a RETRO made of it goes on
+with retrieval, both on the same tokens in the same order; the layers added to it start out copying from neighbours, and
+lessons are mixed in (`TrainConfig`). What comes out is what is printed.
 """
 
 from __future__ import annotations
@@ -51,7 +53,6 @@ class Size:
     held_out_share: float = 0.06
     vocab_size: int = 1024
     preset: str = "retro_tiny"
-    # cross-attention where the copied layers look up what followed the present tokens before
     model: tuple[str, ...] = ("cca_layers=2,3", "share_encoder_embedding=true")
     steps: int = 1150
     retrieval_from: float = 0.7
@@ -64,7 +65,9 @@ class Size:
     evaluated_neighbours: int = 4
     """K in evaluation, which is free to differ."""
     lessons: float = 0.25
-    copy: float = 0.5
+    copy: float = 3.0
+    added_rate: float = 0.25
+    """Of the layers that start out copying: at the decoder's rate they forget how."""
     prompt_tokens: int = 160
     generated_tokens: int = 160
 
@@ -98,7 +101,7 @@ def demo(
     documents, source = read_corpus(corpus)
     training, held_out = split(documents, size, seed)
     names = {
-        "corpus": "Sources of the standard library" if corpus is None else Path(source).name,
+        "corpus": "Packages of the standard library" if corpus is None else Path(source).name,
         "corpus_sha256": corpus_hash(documents),
         "python": platform.python_version(),
     }
@@ -136,6 +139,7 @@ def demo(
         retrofit=str(folder / "decoder"),
         unfreeze=True,
         copy=size.copy,
+        added_rate=size.added_rate,
         first_step=parting,
         lessons=size.lessons,
         num_neighbours=size.num_neighbours,
@@ -245,7 +249,7 @@ def read_corpus(corpus: str | os.PathLike[str] | None) -> tuple[list[Document], 
     report = ReadReport()
     if corpus is None:
         source = sysconfig.get_paths()["stdlib"]
-        documents = list(read_documents([source], include=["*.py"], exclude=LEFT_OUT, report=report))
+        documents = list(read_documents([source], include=["*/*.py"], exclude=LEFT_OUT, report=report))
     else:
         source = os.fspath(corpus)
         documents = list(read_documents([source], report=report))

@@ -1,12 +1,14 @@
-"""A retrofit that goes on where its decoder stands: schedule, copied layers, lessons in copying."""
+"""A retrofit that goes on where its decoder stands: schedule, a start that copies, lessons in copying."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import MODEL, World, run
 
 from retro_kernels import NeighbourBatch, Retro
@@ -73,18 +75,35 @@ def test_the_schedule_goes_on(tmp_path: Path) -> None:
         TrainConfig(**common, set="s", lessons=1.5)
 
 
-def test_copied_layers(seed: int) -> None:
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("rotary", [True, False])
+def test_a_retrofit_can_start_copying(seed: int, shared: bool, rotary: bool) -> None:
+    """Before any training, text that a neighbour holds is likelier than without that neighbour, or without any."""
+    plain = Retro(
+        retro_tiny(vocab_size=300, cca_layers=(), self_attention="rotary" if rotary else "relative")
+    )
+    model = Retro.from_decoder(plain, (2, 3), copy=8.0, share_encoder_embedding=shared).eval()
+    tokens = torch.randint(1, 300, (4, 192))
+    assert torch.equal(model(tokens), plain.eval()(tokens))
+    other = torch.randint(1, 300, (4, 3, 2, 128))
+    holds = other.clone()
+    holds[:, 0, 1, 20:104] = tokens[:, 50:134]  # the answers of rows 63 … 126 among them, at another place
+
+    def bits(neighbours: torch.Tensor | None) -> float:
+        logits = model(tokens, None if neighbours is None else NeighbourBatch(neighbours, None))
+        return F.cross_entropy(
+            logits[:, 66:126].flatten(0, 1), tokens[:, 67:127].flatten()
+        ).item() / math.log(2)
+
+    with torch.no_grad():
+        assert bits(holds) < bits(other) - 0.3 and bits(holds) < bits(None) - 0.3
+
+
+def test_a_start_that_copies_needs_room_in_the_encoder() -> None:
     plain = Retro(retro_tiny(vocab_size=50, cca_layers=()))
-    model = Retro.from_decoder(plain, (2, 3), copy=0.5, share_encoder_embedding=True)
-    layer, first = model.layers[1], model.layers[0]
-    assert torch.equal(layer.cca.q_proj.weight, plain.layers[1].attention.q_proj.weight)
-    assert torch.equal(layer.cca.o_proj.weight, 0.5 * plain.layers[1].attention.o_proj.weight)
-    assert torch.equal(model.encoder.layers[0].attention.k_proj.weight, first.attention.k_proj.weight)
-    assert torch.equal(model.encoder.layers[0].ffn.up_proj.weight, first.ffn.up_proj.weight)
-    tokens = torch.randint(50, (1, 70))
-    assert torch.equal(model(tokens), plain(tokens))
-    with pytest.raises(InputError, match="copy needs an encoder"):
-        Retro.from_decoder(plain, (2, 3), copy=0.5, encoder_dim=64)
+    for changes in ({"encoder_dim": 64}, {"encoder_heads": 2}):
+        with pytest.raises(InputError, match="copy needs an encoder"):
+            Retro.from_decoder(plain, (2, 3), copy=0.5, **changes)
 
 
 def test_lessons_from_the_command_line_resume_bit_for_bit(world: World, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from ..config import InputError, RetroConfig
 from . import saving
 from .attention import ChunkedCrossAttention, SelfAttention, causal_sinusoids
 from .cache import DecodingCache, SelfAttentionCache
-from .encoder import EncoderLayer, NeighbourEncoder
+from .copying import heads_needed, start_copying
+from .encoder import NeighbourEncoder
 from .layers import FeedForward, RMSNorm, initialise
 from .positions import DistanceTable
 from .retrieving import DecodingStep, Retrieving
@@ -193,9 +194,8 @@ class Retro(Retrieving):
         perplexity (Wang et al. 2023) and gives that up. `changes` are fields of the configuration that concern the
         encoder and the cross-attention, such as `encoder_dim`.
 
-        `copy` > 0 starts from what the decoder knows already: each cross-attention from its layer's self-attention
-        (as Rothe et al. 2020 do for encoder-decoders), its output projection scaled by `copy`, and the encoder from
-        the decoder's first layers. It needs an encoder of the decoder's width and heads, and relative positions.
+        `copy` > 0 starts the new layers so that they copy: where neighbours hold the present tokens, the token after
+        them gets a logit higher by up to `copy` (`nn.copying`). It needs an encoder of the decoder's width.
         """
         if not isinstance(decoder, Retro):
             decoder = cls.from_pretrained(decoder, backend=backend)
@@ -209,7 +209,8 @@ class Retro(Retrieving):
                 "Retro.from_decoder: cca_layers is empty; name the layers (1-based) that shall attend "
                 "to neighbours."
             )
-        model = cls(decoder.config.replace(cca_layers=tuple(cca_layers), **changes), backend=backend)
+        config = decoder.config.replace(cca_layers=tuple(cca_layers), **changes)
+        model = cls(config, backend=backend)
         reference = decoder.embedding.weight
         model.to(device=reference.device, dtype=reference.dtype)
         weights = decoder.state_dict()
@@ -224,49 +225,18 @@ class Retro(Retrieving):
             if layer.cca is not None:
                 nn.init.zeros_(layer.cca.o_proj.weight)
         if copy:
-            model._copy_decoder(copy)
+            needed = heads_needed(config.dim, config.encoder_head_dim)
+            if config.encoder_dim != config.dim or config.encoder_heads < needed:
+                raise InputError(
+                    f"Retro.from_decoder: copy needs an encoder of the decoder's width, {config.dim}, and {needed} "
+                    f"heads, not {config.encoder_dim} and {config.encoder_heads}. Change the encoder, or leave copy "
+                    "at 0."
+                )
+            start_copying(model, copy)
         if freeze:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name not in weights)
         return model
-
-    @torch.no_grad()
-    def _copy_decoder(self, scale: float) -> None:
-        """Starts the cross-attentions and the encoder from the decoder's own layers; see `from_decoder`."""
-        config = self.config
-        widths = [
-            (config.dim, config.encoder_dim),
-            (config.num_heads, config.encoder_heads),
-            (config.head_dim, config.encoder_head_dim),
-            (config.ffn_dim, config.encoder_ffn_dim),
-        ]
-        relative = config.self_attention == config.cca_position == "relative"
-        if any(a != b for a, b in widths) or config.encoder_layers > config.num_layers or not relative:
-            raise InputError(
-                "Retro.from_decoder: copy needs an encoder of the decoder's width, heads and feed-forward width, no "
-                "deeper than the decoder, and relative positions in both attentions. Change the encoder, or leave "
-                "copy at 0."
-            )
-        for _, layer in self._numbered():
-            if layer.cca is None or layer.cca_norm is None:
-                continue
-            layer.cca.load_state_dict(layer.attention.state_dict(), strict=False)
-            layer.cca_norm.load_state_dict(layer.attention_norm.state_dict())
-            layer.cca.o_proj.weight.mul_(scale)
-            for project in (layer.cca.k_proj, layer.cca.v_proj):
-                # self-attention reads normalised states; the encoder's output norm has a gain of its own, 1 as yet
-                project.weight.mul_(layer.attention_norm.weight)
-        assert self.encoder is not None
-        for encoder, decoder in zip(
-            cast("list[EncoderLayer]", self.encoder.layers), self.layers, strict=False
-        ):
-            for part in ("attention", "attention_norm", "ffn", "ffn_norm"):
-                getattr(encoder, part).load_state_dict(getattr(decoder, part).state_dict(), strict=False)
-            if encoder.cross is not None:
-                # what the copy does not know shall not drown what it knows
-                encoder.cross.o_proj.weight.mul_(0.1)
-        if self.encoder.embedding is not None:
-            self.encoder.embedding.load_state_dict(self.embedding.state_dict())
 
     def _numbered(self) -> Iterator[tuple[int, DecoderLayer]]:
         return enumerate(cast("list[DecoderLayer]", self.layers), 1)
