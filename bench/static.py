@@ -65,7 +65,8 @@ class Variant(NamedTuple):
     """The states' width, where `part` is about states; tokens of a chunk in a gather."""
     dtype: str
     mode: str
-    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows."""
+    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows. Of a
+    gather: tokens, embeddings."""
 
     @property
     def name(self) -> str:
@@ -89,9 +90,10 @@ def variants(every: bool = False) -> list[Variant]:
         Variant(90, "absorbed", 64, "bf16", "softmax"),
         Variant(90, "absorbed", 896, "bf16", "decode"),
         Variant(90, "gather", 64, "uint16", "tokens"),
+        Variant(90, "gather", 64, "uint16", "embeddings"),
     ]
     if every:
-        found += [v for v in _further() if v not in found]
+        found += [v for v in dict.fromkeys(_further()) if v not in found]
     return found
 
 
@@ -106,7 +108,8 @@ def _further() -> list[Variant]:
                 ]
             for part in ("forward", "backward"):
                 found.append(Variant(arch, part, dim, "bf16", "encoder"))
-                found.append(Variant(arch, part, dim, "fp32", "relative"))
+                # on sm_80 the library takes heads of at most 32 in fp32: wider ones would not fit its shared memory
+                found.append(Variant(arch, part, dim if arch >= 90 else 32, "fp32", "relative"))
             found += [Variant(arch, "decode", dim, dtype, "relative") for dtype in ("bf16", "fp16", "fp32")]
         for dim in (16, 32, 256):
             found += [Variant(arch, part, dim, "bf16", "relative") for part in ("forward", "backward")]
@@ -117,7 +120,11 @@ def _further() -> list[Variant]:
             Variant(arch, "absorbed", 896, "fp16", "decode"),
             Variant(arch, "absorbed", 128, "fp32", "decode"),
         ]
-        found += [Variant(arch, "gather", 64, dtype, "tokens") for dtype in ("uint16", "int32")]
+        found += [
+            Variant(arch, "gather", 64, dtype, mode)
+            for dtype in ("uint16", "int32")
+            for mode in ("tokens", "embeddings")
+        ]
     return found
 
 
@@ -229,10 +236,16 @@ def launches(variant: Variant) -> list[Launch]:
             softmax_triton(logits, rel, None, lengths, None, heads=heads, **sizes)
             softmax_backward_triton(logits, logits, rel, None, heads=heads, **sizes)
         else:
-            from retro_kernels.ops.gather.kernel import gather_triton
+            from retro_kernels.ops.gather.kernel import gather_embeddings_triton, gather_triton
 
             store, ids = empty(1_000_000, dim), empty(batch, chunks, K, dtype=int64)
-            gather_triton(store, ids, empty(1_000_000, dtype=torch.bool), 0, int64)
+            continuation = empty(1_000_000, dtype=torch.bool)
+            if mode == "tokens":
+                gather_triton(store, ids, continuation, 0, int64)
+            else:
+                gather_embeddings_triton(
+                    store, ids, continuation, empty(32_000, 896, dtype=torch.bfloat16), 0
+                )
     return found
 
 

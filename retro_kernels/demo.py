@@ -47,15 +47,15 @@ LEFT_OUT = (
 class Size:
     """How much of everything, chosen by measurement so that the demo takes less than eight minutes on two cores."""
 
-    train_bytes: int = 2_400_000
-    held_out_bytes: int = 160_000
+    train_bytes: int = 1_800_000
+    held_out_bytes: int = 120_000
     largest_document: int = 100_000
     held_out_share: float = 0.06
     vocab_size: int = 1024
     preset: str = "retro_tiny"
     model: tuple[str, ...] = ("cca_layers=2,3", "share_encoder_embedding=true")
-    steps: int = 1150
-    retrieval_from: float = 0.7
+    steps: int = 560
+    retrieval_from: float = 0.75
     """Part of the steps after which RETRO parts from the plain decoder."""
     batch_size: int = 8
     sequence_length: int = 256

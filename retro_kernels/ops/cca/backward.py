@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retro_kernels.ops.cca import tiles
+from retro_kernels.ops.cca import tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
     _add_bias,
@@ -551,24 +551,10 @@ def backward(
     need_bias = needs[3] and rel_bias is not None
     need_columns = need_bias or need_position or (need_rows and rel_key is not None)
     arch = tiles.architecture(query.device)
-    config = config or tiles.backward_config(
-        arch, g.padded_dim, query.dtype, g.rows, need_columns or rel_key is not None
+    problem = tuning.Problem(
+        "backward", arch, g.padded_dim, query.dtype, g.rows, rel_key is not None or rel_bias is not None
     )
-    window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
-    key_tiles = triton.cdiv(num_keys, config.keys)
-    width = g.padded_dim // config.panels
-    programs = g.blocks * g.row_tiles * g.num_heads
-    writers = g.num_heads // kv_heads * repeat * g.row_tiles
-
-    grad_query = query.new_empty(query.shape)
-    own_shape = (g.blocks * g.row_tiles * num_sets, num_keys, g.num_heads * g.head_dim)
-    own_key, own_value = key.new_empty(own_shape), value.new_empty(own_shape)
-    fp32 = {"dtype": torch.float32}
-    columns = query.new_empty((programs, key_tiles, window), **fp32) if need_columns else None
-    rows = query.new_empty((programs, g.head_dim), **fp32) if need_rows else None
-    ds = query.new_empty((programs, key_tiles, g.rows * config.keys)) if need_rel else None
-
-    q, o, dq = (tiles.flat_rows(x, g.num_seqs) for x in (query, out, grad_query))
+    q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)
     do = tiles.flat_rows(grad_out.to(query.dtype), g.num_seqs)
     k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
     r = None if rel_key is None else rel_key.contiguous()
@@ -576,106 +562,133 @@ def backward(
         tma = block % g.rows == 0 and tiles.can_use_tma(
             arch, g.head_dim, g.padded_dim, (q, k, v, do) if r is None else (q, k, v, do, r)
         )
-    _cca_bwd_kernel[(programs,)](
-        tiles.descriptor(q, g.rows, width, tma),
-        tiles.descriptor(k, config.keys, width, tma),
-        tiles.descriptor(v, config.keys, width, tma),
-        None if r is None else tiles.descriptor(r, tiles.SLICE, width, tma),
-        tiles.descriptor(o, g.rows, width, tma),
-        tiles.descriptor(do, g.rows, width, tma),
-        tiles.descriptor(dq, g.rows, width, tma),
-        tiles.descriptor(own_key, config.keys, width, tma),
-        tiles.descriptor(own_value, config.keys, width, tma),
-        grad_query,
-        lse,
-        content_bias,
-        position_bias,
-        rel_bias,
-        lengths,
-        seed,
-        columns,
-        ds,
-        rows,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        do.stride(0),
-        do.stride(1),
-        g.num_rows,
-        g.num_heads,
-        g.per_seq,
-        num_sets,
-        scale,
-        scale * math.log2(math.e),
-        dropout_threshold(dropout_p),
-        1.0 / (1.0 - dropout_p),
-        REPEAT=repeat,
-        GROUP=g.num_heads // kv_heads,
-        SHIFT=shift,
-        TQ=block,
-        TK=num_keys,
-        D=g.head_dim,
-        BD=g.padded_dim,
-        PANELS=config.panels,
-        BM=g.rows,
-        BN=config.keys,
-        W=window,
-        WS=tiles.SLICE,
-        HAS_REL=rel_key is not None,
-        HAS_CONTENT=content_bias is not None,
-        HAS_POSITION=position_bias is not None,
-        HAS_BIAS=rel_bias is not None,
-        HAS_LENGTHS=lengths is not None,
-        NEED_COLUMNS=need_columns,
-        NEED_DS=need_rel,
-        NEED_ROWS=need_rows,
-        DROPOUT=dropout_p > 0.0,
-        KEYS_FIRST=config.keys_first,
-        PRECISION=tiles.precision(query.dtype),
-        TMA=tma,
-        STAGES=config.stages,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
 
-    grad_key = own_key.view(key.shape) if writers == 1 else _sum_writers(own_key, key, repeat * g.row_tiles)
-    grad_value = (
-        own_value.view(value.shape) if writers == 1 else _sum_writers(own_value, value, repeat * g.row_tiles)
-    )
-    by_column = grad_position = grad_content = grad_rel = None
-    if columns is not None:
-        summed = columns.view(g.blocks, g.row_tiles, g.num_heads, key_tiles, window).sum(0)
-        by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[..., 0]  # [H, columns]
-    if by_column is not None and rel_key is not None and (need_position or need_rows):
-        grad_position = torch.bmm(by_column[:, None], rel_key.float())[:, 0] * scale
-    if rows is not None:
-        assert content_bias is not None
-        grad_content = rows.view(-1, g.num_heads, g.head_dim).sum(0)
-        grad_content = (grad_content if grad_position is None else grad_content - grad_position).to(
-            content_bias.dtype
+    def launch(config: tiles.Config) -> tuple[Tensor | None, ...]:
+        window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
+        key_tiles = triton.cdiv(num_keys, config.keys)
+        width = g.padded_dim // config.panels
+        programs = g.blocks * g.row_tiles * g.num_heads
+        writers = g.num_heads // kv_heads * repeat * g.row_tiles
+
+        grad_query = query.new_empty(query.shape)
+        dq = tiles.flat_rows(grad_query, g.num_seqs)
+        own_shape = (g.blocks * g.row_tiles * num_sets, num_keys, g.num_heads * g.head_dim)
+        own_key, own_value = key.new_empty(own_shape), value.new_empty(own_shape)
+        fp32 = {"dtype": torch.float32}
+        columns = query.new_empty((programs, key_tiles, window), **fp32) if need_columns else None
+        rows = query.new_empty((programs, g.head_dim), **fp32) if need_rows else None
+        ds = query.new_empty((programs, key_tiles, g.rows * config.keys)) if need_rel else None
+
+        _cca_bwd_kernel[(programs,)](
+            tiles.descriptor(q, g.rows, width, tma),
+            tiles.descriptor(k, config.keys, width, tma),
+            tiles.descriptor(v, config.keys, width, tma),
+            None if r is None else tiles.descriptor(r, tiles.SLICE, width, tma),
+            tiles.descriptor(o, g.rows, width, tma),
+            tiles.descriptor(do, g.rows, width, tma),
+            tiles.descriptor(dq, g.rows, width, tma),
+            tiles.descriptor(own_key, config.keys, width, tma),
+            tiles.descriptor(own_value, config.keys, width, tma),
+            grad_query,
+            lse,
+            content_bias,
+            position_bias,
+            rel_bias,
+            lengths,
+            seed,
+            columns,
+            ds,
+            rows,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            do.stride(0),
+            do.stride(1),
+            g.num_rows,
+            g.num_heads,
+            g.per_seq,
+            num_sets,
+            scale,
+            scale * math.log2(math.e),
+            dropout_threshold(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            REPEAT=repeat,
+            GROUP=g.num_heads // kv_heads,
+            SHIFT=shift,
+            TQ=block,
+            TK=num_keys,
+            D=g.head_dim,
+            BD=g.padded_dim,
+            PANELS=config.panels,
+            BM=g.rows,
+            BN=config.keys,
+            W=window,
+            WS=tiles.SLICE,
+            HAS_REL=rel_key is not None,
+            HAS_CONTENT=content_bias is not None,
+            HAS_POSITION=position_bias is not None,
+            HAS_BIAS=rel_bias is not None,
+            HAS_LENGTHS=lengths is not None,
+            NEED_COLUMNS=need_columns,
+            NEED_DS=need_rel,
+            NEED_ROWS=need_rows,
+            DROPOUT=dropout_p > 0.0,
+            KEYS_FIRST=config.keys_first,
+            PRECISION=tiles.precision(query.dtype),
+            TMA=tma,
+            STAGES=config.stages,
+            num_warps=config.warps,
+            num_stages=config.stages,
         )
-    if ds is not None:
-        assert rel_key is not None
-        partial = _rel_partials(q, position_bias, ds, g, block, shift, num_keys, config, window, scale)
-        grad_rel = _fold(partial, block, num_keys, g.rows, config.keys).to(rel_key.dtype)
-    if need_position:
-        assert grad_position is not None and position_bias is not None
-        grad_position = grad_position.to(position_bias.dtype)
-    grad_bias = (
-        by_column.to(rel_bias.dtype) if need_bias and by_column is not None and rel_bias is not None else None
-    )
-    return (
-        grad_query,
-        grad_key,
-        grad_value,
-        grad_rel,
-        grad_content,
-        grad_position if need_position else None,
-        grad_bias,
-    )
+
+        grad_key = (
+            own_key.view(key.shape) if writers == 1 else _sum_writers(own_key, key, repeat * g.row_tiles)
+        )
+        grad_value = (
+            own_value.view(value.shape)
+            if writers == 1
+            else _sum_writers(own_value, value, repeat * g.row_tiles)
+        )
+        by_column = grad_position = grad_content = grad_rel = None
+        if columns is not None:
+            summed = columns.view(g.blocks, g.row_tiles, g.num_heads, key_tiles, window).sum(0)
+            by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[
+                ..., 0
+            ]  # [H, columns]
+        if by_column is not None and rel_key is not None and (need_position or need_rows):
+            grad_position = torch.bmm(by_column[:, None], rel_key.float())[:, 0] * scale
+        if rows is not None:
+            assert content_bias is not None
+            grad_content = rows.view(-1, g.num_heads, g.head_dim).sum(0)
+            grad_content = (grad_content if grad_position is None else grad_content - grad_position).to(
+                content_bias.dtype
+            )
+        if ds is not None:
+            assert rel_key is not None
+            partial = _rel_partials(q, position_bias, ds, g, block, shift, num_keys, config, window, scale)
+            grad_rel = _fold(partial, block, num_keys, g.rows, config.keys).to(rel_key.dtype)
+        if need_position:
+            assert grad_position is not None and position_bias is not None
+            grad_position = grad_position.to(position_bias.dtype)
+        grad_bias = (
+            by_column.to(rel_bias.dtype)
+            if need_bias and by_column is not None and rel_bias is not None
+            else None
+        )
+        return (
+            grad_query,
+            grad_key,
+            grad_value,
+            grad_rel,
+            grad_content,
+            grad_position if need_position else None,
+            grad_bias,
+        )
+
+    return tuning.fitting(problem, config, launch)
 
 
 def _sum_writers(own: Tensor, like: Tensor, blocks_each: int) -> Tensor:

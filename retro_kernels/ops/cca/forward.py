@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from retro_kernels.ops.cca import tiles
+from retro_kernels.ops.cca import tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
     _add_bias,
@@ -244,7 +244,7 @@ def forward(
     g = tiles.geometry(query, key, block, repeat)
     groups, num_sets, num_keys, kv_heads, _ = key.shape
     arch = tiles.architecture(query.device)
-    config = config or tiles.forward_config(arch, g.padded_dim, query.dtype, g.rows, rel_key is not None)
+    problem = tuning.Problem("forward", arch, g.padded_dim, query.dtype, g.rows, rel_key is not None)
     out = query.new_empty(query.shape)
     lse = query.new_empty((g.blocks, g.num_heads, block), dtype=torch.float32)
     q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)
@@ -254,52 +254,56 @@ def forward(
         tma = block % g.rows == 0 and tiles.can_use_tma(
             arch, g.head_dim, g.padded_dim, (q, k, v) if r is None else (q, k, v, r)
         )
-    _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
-        tiles.descriptor(q, g.rows, g.padded_dim, tma),
-        tiles.descriptor(k, config.keys, g.padded_dim, tma),
-        tiles.descriptor(v, config.keys, g.padded_dim, tma),
-        None if r is None else tiles.descriptor(r, tiles.SLICE, g.padded_dim, tma),
-        tiles.descriptor(o, g.rows, g.padded_dim, tma),
-        out,
-        lse,
-        content_bias,
-        position_bias,
-        rel_bias,
-        lengths,
-        seed,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        g.num_rows,
-        g.num_heads,
-        g.per_seq,
-        num_sets,
-        scale * math.log2(math.e),
-        dropout_threshold(dropout_p),
-        1.0 / (1.0 - dropout_p),
-        REPEAT=repeat,
-        GROUP=g.num_heads // kv_heads,
-        SHIFT=shift,
-        TQ=block,
-        TK=num_keys,
-        D=g.head_dim,
-        BD=g.padded_dim,
-        BM=g.rows,
-        BN=config.keys,
-        WS=tiles.SLICE,
-        HAS_REL=rel_key is not None,
-        HAS_CONTENT=content_bias is not None,
-        HAS_POSITION=position_bias is not None,
-        HAS_BIAS=rel_bias is not None,
-        HAS_LENGTHS=lengths is not None,
-        DROPOUT=dropout_p > 0.0,
-        PRECISION=tiles.precision(query.dtype),
-        TMA=tma,
-        STAGES=config.stages,
-        num_warps=config.warps,
-        num_stages=config.stages,
-    )
+
+    def launch(config: tiles.Config) -> None:
+        _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
+            tiles.descriptor(q, g.rows, g.padded_dim, tma),
+            tiles.descriptor(k, config.keys, g.padded_dim, tma),
+            tiles.descriptor(v, config.keys, g.padded_dim, tma),
+            None if r is None else tiles.descriptor(r, tiles.SLICE, g.padded_dim, tma),
+            tiles.descriptor(o, g.rows, g.padded_dim, tma),
+            out,
+            lse,
+            content_bias,
+            position_bias,
+            rel_bias,
+            lengths,
+            seed,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            g.num_rows,
+            g.num_heads,
+            g.per_seq,
+            num_sets,
+            scale * math.log2(math.e),
+            dropout_threshold(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            REPEAT=repeat,
+            GROUP=g.num_heads // kv_heads,
+            SHIFT=shift,
+            TQ=block,
+            TK=num_keys,
+            D=g.head_dim,
+            BD=g.padded_dim,
+            BM=g.rows,
+            BN=config.keys,
+            WS=tiles.SLICE,
+            HAS_REL=rel_key is not None,
+            HAS_CONTENT=content_bias is not None,
+            HAS_POSITION=position_bias is not None,
+            HAS_BIAS=rel_bias is not None,
+            HAS_LENGTHS=lengths is not None,
+            DROPOUT=dropout_p > 0.0,
+            PRECISION=tiles.precision(query.dtype),
+            TMA=tma,
+            STAGES=config.stages,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+
+    tuning.fitting(problem, config, launch)
     return out, lse

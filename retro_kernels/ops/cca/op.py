@@ -470,6 +470,14 @@ def _candidates(query: Tensor) -> dict[str, str | None]:
     triton = why_not_triton(query.device, query.dtype) or transformed
     if triton is None and query.shape[-1] > 256:
         triton = f"the kernels hold a head in registers, at most 256 wide; this one has {query.shape[-1]}"
+    if triton is None and query.is_cuda and query.dtype == torch.float32:
+        # the backward's operands, split in two for tf32x3; smaller blocks of keys do not change that
+        properties = torch.cuda.get_device_properties(query.device)
+        if properties.major not in (9, 10) and query.shape[-1] > 32:
+            triton = (
+                "in float32 heads wider than 32 need more shared memory than GPUs other than sm_90 and sm_100 have; "
+                "take bfloat16 or float16"
+            )
     if query.device.type != "cpu":
         return {"triton": triton, "torch": "it is the fast path of CPUs", "reference": None}
     missing = transformed if _HAS_CPU_PATH else "it is not part of this installation"
