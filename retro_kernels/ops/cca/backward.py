@@ -745,10 +745,16 @@ def _rel_partials(
         KEYS_FIRST=config.keys_first,
         PRECISION=tiles.precision(q.dtype),
         num_warps=8 if g.padded_dim > 64 or max(g.rows, config.keys) >= 128 else 4,
-        # on sm_80 the tiles to come take registers: there 128 rows of 128 dimensions would spill in the loop
-        num_stages=1 if tiles.architecture(q.device) < 90 and g.padded_dim > 64 and g.rows >= 128 else 2,
+        num_stages=_rel_stages(q, g),
     )
     return partial.sum(0).transpose(0, 1)
+
+
+def _rel_stages(q: Tensor, g: tiles.Geometry) -> int:
+    """On sm_80 the tiles to come take registers, and 128 rows of 128 dimensions would spill in the loop; two stages of
+    256 dimensions in fp32 exceed what any GPU has."""
+    tight = tiles.architecture(q.device) < 90 and g.padded_dim > 64 and g.rows >= 128
+    return 1 if tight or (q.dtype == torch.float32 and g.padded_dim > 128) else 2
 
 
 def _fold(parts: Tensor, block: int, num_keys: int, rows: int, keys: int) -> Tensor:

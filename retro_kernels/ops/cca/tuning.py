@@ -78,7 +78,7 @@ def smaller(problem: Problem, config: Config, error: OutOfResources) -> Config:
         raise RuntimeError(
             f"chunked_cross_attention: the {problem.direction} kernel for heads {problem.padded_dim} wide in "
             f"{str(problem.dtype)[6:]} needs {error.required:,} of {error.name} in its smallest blocks, and this GPU "
-            f'has {error.limit:,}. Use bfloat16 or float16, narrower heads, or backend="reference".'
+            f'has {error.limit:,}. Use narrower heads, bfloat16 or float16, or backend="reference".'
         ) from error
     _fitted[problem] = found
     return found
