@@ -96,7 +96,7 @@ def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    wide = min(2, len(panels))
+    wide = len(panels) if len(panels) < 4 else 2
     high = -(-len(panels) // wide)
     figure, axes = pyplot.subplots(
         high, wide, figsize=(6.2 * wide, 2.8 * high), layout="constrained", squeeze=False

@@ -114,7 +114,8 @@ def retrieval_table(result: dict[str, Any]) -> str:
         "build",
         *["processor"] * both,
     ]
-    head += ["bytes a chunk", "stall"]
+    stalls = any("stall_share" in row["extra"] for row in rows)
+    head += ["bytes a chunk", *["stall"] * stalls]
     lines = [_line(head), "|---:|---" + "|---:" * (len(head) - 2) + "|"]
     last = None
     for row in sorted(rows, key=lambda row: row["extra"]["n"]):
@@ -137,7 +138,7 @@ def retrieval_table(result: dict[str, Any]) -> str:
                     duration(extra["build_s"]),
                     *["–" if processor is None else duration(processor)] * both,
                     _figure(extra.get("bytes_per_chunk"), ",.0f"),
-                    "" if stall is None else f"{100 * stall:.1f} %",
+                    *["" if stall is None else f"{100 * stall:.1f} %"] * stalls,
                 ]
             )
         )
