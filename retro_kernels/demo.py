@@ -1,8 +1,8 @@
 """The whole path on text that is already here: tokenizer, retrieval set, two models, evaluation, generation, one table.
 
 The corpus is the sources of the packages of Python's standard library, or any text. Some of its documents are held
-out; the others are the retrieval set and the training text. The library's modules outside packages are left out because
-hardly one of them has anything to look up in others, while the modules of a package share conventions and phrases.
+out; the others are the retrieval set and the training text. The library's modules outside packages are left out: those
+of a package share conventions and phrases, so that there is something to look up.
 A decoder without retrieval is trained for most of the steps; then it goes on as it is, and a RETRO made of it goes on
 with retrieval, both on the same tokens in the same order; the layers added to it start out copying from neighbours, and
 lessons are mixed in (`TrainConfig`). What comes out is what is printed.
@@ -67,7 +67,7 @@ class Size:
     lessons: float = 0.25
     copy: float = 3.0
     added_rate: float = 0.25
-    """Of the layers that start out copying: at the decoder's rate they forget how."""
+    """Of the layers that start out copying, so that they change slowly."""
     prompt_tokens: int = 160
     generated_tokens: int = 160
 

@@ -91,7 +91,7 @@ def gather_neighbours(
         ):  # no tensor, no dispatcher: a read-only map cannot become a tensor without a warning
             return _gather_native(tokens, ids, continuation, pad_id, dtype)
         tokens, continuation = _as_tensor(tokens), _as_tensor(continuation)
-    return torch.ops.retro_kernels.gather_neighbours(tokens, ids, continuation, pad_id, dtype, chosen)
+    return _gather_neighbours(tokens, ids, continuation, pad_id, dtype, chosen)
 
 
 def gather_embeddings(
@@ -263,14 +263,12 @@ def _gather_fake(
     return out, torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
 
 
-_library = torch.library.Library("retro_kernels", "FRAGMENT")
-_library.define(
+_gather_neighbours = register(
     f"{NAME}(Tensor tokens, Tensor ids, Tensor continuation, int pad_id, ScalarType dtype, str backend) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    _gather,
+    _gather_fake,
 )
-for _key in ("CPU", "CUDA"):
-    _library.impl(NAME, _gather, _key)
-torch.library.register_fake(f"retro_kernels::{NAME}", _gather_fake, lib=_library)
 
 
 def _embed(
@@ -310,9 +308,7 @@ class _GatherEmbeddings(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         tokens, ids, continuation = ctx.saved_tensors
-        gathered, _ = torch.ops.retro_kernels.gather_neighbours(
-            tokens, ids, continuation, ctx.pad_id, torch.int64, "triton"
-        )
+        gathered, _ = _gather_neighbours(tokens, ids, continuation, ctx.pad_id, torch.int64, "triton")
         grad_weight = torch.ops.aten.embedding_dense_backward(grad, gathered, ctx.num_embeddings, -1, False)
         return None, None, None, grad_weight, None
 
