@@ -84,9 +84,10 @@ def test_bm25_in_a_retriever(store: MemoryStore) -> None:
     got = retriever(tokens, num_neighbours=3, exclude_documents=own)
     assert not (retriever.documents(got.ids)[..., None] == own[:, None, None, :]).any()
     plain = retriever(tokens, num_neighbours=1)
-    assert torch.equal(
-        plain.tokens[..., 0, :M].reshape(2, -1).sort().values, tokens.sort().values
-    )  # itself, or the same bag
+    # the best of all chunks by the formula: the chunk itself, unless another says its words more often
+    for query, found in zip(tokens.reshape(4, M), plain.ids.flatten().tolist(), strict=True):
+        expected = scores(store, query)
+        assert expected[found] >= expected.max() * (1 - 1e-5) > 0
 
 
 def test_term_weights_are_the_formula(store: MemoryStore) -> None:
