@@ -48,7 +48,16 @@ def toolkit_root(nvcc: str) -> Path:
 class BuildExt(build_ext):
     """pybind11's build_ext that also compiles the .cu files and links the CUDA runtime statically."""
 
+    def has_openmp(self) -> bool:
+        probe = [*self.compiler.compiler_cxx[:1], "-fopenmp", "-shared", "-x", "c++", "-", "-o", os.devnull]
+        return subprocess.run(probe, input=b"#include <omp.h>\n", capture_output=True).returncode == 0
+
     def build_extension(self, ext):
+        if (
+            self.compiler.compiler_type == "unix" and self.has_openmp()
+        ):  # else attention on a CPU runs in torch
+            ext.extra_compile_args.append("-fopenmp")
+            ext.extra_link_args.append("-fopenmp")
         if nvcc := find_nvcc():
             archs = os.environ.get("RETRO_CUDA_ARCHS", "80;90").replace(",", ";").strip("; ").split(";")
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -66,9 +75,5 @@ class BuildExt(build_ext):
 
 
 ParallelCompile("MAX_JOBS").install()
-setup(
-    ext_modules=[
-        Pybind11Extension("retro_kernels._C", CPU_SOURCES, depends=[*HEADERS, *CUDA_SOURCES], cxx_std=17)
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+extension = Pybind11Extension("retro_kernels._C", CPU_SOURCES, depends=[*HEADERS, *CUDA_SOURCES], cxx_std=17)
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExt})

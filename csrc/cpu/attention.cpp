@@ -5,13 +5,11 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "../ops.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(_OPENMP)
 #define RETRO_VECTORS 1
 #endif
 
@@ -73,21 +71,17 @@ bool attend_cpu_works() { return best() != nullptr; }
 namespace {
 
 // `task(taken, count, scratch)` on so many threads: each takes the next number below `count` until none is left.
+// OpenMP's, because torch's are the same ones: threads of our own would share the cores with those, which spin for
+// milliseconds after torch's last loop.
 template <class Task>
 void spread(int64_t count, int threads, const Task& task) {
   std::atomic<int64_t> taken{0};
-  const auto work = [&taken, &task, count] {
+  const int team = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+#pragma omp parallel num_threads(team)
+  {
     Scratch scratch;
     task(taken, count, scratch);
-  };
-  std::vector<std::thread> others;
-  try {
-    while (static_cast<int64_t>(others.size()) + 1 < std::min<int64_t>(threads, count)) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: this one does the rest.
   }
-  work();
-  for (std::thread& other : others) other.join();
 }
 
 Run best_or_throw() {
@@ -122,7 +116,7 @@ void attend_backward_cpu(const Attention& a, const Gradients& g, int threads) {
 }
 #else
 bool attend_cpu_works() { return false; }
-void attend_cpu(const Attention&, int) { throw std::runtime_error("attend_cpu: it is built for x86-64 by GCC only."); }
+void attend_cpu(const Attention&, int) { throw std::runtime_error("attend_cpu: it is built for x86-64 by GCC with OpenMP only."); }
 void attend_backward_cpu(const Attention& a, const Gradients&, int threads) { attend_cpu(a, threads); }
 #endif
 

@@ -5,6 +5,9 @@
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef float LooseQuad __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Pick __attribute__((vector_size(16)));
 
 constexpr int64_t kPanel = kLanes * kWide;  // columns of a panel
 
@@ -79,6 +82,33 @@ static inline float soften(float* row, int64_t width) {
   return 1.0f / total;
 }
 
+// scale · (x + more) of `count` numbers, zero behind up to `wide`; `more` may be null.
+static inline void widen(const float* x, const float* more, float scale, int64_t count, int64_t wide, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= count; d += kLanes)
+    store(to + d, splat(scale) * (more ? load(x + d) + load(more + d) : load(x + d)));
+  for (; d < count; ++d) to[d] = scale * (more ? x[d] + more[d] : x[d]);
+  for (; d < wide; ++d) to[d] = 0.0f;
+}
+
+// Four rows become four columns: to[d · kPanel + i] = from[i · from_row + d].
+static inline void turn(const float* from, int64_t from_row, int64_t dim, float* to) {
+  const auto quad = [](const float* p) -> Quad { return *reinterpret_cast<const LooseQuad*>(p); };
+  const Pick low{0, 4, 1, 5}, high{2, 6, 3, 7}, first{0, 1, 4, 5}, second{2, 3, 6, 7};
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4, to += 4 * kPanel) {
+    const Quad r0 = quad(from + d), r1 = quad(from + from_row + d);
+    const Quad r2 = quad(from + 2 * from_row + d), r3 = quad(from + 3 * from_row + d);
+    const Quad a = __builtin_shuffle(r0, r1, low), b = __builtin_shuffle(r0, r1, high);
+    const Quad e = __builtin_shuffle(r2, r3, low), f = __builtin_shuffle(r2, r3, high);
+    *reinterpret_cast<LooseQuad*>(to) = __builtin_shuffle(a, e, first);
+    *reinterpret_cast<LooseQuad*>(to + kPanel) = __builtin_shuffle(a, e, second);
+    *reinterpret_cast<LooseQuad*>(to + 2 * kPanel) = __builtin_shuffle(b, f, first);
+    *reinterpret_cast<LooseQuad*>(to + 3 * kPanel) = __builtin_shuffle(b, f, second);
+  }
+  for (; d < dim; ++d, to += kPanel)
+    for (int64_t i = 0; i < 4; ++i) to[i] = from[i * from_row + d];
+}
 
 // The keys of a group that exist, in whole panels of one neighbour each. `across` [panel][D][kPanel], `along`
 // [panel of D][key][kPanel]; either may be null.
@@ -87,23 +117,24 @@ static void pack(const Attention& a, int64_t group, const float* from, int64_t f
   const int64_t dim = a.dim, wide_dim = up(dim, kPanel);
   for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
     const int64_t real = a.real(group, j), padded = up(real, kPanel);
-    for (int64_t c = 0; c < padded; ++c, ++at) {
-      const float* row = from + (j * a.keys + c) * from_row;
-      const int64_t some = c < real ? dim : 0, column = at % kPanel;
-      if (c + kAhead < real)
-        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + kAhead * from_row + d);
+    for (int64_t c = 0; c < padded; c += 4, at += 4) {
+      const float* rows = from + (j * a.keys + c) * from_row;
+      const int64_t count = std::clamp<int64_t>(real - c, 0, 4), column = at % kPanel;
+      for (int64_t i = 0; i < 4 && c + i + kAhead < real; ++i)
+        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows + (i + kAhead) * from_row + d);
       if (across) {
         float* to = across + (at - column) * dim + column;
-        for (int64_t d = 0; d < some; ++d) to[d * kPanel] = row[d];
-        for (int64_t d = some; d < dim; ++d) to[d * kPanel] = 0.0f;
+        if (count == 4)
+          turn(rows, from_row, dim, to);
+        else
+          for (int64_t d = 0; d < dim; ++d)
+            for (int64_t i = 0; i < 4; ++i) to[d * kPanel + i] = i < count ? rows[i * from_row + d] : 0.0f;
       }
       if (along)
-        for (int64_t d = 0; d < wide_dim; d += kPanel) {
-          float* to = along + d * width + at * kPanel;
-          const int64_t count = std::max<int64_t>(0, std::min(kPanel, some - d));
-          memcpy(to, row + d, count * sizeof(float));
-          memset(to + count, 0, (kPanel - count) * sizeof(float));
-        }
+        for (int64_t i = 0; i < 4; ++i)
+          for (int64_t d = 0; d < wide_dim; d += kPanel)
+            widen(rows + i * from_row + d, nullptr, 1.0f, i < count ? std::min(kPanel, dim - d) : 0, kPanel,
+                  along + d * width + (at + i) * kPanel);
     }
   }
 }
@@ -183,14 +214,12 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
       const int64_t whole = ((seq * a.rows + first) * a.heads + h) * dim, whole_row = a.heads * dim;
       const float* u = a.content_bias ? a.content_bias + h * dim : nullptr;
       const float* w = a.position_bias ? a.position_bias + h * dim : nullptr;
-      for (int64_t i = 0; i < padded; ++i)
-        for (int64_t d = 0; d < wide_dim; ++d) {
-          const bool inside = i < rows && d < dim;
-          const float x = inside ? query[i * a.query_row + d] : 0.0f;
-          content[i * wide_dim + d] = inside ? a.scale * (u ? x + u[d] : x) : 0.0f;
-          if (a.table) position[i * wide_dim + d] = inside ? a.scale * (w ? x + w[d] : x) : 0.0f;
-          if (g) grads[i * wide_dim + d] = inside ? g->grad_out[whole + i * whole_row + d] : 0.0f;
-        }
+      for (int64_t i = 0; i < padded; ++i) {
+        const int64_t some = i < rows ? dim : 0;
+        widen(query + i * a.query_row, u, a.scale, some, wide_dim, content + i * wide_dim);
+        if (a.table) widen(query + i * a.query_row, w, a.scale, some, wide_dim, position + i * wide_dim);
+        if (g) widen(g->grad_out + whole + i * whole_row, nullptr, 1.0f, some, wide_dim, grads + i * wide_dim);
+      }
       // Row i of a block reads column rows - 1 - i + c of what is laid out by reversed distance.
       const float* start = nullptr;
       int64_t start_row = 0;

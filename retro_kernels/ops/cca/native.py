@@ -20,7 +20,7 @@ _WORKS: bool = WHY_NOT is None and hasattr(_C, "attend_cpu") and _C.attend_cpu_w
 
 
 def can_run(query: Tensor, dropout_p: float) -> bool:
-    """Whether this processor and build can (x86-64 with AVX2, GCC), and the op does what is asked."""
+    """Whether this processor and build can (x86-64 with AVX2, GCC with OpenMP), and the op does what is asked."""
     return _WORKS and query.dtype == torch.float32 and dropout_p == 0.0
 
 
