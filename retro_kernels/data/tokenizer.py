@@ -1,6 +1,6 @@
 """Text to token ids and back, without losing a character: a SentencePiece BPE model with byte fallback.
 
-Or the byte-level BPE of a pretrained model (byte_level.py), behind the same class.
+Or the BPE of a pretrained model's tokenizer.json (tokenizer_json.py), behind the same class.
 
 SentencePiece is used for what it does well (learning merges and applying them); three things it does are undone here:
 
@@ -29,7 +29,7 @@ import numpy as np
 
 from retro_kernels.config import InputError
 
-from .byte_level import ByteLevel
+from .tokenizer_json import TokenizerJson
 
 DEFAULT_VOCAB_SIZE = 16_384
 MAX_VOCAB_SIZE = 131_072
@@ -53,7 +53,8 @@ _PROBE = (
 class Tokenizer:
     """A trained tokenizer, lossless for every `str` that UTF-8 can hold: `decode(encode(text)) == text`.
 
-    `Tokenizer(path)` opens a SentencePiece model file, or a pretrained model's tokenizer.json with a byte-level BPE.
+    `Tokenizer(path)` opens a SentencePiece model file, or a pretrained model's tokenizer.json: a BPE that is
+    byte-level or falls back to bytes.
     Models made elsewhere are accepted where they keep the same promises (id 0 pads and is never produced, byte
     fallback, no normalisation, white space kept), and refused with an InputError that names the broken one otherwise.
 
@@ -77,7 +78,9 @@ class Tokenizer:
                 f"Tokenizer: {source} is empty. Give a SentencePiece model file (tokenizer.model) or a tokenizer.json."
             )
         json = model[:64].lstrip().startswith(b"{")
-        self._backend: _SentencePiece | ByteLevel = (ByteLevel if json else _SentencePiece)(model, source)
+        self._backend: _SentencePiece | TokenizerJson = (TokenizerJson if json else _SentencePiece)(
+            model, source
+        )
         self._model = model
         self._source = source
         self._pieces = self._backend.pieces

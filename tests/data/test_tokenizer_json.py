@@ -38,6 +38,34 @@ def made(
     return backend
 
 
+def made_with_fallback(path: Path, metaspace: bool) -> Any:
+    """As Llama 2 and its kin: spaces as U+2581, one put before the text, bytes for letters that are not known."""
+    pieces = tokenizers.pre_tokenizers, tokenizers.normalizers
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = pieces[1].Replace(" ", "\u2581")
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    backend.train_from_iterator(WORDS.splitlines(), trainer)
+    values = json.loads(backend.to_str())
+    vocabulary = values["model"]["vocab"]
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
+    backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    if metaspace:
+        backend.normalizer = None
+        backend.pre_tokenizer = pieces[0].Metaspace(prepend_scheme="first", split=False)
+    else:
+        backend.normalizer = pieces[1].Sequence([pieces[1].Prepend("\u2581"), backend.normalizer])
+    added = (
+        "\u2581\u2581\u2581",
+        "<tool>",
+    )  # the first as Gemma has it: meant for spaces, matched in the raw text
+    backend.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in added])
+    backend.save(str(path))
+    return backend
+
+
 def some_text(seed: int, length: int = 3000) -> str:
     rng = random.Random(seed)
     points = [
@@ -57,6 +85,23 @@ def test_nothing_is_lost(seed: int, tmp_path: Path) -> None:
     assert tokenizer.decode_bytes(tokenizer.encode("🙂")[:1]) == "🙂".encode()[:1]
     with pytest.raises(InputError, match="surrogate"):
         tokenizer.encode("\ud800")
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_byte_fallback(seed: int, tmp_path: Path, metaspace: bool) -> None:
+    """Lossless, a literal U+2581 too; the file's ids but for 0, the end and the space before a text."""
+    backend = made_with_fallback(tmp_path / "t.json", metaspace)
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    for text in ("", " ", "\u2581", " \u2581\u2581  </s> <0x41> <unk>", "a    b<tool>   ", some_text(seed)):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.encode_array(text).tolist() == ids
+        assert 0 not in ids and tokenizer.token_bytes[ids].sum() == len(text.encode())
+    end = backend.token_to_id("</s>")
+    assert tokenizer.file_pad_id == end == 2 and tokenizer.unk_id == -1
+    # with a space before it, it is what the model reads after any other word
+    theirs = backend.encode(WORDS.strip(), add_special_tokens=False).ids
+    assert tokenizer.encode(" " + WORDS.strip()) == theirs and 0 not in theirs and end not in theirs
+    assert tokenizer.decode_bytes(tokenizer.encode("\U0001f642")[:1]) == "\U0001f642".encode()[:1]
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -108,7 +153,11 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
     words.add_special_tokens(["</s>"])
     words.save(str(tmp_path / "t.json"))
-    refused("no byte-level BPE")
+    refused("no BPE that can spell every byte .byte 0")
+    values = json.loads(made_with_fallback(tmp_path / "t.json", metaspace=True).to_str())
+    del values["model"]["vocab"]["<0xFF>"]
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    refused("byte 255 has no token")
 
 
 def test_travels_to_other_processes_and_folders(tmp_path: Path) -> None:

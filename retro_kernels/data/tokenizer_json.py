@@ -1,9 +1,13 @@
-"""Byte-level BPE out of a `tokenizer.json`, as pretrained models bring it (GPT-2, Llama 3, Qwen, GPT-NeoX, …).
+"""BPE out of a `tokenizer.json`, as pretrained models bring it: byte-level (GPT-2, Llama 3, Qwen, GPT-NeoX, …), or with
+byte fallback (Llama 2, Mistral, Gemma, …).
 
-Such a tokenizer spells every byte, so it loses nothing, if one leaves out what a file may ask for before that:
+Such a tokenizer can spell every byte, so it loses nothing, if one leaves out what a file may ask for before that:
 normalisation, and special tokens recognised in the text. Text that is normalised already (NFC, nearly all there is)
-gets the ids that the pretrained model knows. Padding needs id 0, which text must never give: the end-of-text token
-takes it, and the token that had it gets the end's id.
+gets the ids that the pretrained model knows. With byte fallback a space is written as U+2581: a literal one is written
+as its bytes here, and no space is put before a text, which changes the ids of its first word.
+
+Padding needs id 0, which text must never give: the end-of-text token takes it, and the token that had it gets the
+end's id.
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from typing import Any
 
 from retro_kernels.config import InputError
 
+_SPACE = "\u2581"
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
 
-class ByteLevel:
+class TokenizerJson:
     """The backend of a `Tokenizer`: `pieces`, the bytes of each id (none for special ones), and `encode`."""
 
     bos_id, unk_id = -1, -1
@@ -31,9 +36,11 @@ class ByteLevel:
         try:
             values = json.loads(model)
             added = values["added_tokens"]
-            backend = tokenizers.Tokenizer.from_str(
-                json.dumps({**values, "normalizer": None, "post_processor": None})
-            )
+            self._falls_back = values["model"].get("byte_fallback", False)
+            values |= {"normalizer": self._normalizer(), "post_processor": None}
+            if (values.get("pre_tokenizer") or {}).get("type") == "Metaspace":
+                values["pre_tokenizer"] |= {"prepend_scheme": "never", "add_prefix_space": False}
+            backend = tokenizers.Tokenizer.from_str(json.dumps(values))
         except Exception as error:  # the library raises plain Exception
             reason = str(error).split("\n")[0]
             raise InputError(
@@ -44,15 +51,16 @@ class ByteLevel:
         backend.encode_special_tokens = True  # those that the text spells are text
         self._backend: Any = backend
         special = {token["content"]: token["id"] for token in added if token["special"]}
-        plain = {token["id"]: token["content"] for token in added if not token["special"]}
+        plain = {token["id"] for token in added if not token["special"]}
         self.special_text = "".join(special)
         ends = [special[name] for name in _ENDS if name in special] or [0][: 0 in special.values()]
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self._bytes = _FALLBACK if self._falls_back else _LETTERS
         broken = None
         if not ends:
             broken = f"it has no special token that ends a text, such as {', '.join(_ENDS[:3])}"
-        elif missing := [byte for byte, letter in enumerate(_LETTERS) if letter not in vocabulary]:
-            broken = f"it is no byte-level BPE (byte {missing[0]} has no token)"
+        elif missing := [byte for byte, token in enumerate(self._bytes) if token not in vocabulary]:
+            broken = f"it is no BPE that can spell every byte (byte {missing[0]} has no token)"
         elif any(token["lstrip"] or token["rstrip"] for token in added if not token["special"]):
             broken = "it has tokens that swallow white space"
         if broken:
@@ -61,13 +69,27 @@ class ByteLevel:
         self.pieces = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():
             if token not in special:
-                self.pieces[i] = plain[i].encode() if i in plain else _bytes_of(token)
+                literal = i in plain and not self._falls_back
+                self.pieces[i] = token.encode() if literal else self._piece(token)
         self.pieces[0], self.pieces[self.file_pad_id] = b"", self.pieces[0]
+        self._literal_space = [vocabulary[self._bytes[byte]] for byte in _SPACE.encode()]
+
+    def _normalizer(self) -> dict[str, Any] | None:
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+        return spaces if self._falls_back else None
+
+    def _piece(self, token: str) -> bytes:
+        if self._falls_back:
+            byte = _FALLBACK_BYTES.get(token)
+            return token.replace(_SPACE, " ").encode() if byte is None else bytes([byte])
+        return bytes(_BYTES[letter] for letter in token) if _BYTES.keys() >= set(token) else token.encode()
 
     def encode(self, text: str) -> Iterator[list[int]]:
         """The ids of `text`, in parts."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        yield [self.file_pad_id if i == 0 else i for i in ids] if self.file_pad_id else ids
+        for n, part in enumerate(text.split(_SPACE) if self._falls_back else [text]):
+            ids = self._literal_space if n else []
+            ids = ids + self._backend.encode(part, add_special_tokens=False).ids
+            yield [self.file_pad_id if i == 0 else i for i in ids] if self.file_pad_id else ids
 
 
 def _letters() -> list[str]:
@@ -79,7 +101,5 @@ def _letters() -> list[str]:
 
 _LETTERS = _letters()
 _BYTES = {letter: byte for byte, letter in enumerate(_LETTERS)}
-
-
-def _bytes_of(token: str) -> bytes:
-    return bytes(_BYTES[letter] for letter in token) if _BYTES.keys() >= set(token) else token.encode()
+_FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+_FALLBACK_BYTES = {token: byte for byte, token in enumerate(_FALLBACK)}
