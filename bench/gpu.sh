@@ -5,9 +5,9 @@
 #   bench/gpu.sh warm peers             some of them; what bench/results/gpu.json holds from other runs stays in it
 #   bench/gpu.sh --rehearse [parts]     the same on a CPU with tiny shapes: does every part run?
 #
-# In three calls of ten minutes:        bench/gpu.sh build static tests kernels absorbed decode gather sanitizer
-#                                       bench/gpu.sh build warm peers
-#                                       bench/gpu.sh build model training search autotune profile
+# In three calls of ten minutes:        bench/gpu.sh build static tests kernels absorbed decode gather
+#                                       bench/gpu.sh build warm calls peers
+#                                       bench/gpu.sh build model training search autotune sanitizer profile tuning
 #
 # Needs no network: the extension is built in place, packages are those at hand. OUT (default bench/results) gets gpu.json,
 # goals.md and log.txt, renewed after every part. LIMIT is the time for all parts in seconds; each has its own limit
@@ -15,7 +15,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-ALL="build warm static tests kernels absorbed decode gather peers autotune model training search sanitizer profile"
+ALL="build warm static tests calls kernels absorbed decode gather peers autotune model training search sanitizer profile tuning"
 REHEARSE=
 [ "${1:-}" = --rehearse ] && { REHEARSE=1; shift; }
 PARTS="${*:-$ALL}"
@@ -59,11 +59,11 @@ part() {
     publish
 }
 
-# Cases of the benchmarks. The run stops by itself a little before the part does, and so keeps its rows.
+# Cases of the benchmarks. The run stops by itself before the part does, and so keeps its rows.
 cases() {
     local flags=()
     [ -n "$REHEARSE" ] && flags=(--rehearse)
-    "$PYTHON" bench/run.py "$@" "${flags[@]}" --merge --out "$RESULT" --seconds $((DEADLINE - $(date +%s) - 5))
+    "$PYTHON" bench/run.py "$@" "${flags[@]}" --merge --out "$RESULT" --seconds $((DEADLINE - $(date +%s) - 15))
 }
 
 have() { [ -f "$1" ] || { echo "there is no $1"; return 1; }; }
@@ -93,7 +93,7 @@ warm() {
     [ -n "$REHEARSE" ] && shards=1
     for ((i = 0; i < shards; i++)); do
         RETRO_BENCH_SHARD=$i/$shards TORCHINDUCTOR_COMPILE_THREADS=2 "$PYTHON" -m pytest bench/bench_kernels.py -q \
-            -o python_files='bench_*.py' -p no:cacheprovider --benchmark-disable -k "test_cca and Flex and not autotune" &
+            -o python_files='bench_*.py' -p no:cacheprovider --benchmark-disable -k "(test_cca or overhead) and Flex and not autotune" &
     done
     wait
 }
@@ -108,7 +108,12 @@ tests() {
     local workers=()
     "$PYTHON" -c "import xdist" 2> /dev/null && [ -z "$REHEARSE" ] && workers=(-n 6)
     "$PYTHON" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
-        --ignore tests/test_peers.py "${workers[@]}"
+        --ignore tests/test_peers.py --deselect tests/ops/test_tuning.py::test_tuning_on_the_gpu "${workers[@]}"
+}
+
+# A hundred kernels are compiled one after another.
+tuning() {
+    "$PYTHON" -m pytest tests/ops/test_tuning.py -m gpu -q -p no:cacheprovider
 }
 
 sanitizer() {
@@ -156,7 +161,7 @@ peers() {
 one_file() { have "bench/bench_$1.py" && cases "bench/bench_$1.py"; }
 
 export PYTHON REHEARSE RESULT SITE SCRATCH
-export -f cases have build warm static tests sanitizer profile search peers one_file
+export -f cases have build warm static tests tuning sanitizer profile search peers one_file
 echo "parts: $PARTS"
 [ -n "${FAISS_ARCHIVE:-}" ] && mkdir -p "$SITE" && tar -xJf "$FAISS_ARCHIVE" -C "$SITE"
 "$PYTHON" -c "import torch, faiss; print('faiss', faiss.__version__, 'GPUs:', faiss.get_num_gpus())" 2>&1 | tail -n 1
@@ -165,7 +170,8 @@ echo "parts: $PARTS"
 ( part warm 240 warm ) &
 ( part static 200 static ) &
 wait
-part kernels 120 cases bench/bench_kernels.py -k "retro_kernels or memory or overhead or first_call"
+part calls 90 cases bench/bench_kernels.py -k "overhead or first_call or memory"
+part kernels 150 cases bench/bench_kernels.py -k "test_cca and retro_kernels"
 part absorbed 60 one_file absorbed
 part decode 60 one_file decode
 part gather 40 one_file gather
@@ -174,8 +180,9 @@ part model 90 one_file model
 part training 90 one_file training
 part search 120 search
 part autotune 200 cases bench/bench_kernels.py -k "test_cca and (autotune or retro_kernels) and bias and H16 and not K40"
-part sanitizer 120 sanitizer
+part sanitizer 180 sanitizer
 part profile 90 profile
+part tuning 150 tuning
 publish
 cat "$OUT/goals.md" 2> /dev/null
 echo "all parts: $((SECONDS - started)) s; results in $OUT"

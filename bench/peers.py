@@ -157,7 +157,9 @@ def _sdpa(*backends: SDPBackend, positions: bool = True) -> Callable[[Case, Bloc
             mask = _position_logits(case, b, b.query.dtype) if positions else None
             if mask is not None:
                 mask = mask.expand(b.query.shape[0], case.shape.heads, -1, -1)
-            with sdpa_kernel(list(backends)):
+            learned = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+            usable = [backend for backend in backends if not (learned and backend in _NO_MASK_GRADIENT)]
+            with sdpa_kernel(usable):
                 out = F.scaled_dot_product_attention(
                     query.transpose(1, 2), b.key.transpose(1, 2), b.value.transpose(1, 2), attn_mask=mask
                 )
@@ -166,6 +168,10 @@ def _sdpa(*backends: SDPBackend, positions: bool = True) -> Callable[[Case, Bloc
         return attend
 
     return build
+
+
+_NO_MASK_GRADIENT = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+"""PyTorch does not choose by that: it takes the first in its order, and the backward raises."""
 
 
 def _mask_learned(case: Case) -> bool:
@@ -180,8 +186,8 @@ def _sdpa_why_not(backend: SDPBackend) -> Callable[[Case, str, bool], str | None
             and (case.positions != "none" or case.lengths)
         ):
             return "flash takes no mask"
-        if backend == SDPBackend.FLASH_ATTENTION and grad and _mask_learned(case):
-            return "flash has no gradient for its mask"
+        if backend in _NO_MASK_GRADIENT and grad and _mask_learned(case):
+            return f"{backend.name.lower()} has no gradient for its mask"
         if backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION) and device != "cuda":
             return "for GPUs"
         return None

@@ -162,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
             "-W",
             "ignore:Benchmark fixture was not used",
         ]
+        found = environment()  # now: a run that is stopped has little time left to write
         chosen = {"RETRO_BENCH_TINY": "1"} if args.rehearse else {}
         if args.sizes:
             chosen["RETRO_BENCH_SIZES"] = args.sizes
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.conditions:
         for row in rows:
             row.setdefault("extra", {})["conditions"] = args.conditions
-    result = {"environment": environment(), "ceilings": ceilings, "results": rows}
+    result = {"environment": found, "ceilings": ceilings, "results": rows}
     import torch
 
     out = args.out or HERE / "results" / ("gpu.json" if torch.cuda.is_available() else "cpu.json")

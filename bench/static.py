@@ -156,8 +156,11 @@ def _recording(arch: int) -> Iterator[list[Launch]]:
         JITFunction.run, tiles.architecture, decode_kernel.slots = saved
 
 
-def launches(variant: Variant) -> list[Launch]:
-    """What a call of the library launches: RETRO's shape (chunks of 64, two neighbours of 128), 16 heads."""
+def launches(variant: Variant, ones: bool = False) -> list[Launch]:
+    """What a call of the library launches: RETRO's shape (chunks of 64, two neighbours of 128), 16 heads.
+
+    `ones`: everything that can be 1 is, which Triton compiles into the code as a constant of Python.
+    """
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -168,7 +171,7 @@ def launches(variant: Variant) -> list[Launch]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     fp32, int32, int64 = torch.float32, torch.int32, torch.int64
-    batch, chunks, heads, M, K, R, tokens = 8, 32, 16, 64, 2, 128, 2048
+    batch, chunks, heads, M, K, R, tokens = (1, 1, 1, 1, 1, 16, 1) if ones else (8, 32, 16, 64, 2, 128, 2048)
     with _recording(variant.arch) as found:
         if variant.part in ("forward", "backward"):
             from retro_kernels.ops.cca import backward, forward
@@ -555,6 +558,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", default=[], help="variants whose name contains this")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")
+    parser.add_argument("--ones", action="store_true", help="only see that sizes of 1 compile")
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: here it compiles
@@ -565,6 +569,13 @@ def main() -> int:
     which = [
         v for v in variants(args.all or args.write) if not args.only or any(x in v.name for x in args.only)
     ]
+    if args.ones:
+        one_of_each = {(v.part, v.mode): v for v in variants() if v.arch == 90}
+        for variant in one_of_each.values():
+            for launch in launches(variant, ones=True):
+                compile_launch(launch, variant.arch)
+                print(f"{variant.name}: {launch.kernel.__name__} compiles with sizes of 1", flush=True)
+        return 0
     header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
     print(header, flush=True)
 

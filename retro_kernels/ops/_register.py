@@ -27,7 +27,15 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
         with torch.no_grad():
             return implementation(*args)
 
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, below_autograd, device)
+    def on_its_device(*args: Any) -> Any:
+        # Triton and our own CUDA launch on the current device, so it has to be the tensors' one
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda)
+        if device.index == torch.cuda.current_device():
+            return below_autograd(*args)
+        with torch.cuda.device(device):
+            return below_autograd(*args)
+
+    _library.impl(name, below_autograd, "CPU")
+    _library.impl(name, on_its_device, "CUDA")
     torch.library.register_fake(f"retro_kernels::{name}", fake, lib=_library)
     return getattr(torch.ops.retro_kernels, name).default

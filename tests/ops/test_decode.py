@@ -257,3 +257,34 @@ def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
     exact = whole(**to(projected, torch.float64), chunk_size=64)
     ours, plain = (chunked_cross_attention_decode(**projected, backend=x) for x in ("triton", "torch"))
     assert_accurate(ours, plain, exact)
+
+
+@needs_triton
+def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from retro_kernels.ops.cca import decode_kernel
+
+    tensors = make(*SIZES[0], dtype=torch.float32)
+    expected = absorbed_decode(**tensors, backend="triton")
+    run, limit, tried = decode_kernel._run, {"STAGES": 1, "BN": 16}, []
+
+    def small(*args: Any) -> Any:
+        tried.append(args[-1])
+        if any(args[-1][name] > most for name, most in limit.items()):
+            raise OutOfResources(132_096, 101_376, "shared memory")
+        return run(*args)
+
+    monkeypatch.setattr(decode_kernel, "_run", small)
+    monkeypatch.setattr(decode_kernel, "_fitted", {})
+    torch.testing.assert_close(absorbed_decode(**tensors, backend="triton"), expected)
+    assert len(tried) > 1 and tried[0]["STAGES"] == 2
+    tried.clear()
+    absorbed_decode(**tensors, backend="triton")
+    assert len(tried) == 1  # it is remembered
+    limit["BN"] = 8
+    monkeypatch.setattr(decode_kernel, "_fitted", {})
+    with pytest.raises(RuntimeError, match="needs 132,096 of shared memory in its smallest blocks"):
+        absorbed_decode(**tensors, backend="triton")

@@ -57,6 +57,15 @@ def test_committed_kernels() -> None:
     assert len(kernels) == len(CHECKED) + 1, done.stdout  # decoding merges its parts in a second kernel
 
 
+@compiles
+def test_sizes_of_one() -> None:
+    """Triton makes an argument that is 1 a constant, which has fewer methods; interpreted kernels do not show it."""
+    done = compiled("--ones")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = {line.split()[1] for line in done.stdout.splitlines()}
+    assert len(kernels) >= 8 and {"_cca_bwd_kernel", "_cca_decode_kernel"} <= kernels, done.stdout
+
+
 def test_known_exceptions_are_real() -> None:
     """What the committed file excuses is missed by its own figures, with a reason; nothing else is missed there."""
     file = committed()

@@ -345,18 +345,6 @@ def _summed(rows: Tensor, table: Tensor) -> Tensor:
     return rows.sum(0, dtype=torch.promote_types(table.dtype, torch.float32)).to(table.dtype)
 
 
-def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, so it has to be the tensors' one."""
-
-    def guarded(first: Tensor, *rest: Any) -> Any:
-        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
-            return run(first, *rest)
-        with torch.cuda.device(first.device):
-            return run(first, *rest)
-
-    return guarded
-
-
 def _forward_fake(
     query: Tensor,
     states: Tensor,
@@ -416,12 +404,12 @@ _INPUTS = (
     "float dropout_p, bool fused"
 )
 _cca_absorbed_fwd = register(
-    f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _on_device(_forward), _forward_fake
+    f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
 )
 _cca_absorbed_bwd = register(
     f"cca_absorbed_bwd(Tensor grad_out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _on_device(_backward),
+    _backward,
     _backward_fake,
 )
 

@@ -136,7 +136,7 @@ def _cca_bwd_kernel(
     a = tl.arange(0, BM)
     n = tl.arange(0, BN)
     m_row = (o_i + a < TQ) & (o_row + a < num_rows)
-    stride_os = num_rows.to(tl.int64) * num_heads * D
+    stride_os = tl.cast(num_rows, tl.int64) * num_heads * D
     stride_on = num_heads * D
 
     b_q0 = _load_tile(query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA)

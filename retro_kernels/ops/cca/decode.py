@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register
-from retro_kernels.ops.cca.absorbed import _by_head, _on_device, _per_head
+from retro_kernels.ops.cca.absorbed import _by_head, _per_head
 from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
 
@@ -482,11 +482,11 @@ _TERMS = (
 )
 _cca_decode = register(
     f"cca_decode(Tensor query, Tensor key, Tensor value, {_TERMS}) -> Tensor",
-    _on_device(_decode),
+    _decode,
     _like_query,
 )
 _cca_absorbed_decode = register(
     f"cca_absorbed_decode(Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, {_TERMS}) -> Tensor",
-    _on_device(_absorbed),
+    _absorbed,
     _like_query,
 )

@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from retro_kernels.ops.cca.tiles import precision
 
@@ -349,22 +350,53 @@ def splits(programs: int, tiles: int, slots: int) -> int:
 
 
 def _run(
-    kernel: Any, launch: Callable[..., None], programs: int, tiles: int, resident: int, out: Tensor
+    kernel: Any,
+    launch: Callable[..., None],
+    programs: int,
+    tiles: int,
+    resident: int,
+    out: Tensor,
+    sizes: dict[str, int],
 ) -> Tensor:
     """Launches `kernel` for `programs` groups of rows, split over their `tiles` of keys, and merges the parts."""
     parts_of_row = splits(programs, tiles, slots(out.device, resident))
     width, rows = out.shape[-1], out.numel() // out.shape[-1]
     if parts_of_row == 1:
-        launch(kernel[(programs,)], out, out, 1)
+        launch(kernel[(programs,)], out, out, 1, sizes)
         return out
     parts = torch.empty((rows, parts_of_row, width), dtype=torch.float32, device=out.device)
     lse = torch.empty((rows, parts_of_row), dtype=torch.float32, device=out.device)
-    launch(kernel[(programs * parts_of_row,)], parts, lse, parts_of_row)
+    launch(kernel[(programs * parts_of_row,)], parts, lse, parts_of_row, sizes)
     block = min(triton.next_power_of_2(width), 256)
     _cca_decode_merge_kernel[(rows, triton.cdiv(width, block))](
         parts, lse, out, width, parts_of_row, BW=block, num_warps=4
     )
     return out
+
+
+_fitted: dict[tuple[Any, ...], dict[str, int]] = {}
+
+
+def _fitting(kernel: Any, sizes: dict[str, int], run: Callable[[dict[str, int]], Tensor]) -> Tensor:
+    """`run` with these sizes, or with fewer stages, keys and rows where a GPU has not the shared memory for them.
+
+    Raises RuntimeError where nothing smaller is left.
+    """
+    wanted = (kernel, *sizes.items())
+    sizes = _fitted.get(wanted, sizes)
+    while True:
+        try:
+            return run(dict(sizes))
+        except OutOfResources as error:
+            for name, least in (("STAGES", 1), ("BN", 16), ("BQ", 16)):
+                if sizes[name] > least:
+                    sizes = _fitted[wanted] = {**sizes, name: sizes[name] // 2}
+                    break
+            else:
+                raise RuntimeError(
+                    f"decoding: the kernel needs {error.required:,} of {error.name} in its smallest blocks, and this "
+                    f'GPU has {error.limit:,}. Use backend="torch", or a narrower dtype.'
+                ) from error
 
 
 def decode_triton(
@@ -385,12 +417,9 @@ def decode_triton(
     if out.numel() == 0 or key.numel() == 0:
         return out.zero_()
     of_group = tokens * heads // kv_heads
-    sizes = decode_tile(head_dim, of_group, query.element_size())
-    resident = sizes.pop("resident")
-    programs = batch * kv_heads * triton.cdiv(of_group, sizes["BQ"])
     columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
 
-    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int) -> None:
+    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int, sizes: dict[str, int]) -> None:
         kernel(
             query,
             key,
@@ -420,8 +449,13 @@ def decode_triton(
             **sizes,
         )
 
-    tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-    return _run(_cca_decode_kernel, launch, programs, tiles, resident, out)
+    def run(sizes: dict[str, int]) -> Tensor:
+        resident = sizes.pop("resident")
+        programs = batch * kv_heads * triton.cdiv(of_group, sizes["BQ"])
+        tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
+        return _run(_cca_decode_kernel, launch, programs, tiles, resident, out, sizes)
+
+    return _fitting(_cca_decode_kernel, decode_tile(head_dim, of_group, query.element_size()), run)
 
 
 def absorbed_decode_triton(
@@ -439,12 +473,9 @@ def absorbed_decode_triton(
     out = absorbed.new_empty(absorbed.shape)
     if out.numel() == 0 or states.numel() == 0:
         return out.zero_()
-    sizes = absorbed_tile(width, tokens * heads, absorbed.element_size())
-    resident = sizes.pop("resident")
-    programs = batch * triton.cdiv(tokens * heads, sizes["BQ"])
     columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
 
-    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int) -> None:
+    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int, sizes: dict[str, int]) -> None:
         kernel(
             absorbed,
             states,
@@ -470,5 +501,12 @@ def absorbed_decode_triton(
             **sizes,
         )
 
-    tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-    return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, resident, out)
+    def run(sizes: dict[str, int]) -> Tensor:
+        resident = sizes.pop("resident")
+        programs = batch * triton.cdiv(tokens * heads, sizes["BQ"])
+        tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
+        return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, resident, out, sizes)
+
+    return _fitting(
+        _cca_absorbed_decode_kernel, absorbed_tile(width, tokens * heads, absorbed.element_size()), run
+    )

@@ -69,9 +69,6 @@ def _forward(
         from retro_kernels.ops.cca.forward import forward
     else:
         forward = importlib.import_module("retro_kernels.ops.cca.cpu").forward
-    if query.device.type == "cuda" and query.device.index != torch.cuda.current_device():
-        with torch.cuda.device(query.device):
-            return forward(*args)
     return forward(*args)
 
 
@@ -144,11 +141,7 @@ def _backward(
         from retro_kernels.ops.cca.backward import backward
     else:
         backward = importlib.import_module("retro_kernels.ops.cca.cpu").backward
-    if query.device.type == "cuda" and query.device.index != torch.cuda.current_device():
-        with torch.cuda.device(query.device):
-            grads = backward(*args)
-    else:
-        grads = backward(*args)
+    grads = backward(*args)
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 

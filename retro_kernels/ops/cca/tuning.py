@@ -55,7 +55,10 @@ _fitted: dict[Problem, Config] = {}
 
 def block_sizes(problem: Problem) -> Config:
     """Raises ValueError where the file of tuned block sizes is damaged."""
-    return _fitted.get(problem) or _tuned(tuned_file()).get(problem.name) or _table(problem)
+    if found := _fitted.get(problem):
+        return found
+    given, cache = os.environ.get("RETRO_KERNELS_TUNED"), os.environ.get("XDG_CACHE_HOME")
+    return _tuned(_file(given, cache)).get(problem.name) or _table(problem)
 
 
 def _table(problem: Problem) -> Config:
@@ -98,10 +101,14 @@ def fitting(problem: Problem, config: Config | None, launch: Callable[[Config], 
 
 def tuned_file() -> Path:
     """RETRO_KERNELS_TUNED, or a file in the user's cache folder."""
-    if given := os.environ.get("RETRO_KERNELS_TUNED"):
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "retro_kernels" / "block_sizes.json"
+    return _file(os.environ.get("RETRO_KERNELS_TUNED"), os.environ.get("XDG_CACHE_HOME"))
+
+
+@functools.lru_cache  # every launch asks, and putting a path together takes longer than the rest
+def _file(given: str | None, cache: str | None) -> Path:
+    return (
+        Path(given) if given else Path(cache or Path.home() / ".cache") / "retro_kernels" / "block_sizes.json"
+    )
 
 
 @functools.lru_cache

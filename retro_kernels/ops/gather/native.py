@@ -53,9 +53,8 @@ def gather_cuda(
     out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, device=ids.device)
     lengths = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
     job = _describe(tokens, ids, continuation, pad_id, out, lengths)
-    with torch.cuda.device(ids.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        _C.gather_neighbours_cuda(job, not tokens.is_cuda, not continuation.is_cuda, stream)
+    stream = torch.cuda.current_stream(ids.device).cuda_stream
+    _C.gather_neighbours_cuda(job, not tokens.is_cuda, not continuation.is_cuda, stream)
     return out, lengths
 
 
