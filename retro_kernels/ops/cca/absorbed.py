@@ -14,7 +14,6 @@ of width E. Content logits and relative logits are rounded to the input dtype on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
