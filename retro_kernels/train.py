@@ -342,7 +342,8 @@ class _Trainer:
         found = self.retriever.prefetch(
             batches,
             num_neighbours=self.config.num_neighbours,
-            inputs=lambda batch: (batch.tokens.to(self.device), batch.documents.to(self.device)),
+            # from the host: on the device they would have to wait for the step that is running
+            inputs=lambda batch: (batch.tokens, batch.documents),
         )
         with contextlib.closing(found):
             for batch, neighbours in found:

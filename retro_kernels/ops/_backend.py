@@ -54,6 +54,15 @@ def pick_backend(op: str, requested: str | None, candidates: Mapping[str, str | 
     return name
 
 
+def numbered(device: torch.device | str | None) -> torch.device:
+    """The device as its tensors will name it: "cuda" is not equal to "cuda:0", and another thread's current GPU need
+    not be this one's. None: the CPU."""
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _triton_version() -> str | None:
     try:
         import triton

@@ -34,6 +34,7 @@ import numpy as np
 import torch  # before FAISS: the other order mixes up their OpenMP libraries (faiss issue 2126)
 
 from retro_kernels.config import InputError
+from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum
 
 EXACT = "Flat"
@@ -161,7 +162,7 @@ class Index:
         n, dim = vectors.shape
         if n == 0:
             raise InputError("Index.build: there are no vectors.")
-        device = torch.device("cpu" if device is None else device)
+        device = numbered(device)
         factory = factory or choose_factory(n, dim, device)
         searcher = _new_searcher(
             factory, dim, device, functools.partial(_training_sample, vectors, factory, seed)
@@ -193,7 +194,7 @@ class Index:
             )
         require_faiss()
         check_checksum(store.path, INDEX, entry)
-        device = torch.device("cpu" if device is None else device)
+        device = numbered(device)
         searcher = _FaissSearcher.read(store.path / INDEX, device)
         if searcher.index.d != dim or searcher.size != store.num_chunks or not searcher.is_l2:
             found = f"{searcher.size:,} vectors of {searcher.index.d}"
@@ -461,7 +462,6 @@ class _FaissSearcher:
         self.index = index
         self.device = device
         self._resources = resources
-        self._lock = threading.Lock()  # a GPU index and its resources serve one thread at a time
 
     @property
     def size(self) -> int:
@@ -499,7 +499,9 @@ class _FaissSearcher:
         if hasattr(faiss, "IndexHNSWCagra") and isinstance(index, faiss.IndexHNSWCagra):
             cagra = faiss.GpuIndexCagra(resources, index.d, faiss.METRIC_L2, _cagra_config(number))
             cagra.copyFrom(index)
-            return _CagraSearcher(cagra, device, resources)
+            searcher = _CagraSearcher(cagra, device, resources)
+            searcher._vectors = index
+            return searcher
         options = faiss.GpuClonerOptions()
         options.useFloat16 = True
         try:
@@ -541,7 +543,7 @@ class _FaissSearcher:
             return distances, ids
         if k > _GPU_MAX_K:
             raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
-        with self._lock, torch.cuda.device(self.device):
+        with _gpu_lock, torch.cuda.device(self.device):
             stream = faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream(self.device).cuda_stream)
             self._resources.setDefaultStream(_device_number(self.device), stream)
             self.index.search_c(len(queries), address[0], k, address[1], address[2])
@@ -600,6 +602,8 @@ class _CagraSearcher(_FaissSearcher):
         return searcher
 
     _parts: list[np.ndarray]
+    _vectors: Any
+    """What the graph was made of: FAISS keeps its address, not a copy."""
 
     @property
     def size(self) -> int:
@@ -612,7 +616,8 @@ class _CagraSearcher(_FaissSearcher):
 
     def _finish(self) -> None:
         if getattr(self, "_parts", []):
-            self.index.train(np.concatenate(self._parts))
+            self._vectors = np.concatenate(self._parts)
+            self.index.train(self._vectors)
             self._parts = []
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -636,6 +641,8 @@ def _cagra_config(number: int) -> Any:
 
 
 _thread = threading.local()
+_gpu_lock = threading.Lock()
+"""Resources serve one thread at a time, and indexes opened on one thread share theirs whoever searches them."""
 
 
 def _gpu_resources(device: torch.device) -> Any:

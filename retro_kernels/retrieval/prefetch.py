@@ -119,11 +119,12 @@ class Prefetcher:
                 self.stall_seconds += waited
                 self.first_seconds += waited if first else 0.0
                 self.steps, first = self.steps + 1, False
-                batch, neighbours, done = item
+                batch, neighbours, done, asked = item
                 if done is not None:
                     _hand_over(neighbours, done)
+                del asked, item  # which the other stream has read by now
                 yield batch, neighbours
-                del batch, neighbours, item  # or they would live until the next one is there
+                del batch, neighbours  # or they would live until the next one is there
         finally:
             lane.stop.set()
             thread.join()
@@ -146,15 +147,15 @@ def _work(
         for batch in loader:
             if lane.stop.is_set():
                 return
-            tokens, exclude = inputs(batch)
+            asked = tokens, exclude = inputs(batch)
             with torch.cuda.stream(stream):  # None: nothing
                 if stream is not None and tokens.is_cuda:
                     stream.wait_stream(torch.cuda.default_stream(tokens.device))
                 neighbours = retriever(tokens, num_neighbours=num_neighbours, exclude_documents=exclude)
                 done = stream.record_event() if stream is not None else None
-            if not lane.put(("batch", (batch, neighbours, done))):
+            if not lane.put(("batch", (batch, neighbours, done, asked))):
                 return
-            del batch, tokens, exclude, neighbours
+            del batch, asked, tokens, exclude, neighbours
         lane.put(("end", None))
     except BaseException as error:  # also KeyboardInterrupt in the loader: whatever it is belongs to the loop
         lane.put(("error", error))

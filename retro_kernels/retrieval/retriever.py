@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError
+from retro_kernels.ops._backend import numbered
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.retrieval.bm25 import BM25Searcher
 from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
@@ -97,7 +98,7 @@ class Retriever:
                 "at most 1."
             )
         self.store, self.searcher = store, searcher
-        self.device = torch.device("cpu" if device is None else device)
+        self.device = numbered(device)
         self.device_store, self.drop_copies, self.stats = device_store, drop_copies, stats or Stats()
         self._documents = documents or DocumentTable(store.document_ids, store.num_documents, self.device)
         self._lock = threading.RLock()
@@ -143,7 +144,7 @@ class Retriever:
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
         store = ChunkStore.open(path, verify=verify)
         store.check_document_ids()
-        device = torch.device("cpu" if device is None else device)
+        device = numbered(device)
         stats = Stats()
         documents = DocumentTable(store.document_ids, store.num_documents, device)
         device_store = _device_store(store, device)

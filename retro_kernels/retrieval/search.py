@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError
+from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval.embedder import TextEmbedder
 from retro_kernels.retrieval.store import ChunkStore
 
@@ -268,7 +269,7 @@ class DenseSearcher:
         own (DPR), so the set's keys are none of theirs. embed_unknown=False: a chunk that is not in the set gets no
         neighbours, and a GPU is not waited for to learn which chunks these are."""
         self.store, self.index, self.documents, self.stats = store, index, documents, stats or Stats()
-        self.device, self.device_store = torch.device(device), device_store
+        self.device, self.device_store = numbered(device), device_store
         self.look_up, self.embed_unknown, self.inner_product = look_up, embed_unknown, inner_product
         self._load_embedder = load_embedder
         self._embedder: TextEmbedder | None = None
