@@ -82,7 +82,8 @@ def test_other_commands_are_there() -> None:
             shown = subprocess.run([words[0], "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
             assert (
                 shown.returncode == 0
-                and {"demo": "retro-kernels demo", "test": "-m pytest"}[words[1]] in shown.stdout
+                and {"demo": "retro-kernels demo", "test": "-m pytest", "bench": "bench/run.py"}[words[1]]
+                in shown.stdout
             )
         else:
             assert words[:2] == ["pip", "install"], words

@@ -8,6 +8,7 @@ import torch
 from retrieval.corpora import build, documents
 
 from retro_kernels.config import InputError
+from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval import index as index_module
 from retro_kernels.retrieval.index import (
     GroundTruth,
@@ -332,3 +333,11 @@ def test_kinds_that_stay_on_the_cpu(seed):
         pytest.skip("this FAISS has no GPU code")
     with pytest.raises(InputError, match="cannot run on a GPU"):
         Index.build(clustered(seed), "HNSW8,Flat", device="cuda")
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on it say cuda:1, and "cuda" is not equal to that."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert numbered("cuda") == torch.device("cuda:1") == numbered(torch.device("cuda"))
+    assert numbered("cuda:0") == torch.device("cuda:0") and numbered(None) == torch.device("cpu")
