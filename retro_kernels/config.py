@@ -191,9 +191,10 @@ def preset(name: str, **overrides: Any) -> RetroConfig:
     """
     if name not in _PRESETS:
         raise InputError(f"preset: {name!r} is not one of {', '.join(PRESETS)}.")
-    values = dict(_PRESETS[name])
-    values.setdefault("cca_layers", default_cca_layers(values["num_layers"]))
-    return RetroConfig(**{**values, **overrides})
+    values = {**_PRESETS[name], **overrides}
+    if isinstance(values["num_layers"], int):  # else RetroConfig says what is wrong
+        values.setdefault("cca_layers", default_cca_layers(values["num_layers"]))
+    return RetroConfig(**values)
 
 
 def retro_172m(**overrides: Any) -> RetroConfig:

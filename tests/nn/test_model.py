@@ -15,6 +15,14 @@ from .helpers import TINY, random_neighbours, tiny_model
 M = TINY.chunk_size
 
 
+def test_a_presets_other_depth_has_its_own_layers_of_attention() -> None:
+    assert preset("retro_tiny", num_layers=2).cca_layers == (1, 2)
+    assert preset("retro_small", num_layers=12).cca_layers == (6, 9, 12)
+    assert preset("retro_small", num_layers=3, cca_layers=(3,)).cca_layers == (3,)
+    with pytest.raises(InputError, match="num_layers is '3'"):
+        preset("retro_tiny", num_layers="3")
+
+
 @pytest.mark.parametrize(
     "name, millions, plain",
     [
