@@ -188,6 +188,15 @@ def _add_device(parser: _Parser, default: str | None = "auto") -> None:
     )
 
 
+def _add_retriever(parser: _Parser, default: str | None = None) -> None:
+    parser.add_argument(
+        "--retriever",
+        default=default,
+        metavar="NAME",
+        help=f"dense, bm25, random, dense+bm25, dense+edit, … (default: {default or 'as trained'})",
+    )
+
+
 def _add_demo(parser: _Parser) -> None:
     parser.add_argument(
         "--corpus", metavar="PATH", help="text to use (default: the packages of Python's standard library)"
@@ -255,9 +264,7 @@ def _add_search(parser: _Parser) -> None:
     parser.add_argument(
         "-k", type=_COUNT, metavar="N", help="neighbours to show (default: 5, or as many as there are)"
     )
-    parser.add_argument(
-        "--retriever", default="dense", metavar="NAME", help="dense, bm25, random, dense+bm25, dense+edit, …"
-    )
+    _add_retriever(parser, "dense")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -320,6 +327,7 @@ def _add_eval(parser: _Parser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="held-out text")
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
+    _add_retriever(parser)
     parser.add_argument(
         "--window", type=_COUNT, metavar="N", help="tokens in a window (default: the training sequence)"
     )
@@ -331,7 +339,12 @@ def _add_eval(parser: _Parser) -> None:
     )
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="arithmetic; auto: fp32 on a CPU, bf16 on a GPU that multiplies in it",
+    )
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -357,6 +370,7 @@ def _add_generate(parser: _Parser) -> None:
     )
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="(default: %(default)s)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
+    _add_retriever(parser)
     parser.add_argument(
         "--ignore-end", action="store_true", help="go on where the model would end the document"
     )
@@ -381,7 +395,7 @@ def _add_neighbours(parser: _Parser) -> None:
         help="neighbours kept of each chunk, more "
         "than are used, for other documents to be dropped (default: %(default)s)",
     )
-    parser.add_argument("--retriever", default="dense", metavar="NAME", help="as for search")
+    _add_retriever(parser, "dense")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -518,6 +532,7 @@ def _eval(args: argparse.Namespace) -> None:
         args.data,
         set=args.set,
         num_neighbours=args.k,
+        retriever=args.retriever,
         batch_size=args.batch_size,
         plot=args.plot,
         window=args.window,
@@ -551,6 +566,7 @@ def _generate(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
         num_neighbours=args.k,
+        retriever=args.retriever,
         ignore_end=args.ignore_end,
         device=args.device,
         on_text=None if args.json else show,

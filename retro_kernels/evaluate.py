@@ -15,6 +15,7 @@ tokens, with any of their ten nearest neighbours and their continuations (sectio
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,10 @@ from torch import Tensor
 from .config import InputError
 from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import TokenDocuments, tokenise
+from .nn import RetroFitted
+from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
-from .runs import Run, autocast, load_run, note, pick_device, pick_dtype, progress_bar
+from .runs import Run, autocast, dtype_name, load_run, note, pick_device, pick_dtype, progress_bar
 
 if TYPE_CHECKING:
     from .retrieval import Retriever
@@ -69,6 +72,7 @@ def evaluate(
     *,
     set: str | os.PathLike[str] | Retriever | None = None,
     num_neighbours: int | None = None,
+    retriever: str | None = None,
     batch_size: int = 8,
     window: int | None = None,
     stride: int | None = None,
@@ -85,18 +89,24 @@ def evaluate(
     set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a plain
     decoder uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
     found: neighbours from `find_neighbours` for the same documents and K, instead of searching.
-    num_neighbours: K, default as in training. window, stride: tokens, whole chunks; default the training sequence and
-    half of it. seed: of the shuffle. plot: a PNG with the filtered curve.
+    num_neighbours: K, default as in training. retriever: how they are found, a name as in `Retriever.from_pretrained`,
+    default as in training. window, stride: tokens, whole chunks; default the training sequence and half of it. seed: of
+    the shuffle, and of the retriever "random". dtype: fp32 or bf16; "auto" is fp32 on a CPU, since models differ by
+    less than bf16 rounds, and bf16 on a GPU that multiplies in it. plot: a PNG with the filtered curve.
 
     Returns bits_per_byte {off, on, shuffled} (off alone without neighbours), filtered {α: bpb} of RETRO
     on and filtered_off, better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than
-    that), bytes, words, tokens, documents, chunks, num_neighbours, tokens_per_second.
-    Raises InputError where nothing can be read, or set and model do not fit.
+    that), bytes, words, tokens, documents, chunks, num_neighbours, retriever, dtype, tokens_per_second.
+    Raises InputError where nothing can be read, set and model do not fit, or what was asked for cannot be done.
     """
     where = pick_device(device)
+    if plot is not None:
+        _check_plot(Path(plot))
     loaded = run if isinstance(run, Run) else load_run(run, where)
     model, tokenizer = loaded.model.to(where), loaded.tokenizer
-    retriever = open_set(loaded, set, where) if found is None else None
+    opened = open_set(loaded, set, where, retriever, seed) if found is None else None
+    if opened is None and found is None:
+        check_plain("eval", loaded, {"-k": num_neighbours, "--retriever": retriever, "--plot": plot})
     size = model.config.chunk_size
     window = loaded.sequence_length if window is None else window
     stride = max(size, window // 2 // size * size) if stride is None else stride
@@ -105,11 +115,16 @@ def evaluate(
             f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
             "and the stride at most the window."
         )
+    longest = longest_sequence(model.base) if isinstance(model, RetroFitted) else window
+    if window > longest:
+        raise InputError(
+            f"eval: window is {window}; the pretrained model was made for at most {longest} tokens."
+        )
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
     if k < 1:
         raise InputError(f"eval: -k is {k}; it must be at least 1.")
-    if retriever is not None:
-        retriever.check_num_neighbours(k)
+    if opened is not None:
+        opened.check_num_neighbours(k)
     if documents is None:
         report = ReadReport()
         documents = list(read_documents(list(data), report=report))
@@ -119,8 +134,8 @@ def evaluate(
         if warning:
             note(warning)
     corpus = tokenise(documents, tokenizer, size)
-    if retriever is not None:
-        found = find_neighbours(corpus, retriever, k, seed, progress)
+    if opened is not None:
+        found = find_neighbours(corpus, opened, k, seed, progress)
 
     modes = ["off"]
     if found is not None and model.config.cca_layers:
@@ -132,19 +147,55 @@ def evaluate(
                 "There is only one document, so neighbours are shuffled among its chunks: those are about the same "
                 "things, and the control says less than one among documents."
             )
-    scorer = _Scorer(loaded, corpus, window, stride, batch_size, pick_dtype(dtype, where))
+    arithmetic = pick_dtype("fp32" if dtype == "auto" and where.type == "cpu" else dtype, where)
+    scorer = _Scorer(loaded, corpus, window, stride, batch_size, arithmetic)
     bits = {}
     with progress_bar(len(modes) * scorer.tokens_read, "evaluating", "token", show=progress) as bar:
         for mode in modes:
             bits[mode] = scorer.bits(mode, found, bar)
         seconds = bar.format_dict["elapsed"]
-    return _report(loaded, corpus, found, bits, k, scorer.tokens_read * len(modes) / max(seconds, 1e-9), plot)
+    result = _report(loaded, corpus, found, bits) | {
+        "num_neighbours": k if "on" in bits else 0,
+        "retriever": None if opened is None else opened.name,
+        "dtype": dtype_name(arithmetic),
+        "tokens_per_second": scorer.tokens_read * len(modes) / max(seconds, 1e-9),
+    }
+    if plot is not None:
+        draw(result, plot)
+    return result
 
 
-def open_set(run: Run, given: Any, device: torch.device) -> Retriever | None:
-    """The set asked for, or the one of the training, or None for a plain decoder that was given none; checked."""
+def _check_plot(path: Path) -> None:
+    """Before the work, and not after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("eval: --plot needs matplotlib, which is missing: pip install matplotlib")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"eval: --plot is {path}, but the folder {path.absolute().parent} does not exist.")
+
+
+def check_plain(verb: str, run: Run, options: dict[str, Any]) -> None:
+    """InputError for `options` that ask a plain decoder without a set for something with neighbours."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(
+                f"{verb}: {name} means nothing without neighbours, and {run.folder} is a plain decoder"
+                + (". Leave it out." if verb == "generate" else ". Name a set with --set, or leave it out.")
+            )
+
+
+def open_set(
+    run: Run, given: Any, device: torch.device, name: str | None = None, seed: int = 0
+) -> Retriever | None:
+    """The set asked for, or the one of the training, or None for a plain decoder that was given none; checked.
+
+    name: of the retriever, None: as in training. seed: of the retriever "random"."""
     from .retrieval import Retriever
 
+    if isinstance(given, Retriever) and name not in (None, given.name):
+        raise InputError(
+            f"The retriever {name!r} was asked for, but the one handed over is {given.name!r}. Give the set's folder."
+        )
+    name = name or run.settings["config"].get("retriever", "dense")
     if given is None:
         given = run.settings["config"]["set"]
         if given is None:
@@ -153,7 +204,11 @@ def open_set(run: Run, given: Any, device: torch.device) -> Retriever | None:
             raise InputError(
                 f"The model was trained with the retrieval set {given}, which is not there. Name one with --set."
             )
-    retriever = given if isinstance(given, Retriever) else Retriever.from_pretrained(given, device=device)
+    retriever = (
+        given
+        if isinstance(given, Retriever)
+        else Retriever.from_pretrained(given, device=device, retriever=name, seed=seed)
+    )
     retriever.check_tokenizer(run.tokenizer.fingerprint)
     if retriever.chunk_size != run.model.config.chunk_size:
         raise InputError(
@@ -307,9 +362,6 @@ def _report(
     corpus: TokenDocuments,
     found: Found | None,
     bits: dict[str, np.ndarray],
-    k: int,
-    rate: float,
-    plot: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
     from .retrieval.leakage import filtered_bits_per_byte
 
@@ -323,8 +375,6 @@ def _report(
         "tokens": int(np.count_nonzero(corpus.chunks)),
         "documents": corpus.num_documents,
         "chunks": len(corpus.chunks),
-        "num_neighbours": k if "on" in bits else 0,
-        "tokens_per_second": rate,
     }
     if "on" in bits:
         per_document = {m: np.add.reduceat(x.sum(1), corpus.starts[:-1]) for m, x in bits.items()}
@@ -338,8 +388,6 @@ def _report(
                 curve = filtered_bits_per_byte(torch.from_numpy(bits[mode].sum(1)), per_chunk, found.overlap)
                 result[name] = {f"{alpha:g}": value for alpha, value in curve.items()}
         result["mean_overlap"] = float(found.overlap.mean())
-    if plot is not None and found is not None:
-        draw(result, plot)
     return result
 
 
@@ -348,6 +396,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['words']:,} words, "
         f"{result['tokens']:,} tokens",
+        f"computed in {result['dtype']}"
+        + (f", {result['num_neighbours']} neighbours" if result["num_neighbours"] else "")
+        + (f" ({result['retriever']})" if result["num_neighbours"] and result["retriever"] else ""),
         "",
         f"{'':<24}{'bits per byte':>14}",
     ]

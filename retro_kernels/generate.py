@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .config import InputError
 from .data.tokenizer import Tokenizer
-from .evaluate import open_set
+from .evaluate import check_plain, open_set
 from .ops import NeighbourBatch
 from .runs import Run, autocast, load_run, pick_device, pick_dtype
 
@@ -60,6 +60,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     num_neighbours: int | None = None,
+    retriever: str | None = None,
     ignore_end: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -67,10 +68,10 @@ def generate(
 ) -> dict[str, Any]:
     """Continues `prompt` by up to `max_tokens` tokens with the model in the folder `run`.
 
-    set: as in `evaluate`. temperature: 0 takes the likeliest token. top_k, top_p: sample from the k likeliest, from
-    the likeliest that together have probability p. seed: the same seed gives the same text on the same device.
-    ignore_end: go on where the model would end the document. on_text: is handed every piece of text, the prompt left
-    out, as soon as it stands.
+    set, num_neighbours, retriever: as in `evaluate`; a plain decoder takes none. temperature: 0 takes the
+    likeliest token. top_k, top_p: sample from the k likeliest, from the likeliest that together have probability p.
+    seed: the same seed gives the same text on the same device. ignore_end: go on where the model would end the
+    document. on_text: is handed every piece of text, the prompt left out, as soon as it stands.
 
     Returns prompt, text (what was added), tokens, ended (whether the document ended), tokens_per_second,
     retrieval_seconds, and chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
@@ -80,13 +81,17 @@ def generate(
     where = pick_device(device)
     loaded = run if isinstance(run, Run) else load_run(run, where)
     loaded.model.to(where).eval()
-    retriever = open_set(loaded, set, where) if loaded.model.config.cca_layers else None
+    opened = None
+    if loaded.model.config.cca_layers:
+        opened = open_set(loaded, set, where, retriever, seed)
+    else:
+        check_plain("generate", loaded, {"--set": set, "-k": num_neighbours, "--retriever": retriever})
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
     if k < 1:
         raise InputError(f"generate: the number of neighbours is {k}; it must be at least 1.")
-    if retriever is not None:
-        retriever.check_num_neighbours(k)
-    reader = _Reader(loaded, retriever, k, pick_dtype(dtype, where))
+    if opened is not None:
+        opened.check_num_neighbours(k)
+    reader = _Reader(loaded, opened, k, pick_dtype(dtype, where))
     sampler = torch.Generator(where).manual_seed(seed)
     silent = _never(loaded.tokenizer, ignore_end).to(where)
     silent = F.pad(silent, (0, loaded.model.config.vocab_size - len(silent)), value=True)

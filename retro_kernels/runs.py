@@ -37,7 +37,7 @@ SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, after everything worth keeping was written. The message says how to go on."""
+    """Ctrl-C, after everything worth keeping was written. On the command line the message says how to go on."""
 
 
 @dataclass
@@ -163,6 +163,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options, summaries and `train.json` call it."""
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -67,6 +67,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_arithmetic_everywhere() -> Iterator[None]:
+    """A run's dtype "auto" is fp32 on every CPU, so that no result depends on the processor; a test that is about the
+    other ones says so itself. Of the session, since `world` is trained in it."""
+    from retro_kernels import runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "cpu_has_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def data() -> Iterator[Path]:
     """The folder of real text corpora: RETRO_DATA, or ../shared/data beside the checkout."""

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import CHUNK, SEQUENCE, World, run
+from small import CHUNK, MODEL, SEQUENCE, World, run
 
+from retro_kernels import runs
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, document_hash, read_documents
 from retro_kernels.data.packing import tokenise
-from retro_kernels.evaluate import derangement, evaluate, find_neighbours, windows
+from retro_kernels.evaluate import derangement, evaluate, find_neighbours, table, windows
+from retro_kernels.generate import generate
+from retro_kernels.nn import Retro
 from retro_kernels.retrieval import Retriever
-from retro_kernels.runs import load_run
+from retro_kernels.runs import load_run, pick_dtype
 
 
 def score_by_definition(world: World, window: int, stride: int, on: bool) -> float:
@@ -51,6 +56,36 @@ def test_bits_per_byte_is_its_definition(world: World, window: int, stride: int)
     assert len({*result["bits_per_byte"].values()}) == 3
     assert result["filtered"]["1"] == pytest.approx(result["bits_per_byte"]["on"], rel=1e-12)
     assert result["filtered_off"]["1"] == pytest.approx(result["bits_per_byte"]["off"], rel=1e-12)
+
+
+def test_a_processor_with_bf16(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains and generates in it by itself, keeps float32 weights, and evaluates in float32 unless told otherwise."""
+    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: True)
+    seen: list[torch.dtype] = []
+    forward = Retro.forward
+
+    def watched(model: Retro, *args: Any, **options: Any) -> torch.Tensor:
+        logits = forward(model, *args, **options)
+        seen.append(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(Retro, "forward", watched)
+    words = ["--data", world.train, "--out", tmp_path / "r", "--set", world.set, "--steps", 2, *MODEL]
+    assert run("train", *words) == 0 and set(seen) == {torch.bfloat16}
+    loaded = load_run(tmp_path / "r")
+    assert loaded.settings["dtype"] == loaded.settings["summary"]["dtype"] == "bf16"
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    scores = {}
+    for dtype, said in (("auto", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        seen.clear()
+        result = evaluate(loaded, [world.held_out], dtype=dtype, device="cpu", progress=False)
+        scores[dtype] = result["bits_per_byte"]
+        assert result["dtype"] == said and set(seen) == {pick_dtype(said, torch.device("cpu"))}
+        assert f"computed in {said}, 2 neighbours (dense)" in table(result)
+    assert scores["auto"] == scores["fp32"] != scores["bf16"]
+    assert scores["bf16"] == pytest.approx(scores["fp32"], rel=0.02)
+    made = generate(loaded, "lomi ka " * 12, max_tokens=3, ignore_end=True, device="cpu")
+    assert made["tokens"] == 3 and made["chunks"]
 
 
 def test_windows_score_each_token_once(seed: int) -> None:
@@ -148,6 +183,26 @@ def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.Capture
     assert f"{result['bits_per_byte']['on']:.4f}" in shown
 
 
+def test_no_plot_is_refused_before_the_work(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "--data", world.held_out, "--device", "cpu", "--plot"]
+    missing = tmp_path / "no" / "curve.png"
+    for plot, model, said in [
+        (missing, world.run, f"the folder {missing.parent} does not exist"),
+        (tmp_path / "curve.png", world.plain, "--plot means nothing without neighbours"),
+        (tmp_path / "curve.png", world.run, "pip install matplotlib"),
+    ]:
+        if model == world.run and plot != missing:
+            monkeypatch.setitem(sys.modules, "matplotlib", None)
+        else:
+            pytest.importorskip("matplotlib")
+        assert run(*words, plot, "--run", model) == 2
+        out, err = capfd.readouterr()
+        assert out == "" and len(err.splitlines()) == 1 and said in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
     other = tmp_path / "other"
     assert (
@@ -173,5 +228,9 @@ def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
     empty.write_text("")
     with pytest.raises(InputError, match="no document"):
         evaluate(world.run, [empty], device="cpu", progress=False)
+    asked: dict[str, Any] = {"num_neighbours": 3, "retriever": "bm25"}
+    for name, value in asked.items():  # a plain decoder without a set
+        with pytest.raises(InputError, match="means nothing without neighbours"):
+            evaluate(world.plain, [world.held_out], **{name: value}, device="cpu", progress=False)
     with pytest.raises(InputError, match="no training run"):
         evaluate(tmp_path, [world.held_out], device="cpu", progress=False)

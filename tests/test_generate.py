@@ -135,6 +135,17 @@ def test_command_line(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     assert all(near["title"].startswith("train-") for near in neighbours)
 
 
+@pytest.mark.parametrize("words", [["--set", "{set}"], ["-k", 2], ["--retriever", "bm25"]])
+def test_a_plain_decoder_takes_no_neighbours(
+    world: World, words: list[object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(word).format(set=world.set) for word in words]
+    assert run("generate", "lomi", "--run", world.plain, *words, "--device", "cpu") == 2
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert f"{words[0]} means nothing without neighbours" in err and "Leave it out" in err
+
+
 @pytest.mark.parametrize(
     "options",
     [

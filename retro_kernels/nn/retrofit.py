@@ -277,6 +277,11 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
         ) from None
 
 
+def longest_sequence(base: Any) -> float:
+    """How many tokens the pretrained model `base` can read at a time, inf where its config sets no limit."""
+    return getattr(_text_config(base), "max_position_embeddings", None) or math.inf
+
+
 def _decoder_layers(base: Any) -> nn.ModuleList:
     """The list of the decoder's layers, found by its length."""
     if not isinstance(base, nn.Module) or not hasattr(base, "get_input_embeddings"):
