@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -282,6 +283,7 @@ def _add_train(parser: _Parser) -> None:
         "retrofit": {"metavar": "RUN"},
         "tokenizer": {"metavar": "MODEL"},
         "neighbours": {"metavar": "FILE"},
+        "retriever": {"metavar": "NAME"},
         "device": {"metavar": "D"},
     }
     comments = _field_comments()
@@ -428,7 +430,14 @@ def _info(args: argparse.Namespace) -> None:
 def _demo(args: argparse.Namespace) -> None:
     from .demo import demo
 
-    result = demo(args.out, corpus=args.corpus, steps=args.steps, embedder=args.embedder, seed=args.seed)
+    options = {name: getattr(args, name) for name in ("corpus", "steps", "embedder", "seed")}
+    try:
+        result = demo(args.out, **options)
+    except KeyboardInterrupt as stopped:
+        given = [(name, value) for name, value in {"out": args.out, **options}.items() if value]
+        words = [PROG, "demo", *(word for name, value in given for word in (f"--{name}", str(value)))]
+        message = str(stopped) or "Interrupted."
+        raise KeyboardInterrupt(f"{message} Continue with: {shlex.join(words)}") from None
     _print_json(result) if args.json else print(result["report"])
 
 

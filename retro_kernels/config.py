@@ -272,6 +272,8 @@ class TrainConfig:
     """run the model through torch.compile"""
     neighbours: str | None = None
     """file of precomputed neighbours (verb neighbours) instead of searching in the step"""
+    retriever: str = "dense"
+    """how neighbours are found: dense, bm25, random, dense+bm25, dense+edit, …; eval and generate do so too"""
     tokenizer: str | None = None
     """tokenizer of the plain decoder (default: one is trained on the data)"""
     vocab_size: int | None = None
@@ -342,8 +344,9 @@ class TrainConfig:
         for name, default in (("unfreeze", False), ("copy", 0.0), ("added_rate", 1.0), ("first_step", 0)):
             if getattr(self, name) != default and not self.retrofit:
                 raise InputError(f"train: {name} only means something together with retrofit.")
-        if self.lessons and not self.set:
-            raise InputError("train: lessons needs a retrieval set (--set).")
+        for name, changed in (("lessons", self.lessons > 0), ("retriever", self.retriever != "dense")):
+            if changed and not self.set:
+                raise InputError(f"train: {name} needs a retrieval set (--set).")
         if self.tokenizer and self.set:
             raise InputError(
                 "train: the tokenizer is that of the retrieval set; give tokenizer or set, not both."

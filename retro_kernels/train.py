@@ -30,7 +30,7 @@ from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import IGNORE, Packed, TokenDocuments, tokenise
 from .data.tokenizer import Tokenizer
 from .nn import Retro, RetroFitted
-from .nn.retrofit import load_base
+from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, read_config
 from .runs import (
     METRICS,
@@ -39,6 +39,7 @@ from .runs import (
     Interrupted,
     autocast,
     checkpoints,
+    dtype_name,
     interruptible,
     load_run,
     load_state,
@@ -94,6 +95,7 @@ def train(
 
     device = pick_device(config.device)
     retriever = _open_set(config, device)
+    from_caller = documents is not None
     if documents is None:
         documents = _read(config)
     tokenizer = _tokenizer(config, retriever, documents, bool(saved))
@@ -118,10 +120,11 @@ def train(
         model = _fitted(config, tokenizer, chunk_size).to(device)
     settings = {
         "config": config.to_dict(),
-        "dtype": "bf16" if pick_dtype(config.dtype, device) == torch.bfloat16 else "fp32",
+        "dtype": dtype_name(pick_dtype(config.dtype, device)),
         "device": device.type,
         "tokenizer": tokenizer.fingerprint,
         "corpus": _fingerprint(corpus),
+        "set": None if retriever is None else _set_fingerprint(retriever),
         "documents": corpus.num_documents,
         "bytes": int(corpus.num_bytes.sum()),
     }
@@ -132,7 +135,14 @@ def train(
     _cut_metrics(folder / METRICS, trainer.step)
     tokenizer.save(folder / TOKENIZER)
     write_json(folder / SETTINGS, trainer.settings)
-    return trainer.run(config.steps if stop_after is None else min(config.steps, trainer.step + stop_after))
+    try:
+        return trainer.run(
+            config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
+        )
+    except Interrupted as stopped:
+        if from_caller:  # the documents are the caller's, and so is the way to go on
+            raise
+        raise Interrupted(f"{stopped} Continue with: {_resume_command(config)}") from None
 
 
 def _check_writable(folder: Path) -> None:
@@ -215,8 +225,13 @@ class _Trainer:
     def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
         """Goes back to the moment of `checkpoint`."""
         state = load_state(checkpoint)
-        for name, what in (("corpus", "The data"), ("tokenizer", "The tokenizer")):
-            if settings[name] != self.settings[name]:
+        for name, what in (
+            ("corpus", "The data"),
+            ("tokenizer", "The tokenizer"),
+            ("set", "The retrieval set"),
+        ):
+            # runs of earlier versions do not know of their set
+            if name in settings and settings[name] != self.settings[name]:
                 raise InputError(
                     f"{what} changed since {self.folder} was started, so it cannot be continued. "
                     "Give the same --data and --set, or another --out."
@@ -259,7 +274,7 @@ class _Trainer:
     def run(self, until: int) -> dict[str, Any]:
         """Steps up to number `until`, a checkpoint at the end."""
         config = self.config
-        dtype = torch.bfloat16 if self.settings["dtype"] == "bf16" else torch.float32
+        dtype = pick_dtype(self.settings["dtype"], self.device)
         forward: Any = torch.compile(self.model) if config.compile else self.model
         tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
         log = _Log(self.folder / METRICS, tokens_per_step)
@@ -273,7 +288,7 @@ class _Trainer:
             progress_bar(config.steps, "training", "step", show=self.progress, initial=first) as bar,
         ):
             batches = self._batches(until)
-            while self.step < until and not asked.is_set():
+            while self.step < until:
                 rate = learning_rate(config, self.step)
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate * group["factor"]
@@ -283,23 +298,24 @@ class _Trainer:
                 self.optimiser.zero_grad(set_to_none=True)
                 self.step += 1
                 bar.update()
-                if log.add(loss, norm) == config.log_every or self.step == until:
+                log.add(loss, norm)
+                last = self.step == until or asked.is_set()
+                saved = last or self.step % config.save_every == 0
+                # before a checkpoint too, so that no step is missing where a run goes on from it
+                if saved or self.step % config.log_every == 0:
                     line = log.write(self.step, rate)
                     bar.set_postfix_str(
                         f"loss {line['loss']:.3f}, {line['tokens_per_second']:,.0f} tokens/s, "
                         f"waiting {line['stall_share']:.1%}"
                     )
                     self._check_finite(line)
-                if self.step % config.save_every == 0 and self.step < until:
+                if saved:
                     self.save()
+                if last:
+                    break
             batches.close()
-            if self.step > first:
-                self.save()
         if asked.is_set() and self.step < until:
-            raise Interrupted(
-                f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written. Continue with: "
-                f"{_resume_command(config)}"
-            )
+            raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written.")
         self.settings["summary"] = self._summary(log, (self.step - first) * tokens_per_step)
         write_json(self.folder / SETTINGS, self.settings)
         return self.settings["summary"]
@@ -415,10 +431,9 @@ class _Log:
         else:
             self.stalled += seconds
 
-    def add(self, loss: Tensor, norm: Tensor) -> int:
+    def add(self, loss: Tensor, norm: Tensor) -> None:
         self._losses.append(loss)
         self._norm = norm
-        return len(self._losses)
 
     def write(self, step: int, rate: float) -> dict[str, Any]:
         assert self._norm is not None
@@ -485,7 +500,14 @@ def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
     base = load_run(config.retrofit)
     if not isinstance(base.model, Retro) or base.model.config.cca_layers:
         raise InputError(f"retrofit: {config.retrofit} is a RETRO already; give the run of a plain decoder.")
-    changes = {name: getattr(model_config, name) for name in _RETROFIT_FIELDS}
+    own, wanted = base.model.config.to_dict(), model_config.to_dict()
+    for name in own:
+        if name not in ("cca_layers", *_RETROFIT_FIELDS) and wanted[name] != own[name]:
+            raise InputError(
+                f"retrofit: {name} is {wanted[name]} by --preset or --model, but the decoder {config.retrofit} has "
+                f"{own[name]}. Its own sizes stay: leave out --preset and such fields."
+            )
+    changes = {name: wanted[name] for name in _RETROFIT_FIELDS}
     return Retro.from_decoder(
         base.model, model_config.cca_layers, freeze=not config.unfreeze, copy=config.copy, **changes
     )
@@ -512,13 +534,18 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
             f"retrofit: {folder} has another tokenizer than {config.set}. Build the set with --tokenizer {files[0]}."
         )
     base = load_base(folder, torch.float32)
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = longest_sequence(base)
     if config.sequence_length > longest:
         raise InputError(
             f"train: sequence_length is {config.sequence_length}; {folder} was made for at most {longest} tokens."
         )
-    changes = {"chunk_size": chunk_size, "neighbour_len": 2 * chunk_size, "pad_id": tokenizer.file_pad_id}
-    return RetroFitted(base, **{**parse_overrides(config.model), **changes})
+    given = parse_overrides(config.model)
+    if useless := sorted(given.keys() & {"ffn_dim", "self_attention", "tie_embeddings"}):
+        raise InputError(
+            f"retrofit: {useless} are those of the model in {folder}; leave them out of --model."
+        )
+    fixed = {"chunk_size": chunk_size, "neighbour_len": 2 * chunk_size, "pad_id": tokenizer.file_pad_id}
+    return RetroFitted(base, **{**given, **_fixed(given, f"by the set {config.set}", **fixed)})
 
 
 _RETROFIT_FIELDS = (
@@ -538,6 +565,16 @@ _RETROFIT_FIELDS = (
 )
 
 
+def _fixed(given: dict[str, Any], by: str, **values: Any) -> dict[str, Any]:
+    """`values`, which something else than --model decides; InputError where --model gives another one."""
+    for name, value in values.items():
+        if given.get(name, value) != value:
+            raise InputError(
+                f"train: --model {name}={given[name]}, but it is {value}, fixed {by}. Leave it out."
+            )
+    return values
+
+
 def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retriever | None) -> RetroConfig:
     base = read_settings(Path(config.retrofit)) if config.retrofit else None
     if base is not None and base["tokenizer"] != tokenizer.fingerprint:
@@ -547,13 +584,14 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retrieve
         )
     before = {} if base is None else base["config"]
     name = config.preset or before.get("preset") or DEFAULT_PRESET
-    overrides: dict[str, Any] = parse_overrides((*before.get("model", ()), *config.model))
-    overrides["vocab_size"] = tokenizer.vocab_size
+    given = parse_overrides(config.model)
+    overrides: dict[str, Any] = {**parse_overrides(tuple(before.get("model", ()))), **given}
+    overrides.update(_fixed(given, "by the tokenizer", vocab_size=tokenizer.vocab_size))
     if retriever is None:
         overrides["cca_layers"] = ()
     else:
-        overrides["chunk_size"] = retriever.chunk_size
-        overrides["neighbour_len"] = 2 * retriever.chunk_size
+        size = retriever.chunk_size
+        overrides.update(_fixed(given, f"by the set {config.set}", chunk_size=size, neighbour_len=2 * size))
     model_config = preset(name, **overrides)
     if retriever is not None and not model_config.cca_layers:
         raise InputError(
@@ -572,7 +610,13 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
         return None
     from .retrieval import Retriever
 
-    retriever = Retriever.from_pretrained(config.set, device=device, neighbours=config.neighbours)
+    retriever = Retriever.from_pretrained(
+        config.set,
+        device=device,
+        retriever=config.retriever,
+        neighbours=config.neighbours,
+        seed=config.seed,
+    )
     retriever.check_num_neighbours(config.num_neighbours)
     return retriever
 
@@ -591,14 +635,24 @@ def _read(config: TrainConfig) -> list[Document]:
 def _tokenizer(
     config: TrainConfig, retriever: Retriever | None, documents: list[Document], resumed: bool
 ) -> Tokenizer:
-    if retriever is not None:
-        return retriever.tokenizer
-    if config.tokenizer:
-        return Tokenizer(config.tokenizer)
+    if retriever is not None or config.tokenizer:
+        found = retriever.tokenizer if retriever is not None else Tokenizer(str(config.tokenizer))
+        if config.vocab_size not in (None, found.vocab_size):
+            raise InputError(
+                f"train: vocab_size is {config.vocab_size}, but the tokenizer of {config.set or config.tokenizer} has "
+                f"{found.vocab_size} entries. It is for a tokenizer that is trained here: leave it out."
+            )
+        return found
     path = Path(config.out) / TOKENIZER
     if resumed:
         return Tokenizer(path)
     return Tokenizer.train((document.text for document in documents), path, config.vocab_size)
+
+
+def _set_fingerprint(retriever: Retriever) -> str:
+    from .retrieval.neighbours import set_fingerprint
+
+    return set_fingerprint(retriever.store)
 
 
 def _fingerprint(corpus: TokenDocuments) -> str:

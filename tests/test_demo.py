@@ -1,18 +1,25 @@
-"""The demo, on a corpus of a few kilobytes: every stage, the table, and that a second run repeats nothing."""
+"""The demo, on a corpus of a few kilobytes: every stage, the table, how it goes on after Ctrl-C, and that a second run
+trains and builds nothing again."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small import MODEL, World, run
 
 from retro_kernels import demo as module
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
 from retro_kernels.demo import Size, read_corpus, split
+from retro_kernels.nn import Retro
 
 TINY = Size(
     held_out_share=0.4,
@@ -30,8 +37,23 @@ def test_demo(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "Size", lambda: TINY)
+    steps: list[int] = []
+    forward = Retro.forward
+
+    def watched(model: Retro, *args: Any) -> torch.Tensor:
+        if model.training:
+            steps.append(1)
+            if len(steps) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+        return forward(model, *args)
+
+    monkeypatch.setattr(Retro, "forward", watched)
     words = ["demo", "--corpus", world.train, "--out", tmp_path / "d", "--embedder", "hashing:64"]
-    assert run(*words) == 0
+    assert run(*words) == 130
+    said, command = capfd.readouterr().err.splitlines()[-1].split(" Continue with: retro-kernels ")
+    assert said == "retro-kernels demo: Stopped at step 1 of 3, checkpoint written."
+    assert sorted(shlex.split(command)) == sorted(map(str, words)) and "Continue" not in said
+    assert run(*shlex.split(command)) == 0 and len(steps) == 4  # 2 in common, and 1 of each model
     table = capfd.readouterr().out
     for name in (
         "plain decoder",
@@ -54,7 +76,9 @@ def test_demo(
     assert result["generation"]["chunks"][0]["neighbours"][0]["title"].startswith("train-")
     page = (tmp_path / "d" / "report.md").read_text()
     assert table.strip() in page and result["generation"]["chunks"][0]["neighbours"][0]["title"] in page
+    kept = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "d" / "set").rglob("*"))}
     assert run(*words, "--json") == 0
+    assert len(steps) == 4 and kept == {path: path.stat().st_mtime_ns for path in kept}
     again = json.loads(capfd.readouterr().out)
     assert again["bits_per_byte"] == result["bits_per_byte"]
     assert again["generation"]["text"] == result["generation"]["text"]

@@ -116,11 +116,19 @@ def test_what_does_not_fit(
         (["--unfreeze"], "unfreeze is not possible"),
         (["--compile"], "compile is not possible"),
         (["--sequence-length", 256], "at most 128 tokens"),
+        (["--model", "chunk_size=32"], f"chunk_size=32, but it is {CHUNK}, fixed by the set"),
+        (["--model", "pad_id=3"], "pad_id=3, but it is 399"),
+        (["--model", "ffn_dim=64"], "['ffn_dim'] are those of the model in"),
+        (["--model", "dim=64"], "['dim'] are those of the base"),
     ]:
         assert train(world, fitted[0], pretrained, tmp_path / "r", "--steps", 2, *words) == 2
         assert message in capsys.readouterr().err
     assert train(world, world.set, pretrained, tmp_path / "r", "--steps", 2) == 2
     assert "has another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "r" / "model.safetensors").exists()
+    with pytest.raises(
+        InputError, match="window is 256; the pretrained model was made for at most 128 tokens"
+    ):
+        evaluate(fitted[1], [world.held_out], window=256, progress=False)
     with pytest.raises(InputError, match="base"):
         RetroFitted.from_pretrained(world.run)

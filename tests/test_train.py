@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +24,12 @@ from retro_kernels.config import InputError, TrainConfig
 from retro_kernels.data.corpus import Document
 from retro_kernels.data.packing import IGNORE, Packed, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.generate import generate
 from retro_kernels.nn import Retro
-from retro_kernels.runs import checkpoints, load_state
-from retro_kernels.train import learning_rate
+from retro_kernels.ops import NeighbourBatch
+from retro_kernels.retrieval import Retriever
+from retro_kernels.runs import Interrupted, checkpoints, load_state
+from retro_kernels.train import learning_rate, train
 
 
 def weights(folder: Path) -> bytes:
@@ -76,6 +81,33 @@ def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:
     # another epoch visits the same sequences
     again = sorted(packed.sequence(i) for i in range(packed.num_sequences, 2 * packed.num_sequences))
     assert again == list(range(packed.num_sequences))
+
+
+def test_neighbours_are_of_other_documents(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model is given in training: no neighbour is of a document that its sequence holds a part of."""
+    given: list[tuple[torch.Tensor, NeighbourBatch]] = []
+    forward = Retro.forward
+
+    def watched(model: Retro, tokens: torch.Tensor, neighbours: NeighbourBatch) -> torch.Tensor:
+        given.append((tokens, neighbours))
+        return forward(model, tokens, neighbours)
+
+    monkeypatch.setattr(Retro, "forward", watched)
+    words = ["--data", world.train, "--out", tmp_path / "r", "--set", world.set, "--steps", 3]
+    assert run("train", *words, "--accumulate", 2, *MODEL) == 0
+    retriever = Retriever.from_pretrained(world.set)
+    owners: dict[tuple[int, ...], set[int]] = {}
+    for chunk, document in zip(retriever.store.chunks, retriever.store.document_ids, strict=True):
+        owners.setdefault(tuple(chunk.tolist()), set()).add(int(document))
+    assert len(given) == 6
+    for tokens, neighbours in given:
+        for row, ids in zip(tokens, neighbours.ids, strict=True):
+            held = [owners[tuple(chunk)] for chunk in row.view(-1, CHUNK).tolist() if any(chunk)]
+            own = {document for some in held if len(some) == 1 for document in some}  # without doubt
+            found = {*retriever.documents(ids).flatten().tolist()} - {-1}
+            assert own and found and not own & found
 
 
 def test_learning_rate() -> None:
@@ -147,6 +179,41 @@ def test_training_learns(world: World, tmp_path: Path) -> None:
     assert curve[-1][1] < curve[0][1] - 1.0
 
 
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Ctrl-C during that forward pass of a `Retro`, counted from 1."""
+    forward, calls = Retro.forward, []
+
+    def interrupting(*args: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(*args)
+
+    monkeypatch.setattr(Retro, "forward", interrupting)
+
+
+def test_no_step_is_missing_from_the_metrics(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines every three steps, and before each checkpoint: of a run that was interrupted too, all on one grid."""
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", "--steps", 8, *PLAIN]
+    words = [*words[:-1], f"chunk_size={CHUNK}", "dropout=0.1"]
+    grid = ["--log-every", 3, "--save-every", 7]
+    assert run("train", "--out", tmp_path / "all", "--log-every", 1, *words) == 0
+    every = [loss for _, loss in losses(tmp_path / "all")]
+    assert run("train", "--out", tmp_path / "whole", *grid, *words) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        assert run("train", "--out", tmp_path / "parts", *grid, *words) == 130
+    assert [step for step, _ in losses(tmp_path / "parts")] == [3, 4]
+    assert run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume") == 0
+    for name, steps in (("whole", [3, 6, 7, 8]), ("parts", [3, 4, 6, 7, 8])):
+        lines = losses(tmp_path / name)
+        assert [step for step, _ in lines] == steps
+        for (start, _), (stop, loss) in zip([(0, 0.0), *lines], lines, strict=False):
+            assert loss == pytest.approx(np.mean(every[start:stop]), rel=1e-6)
+
+
 def test_interrupt_saves_and_says_how_to_go_on(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,43 +246,66 @@ def test_interrupt_saves_and_says_how_to_go_on(
     )
     thread.join()
     last = capfd.readouterr().err.strip().splitlines()[-1]
-    assert "Continue with: retro-kernels train" in last and last.endswith("--resume")
+    before, words = last.split("Continue with: retro-kernels ")
+    assert "checkpoint written" in before
     step = checkpoints(out)[-1][0]
-    assert run("train", "--data", world.train, "--out", out, "--resume", "--stop-after", 1) == 0
+    assert run(*shlex.split(words), "--stop-after", 1) == 0
     assert checkpoints(out)[-1][0] == step + 1
 
 
-def test_killed_at_any_moment(world: World, tmp_path: Path) -> None:
-    """kill -9 leaves a checkpoint that training goes on from."""
-    out = tmp_path / "r"
-    words = [
-        "train",
-        "--data",
-        world.train,
-        "--out",
-        out,
-        "--tokenizer",
-        world.set / "tokenizer.model",
-        "--steps",
-        10**6,
-        "--save-every",
-        1,
-        *PLAIN,
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "retro_kernels.cli", *map(str, words)], stderr=subprocess.DEVNULL
+def test_interrupted_with_documents_of_the_callers(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No command line has them, so none is named."""
+    interrupt_at(monkeypatch, 1)
+    config = TrainConfig(
+        data=("x",),
+        out=str(tmp_path / "r"),
+        preset="retro_tiny",
+        tokenizer=str(world.set / "tokenizer.model"),
+        sequence_length=SEQUENCE,
+        model=(f"chunk_size={CHUNK}",),
+        device="cpu",
     )
-    deadline = time.monotonic() + 90
-    while len(losses(out) if (out / "metrics.jsonl").exists() else []) < 1:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    with pytest.raises(Interrupted) as stopped:
+        train(config, documents=[Document("a", "lomi ka " * 200)], progress=False)
+    assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
+
+
+@pytest.mark.parametrize(
+    "moment, goes_on_from",
+    [
+        ("checkpoint-00000002", 1),  # written, but not yet under its name
+        ("model.safetensors", 2),  # whole, but the weights beside it are still those of step 1
+        ("train.json", 3),  # at the end, when all that is missing is the summary
+    ],
+)
+def test_killed_in_the_middle_of_saving(world: World, tmp_path: Path, moment: str, goes_on_from: int) -> None:
+    """kill -9 just before something gets its final name for the second time (a checkpoint: the first) leaves a run
+    that loads, and goes on to the same weights."""
+    words = ["train", "--data", world.train, "--tokenizer", world.set / "tokenizer.model", "--steps", 3]
+    words += ["--save-every", 1, "--dtype", "fp32", *PLAIN]
+    code = f"""
+import os, signal, sys
+from retro_kernels import cli
+replace, seen = os.replace, []
+def replacing(source, target):
+    seen.append(os.path.relpath(target, sys.argv[-1]))
+    if seen.count({moment!r}) == {1 if moment.startswith("checkpoint") else 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = replacing
+cli.main(sys.argv[1:])
+"""
+    out = tmp_path / "r"
+    command = [sys.executable, "-c", code, *map(str, words), "--out", str(out)]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
     Retro.from_pretrained(out)
-    step = checkpoints(out)[-1][0]
-    assert step >= 1
-    assert run("train", "--data", world.train, "--out", out, "--resume", "--stop-after", 1) == 0
-    assert checkpoints(out)[-1][0] == step + 1
+    assert checkpoints(out)[-1][0] == goes_on_from
+    assert run("train", "--data", world.train, "--out", out, "--resume") == 0
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    assert weights(out) == weights(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
+    assert [step for step, _ in checkpoints(out)] == [3]
 
 
 def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -242,6 +332,110 @@ def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest
     assert run(*base, "--resume") == 2
     assert "cannot be read" in capfd.readouterr().err.strip().splitlines()[-1]
     assert weights(out) == before
+
+
+def test_a_changed_retrieval_set_is_noticed(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, changing = tmp_path / "r", tmp_path / "set"
+    shutil.copytree(world.set, changing)
+    words = ["train", "--data", world.train, "--out", out, "--set", changing]
+    assert run(*words, "--steps", 4, "--stop-after", 1, *MODEL) == 0
+    assert run(*words, "--resume", "--stop-after", 1) == 0
+    assert run("index", world.held_out, "--out", changing, "--append", "--embedder", "hashing:64") == 0
+    before = weights(out)
+    capfd.readouterr()
+    assert run(*words, "--resume") == 2
+    assert "The retrieval set changed" in capfd.readouterr().err.strip().splitlines()[-1]
+    assert weights(out) == before
+    settings = json.loads((out / "train.json").read_text())
+    del settings["set"]  # as runs of earlier versions are
+    (out / "train.json").write_text(json.dumps(settings))
+    assert run(*words, "--resume", "--stop-after", 1) == 0 and checkpoints(out)[-1][0] == 3
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (
+            ["--set", "{set}", "--model", "vocab_size=500"],
+            "vocab_size=500, but it is 400, fixed by the token",
+        ),
+        (
+            ["--set", "{set}", "--model", "chunk_size=32"],
+            f"chunk_size=32, but it is {CHUNK}, fixed by the set",
+        ),
+        (
+            ["--set", "{set}", "--model", "neighbour_len=48"],
+            f"neighbour_len=48, but it is {2 * CHUNK}, fixed",
+        ),
+        (["--set", "{set}", "--vocab-size", "300"], "vocab_size is 300, but the tokenizer of"),
+        (
+            ["--tokenizer", "{set}/tokenizer.model", "--vocab-size", "300"],
+            "vocab_size is 300, but the tokenizer",
+        ),
+        (
+            ["--set", "{set}", "--retrofit", "{plain}", "--model", "dim=64"],
+            "dim is 64 by --preset or --model",
+        ),
+        (["--set", "{set}", "--retrofit", "{plain}", "--model", "norm_eps=0.1"], "has 1e-06. Its own"),
+        (["--retriever", "bm25"], "retriever needs a retrieval set"),
+        (["--set", "{set}", "--retriever", "bm52"], "'bm52' is not one of dense, bm25, random"),
+    ],
+)
+def test_nothing_that_was_asked_for_is_ignored(
+    world: World, tmp_path: Path, words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(set=world.set, plain=world.plain) for word in words]
+    base = ["--data", world.train, "--out", tmp_path / "r", "--steps", 1, "--sequence-length", SEQUENCE]
+    assert run("train", *base, "--device", "cpu", *words) == 2
+    assert said in capfd.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "r").exists()
+
+
+def test_what_is_asked_for_and_holds_anyway_is_taken(world: World, tmp_path: Path) -> None:
+    words = ["--data", world.train, "--out", tmp_path / "r", "--steps", 1, "--vocab-size", 400, *MODEL]
+    same = ["vocab_size=400", f"chunk_size={CHUNK}", f"neighbour_len={2 * CHUNK}"]
+    assert run("train", "--set", world.set, "--retrofit", world.plain, *words, *same) == 0
+
+
+def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """BM25 from the precomputed file to generation: what was trained with is what is used, unless told otherwise."""
+    pytest.importorskip("bm25s")
+    file, out = tmp_path / "neighbours.safetensors", tmp_path / "r"
+    common = ["--data", world.train, "--set", world.set]
+    assert run("neighbours", *common, "--out", file, "--retriever", "bm25", "--device", "cpu") == 0
+    words = ["train", *common, "--steps", 4, "--log-every", 1, "--neighbours", file]
+    capfd.readouterr()
+    assert run(*words, "--out", tmp_path / "no", *MODEL) == 2
+    assert "holds the neighbours of the retriever 'bm25', not of 'dense'" in capfd.readouterr().err
+    assert run(*words, "--out", out, "--retriever", "bm25", "--stop-after", 2, *MODEL) == 0
+    assert run("train", *common, "--out", out, "--resume") == 0  # still with BM25
+    live = ["train", *common, "--steps", 4, "--log-every", 1]
+    for name in ("bm25", "dense"):
+        assert run(*live, "--out", tmp_path / name, "--retriever", name, *MODEL) == 0
+    assert losses(out)[-1][1] == pytest.approx(losses(tmp_path / "bm25")[-1][1], rel=1e-6)
+    assert losses(out)[-1][1] != pytest.approx(losses(tmp_path / "dense")[-1][1], rel=1e-6)
+    scores = {}
+    for name, option in (
+        ("bm25", []),
+        ("dense", ["--retriever", "dense"]),
+        ("random", ["--retriever", "random"]),
+    ):
+        capfd.readouterr()
+        assert run("eval", "--run", out, "--data", world.held_out, "--json", "--device", "cpu", *option) == 0
+        result = json.loads(capfd.readouterr().out)
+        assert result["retriever"] == name
+        scores[name] = result["bits_per_byte"]
+    assert len({score["on"] for score in scores.values()}) == 3
+    assert len({score["off"] for score in scores.values()}) == 1
+    retriever = Retriever.from_pretrained(world.set, retriever="bm25")
+    with pytest.raises(InputError, match="'dense' was asked for, but the one handed over is 'bm25'"):
+        generate(out, "lomi ka", set=retriever, retriever="dense", device="cpu")
+    prompt = "lomi kater suneka " * 6
+    for chosen, options in ((retriever, {}), (Retriever.from_pretrained(world.set), {"retriever": "dense"})):
+        chunk = generate(out, prompt, max_tokens=1, device="cpu", **options)["chunks"][0]
+        expected = chosen(torch.tensor([chosen.tokenizer.encode(prompt)[:CHUNK]])).ids[0, 0]
+        assert [near["chunk"] for near in chunk["neighbours"]] == expected[expected >= 0].tolist()
 
 
 def test_precomputed_neighbours_train_the_same(
