@@ -53,7 +53,7 @@ class SelfAttention(nn.Module):
         head_dim = _head_dim(dim, num_heads, head_dim)
         if position not in ("relative", "rotary"):
             raise ValueError(f'SelfAttention: position is {position!r}; it must be "relative" or "rotary".')
-        self.num_heads, self.head_dim, self.position = num_heads, head_dim, position
+        self.dim, self.num_heads, self.head_dim, self.position = dim, num_heads, head_dim, position
         inner = num_heads * head_dim
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, inner, bias=bias, **made)
@@ -66,9 +66,13 @@ class SelfAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.zeros(num_heads, head_dim, **made))
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self) -> None:
+        """Sets the biases, which are this module's own, to zero, as is needed after `to_empty`."""
+        _zero_own(self)
+
     def relative_keys(self, sinusoids: Tensor) -> Tensor:
         """φ of some distances [G, dim] → their keys [H, G, D]."""
-        return _heads(self.rel_proj(sinusoids.to(self.rel_proj.weight.dtype)), self.num_heads)
+        return _heads(self.rel_proj(sinusoids.to(self.content_bias.dtype)), self.num_heads)
 
     def forward(
         self, x: Tensor, *, sinusoids: Tensor | None = None, cache: SelfAttentionCache | None = None
@@ -222,6 +226,7 @@ class ChunkedCrossAttention(nn.Module):
                 f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
                 "both must be at least 1."
             )
+        self.dim, self.encoder_dim = dim, encoder_dim
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, kv_heads
         self.chunk_size, self.neighbour_len, self.position, self.backend = (
             chunk_size,
@@ -245,6 +250,10 @@ class ChunkedCrossAttention(nn.Module):
             self.rel_bias = nn.Parameter(torch.zeros(num_heads, columns, **made))
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self) -> None:
+        """Sets the biases, which are this module's own, to zero, as is needed after `to_empty`."""
+        _zero_own(self)
+
     def forward(self, x: Tensor, neighbours: Tensor, neighbour_lengths: Tensor | None = None) -> Tensor:
         """`x` [B, N, dim], `neighbours` [B, L, K, R, encoder_dim] with L = N // M → [B, N, dim], to be added to x.
 
@@ -265,12 +274,11 @@ class ChunkedCrossAttention(nn.Module):
         else:
             key, value = self.keys_and_values(neighbours)
             out = chunked_cross_attention(query, key, value, chunk_size=self.chunk_size, **options)
-        if _is_linear(self.o_proj) and self.o_proj.bias is None:
-            # rows without a neighbour are zero and stay so: nothing to cut off, copy and keep for the backward
+        if self._leaves_zeros():  # nothing to cut off, copy and keep for the backward
             return self.dropout(self.o_proj(out.flatten(2)))
         prefix = min(self.chunk_size - 1, x.shape[1])
         out = self.dropout(self.o_proj(out[:, prefix:].flatten(2)))
-        if neighbour_lengths is not None and self.o_proj.bias is not None:
+        if neighbour_lengths is not None:
             present = (
                 (neighbour_lengths > 0).any(-1).repeat_interleave(self.chunk_size, 1)[:, : out.shape[1], None]
             )
@@ -297,7 +305,7 @@ class ChunkedCrossAttention(nn.Module):
             return self.projection == "absorbed"
         return "absorbed" == choose_projection(
             head_dim=self.head_dim,
-            encoder_dim=self.k_proj.in_features,
+            encoder_dim=self.encoder_dim,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             chunk_size=self.chunk_size,
@@ -308,6 +316,10 @@ class ChunkedCrossAttention(nn.Module):
             batch=decoding_batch or 1,
             device=device.type,
         )
+
+    def _leaves_zeros(self) -> bool:
+        """Whether rows without a neighbour are zero behind `o_proj` as they are before it."""
+        return _is_linear(self.o_proj) and self.o_proj.bias is None
 
     def _weights(self) -> dict[str, Any]:
         return {
@@ -325,7 +337,7 @@ class ChunkedCrossAttention(nn.Module):
     def position_terms(self) -> dict[str, Any]:
         """The position arguments of `chunked_cross_attention`, projected."""
         if self.position == "relative":
-            rel_key = _heads(self.rel_proj(self.distances(self.rel_proj.weight)), self.num_heads)
+            rel_key = _heads(self.rel_proj(self.distances(self.content_bias)), self.num_heads)
             return {
                 "rel_key": rel_key,
                 "content_bias": self.content_bias,
@@ -373,7 +385,7 @@ class ChunkedCrossAttention(nn.Module):
             }
             out = block_attention(query, key, value, lengths=lengths, backend=self.backend, **terms)
         out = self.dropout(self.o_proj(out.flatten(2)))
-        if lengths is not None and self.o_proj.bias is not None:
+        if lengths is not None and not self._leaves_zeros():
             out = torch.where((lengths > 0).any(-1)[:, None, None], out, 0.0)
         return out
 
@@ -383,15 +395,14 @@ class ChunkedCrossAttention(nn.Module):
                 raise TypeError(
                     f"ChunkedCrossAttention: {name} is of type {type(tensor).__name__}; it must be a tensor."
                 )
-        if x.ndim != 3 or x.shape[2] != self.q_proj.in_features:
-            width = self.q_proj.in_features
-            raise ValueError(f"ChunkedCrossAttention: x is {list(x.shape)}; it must be [B, N, {width}].")
+        if x.ndim != 3 or x.shape[2] != self.dim:
+            raise ValueError(f"ChunkedCrossAttention: x is {list(x.shape)}; it must be [B, N, {self.dim}].")
         expected = [
             x.shape[0],
             x.shape[1] // self.chunk_size,
             "K",
             self.neighbour_len,
-            self.k_proj.in_features,
+            self.encoder_dim,
         ]
         given = list(neighbours.shape)
         if len(given) != 5 or any(
@@ -447,6 +458,10 @@ class BlockAttention(nn.Module):
         self.distances = DistanceTable(1 - keys, rows - 1, dim)
         self.dropout = nn.Dropout(dropout)
 
+    def reset_parameters(self) -> None:
+        """Sets the biases, which are this module's own, to zero, as is needed after `to_empty`."""
+        _zero_own(self)
+
     def forward(self, x: Tensor, context: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """`x` [P, rows, dim]; `context` [G, keys, context_dim], each for P / G successive blocks (None: x itself);
         `lengths` int [P], how many leading keys are real (self-attention only) → [P, rows, dim]."""
@@ -456,7 +471,7 @@ class BlockAttention(nn.Module):
             self.q_proj(x).unflatten(-1, shape),
             self.k_proj(source).unflatten(-1, shape)[:, None],
             self.v_proj(source).unflatten(-1, shape)[:, None],
-            rel_key=_heads(self.rel_proj(self.distances(self.rel_proj.weight)), self.num_heads),
+            rel_key=_heads(self.rel_proj(self.distances(self.content_bias)), self.num_heads),
             content_bias=self.content_bias,
             position_bias=self.position_bias,
             lengths=None if lengths is None else lengths[:, None],
@@ -464,6 +479,12 @@ class BlockAttention(nn.Module):
             backend=self.backend,
         )
         return self.dropout(self.o_proj(out.flatten(2)))
+
+
+@torch.no_grad()
+def _zero_own(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.zero_()
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -45,10 +45,9 @@ class SelfAttentionCache:
     def relative_keys(self, attention: SelfAttention) -> Tensor:
         """Keys of the distances length − 1 … 0, [H, length, D]; projected once for as long as they suffice."""
         if self._relative is None or self._relative.shape[1] < self.length:
-            weight = attention.rel_proj.weight
             capacity = max(64, 1 << (self.length - 1).bit_length())
-            distances = torch.arange(capacity - 1, -1, -1, device=weight.device)
-            self._relative = attention.relative_keys(sinusoid(distances, weight.shape[1], torch.float32))
+            distances = torch.arange(capacity - 1, -1, -1, device=attention.content_bias.device)
+            self._relative = attention.relative_keys(sinusoid(distances, attention.dim, torch.float32))
         return self._relative[:, self._relative.shape[1] - self.length :]
 
 

@@ -107,18 +107,70 @@ def test_prefix_and_missing_neighbours_are_exactly_zero(seed: int, training: boo
     assert cca(x[:, :2], neighbours[:, :0], lengths[:, :0]).eq(0).all()
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_prefix_is_exactly_zero_without_a_bias_too(seed: int, replaced: bool) -> None:
+class PlusOne(torch.nn.Module):
+    """In place of a projection: no Linear, without `weight`, `bias` and sizes, and nothing stays zero."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + 1
+
+
+@pytest.mark.parametrize("output", ["plain", "hooked", "replaced"])
+def test_missing_neighbours_are_exactly_zero_without_a_bias_too(seed: int, output: str) -> None:
     cca = make(dropout=0.5)
-    if replaced:  # what the output projection makes of a zero is then not known
+    if output == "hooked":  # what the output projection makes of a zero is then not known
         cca.o_proj.register_forward_hook(lambda module, given, out: out + 1)
+    elif output == "replaced":
+        cca.o_proj = PlusOne(cca.o_proj)
     x, neighbours, lengths = inputs(14)
-    lengths[0, 1] = 0
+    lengths[0, 1], lengths[1, 1] = 0, R
     out = cca(x, neighbours, lengths)
     assert out[:, : M - 1].eq(0).all()
-    assert out.ne(0).any()
-    if not replaced:
-        assert out[0, 2 * M - 1 : 3 * M - 1].eq(0).all()
+    assert out[0, 2 * M - 1 : 3 * M - 1].eq(0).all()
+    assert out[1, 2 * M - 1 : 3 * M - 1].ne(0).any()
+    key, value = cca.keys_and_values(neighbours[:, 1])
+    rows = cca.attend_rows(x[:, 7:9], 0, key, value, lengths[:, 1], cca.position_terms())
+    assert rows[0].eq(0).all() and rows[1].ne(0).any()
+
+
+@pytest.mark.parametrize("position", ["relative", "bias", "none"])
+def test_every_projection_can_be_replaced(seed: int, position: str) -> None:
+    cca, (x, neighbours, lengths) = make(position), inputs(14)
+    for name in [name for name, _ in cca.named_children() if name.endswith("_proj")]:
+        setattr(cca, name, PlusOne(getattr(cca, name)))
+    expected = cca_by_hand(cca, x, neighbours, lengths)
+    torch.testing.assert_close(cca(x, neighbours, lengths), expected, **CLOSE)
+
+
+def test_modules_that_own_parameters_can_fill_them(seed: int) -> None:
+    """After the meta device and `to_empty`, as sharding does it: each module's own reset, and nothing else."""
+    makers = [
+        lambda: make(bias=True),
+        lambda: make("bias"),
+        lambda: SelfAttention(12, 2, bias=True),
+        lambda: SelfAttention(12, 2, position="rotary"),
+        lambda: BlockAttention(10, 2, R, M, head_dim=4, context_dim=7),
+    ]
+    for maker in makers:
+        with torch.device("meta"):
+            empty = maker().float()
+        empty.to_empty(device="cpu")
+        for tensor in (*empty.parameters(), *empty.buffers()):
+            tensor.detach().fill_(float("nan"))
+        for module in empty.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        fresh = maker().float()
+        for name, value in empty.state_dict().items():
+            if name in ("content_bias", "position_bias", "rel_bias"):
+                assert value.eq(0).all(), name
+            else:
+                assert value.isfinite().all() and value.std() > 0, name
+        assert {n: b.dtype for n, b in empty.named_buffers()} == {n: b.dtype for n, b in fresh.named_buffers()}
+        assert all(torch.equal(a, b) for a, b in zip(empty.buffers(), fresh.buffers(), strict=True))
 
 
 @pytest.mark.parametrize("position", ["relative", "bias", "none"])

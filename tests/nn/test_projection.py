@@ -75,8 +75,11 @@ def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
     hooked.k_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
     torch.nn.utils.parametrizations.weight_norm(parametrised.v_proj)
     replaced.k_proj = torch.nn.Sequential(replaced.k_proj, torch.nn.Tanh())
+    x, neighbours = torch.randn(1, 9, 12).double(), torch.randn(1, 2, 2, 8, 64).double()
     for module in (hooked, parametrised, replaced):
         assert not module.absorbs(2, torch.device("cpu"), training=True)
+        out, module.projection = module(x, neighbours), "materialised"
+        assert torch.equal(out, module(x, neighbours))
         module.projection = "absorbed"
         with pytest.raises(ValueError, match="was replaced, parametrised or has hooks"):
             module.absorbs(2, torch.device("cpu"))
