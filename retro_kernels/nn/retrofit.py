@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import InputError, RetroConfig, default_cca_layers
 from . import saving
@@ -32,7 +35,7 @@ class RetroFitted(Retrieving):
     """A pretrained causal language model with chunked cross-attention after the self-attention of some layers.
 
     `base` is a `transformers` model for causal language modelling (GPT-2, Llama, Mistral, Qwen, Gemma, GPT-NeoX, GPT-J,
-    OPT, …). Its code and weights stay as they are: while this model is called, hooks add CCA's contribution to what
+    OPT, …). Its code and weights stay as they are: while this model is called, CCA's contribution is added to what
     the layer's self-attention is about to add to the residual stream, so the order is the paper's, ATTN, CCA, FFW.
     Where a layer computes both side by side (GPT-J, GPT-NeoX), CCA stands beside them: it reads the state after
     self-attention, and the feed-forward networks of the later layers are the first to see it. Where to add is found by
@@ -47,11 +50,17 @@ class RetroFitted(Retrieving):
     middle one and the last. `changes` are further fields of `RetroConfig` that concern the encoder and CCA. The
     encoder is by default as wide as the base, and then reads through the base's embedding. `pad_id` is the base's id of
     the end of a text, which `tokens`, neighbours and logits here call 0, as a retrieval set does; the base's own 0
-    is then called `pad_id`. Give `file_pad_id` of the `Tokenizer` that made the tokens. `backend`: as in `Retro`.
+    is then called `pad_id`. `bos_id` is the base's id of the beginning of a text, which its tokenizer puts before every
+    one (Llama, Mistral, Gemma); the base then reads it before `tokens`, and chunks, logits and caches do not count it.
+    A 0 at the very beginning is no text, so the logits behind it are those of the first token. Give `file_pad_id` and
+    `file_bos_id` of the `Tokenizer` that made the tokens. `backend`: as in `Retro`.
 
     Parameters: `base`, `encoder`, and `added.<layer>.cca_norm` and `.cca`, made on the base's device and in its dtype.
-    Raises InputError where the base or the fields do not fit. With neighbours the base must not recompute its layers
-    (gradient checkpointing), and stands on one device.
+    What is added may get a wider one, as its training needs (`model.added.float(); model.encoder.float()`).
+    `frozen` is whether the base is not trained. `gradient_checkpointing` (an attribute; False) recomputes the layers of
+    base and encoder in the backward pass, all but the base's first with CCA;
+    `base.gradient_checkpointing_enable()` those of the base alone.
+    Raises InputError where the base or the fields do not fit. The base must stand on one device.
     """
 
     encoder: NeighbourEncoder
@@ -62,14 +71,20 @@ class RetroFitted(Retrieving):
         *,
         cca_layers: tuple[int, ...] | None = None,
         freeze: bool = True,
+        bos_id: int | None = None,
         backend: str | None = None,
         **changes: Any,
     ) -> None:
         super().__init__()
-        layers = _decoder_layers(base)
+        self._layers = dict(enumerate(_decoder_layers(base), 1))
         self.config = config = _config(base, cca_layers, changes)
-        self._layers = {number: layers[number - 1] for number in config.cca_layers}
-        self._sites = _sites(base, self._layers)
+        if bos_id is not None and not 0 <= bos_id < config.vocab_size:
+            raise InputError(
+                f"RetroFitted: bos_id is {bos_id}; it must be an id of the base, 0 to {config.vocab_size - 1:,}, or "
+                "None where its texts have no token before them."
+            )
+        self.bos_id, self.frozen = bos_id, freeze
+        self._sites = _sites(base, {number: self._layers[number] for number in config.cca_layers})
         base.requires_grad_(not freeze)
         self.base = base
         options: dict[str, Any] = {
@@ -92,8 +107,8 @@ class RetroFitted(Retrieving):
         for number in config.cca_layers:
             nn.init.zeros_(self._cca(number)[1].o_proj.weight)
         like = self.input_embedding().weight
-        self.added.to(like.device, like.dtype)
-        self.encoder.to(like.device, like.dtype)
+        for part in (self.added, self.encoder):
+            _cast_parameters(part.to(like.device), like.dtype)
 
     def forward(
         self, tokens: Tensor, neighbours: NeighbourBatch | None = None, attention_mask: Tensor | None = None
@@ -106,12 +121,7 @@ class RetroFitted(Retrieving):
         """
         found = self.fitting_neighbours(tokens, neighbours, tokens.shape[-1] // self.config.chunk_size)
         if found is None:
-            return self._run(tokens, attention_mask=attention_mask, use_cache=False).logits
-        if self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.base.modules()):
-            raise InputError(
-                "RetroFitted: the base recomputes its layers in the backward pass, without neighbours. Call "
-                "base.gradient_checkpointing_disable()."
-            )
+            return self._run(tokens, None, attention_mask=attention_mask, use_cache=False).logits
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise InputError(
                 "RetroFitted: attention_mask pads on the left; chunks are counted from a row's first token, so pad on "
@@ -124,8 +134,7 @@ class RetroFitted(Retrieving):
                 encoded.append(self.encode(found[0], x, found[1]))
             return cca(norm(x), encoded[0], found[1])
 
-        with self._adding(contribution):
-            return self._run(tokens, attention_mask=attention_mask, use_cache=False).logits
+        return self._run(tokens, contribution, attention_mask=attention_mask, use_cache=False).logits
 
     def new_cache(self, batch_size: int) -> DecodingCache:
         """An empty cache for `decode`."""
@@ -140,8 +149,9 @@ class RetroFitted(Retrieving):
         The base keeps its keys and values in its own cache. Raises ValueError for shapes that do not fit.
         """
         step = DecodingStep(self, tokens, cache, neighbours)
-        with self._adding(step.contribution):
-            result = self._run(tokens, past_key_values=cache.past, use_cache=True)
+        result = self._run(
+            tokens, step.contribution, begins=not cache.length, past_key_values=cache.past, use_cache=True
+        )
         cache.past = result.past_key_values
         cache.length += tokens.shape[1]
         return result.logits
@@ -155,22 +165,40 @@ class RetroFitted(Retrieving):
         return self.base.get_input_embeddings()
 
     def encode(self, found: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
-        return super().encode(self._exchanged(found), x, lengths)
+        found = self._exchanged(found)
+        if self.encoder.embedding is None:  # the base's, which may have another dtype
+            found = self.input_embedding()(found.to(torch.int64)).to(x.dtype)
+        return super().encode(found, x, lengths)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes what was added, `config.json` and `model.safetensors`, into `directory` (made if needed). The base is
-        named by where it came from; one that is not frozen is written too, into the folder `base`."""
+        named by where it came from; one that is or was trained too is written into the folder `base`. Raises InputError
+        where that would replace the folder that the base came from."""
         folder = Path(directory)
-        if any(parameter.requires_grad for parameter in self.base.parameters()):
+        frozen = self.frozen and not any(parameter.requires_grad for parameter in self.base.parameters())
+        description = _description(self.base)
+        own, owned = folder / _OWN_BASE, False
+        with contextlib.suppress(InputError):  # nothing is there, or it is damaged
+            owned = _owns_base(saving.read_config(folder), folder)
+        if not frozen:
+            if own.is_dir() and not owned and str(own.resolve()) == description["source"]:
+                raise InputError(
+                    f"RetroFitted: {own} is where the base came from, and the trained one would replace it. Give "
+                    "another directory."
+                )
             staged = folder / f"{_OWN_BASE}.tmp-{os.getpid()}"
             try:
                 self.base.save_pretrained(staged)
-                shutil.rmtree(folder / _OWN_BASE, ignore_errors=True)
-                os.replace(staged, folder / _OWN_BASE)
+                shutil.rmtree(own, ignore_errors=True)
+                os.replace(staged, own)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-        config = {"base": _description(self.base), "added": self.config.to_dict()}
-        saving.save(self._added_weights(), config, folder)
+        about = {**description, "frozen": frozen, "bos_id": self.bos_id}
+        saving.save(self._added_weights(), {"base": about, "added": self.config.to_dict()}, folder)
+        if (
+            frozen and owned and str(own.resolve()) != description["source"]
+        ):  # of another model, saved here before
+            shutil.rmtree(own, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -184,26 +212,37 @@ class RetroFitted(Retrieving):
     ) -> RetroFitted:
         """The model that `save_pretrained` wrote, in evaluation mode and frozen unless its base was trained too.
 
-        `base`: a model, or where transformers finds one; None: where it was then. `dtype`: None is that of the saved
-        weights. Raises InputError if a file is missing or damaged, or where the base is not the one that the weights
-        were trained with.
+        `base`: a model, or where transformers finds one; None: where it was then. `dtype` of all parameters: None is
+        that of the saved ones, and leaves a model given as `base` as it is. Raises InputError if a file is missing or
+        damaged, or where the base is not the one that the weights were trained with.
         """
         folder = Path(directory)
         values = saving.read_config(folder)
         if not cls.is_saved_in(folder) or not isinstance(values["base"], dict):
             raise InputError(f"{folder} holds no RetroFitted (its {saving.CONFIG} names no base).")
         config = saving.model_config(values["added"], folder)
-        own = (folder / _OWN_BASE).is_dir()
+        saved, owned = values["base"], _owns_base(values, folder)
         if base is None:
-            base = str(folder / _OWN_BASE) if own else values["base"]["source"]
+            base = folder / _OWN_BASE if owned else saved["source"]
+            if owned and not base.is_dir():
+                raise InputError(
+                    f"{base} is missing: the base was trained as well. Copy it, or give it as base=."
+                )
+            if not base:
+                raise InputError(f"{folder}: the base had neither folder nor name. Give that model as base=.")
         if isinstance(base, (str, os.PathLike)):
-            base = load_base(base, dtype or getattr(torch, values["base"].get("dtype", "float32")))
-        _check_same_base(values["base"], _description(base), folder)
+            base = load_base(base, dtype or getattr(torch, saved.get("dtype", "float32")))
+        elif dtype is not None:
+            _cast_parameters(base, dtype)
+        _check_same_base(saved, _description(base), folder)
         fields = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_BASE}
-        model = cls(base, freeze=not own, backend=backend, **fields)
-        weights = saving.read_weights(folder, model._added_weights())
-        model.load_state_dict(weights, strict=False)
-        return model.to(device=device, dtype=dtype).eval()
+        model = cls(base, freeze=not owned, bos_id=saved.get("bos_id"), backend=backend, **fields)
+        device_of_base = model.input_embedding().weight.device
+        weights = saving.read_weights(folder, model._added_weights(), device_of_base)
+        if dtype is not None:
+            weights = {name: value.to(dtype) for name, value in weights.items()}
+        model.load_state_dict(weights, strict=False, assign=True)
+        return model.to(device=device).eval()
 
     @staticmethod
     def is_saved_in(directory: str | os.PathLike[str]) -> bool:
@@ -217,8 +256,25 @@ class RetroFitted(Retrieving):
         pair: Any = self.added[str(number)]
         return pair["cca_norm"], pair["cca"]
 
-    def _run(self, tokens: Tensor, **options: Any) -> Any:
-        result = self.base(input_ids=self._exchanged(tokens), return_dict=True, **options)
+    def _run(
+        self,
+        tokens: Tensor,
+        contribution: _Contribution | None,
+        *,
+        begins: bool = True,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """The base's result with logits of `tokens` [B, N], at the beginning of a text or behind what was read."""
+        ids, lead = self._exchanged(tokens), int(begins and self.bos_id is not None)
+        if lead:
+            ids = F.pad(ids, (1, 0), value=self.bos_id)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
+        with self._adding(contribution, lead):
+            result = self.base(input_ids=ids, attention_mask=attention_mask, return_dict=True, **options)
+        if lead:
+            result.logits, first = result.logits[:, 1:], result.logits[:, 0].clone()
+            result.logits[:, 0] = torch.where(tokens[:, :1] == 0, first, result.logits[:, 0])
         if pad := self.config.pad_id:
             first, logits = result.logits[..., 0].clone(), result.logits
             logits[..., 0] = logits[..., pad]
@@ -231,32 +287,57 @@ class RetroFitted(Retrieving):
         return tokens if pad == 0 else torch.where(tokens == 0, pad, torch.where(tokens == pad, 0, tokens))
 
     @contextlib.contextmanager
-    def _adding(self, contribution: _Contribution) -> Iterator[None]:
-        """While it lasts, the base's layers add what `contribution` makes of their state after self-attention."""
-        residual: dict[int, Tensor] = {}
-        with contextlib.ExitStack() as hooks:
-            for number in self.config.cca_layers:
-                norm, cca = self._cca(number)
-
-                def enter(module: Any, args: Any, kwargs: Any, number: int = number) -> None:
-                    residual[number] = _first(args, kwargs)
-
-                def leave(
-                    module: Any,
-                    args: Any,
-                    output: Any,
-                    number: int = number,
-                    norm: Any = norm,
-                    cca: Any = cca,
-                ) -> Any:
-                    attended = _first(output)
-                    attended = attended + contribution(number, norm, cca, residual.pop(number) + attended)
-                    return (attended, *output[1:]) if isinstance(output, tuple) else attended
-
-                before = self._layers[number].register_forward_pre_hook(enter, with_kwargs=True)
-                hooks.callback(before.remove)
-                hooks.callback(self._sites[number].register_forward_hook(leave).remove)
+    def _adding(self, contribution: _Contribution | None, lead: int) -> Iterator[None]:
+        """While it lasts, the base's layers add what `contribution` makes of their state after self-attention, but for
+        the first `lead` tokens, and are recomputed in the backward pass where that is asked for."""
+        base_asks = self.training and any(map(_recomputes, self.base.modules()))
+        recompute = (self.gradient_checkpointing or base_asks) and torch.is_grad_enabled()
+        with contextlib.ExitStack() as wrapped:
+            if base_asks:  # its own way would not add anything when it recomputes, and takes the cache away
+                wrapped.enter_context(_not_recomputing(self.base))
+            for number, layer in self._layers.items():
+                adds = contribution if number in self._sites else None
+                if adds is None and not recompute:
+                    continue
+                run = self._wrapped(number, adds, lead)
+                # in the first layer with CCA the encoder runs, and the layers after it share its result
+                if recompute and (adds is None or number != self.config.cca_layers[0]):
+                    run = functools.partial(checkpoint, run, use_reentrant=False)
+                wrapped.enter_context(_replaced(layer, "forward", run))
             yield
+
+    def _wrapped(self, number: int, contribution: _Contribution | None, lead: int) -> Callable[..., Any]:
+        """The forward pass of layer `number` and what is to be added, now and when it is recomputed."""
+        layer = self._layers[number]
+        forward = layer.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.ExitStack() as during:
+                during.enter_context(_not_recomputing(layer))
+                if contribution is not None:
+                    add = functools.partial(self._added, number, contribution, lead, _first(args, kwargs))
+                    during.callback(self._sites[number].register_forward_hook(add).remove)
+                return forward(*args, **kwargs)
+
+        return run
+
+    def _added(
+        self,
+        number: int,
+        contribution: _Contribution,
+        lead: int,
+        x: Tensor,
+        module: nn.Module,
+        args: Any,
+        output: Any,
+    ) -> Any:
+        """The forward hook of a site: its `output` over the layer's input `x`, and CCA's contribution."""
+        norm, cca = self._cca(number)
+        attended = _first(output)
+        state = (x + attended).to(next(norm.parameters()).dtype)
+        added = contribution(number, norm, cca, state[:, lead:]).to(attended.dtype)
+        attended = attended + (F.pad(added, (0, 0, lead, 0)) if lead else added)
+        return (attended, *output[1:]) if isinstance(output, tuple) else attended
 
 
 _OF_THE_BASE = ("vocab_size", "dim", "num_layers")
@@ -273,7 +354,7 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"The base {source} cannot be loaded ({reason}). Name a folder or model with base=."
+            f"The base {source} cannot be loaded ({reason}). Name its folder with base= (eval, generate: --base)."
         ) from None
 
 
@@ -344,6 +425,40 @@ def _config(base: Any, cca_layers: tuple[int, ...] | None, changes: dict[str, An
             f"{config.encoder_dim}; they cannot share it (share_encoder_embedding=False)."
         )
     return config
+
+
+def _cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: in a narrow dtype, frequencies of positions and the like would no longer be what they are."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _recomputes(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) is True
+
+
+@contextlib.contextmanager
+def _not_recomputing(module: nn.Module) -> Iterator[None]:
+    """While it lasts, transformers' own gradient checkpointing in `module` is off."""
+    with contextlib.ExitStack() as changes:
+        for part in filter(_recomputes, module.modules()):
+            changes.enter_context(_replaced(part, "gradient_checkpointing", False))
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """While it lasts, the attribute `name` of `module` itself, not of its class, is `value`."""
+    own, before = name in vars(module), vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(module, name, before)
+        else:
+            delattr(module, name)
 
 
 class _Call(NamedTuple):
@@ -438,6 +553,12 @@ def _description(base: Any) -> dict[str, Any]:
         "num_layers": text.num_hidden_layers,
         "sample": sample,
     }
+
+
+def _owns_base(config: dict[str, Any], folder: Path) -> bool:
+    """Whether the model whose `config` lies in `folder` was saved with its base."""
+    base = config.get("base")
+    return isinstance(base, dict) and not base.get("frozen", not (folder / _OWN_BASE).is_dir())
 
 
 def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> None:

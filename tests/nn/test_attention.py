@@ -169,7 +169,9 @@ def test_modules_that_own_parameters_can_fill_them(seed: int) -> None:
                 assert value.eq(0).all(), name
             else:
                 assert value.isfinite().all() and value.std() > 0, name
-        assert {n: b.dtype for n, b in empty.named_buffers()} == {n: b.dtype for n, b in fresh.named_buffers()}
+        assert {n: b.dtype for n, b in empty.named_buffers()} == {
+            n: b.dtype for n, b in fresh.named_buffers()
+        }
         assert all(torch.equal(a, b) for a, b in zip(empty.buffers(), fresh.buffers(), strict=True))
 
 

@@ -176,16 +176,29 @@ def test_initialisation(seed: int) -> None:
 def test_gradient_checkpointing_changes_nothing_but_memory(seed: int) -> None:
     model = tiny_model(dropout=0.3).train()
     x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
-    results = []
+    inner = [layer.ffn for layer in (*model.layers, *model.encoder.layers)]
+    calls: list[torch.nn.Module] = []
+    for module in inner:
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    results, kept = [], []
     for model.gradient_checkpointing in (False, True):
+        calls.clear()
         torch.manual_seed(seed)
         logits = model(x, neighbours)
         results.append((logits, *torch.autograd.grad(logits.logsumexp(-1).sum(), list(model.parameters()))))
+        assert [calls.count(module) for module in inner] == [1 + model.gradient_checkpointing] * len(inner)
+        kept.append(timing.saved_bytes(lambda: model(x, neighbours), list(model.parameters())))
     torch.testing.assert_close(results[1], results[0])
+    assert kept[1] < kept[0] / 2
 
 
-@pytest.mark.parametrize("self_attention", ["relative", "rotary"])
-def test_compiles_without_a_graph_break(seed: int, self_attention: str) -> None:
+@pytest.mark.parametrize("self_attention, rows", [("relative", None), ("relative", 4), ("rotary", None)])
+def test_compiles_without_a_graph_break(
+    seed: int, self_attention: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a sequence is longer than the rows of logits that exist at one time, which are then recomputed."""
+    if rows:
+        monkeypatch.setattr(attention_module, "_ROWS", rows)
     model = tiny_model(torch.float32, self_attention=self_attention, num_layers=2, cca_layers=(2,)).train()
     x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -208,6 +208,49 @@ def test_every_added_weight_gets_a_gradient(seed: int) -> None:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("asked", ["of the model", "of the base"])
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama, grouped heads", "GPT-NeoX, side by side"])
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    seed: int, kind: str, freeze: bool, asked: str
+) -> None:
+    """Layers run again in the backward pass, with what is added to them; several passes may wait for theirs."""
+    model = fitted(base_model(kind), freeze=freeze, cca_layers=(1, 2, 4), bos_id=3).train()
+    inputs = [random_input() for _ in range(2)]
+    inputs[1] = (inputs[1][0], None)
+    parameters, calls, results = model.trainable_parameters(), [0] * LAYERS, []
+    for number, site in model._sites.items():
+        site.register_forward_hook(
+            lambda *_, number=number: calls.__setitem__(number - 1, calls[number - 1] + 1)
+        )
+    for on in (False, True):
+        if asked == "of the model":
+            model.gradient_checkpointing = on
+        elif on:
+            model.base.gradient_checkpointing_enable()
+        torch.manual_seed(seed)  # of the dropout
+        calls[:] = [0] * LAYERS
+        logits = [model(*each) for each in inputs[: 1 if freeze else 2]]
+        passes = len(logits)
+        gradients = torch.autograd.grad(sum(y.logsumexp(-1).sum() for y in logits), parameters)
+        assert calls == ([2 * passes - 1, 2 * passes, 0, 2 * passes] if on else [passes, passes, 0, passes])
+        results.append((*logits, *gradients))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_decoding_keeps_its_cache_where_layers_are_recomputed(seed: int) -> None:
+    """The base's own way would take it away in training mode."""
+    model = fitted(base_model("Llama, grouped heads").double())
+    model.base.gradient_checkpointing_enable()
+    x, neighbours = random_input()
+    cache = model.train().new_cache(2)
+    parts = [model.decode(x[:, :3], cache), model.decode(x[:, 3:], cache, neighbours)]
+    torch.testing.assert_close(torch.cat(parts, 1), model.eval()(x, neighbours))
+    assert model.base.is_gradient_checkpointing  # as it was
+
+
 def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
     """With pad_id, tokens, neighbours and logits call the base's end of text 0, and its 0 pad_id."""
     base, end = base_model(), 57
@@ -221,6 +264,74 @@ def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
     assert torch.equal(model(x, neighbours), plain(order[x], theirs)[..., order])
     assert torch.equal(model(x), base(order[x]).logits[..., order])
     model(x, neighbours).sum().backward()
+
+
+@all_kinds
+def test_token_before_every_text(seed: int, kind: str) -> None:
+    """The base reads it, and chunks, neighbours, logits and caches do not count it."""
+    base, bos, end = base_model(kind).double(), 5, 57
+    model = fitted(base, bos_id=bos, pad_id=end)
+    x, neighbours = random_input(22)
+    x[x == end] = 1
+    lead = torch.full((2, 1), bos)
+    off = base(torch.cat((lead, x), 1)).logits[:, 1:]
+    off[..., [0, end]] = off[..., [end, 0]]
+    assert torch.equal(model(x), off)
+    whole = model(x, neighbours)
+    assert torch.equal(whole[:, : M - 1], off[:, : M - 1])
+    assert not torch.isclose(whole[:, M - 1], off[:, M - 1], rtol=0, atol=1e-12).all(-1).any()
+    changed = x.clone()
+    changed[:, 9] = changed[:, 9] % (end - 1) + 1
+    torch.testing.assert_close(model(changed, neighbours)[:, :9], whole[:, :9])
+    assert torch.equal(model(x, neighbours, attention_mask=torch.ones_like(x, dtype=torch.bool)), whole)
+    for split in ([22], [1] * 22, [3, 1, 6, 12]):
+        cache, parts, start = model.new_cache(2), [], 0
+        for count in split:
+            found = NeighbourBatch(*(y[:, start // M : (start + count) // M] for y in neighbours[:2]))
+            parts.append(model.decode(x[:, start : start + count], cache, found))
+            start += count
+        torch.testing.assert_close(torch.cat(parts, 1), whole)
+    x[0, 0] = 0  # the end of the text before: what follows is the beginning
+    first = base(lead).logits[0, 0]
+    first[[0, end]] = first[[end, 0]]
+    torch.testing.assert_close(model(x)[0, 0], first)
+    torch.testing.assert_close(model.decode(x[:1, :1], model.new_cache(1))[0, 0], first)
+    torch.testing.assert_close(model(x)[1], off[1])
+    model(x, neighbours).sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama, grouped heads", "Gemma2, norm behind attention"])
+def test_what_is_added_may_be_wider(seed: int, tmp_path: Path, kind: str) -> None:
+    """A base in bfloat16 and float32 beside it, with autocast and without, saved and loaded; the base's positions
+    keep their precision."""
+    base_model(kind).save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path / "base", dtype=torch.bfloat16)
+    model = fitted(base)
+    model.added.float(), model.encoder.float()
+    x, neighbours = random_input()
+    model.save_pretrained(tmp_path / "fitted")
+    again = RetroFitted.from_pretrained(tmp_path / "fitted")
+    given = RetroFitted.from_pretrained(
+        tmp_path / "fitted", base=load(tmp_path / "base", dtype=torch.bfloat16)
+    )
+    narrow = RetroFitted.from_pretrained(tmp_path / "fitted", dtype=torch.bfloat16)
+    cast = RetroFitted.from_pretrained(
+        tmp_path / "fitted", base=load(tmp_path / "base"), dtype=torch.bfloat16
+    )
+    assert {p.dtype for p in (*narrow.parameters(), *cast.parameters())} == {torch.bfloat16}
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            on, off = model(x, neighbours), base(x).logits
+            assert on.dtype == off.dtype == torch.bfloat16 and not torch.equal(on, off)
+            for other in (again, given):
+                assert torch.equal(other(x, neighbours), on)
+            for other in (again, given, narrow, cast):
+                assert torch.equal(other(x), off)
+                assert other(x, neighbours).isfinite().all()
+            assert model.decode(x, model.new_cache(2), neighbours).dtype == torch.bfloat16
+    model(x, neighbours).float().logsumexp(-1).sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in model.trainable_parameters())
 
 
 def test_padding(seed: int) -> None:
@@ -257,6 +368,49 @@ def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
     )
     assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
     given(x, neighbours)
+
+
+def test_a_trained_base_is_written_even_if_it_is_frozen_by_then(seed: int, tmp_path: Path) -> None:
+    base_model().save_pretrained(tmp_path / "base model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base model")
+    model = fitted(base, freeze=False, bos_id=7)
+    torch.nn.init.normal_(base.transformer.h[1].mlp.c_fc.weight)
+    base.requires_grad_(False)
+    x, neighbours = random_input()
+    for turn in range(2):
+        model.save_pretrained(tmp_path / f"fitted {turn}")
+        model = RetroFitted.from_pretrained(tmp_path / f"fitted {turn}")
+        assert not model.frozen and model.bos_id == 7
+        assert torch.equal(model(x), base(F.pad(x, (1, 0), value=7)).logits[:, 1:])
+    (tmp_path / "fitted 1" / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="the base was trained as well"):
+        RetroFitted.from_pretrained(tmp_path / "fitted 1")
+    assert not RetroFitted.from_pretrained(tmp_path / "fitted 1", base=tmp_path / "elsewhere").frozen
+
+
+def test_a_frozen_base_takes_no_other_ones_place(seed: int, tmp_path: Path) -> None:
+    """Saved where a trained base lies: that goes. But the folder that the base came from stays, whatever its name."""
+    base_model().save_pretrained(tmp_path / "original")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    trained = fitted(load(tmp_path / "original"), freeze=False)
+    torch.nn.init.normal_(trained.base.lm_head.weight)
+    trained.save_pretrained(tmp_path / "run")
+    frozen = fitted(load(tmp_path / "original"))
+    frozen.save_pretrained(tmp_path / "run")
+    x, neighbours = random_input()
+    again = RetroFitted.from_pretrained(tmp_path / "run")
+    assert again.frozen and torch.equal(again(x, neighbours), frozen(x, neighbours))
+    assert not (tmp_path / "run" / "base").exists()
+
+    trained.save_pretrained(tmp_path / "run")
+    fitted(load(tmp_path / "run" / "base")).save_pretrained(tmp_path / "run")
+    assert torch.equal(RetroFitted.from_pretrained(tmp_path / "run")(x), trained(x))
+
+    (tmp_path / "original").rename(tmp_path / "base")
+    with pytest.raises(InputError, match="is where the base came from"):
+        fitted(load(tmp_path / "base"), freeze=False).save_pretrained(tmp_path)
+    fitted(load(tmp_path / "base")).save_pretrained(tmp_path)
+    assert (tmp_path / "base").is_dir()
 
 
 def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
@@ -311,9 +465,8 @@ def test_refuses(seed: int) -> None:
         model(x[:1], neighbours)
     with pytest.raises(InputError, match="complete 3"):
         model.decode(x, model.new_cache(2), neighbours._replace(tokens=neighbours.tokens[:, :2]))
-    base.gradient_checkpointing_enable()
-    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
-        model.train()(x, neighbours)
+    with pytest.raises(InputError, match="bos_id is 61; it must be an id of the base, 0 to 60"):
+        fitted(base, bos_id=V)
 
 
 def test_default_layers() -> None:
