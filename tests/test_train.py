@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from retro_kernels.data.corpus import Document
 from retro_kernels.data.packing import IGNORE, Packed, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
-from retro_kernels.nn import Retro
+from retro_kernels.nn import Retro, attention
 from retro_kernels.ops import NeighbourBatch
 from retro_kernels.retrieval import Retriever
 from retro_kernels.runs import Interrupted, checkpoints, load_state
@@ -540,6 +541,25 @@ def test_a_start_anew_leaves_nothing_of_an_attempt_without_checkpoint(world: Wor
     small = tmp_path / "small.txt"
     small.write_text("hello world")
     assert run("train", "--data", small, "--out", tmp_path / "s", "--steps", 1, *PLAIN) == 0
+
+
+def test_compiled_steps_are_the_same(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced whole, with sequences longer than the rows of logits that exist at one time."""
+    traced: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        traced.append(graph)
+        return graph.forward  # without a compiler, which would take a minute
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(attention, "_ROWS", SEQUENCE // 4)
+    torch._dynamo.reset()
+    for name, words in (("eager", []), ("compiled", ["--compile"])):
+        given = ["--data", world.train, "--set", world.set, "--out", tmp_path / name, *MODEL, *words]
+        assert run("train", *given, "--steps", 2, "--log-every", 1) == 0
+        assert bool(traced) == bool(words)
+    eager, compiled = (losses(tmp_path / name) for name in ("eager", "compiled"))
+    assert compiled == [(step, pytest.approx(loss, rel=1e-3)) for step, loss in eager]
 
 
 def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import timing
 import torch
 from torch import nn
 
 from retro_kernels import InputError, Retro, RetroConfig, preset
 from retro_kernels.nn import NeighbourEncoder
+from retro_kernels.nn import attention as attention_module
 from retro_kernels.ops import NeighbourBatch
 
 from .helpers import TINY, random_neighbours, tiny_model
@@ -179,7 +181,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(seed: int) -> None:
     inner = [layer.ffn for layer in (*model.layers, *model.encoder.layers)]
     calls: list[torch.nn.Module] = []
     for module in inner:
-        module.register_forward_hook(lambda module, *_: calls.append(module))
+        module.register_forward_pre_hook(lambda module, _: calls.append(module))
     results, kept = [], []
     for model.gradient_checkpointing in (False, True):
         calls.clear()
