@@ -183,6 +183,22 @@ def _add_set(parser: _Parser, *, required: bool, help: str) -> None:
     parser.add_argument("--set", required=required, metavar="SET", help=help)
 
 
+def _add_run(parser: _Parser) -> None:
+    parser.add_argument("--run", required=True, dest="model", metavar="RUN", help="trained model")
+    parser.add_argument(
+        "--base", metavar="FOLDER", help="where the pretrained model lies now that the run was made from"
+    )
+
+
+def _run(args: argparse.Namespace) -> Any:
+    """What `_add_run` reads, for `evaluate` and `generate`."""
+    if args.base is None:
+        return args.model
+    from .runs import load_run, pick_device
+
+    return load_run(args.model, pick_device(args.device), base=args.base)
+
+
 def _add_device(parser: _Parser, default: str | None = "auto") -> None:
     parser.add_argument(
         "--device", default=default, metavar="D", help="cpu, cuda, cuda:1; default: a GPU where there is one"
@@ -325,7 +341,7 @@ def _field_comments() -> dict[str, str]:
 
 
 def _add_eval(parser: _Parser) -> None:
-    parser.add_argument("--run", required=True, dest="model", metavar="RUN", help="trained model")
+    _add_run(parser)
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="held-out text")
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
@@ -353,7 +369,7 @@ def _add_eval(parser: _Parser) -> None:
 
 def _add_generate(parser: _Parser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
-    parser.add_argument("--run", required=True, dest="model", metavar="RUN", help="trained model")
+    _add_run(parser)
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("--max-tokens", type=_COUNT, default=200, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
@@ -537,7 +553,7 @@ def _eval(args: argparse.Namespace) -> None:
     from .evaluate import evaluate, table
 
     result = evaluate(
-        args.model,
+        _run(args),
         args.data,
         set=args.set,
         num_neighbours=args.k,
@@ -566,7 +582,7 @@ def _generate(args: argparse.Namespace) -> None:
         shown.append(text)
 
     result = generate(
-        args.model,
+        _run(args),
         prompt,
         set=args.set,
         max_tokens=args.max_tokens,

@@ -115,7 +115,7 @@ def evaluate(
             f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
             "and the stride at most the window."
         )
-    longest = longest_sequence(model.base) if isinstance(model, RetroFitted) else window
+    longest = longest_sequence(model.base, model.bos_id) if isinstance(model, RetroFitted) else window
     if window > longest:
         raise InputError(
             f"eval: window is {window}; the pretrained model was made for at most {longest} tokens."

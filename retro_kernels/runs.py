@@ -58,13 +58,21 @@ class Run:
         return int(self.settings["config"]["num_neighbours"])
 
 
-def load_run(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Run:
-    """Opens the folder that `train` wrote. Raises InputError where it is none, or is damaged."""
+def load_run(
+    folder: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    *,
+    base: str | os.PathLike[str] | None = None,
+) -> Run:
+    """Opens the folder that `train` wrote. `base`: where the pretrained model lies now that retrieval was added to.
+    Raises InputError where the folder is no run, or is damaged, or where it has no such model."""
     folder = Path(folder)
     settings = read_settings(folder)
     model: Retro | RetroFitted
     if RetroFitted.is_saved_in(folder):
-        model = RetroFitted.from_pretrained(folder, device=device)
+        model = RetroFitted.from_pretrained(folder, base=base, device=device)
+    elif base is not None:
+        raise InputError(f"{folder} was not made from a model of transformers; leave out base ({base}).")
     else:
         model = Retro.from_pretrained(folder, device=device)
     tokenizer = Tokenizer(folder / TOKENIZER)

@@ -534,7 +534,7 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
             f"retrofit: {folder} has another tokenizer than {config.set}. Build the set with --tokenizer {files[0]}."
         )
     base = load_base(folder, torch.float32)
-    longest = longest_sequence(base)
+    longest = longest_sequence(base, tokenizer.file_bos_id)
     if config.sequence_length > longest:
         raise InputError(
             f"train: sequence_length is {config.sequence_length}; {folder} was made for at most {longest} tokens."
@@ -545,7 +545,7 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
             f"retrofit: {useless} are those of the model in {folder}; leave them out of --model."
         )
     fixed = {"chunk_size": chunk_size, "neighbour_len": 2 * chunk_size, "pad_id": tokenizer.file_pad_id}
-    return RetroFitted(base, **{**given, **_fixed(given, f"by the set {config.set}", **fixed)})
+    return RetroFitted(base, bos_id=tokenizer.file_bos_id, **{**given, **_fixed(given, f"by the set {config.set}", **fixed)})
 
 
 _RETROFIT_FIELDS = (

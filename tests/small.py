@@ -63,8 +63,9 @@ def _word(rng: random.Random) -> str:
     )
 
 
-def pretrained(folder: Path, texts: Path) -> Path:
-    """A folder as one is downloaded: model and tokenizer.json, with more rows in the table than tokens."""
+def pretrained(folder: Path, texts: Path, begins: bool = False) -> Path:
+    """A folder as one is downloaded: model and tokenizer.json, with more rows in the table than tokens. `begins`: a
+    model of Llama's kind, whose texts have a token before them."""
     import tokenizers
     import transformers
 
@@ -73,13 +74,29 @@ def pretrained(folder: Path, texts: Path) -> Path:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train([str(path) for path in sorted(texts.iterdir())], trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", *["<|begin|>"][:begins]])
+    if begins:
+        ids = [("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+        template = tokenizers.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=ids)
+        tokenizer.post_processor = template
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     end = tokenizer.token_to_id("<|endoftext|>")
     config = transformers.GPT2Config(
         vocab_size=416, n_embd=32, n_layer=2, n_head=2, n_positions=128, bos_token_id=end, eos_token_id=end
     )
+    if begins:
+        config = transformers.LlamaConfig(
+            vocab_size=416,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            max_position_embeddings=128,
+            bos_token_id=end + 1,
+            eos_token_id=end,
+        )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 

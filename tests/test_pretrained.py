@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 @pytest.fixture(scope="module")
 def pretrained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.pretrained(tmp_path_factory.mktemp("pretrained"), world.train)
+    return small.pretrained(tmp_path_factory.mktemp("pretrained"), world.train, begins=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +62,19 @@ def train(world: World, set: Path, pretrained: Path, out: Path, *words: object) 
 
 
 def test_set_and_run(world: World, pretrained: Path, fitted: tuple[Path, Path], seed: int) -> None:
-    """Ids are those of the file but for two; off is the base, in its own ids; what was added is trained."""
+    """Ids are those of the file but for two; off is the base, in its own ids and with its token before the text; what
+    was added is trained."""
     retriever, loaded = Retriever.from_pretrained(fitted[0]), load_run(fitted[1])
     tokenizer = Tokenizer(pretrained / "tokenizer.json")
     assert retriever.tokenizer.fingerprint == loaded.tokenizer.fingerprint == tokenizer.fingerprint
-    assert retriever.tokenizer.file_pad_id == loaded.model.config.pad_id == tokenizer.vocab_size - 1
+    assert retriever.tokenizer.file_pad_id == loaded.model.config.pad_id == tokenizer.vocab_size - 2
+    assert retriever.tokenizer.file_bos_id == loaded.model.bos_id == tokenizer.vocab_size - 1
     assert isinstance(loaded.model, RetroFitted) and loaded.model.config.vocab_size == 416
     base = transformers.AutoModelForCausalLM.from_pretrained(pretrained)
     theirs = tokenizers.Tokenizer.from_file(str(pretrained / "tokenizer.json")).encode("naïve! ka lo mi").ids
     ours = torch.tensor([tokenizer.encode("naïve! ka lo mi")])
-    logits = base(torch.tensor([theirs])).logits
+    assert theirs[0] == tokenizer.file_bos_id and len(theirs) == 1 + ours.shape[1]
+    logits = base(torch.tensor([theirs])).logits[:, 1:]
     assert torch.equal(loaded.model(ours)[..., 1:399], logits[..., 1:399])
     assert torch.equal(loaded.model(ours)[..., 0], logits[..., tokenizer.file_pad_id])
     assert all(layer["cca"].o_proj.weight.abs().sum() > 0 for layer in loaded.model.added.values())
@@ -84,6 +89,32 @@ def test_evaluation_and_generation(world: World, fitted: tuple[Path, Path]) -> N
     made = [generate(fitted[1], "ka lo mi " * 12, max_tokens=40, seed=5, ignore_end=True) for _ in range(2)]
     assert made[0]["text"] == made[1]["text"] and made[0]["tokens"] == 40
     assert len(made[0]["chunks"]) > 1 and made[0]["chunks"][0]["neighbours"]
+
+
+def test_a_base_that_has_moved(
+    world: World,
+    pretrained: Path,
+    fitted: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Run and base on another machine: eval and generate are told where the base lies."""
+    moved = tmp_path / "run"
+    shutil.copytree(fitted[1], moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["base"]["source"] = str(tmp_path / "nowhere")
+    (moved / "config.json").write_text(json.dumps(config))
+    generating = ["generate", "ka lo", "--max-tokens", 2, "--device", "cpu"]
+    evaluating = ["eval", "--data", world.held_out, "--device", "cpu"]
+    for words in (generating, evaluating):
+        assert run(*words, "--run", moved) == 2
+        assert "--base" in capsys.readouterr().err
+        assert run(*words, "--run", moved, "--base", pretrained) == 0
+        there = capsys.readouterr().out
+        assert run(*words, "--run", fitted[1]) == 0
+        assert capsys.readouterr().out.replace(str(fitted[1]), str(moved)) == there
+    assert run(*generating, "--run", world.run, "--base", pretrained) == 2
+    assert "was not made from a model of transformers" in capsys.readouterr().err
 
 
 def test_resumed_is_not_interrupted(
@@ -115,7 +146,7 @@ def test_what_does_not_fit(
     for words, message in [
         (["--unfreeze"], "unfreeze is not possible"),
         (["--compile"], "compile is not possible"),
-        (["--sequence-length", 256], "at most 128 tokens"),
+        (["--sequence-length", 128], "at most 127 tokens"),  # and one before them
         (["--model", "chunk_size=32"], f"chunk_size=32, but it is {CHUNK}, fixed by the set"),
         (["--model", "pad_id=3"], "pad_id=3, but it is 399"),
         (["--model", "ffn_dim=64"], "['ffn_dim'] are those of the model in"),
@@ -127,8 +158,8 @@ def test_what_does_not_fit(
     assert "has another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "r" / "model.safetensors").exists()
     with pytest.raises(
-        InputError, match="window is 256; the pretrained model was made for at most 128 tokens"
+        InputError, match="window is 128; the pretrained model was made for at most 127 tokens"
     ):
-        evaluate(fitted[1], [world.held_out], window=256, progress=False)
+        evaluate(fitted[1], [world.held_out], window=128, progress=False)
     with pytest.raises(InputError, match="base"):
         RetroFitted.from_pretrained(world.run)

@@ -59,7 +59,9 @@ class Tokenizer:
     fallback, no normalisation, white space kept), and refused with an InputError that names the broken one otherwise.
 
     A tokenizer.json has 0 exchanged with `file_pad_id`, the id that its end-of-text token has in the file (0: the
-    ids are those of the file). A model that goes by the file's ids needs to know: `RetroFitted(…, pad_id=file_pad_id)`.
+    ids are those of the file); `file_bos_id` is the token that it has put before every text, which is not done here
+    (None: there is none). A model that goes by the file's ids needs to know both: `RetroFitted(base,
+    pad_id=file_pad_id, bos_id=file_bos_id)`.
     """
 
     pad_id = 0
@@ -85,6 +87,7 @@ class Tokenizer:
         self._source = source
         self._pieces = self._backend.pieces
         self.file_pad_id = self._backend.file_pad_id
+        self.file_bos_id = self._backend.file_bos_id
         self.vocab_size: int = len(self._pieces)
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int32)
@@ -222,7 +225,7 @@ class Tokenizer:
 class _SentencePiece:
     """The backend of a `Tokenizer`: `pieces`, the bytes of each id (none for special ones), and `encode`."""
 
-    file_pad_id = 0
+    file_pad_id, file_bos_id = 0, None
     special_text = ""  # the probe spells them already
 
     def __init__(self, model: bytes, source: str) -> None:

@@ -37,6 +37,7 @@ class TokenizerJson:
             values = json.loads(model)
             added = values["added_tokens"]
             self._falls_back = values["model"].get("byte_fallback", False)
+            self.file_bos_id = _before_text(values.get("post_processor"))
             values |= {"normalizer": self._normalizer(), "post_processor": None}
             if (values.get("pre_tokenizer") or {}).get("type") == "Metaspace":
                 values["pre_tokenizer"] |= {"prepend_scheme": "never", "add_prefix_space": False}
@@ -90,6 +91,17 @@ class TokenizerJson:
             ids = self._literal_space if n else []
             ids = ids + self._backend.encode(part, add_special_tokens=False).ids
             yield [self.file_pad_id if i == 0 else i for i in ids] if self.file_pad_id else ids
+
+
+def _before_text(post_processor: dict[str, Any] | None) -> int | None:
+    """The id of the one token that the file has put before every text."""
+    for part in (post_processor or {}).get("processors", [post_processor or {}]):
+        if part.get("type") == "TemplateProcessing":
+            first, *rest = part["single"]
+            if "SpecialToken" in first and rest and "Sequence" in rest[0]:
+                (i,) = part["special_tokens"][first["SpecialToken"]["id"]]["ids"]
+                return i
+    return None
 
 
 def _letters() -> list[str]:

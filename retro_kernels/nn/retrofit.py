@@ -358,9 +358,11 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
         ) from None
 
 
-def longest_sequence(base: Any) -> float:
-    """How many tokens the pretrained model `base` can read at a time, inf where its config sets no limit."""
-    return getattr(_text_config(base), "max_position_embeddings", None) or math.inf
+def longest_sequence(base: Any, bos_id: int | None) -> float:
+    """How many tokens of a text the pretrained model `base` can read at a time, behind the token `bos_id` if there is
+    one; inf where its config sets no limit."""
+    limit = getattr(_text_config(base), "max_position_embeddings", None) or math.inf
+    return limit - (bos_id is not None)
 
 
 def _decoder_layers(base: Any) -> nn.ModuleList:
@@ -372,6 +374,10 @@ def _decoder_layers(base: Any) -> nn.ModuleList:
         )
     if any(parameter.is_meta for parameter in base.parameters()):
         raise InputError("RetroFitted: the base has no weights yet (meta device). Load them first.")
+    if len(devices := {str(parameter.device) for parameter in base.parameters()}) > 1:
+        raise InputError(
+            f"RetroFitted: the base stands on {', '.join(sorted(devices))}; move it to one device."
+        )
     wanted = getattr(_text_config(base), "num_hidden_layers", None)
     lists = {name: part for name, part in base.named_modules() if isinstance(part, nn.ModuleList)}
     fitting = [name for name, part in lists.items() if len(part) == wanted]
@@ -486,6 +492,7 @@ def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
                     calls[number].append(_Call(module, _first(args, kwargs), _first(output)))
 
                 hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
+        hooks.enter_context(torch.autocast(device.type, enabled=False))  # sums are compared to the last bit
         base.eval()
         try:
             base(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)

@@ -134,6 +134,30 @@ def test_other_tokens_of_the_file(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("a        <tool></s>")) == "a        <tool></s>"
 
 
+def test_a_token_before_every_text_is_named_but_not_put_there(seed: int, tmp_path: Path) -> None:
+    backend = made(tmp_path / "t.json", special=("<|begin|>", "<|endoftext|>"))
+    plain = Tokenizer(tmp_path / "t.json")
+    assert plain.file_bos_id is None
+    byte_level = tokenizers.processors.ByteLevel(trim_offsets=False)
+    ids = [(name, backend.token_to_id(name)) for name in ("<|begin|>", "<|endoftext|>")]
+    before, behind = (
+        tokenizers.processors.TemplateProcessing(single=single, special_tokens=ids)
+        for single in ("<|begin|> $A", "$A <|endoftext|>")
+    )
+    for processor, named in [
+        (byte_level, False),
+        (behind, False),
+        (before, True),
+        (tokenizers.processors.Sequence([byte_level, before]), True),
+    ]:
+        backend.post_processor = processor
+        backend.save(str(tmp_path / "t.json"))
+        tokenizer = Tokenizer(tmp_path / "t.json")
+        assert (backend.encode("a").ids[0] == ids[0][1]) == named
+        assert tokenizer.file_bos_id == (ids[0][1] if named else None)
+        assert tokenizer.encode(WORDS) == plain.encode(WORDS)
+
+
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     def refused(match: str) -> None:
         with pytest.raises(InputError, match=match):
