@@ -195,10 +195,8 @@ class RetroFitted(Retrieving):
                 shutil.rmtree(staged, ignore_errors=True)
         about = {**description, "frozen": frozen, "bos_id": self.bos_id}
         saving.save(self._added_weights(), {"base": about, "added": self.config.to_dict()}, folder)
-        if (
-            frozen and owned and str(own.resolve()) != description["source"]
-        ):  # of another model, saved here before
-            shutil.rmtree(own, ignore_errors=True)
+        if frozen and owned and str(own.resolve()) != description["source"]:
+            shutil.rmtree(own, ignore_errors=True)  # of another model that was saved here before
 
     @classmethod
     def from_pretrained(
@@ -299,21 +297,24 @@ class RetroFitted(Retrieving):
                 adds = contribution if number in self._sites else None
                 if adds is None and not recompute:
                     continue
-                run = self._wrapped(number, adds, lead)
+                run = self._wrapped(number, adds, lead, base_asks)
                 # in the first layer with CCA the encoder runs, and the layers after it share its result
                 if recompute and (adds is None or number != self.config.cca_layers[0]):
                     run = functools.partial(checkpoint, run, use_reentrant=False)
                 wrapped.enter_context(_replaced(layer, "forward", run))
             yield
 
-    def _wrapped(self, number: int, contribution: _Contribution | None, lead: int) -> Callable[..., Any]:
+    def _wrapped(
+        self, number: int, contribution: _Contribution | None, lead: int, base_asks: bool
+    ) -> Callable[..., Any]:
         """The forward pass of layer `number` and what is to be added, now and when it is recomputed."""
         layer = self._layers[number]
         forward = layer.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with contextlib.ExitStack() as during:
-                during.enter_context(_not_recomputing(layer))
+                if base_asks:
+                    during.enter_context(_not_recomputing(layer))
                 if contribution is not None:
                     add = functools.partial(self._added, number, contribution, lead, _first(args, kwargs))
                     during.callback(self._sites[number].register_forward_hook(add).remove)
