@@ -545,7 +545,9 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
             f"retrofit: {useless} are those of the model in {folder}; leave them out of --model."
         )
     fixed = {"chunk_size": chunk_size, "neighbour_len": 2 * chunk_size, "pad_id": tokenizer.file_pad_id}
-    return RetroFitted(base, bos_id=tokenizer.file_bos_id, **{**given, **_fixed(given, f"by the set {config.set}", **fixed)})
+    return RetroFitted(
+        base, bos_id=tokenizer.file_bos_id, **{**given, **_fixed(given, f"by the set {config.set}", **fixed)}
+    )
 
 
 _RETROFIT_FIELDS = (
