@@ -25,6 +25,7 @@ import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -175,11 +176,17 @@ class Index:
         return cls(searcher, factory, dim)
 
     @classmethod
-    def open(cls, store: ChunkStore | str | os.PathLike[str], *, device: Any = None) -> Index:
+    def open(
+        cls, store: ChunkStore | str | os.PathLike[str], *, device: Any = None, or_cpu: bool = False
+    ) -> Index:
         """The index of a retrieval set, on `device` (default CPU).
 
+        or_cpu: where this index, or this FAISS, cannot run on that GPU, it is searched on the CPU, and a warning says
+            so and why.
+
         The checksum of an index file is compared before FAISS parses it, since a damaged file can make it crash.
-        Raises InputError where file and manifest do not fit, or where this kind of index cannot run on a GPU.
+        Raises InputError where file and manifest do not fit, or where this kind of index cannot run on a GPU,
+        ImportError where FAISS is missing, or has no GPUs.
         """
         if not isinstance(store, ChunkStore):
             store = ChunkStore.open(store)
@@ -195,7 +202,7 @@ class Index:
         require_faiss()
         check_checksum(store.path, INDEX, entry)
         device = numbered(device)
-        searcher = _FaissSearcher.read(store.path / INDEX, device)
+        searcher = _FaissSearcher.read(store.path / INDEX, factory, device, or_cpu)
         if searcher.index.d != dim or searcher.size != store.num_chunks or not searcher.is_l2:
             found = f"{searcher.size:,} vectors of {searcher.index.d}"
             raise InputError(
@@ -497,6 +504,10 @@ class _FaissSearcher:
             raise ImportError(f"The index {factory} on {device} needs FAISS with GPUs. {_MISSING}")
         resources, number = _gpu_resources(device), _device_number(device)
         if hasattr(faiss, "IndexHNSWCagra") and isinstance(index, faiss.IndexHNSWCagra):
+            if not hasattr(faiss, "GpuIndexCagra"):
+                raise InputError(
+                    f"The index {factory} cannot run on a GPU (this FAISS is built without cuVS). Search it on the CPU."
+                )
             cagra = faiss.GpuIndexCagra(resources, index.d, faiss.METRIC_L2, _cagra_config(number))
             cagra.copyFrom(index)
             searcher = _CagraSearcher(cagra, device, resources)
@@ -513,7 +524,7 @@ class _FaissSearcher:
             ) from None
 
     @classmethod
-    def read(cls, path: Path, device: torch.device) -> _FaissSearcher:
+    def read(cls, path: Path, factory: str, device: torch.device, or_cpu: bool = False) -> _FaissSearcher:
         faiss = require_faiss()
         try:
             index = faiss.read_index(str(path))
@@ -522,7 +533,16 @@ class _FaissSearcher:
             raise InputError(
                 f"{path} is no index that this FAISS {version} reads: {_reason(error)}"
             ) from None
-        return cls.on_device(index, path.name, device)
+        try:
+            return cls.on_device(index, factory, device)
+        except (InputError, ImportError) as error:
+            if not or_cpu:
+                raise
+            warnings.warn(
+                f"{path} is searched on the CPU, the rest stays on {device}: {str(error).split('. ')[0]}.",
+                stacklevel=2,
+            )
+            return cls(index, torch.device("cpu"))
 
     def add(self, vectors: np.ndarray) -> None:
         self.index.add(np.ascontiguousarray(vectors, dtype=np.float32))
@@ -537,8 +557,7 @@ class _FaissSearcher:
             faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()),
         )
         if self.device.type != "cuda":
-            # FAISS 1.15 leaves BLAS below 128,000 / dim queries; it pays from 6 queries on (measured at 50,000 x 384)
-            faiss.cvar.distance_compute_blas_threshold = 6 * self.index.d
+            faiss.cvar.distance_compute_blas_threshold = _blas_threshold(faiss.__version__, self.index.d)
             self.index.search_c(len(queries), address[0], k, address[1], address[2])
             return distances, ids
         if k > _GPU_MAX_K:
@@ -629,6 +648,13 @@ class _CagraSearcher(_FaissSearcher):
         graph = require_faiss().IndexHNSWCagra()
         self.index.copyTo(graph)
         return graph
+
+
+def _blas_threshold(version: str, dim: int) -> int:
+    """FAISS leaves BLAS below 20 queries, since 1.15 below 128,000 / dim of them, and since then counts queries times
+    dim. It pays from 6 queries on (measured at 50,000 x 384)."""
+    numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
+    return 6 * dim if numbers >= [1, 15] else 6
 
 
 def _cagra_config(number: int) -> Any:

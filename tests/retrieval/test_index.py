@@ -341,3 +341,58 @@ def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert numbered("cuda") == torch.device("cuda:1") == numbered(torch.device("cuda"))
     assert numbered("cuda:0") == torch.device("cuda:0") and numbered(None) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("why", ["FAISS without GPUs", "a kind that no GPU has", "cuVS is missing"])
+def test_what_cannot_run_on_a_gpu_is_searched_on_the_cpu_where_that_is_allowed(
+    why, tmp_path, seed, monkeypatch
+):
+    build(documents(seed), tmp_path / "set", index="IVF2,SQ8")
+    monkeypatch.setattr(index_module, "_has_gpu_faiss", lambda: why != "FAISS without GPUs")
+    monkeypatch.setattr(index_module, "_gpu_resources", lambda device: None)
+    monkeypatch.setattr(index_module, "_device_number", lambda device: 0)
+    if why == "cuVS is missing":
+        monkeypatch.setattr(faiss, "IndexHNSWCagra", faiss.IndexIVF, raising=False)
+        monkeypatch.delattr(faiss, "GpuIndexCagra", raising=False)
+
+    def refuse(*_):
+        raise RuntimeError(
+            "Error in file.cpp:12: Error: 'false' failed: not implemented for this kind of Index"
+        )
+
+    monkeypatch.setattr(faiss, "GpuClonerOptions", lambda: type("Options", (), {})(), raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", refuse, raising=False)
+    with pytest.raises((InputError, ImportError), match="IVF2,SQ8"):
+        Index.open(tmp_path / "set", device="cuda")
+    said = {"FAISS without GPUs": "needs FAISS with GPUs", "cuVS is missing": "without cuVS"}.get(
+        why, "not implemented"
+    )
+    with pytest.warns(UserWarning, match=f"is searched on the CPU, the rest stays on cuda.*IVF2,SQ8.*{said}"):
+        index = Index.open(tmp_path / "set", device="cuda", or_cpu=True)
+    assert index.device.type == "cpu"
+    store = ChunkStore.open(tmp_path / "set")
+    on_cpu = Index.open(store)
+    for a, b in zip(
+        index.search(store.embeddings[:9], 3), on_cpu.search(store.embeddings[:9], 3), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("version", "threshold"),
+    [
+        ("1.12.0", 6),
+        ("1.14.3", 6),
+        ("1.14.1.post1", 6),
+        ("1.9", 6),
+        ("1.15.0", 2304),
+        ("1.15.1", 2304),
+        ("2.0.0", 2304),
+    ],
+)
+def test_blas_is_used_from_six_queries_on_in_every_faiss(version, threshold, seed, monkeypatch):
+    vectors = np.random.default_rng(seed).standard_normal((50, 384)).astype(np.float16)
+    index = Index.build(vectors, "Flat")
+    monkeypatch.setattr(faiss, "__version__", version)
+    index.search(vectors[:2], 1)
+    assert faiss.cvar.distance_compute_blas_threshold == threshold
