@@ -27,8 +27,11 @@ from retro_kernels.retrieval.store import ChunkStore
 
 WIDEST_FETCH = 2048  # FAISS on the GPU returns no more; beyond it a row is cheaper compared with everything
 _GROWTH = 4
-_FIRST_EXTRA = 48  # on real text k = 2 and a fetch of 50 fills 99.8 % of the rows, 13 fills 84 %
-_SCAN_ROWS = 1 << 16
+# The same for every k up to 16, since an index that refines or walks a graph finds others where more is asked for. On
+# real text k = 2 and a fetch of 50 fills 99.8 % of the rows, 13 fills 84 %.
+_FIRST_FETCH = 64
+_SCAN_ROWS = 1 << 16  # chunks compared at a time …
+_SCAN_QUERIES = 256  # … with this many queries: 64 MiB of distances
 _PENDING_ELEMENTS = 1 << 24  # candidates in flight while widening
 
 
@@ -175,11 +178,13 @@ def search_excluding(
     scan: Scan | None,
     stats: Stats | None = None,
     max_fetch: int = WIDEST_FETCH,
+    waits: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The first k candidates of each query that are of no excluded document, [num_queries, k].
 
     candidates(rows, fetch): distances and ids [n, fetch], ascending, of the queries `rows` (None = all).
     scan(rows, k): the k best admissible ones for certain, dearer. None: a row ends where `candidates` ends.
+    waits: candidates are found on the host, whatever device they are given on.
 
     Where the first fetch covers the largest documents that could be excluded, a GPU is never waited for; else once, to
     learn which rows ran short.
@@ -187,10 +192,9 @@ def search_excluding(
     stats = stats if stats is not None else Stats()
     most = k if exclude is None else k + exclude.shape[1] * documents.longest
     most = min(most, documents.num_chunks)
-    without_waiting = documents.document_ids.is_cuda and most <= WIDEST_FETCH
-    fetch = min(most, max_fetch)
-    if exclude is not None and not without_waiting:
-        fetch = min(fetch, max(_GROWTH * k, k + _FIRST_EXTRA))
+    without_waiting = documents.document_ids.is_cuda and not waits and most <= WIDEST_FETCH
+    fetch = most if exclude is None or without_waiting else max(_GROWTH * k, _FIRST_FETCH)
+    fetch = min(fetch, documents.num_chunks, max_fetch)
     with stats.time("search"):
         distances, ids = candidates(None, max(fetch, 1))
     with stats.time("filter"):
@@ -229,22 +233,28 @@ def scan_exact(
     """The k nearest chunks of no excluded document by comparing with all of them: [Q, k].
 
     keys float32 [Q, D]; embeddings [C, D], a tensor or a (memory-mapped) array read block by block.
-    Distances are squared L2, or the negative inner product.
+    Distances are squared L2, or the negative inner product. Memory does not grow with Q or C but for the results.
     """
     best, best_ids = unfilled(keys.shape[0], k, keys.device)
-    norms = keys.square().sum(1, keepdim=True)
+    excluded = [] if exclude is None else exclude.unbind(1)
     for start in range(0, documents.num_chunks, _SCAN_ROWS):
         rows = embeddings[start : start + _SCAN_ROWS]
         as_tensor = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
         block = as_tensor.to(keys.device, torch.float32)
-        dots = keys @ block.T
-        d = -dots if inner_product else (norms + block.square().sum(1) - 2 * dots).clamp_(min=0)
-        ids = torch.arange(start, start + block.shape[0], device=keys.device).expand(d.shape)
-        d = d.masked_fill(~documents.allowed(ids, exclude), torch.inf)
-        d, column = d.topk(min(k, d.shape[1]), largest=False)
-        d, ids = torch.cat([best, d], 1), torch.cat([best_ids, column + start], 1)
-        best, column = d.sort(dim=1, stable=True)
-        best, best_ids = best[:, :k], ids.gather(1, column[:, :k])
+        owners, squares = documents.document_ids[start : start + len(block)], block.square().sum(1)
+        for first in range(0, len(keys), _SCAN_QUERIES):
+            part = slice(first, first + _SCAN_QUERIES)
+            d = keys[part] @ block.T  # [queries, chunks]
+            if inner_product:
+                d.neg_()
+            else:
+                d.mul_(-2).add_(keys[part].square().sum(1, keepdim=True)).add_(squares).clamp_(min=0)
+            for column in excluded:
+                d.masked_fill_(owners == column[part, None], torch.inf)
+            d, place = d.topk(min(k, d.shape[1]), largest=False)
+            d, ids = torch.cat([best[part], d], 1), torch.cat([best_ids[part], place + start], 1)
+            d, order = d.sort(dim=1, stable=True)
+            best[part], best_ids[part] = d[:, :k], ids.gather(1, order[:, :k])
     return best, best_ids.masked_fill(best.isinf(), -1)
 
 
@@ -342,7 +352,10 @@ class DenseSearcher:
                 inner_product=self.inner_product,
             )
 
-        return search_excluding(candidates, documents, keys.shape[0], k, exclude, scan=scan, stats=self.stats)
+        on_host = self.device.type == "cuda" and getattr(self.index, "device", self.device).type == "cpu"
+        return search_excluding(
+            candidates, documents, keys.shape[0], k, exclude, scan=scan, stats=self.stats, waits=on_host
+        )
 
 
 class InnerProductIndex:

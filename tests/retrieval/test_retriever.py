@@ -7,6 +7,7 @@ import pytest
 import torch
 from retrieval.sets import VOCAB, BagEmbedder, CountingIndex, M, MemoryStore, dense, expected, make_documents
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels.config import InputError
 from retro_kernels.retrieval.leakage import containment
@@ -356,6 +357,40 @@ def test_scan_is_exact_over_several_blocks(seed: int, monkeypatch: pytest.Monkey
     products = scan_exact(keys, store.embeddings, table, None, 3, inner_product=True)
     want = (keys @ torch.from_numpy(store.embeddings.astype("f4")).T).topk(3)
     torch.testing.assert_close(-products[0], want.values, rtol=1e-4, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+
+def test_scan_of_many_rows_takes_no_more_memory(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retro_kernels.retrieval.search._SCAN_ROWS", 500)
+    monkeypatch.setattr("retro_kernels.retrieval.search._SCAN_QUERIES", 32)
+    store = MemoryStore.of_arrays(
+        np.random.default_rng(seed).integers(1, VOCAB, (1200, M)).astype(np.uint16),
+        np.arange(1200) // 100,
+        BagEmbedder(),
+    )
+    table = DocumentTable(store.document_ids, store.num_documents)
+    keys, exclude = torch.randn(600, 16), torch.randint(-1, 12, (600, 3))
+    with Largest() as largest:
+        distances, ids = scan_exact(keys, store.embeddings, table, exclude, 3)
+    assert largest.elements <= 32 * 500
+    whole = (keys[:, None].double() - torch.from_numpy(store.embeddings.astype("f8"))).square().sum(-1)
+    banned = (torch.from_numpy(store.document_ids) == exclude[..., None]).any(1)
+    want = whole.masked_fill(banned, torch.inf).topk(3, largest=False)
+    torch.testing.assert_close(distances.double(), want.values, rtol=1e-4, atol=1e-4)
+    assert not (table.of(ids)[..., None] == exclude[:, None]).any()
+    torch.testing.assert_close(whole.gather(1, ids), want.values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
