@@ -5,6 +5,12 @@ search that excludes that document among others takes the list, drops the others
 live search would find, if k are left or the list holds all there is; else the row is searched live. So the file is not
 tied to a seed, a sequence length or the packing of documents.
 
+The same as live to the last one with an exact index. One that refines (…RFlat) or walks a graph (HNSW) looks farther
+where more is asked for: there it is the same for up to 16 neighbours of a chunk, since both searches first ask for
+64, unless one of the two has to ask again; then the lists may hold nearer ones.
+
+What re-ranks (rerank.py) looks at candidates, not at what it chose before: its file or cache holds candidates.
+
 File: one safetensors file, rows sorted by hash.
     hashes, checks   int64 [n]      two independent hashes of (chunk, document)
     ids              int64 [n, S]   −1 = there is no further chunk
@@ -27,6 +33,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError
+from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
     Searcher,
@@ -255,8 +262,13 @@ def _fill_live(
 
 
 def set_fingerprint(store: ChunkStore) -> str:
-    """SHA-256 over what decides a set's neighbours: tokenizer, embedder, index and the checksums of the files."""
-    parts = {name: store.manifest[name] for name in ("tokenizer", "embedder", "index", "files")}
+    """SHA-256 over what decides a set's neighbours: tokenizer, embedder, kind and search setting of the index, and the
+    checksums of the files. How fast or how good the index was measured to be is left out."""
+    parts: dict[str, Any] = {name: store.manifest[name] for name in ("tokenizer", "embedder", "files")}
+    # "search" is absent from some exact indexes and "" in others, which have nothing to set
+    parts["index"] = {
+        name: store.manifest["index"].get(name) or "" for name in ("factory", "metric", "search")
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -277,9 +289,16 @@ def precompute(
     progress: is told how many chunks were done, those of an interrupted run included.
 
     Interrupted, the next call with the same arguments goes on (finished blocks lie in `out`.partial); where `out` has
-    been made from the same input already, nothing is done. Returns {"rows", "chunks", "per_chunk", "path",
-    "done_before"}.
+    been made from the same input already, nothing is done. Memory: some 40 bytes a chunk; on the disk, until `out` is
+    whole, three times its size. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
+    InputError for a retriever that re-ranks.
     """
+    if isinstance(retriever.searcher, Reranker):
+        raise InputError(
+            f"precompute: {retriever.name} re-ranks candidates when it is used, so a file for it holds the candidates. "
+            f"Make it with the retriever {retriever.name.partition('+')[0]}, and more neighbours of a chunk than the "
+            f"{retriever.searcher.fetch} that are re-ranked."
+        )
     out, documents = Path(out), np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
     chunks = np.asarray(chunks)
     if chunks.ndim != 2 or chunks.shape[1] != retriever.chunk_size or documents.shape != chunks.shape[:1]:
@@ -293,7 +312,7 @@ def precompute(
         "format": FORMAT,
         "version": VERSION,
         "set": set_fingerprint(retriever.store),
-        "retriever": retriever.name,
+        "retriever": retriever.candidates,
         "per_chunk": str(per_chunk),
         "input": _input_hash(chunks, documents),
     }
@@ -305,17 +324,15 @@ def precompute(
                 return {**result, "rows": old.num_rows, "done_before": True}
     partial = out.with_name(out.name + ".partial")
     with _partial_folder(partial, metadata):
-        parts = []
-        for number, start in enumerate(range(0, len(chunks), _BLOCK)):
+        blocks: list[Path] = []
+        keys = np.zeros((2, len(chunks)), dtype=np.int64)
+        for start in range(0, len(chunks), _BLOCK):
             rows = slice(start, start + _BLOCK)
-            parts.append(
-                _block(
-                    retriever, chunks[rows], documents[rows], per_chunk, partial / f"{number:08d}.safetensors"
-                )
-            )
+            blocks.append(partial / f"{len(blocks):08d}.safetensors")
+            keys[:, rows] = _block(retriever, chunks[rows], documents[rows], per_chunk, blocks[-1])
             if progress:
                 progress(len(chunks[rows]))
-        arrays = _merged(parts, per_chunk)
+        arrays = _merged(blocks, keys, per_chunk, partial)
         _save(arrays, out, {**metadata, "checksum": _checksum(arrays)})
         shutil.rmtree(partial, ignore_errors=True)
     return {**result, "rows": len(arrays["ids"]), "done_before": False}
@@ -323,12 +340,14 @@ def precompute(
 
 def _block(
     retriever: Retriever, chunks: np.ndarray, documents: np.ndarray, per_chunk: int, path: Path
-) -> dict[str, Tensor]:
+) -> np.ndarray:
+    """Sees to it that the block is in its file; its hashes and checks, int64 [2, n]."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     with contextlib.suppress(FileNotFoundError, SafetensorError):
-        return load_file(path)
+        found = load_file(path)
+        return np.stack([found["hashes"].numpy(), found["checks"].numpy()])
     queries, own = torch.from_numpy(chunks.astype(np.int64)), torch.from_numpy(documents.copy())
     hashes, checks = _hashes(queries, own)
     distances, ids = retriever.search(queries, per_chunk, own[:, None], keep_copies=True)
@@ -339,23 +358,42 @@ def _block(
         "distances": distances.cpu().contiguous(),
     }
     _save(arrays, path, {})
-    return arrays
+    return np.stack([hashes.numpy(), checks.numpy()])
 
 
-def _merged(parts: list[dict[str, Tensor]], per_chunk: int) -> dict[str, Tensor]:
-    none = {
-        "hashes": torch.zeros(0, dtype=torch.int64),
-        "checks": torch.zeros(0, dtype=torch.int64),
-        "ids": torch.zeros(0, per_chunk, dtype=torch.int64),
-        "distances": torch.zeros(0, per_chunk),
-    }
-    arrays = {name: torch.cat([none[name], *(part[name] for part in parts)]) for name in _ARRAYS}
-    order = np.lexsort((arrays["checks"].numpy(), arrays["hashes"].numpy()))
-    pairs = np.stack([arrays["hashes"].numpy()[order], arrays["checks"].numpy()[order]])
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (pairs[:, 1:] != pairs[:, :-1]).any(0)  # a chunk may stand in a document twice
-    kept = torch.from_numpy(order[first])
-    return {name: array[kept].contiguous() for name, array in arrays.items()}
+def _merged(blocks: list[Path], keys: np.ndarray, per_chunk: int, folder: Path) -> dict[str, Tensor]:
+    """The rows of all blocks sorted by hash, each once; what is long of them lies in files of `folder`."""
+    from safetensors.torch import load_file
+
+    order = np.lexsort((keys[1], keys[0]))
+    first = np.zeros(len(order), dtype=bool)
+    first[:1] = True
+    for key in keys:
+        first[1:] |= key[order[1:]] != key[order[:-1]]
+    kept = order[first]  # a chunk may stand in a document twice
+    place = np.full(len(order), -1)
+    place[kept] = np.arange(len(kept))
+    ids = _mapped(folder / "ids", np.int64, (len(kept), per_chunk))
+    distances = _mapped(folder / "distances", np.float32, (len(kept), per_chunk))
+    start = 0
+    for path in blocks:
+        block = load_file(path)
+        rows = place[start : start + len(block["ids"])]
+        ids[rows[rows >= 0]] = block["ids"].numpy()[rows >= 0]
+        distances[rows[rows >= 0]] = block["distances"].numpy()[rows >= 0]
+        start += len(rows)
+    arrays = {"hashes": keys[0, kept], "checks": keys[1, kept], "ids": ids, "distances": distances}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _mapped(path: Path, dtype: Any, shape: tuple[int, int]) -> np.ndarray:
+    """A new file of zeros as an array that is written through. The zeros are written: a hole that finds the disk full
+    later kills the process."""
+    row = np.zeros(shape[1], dtype=dtype).tobytes()
+    with open(path, "wb") as file:
+        for start in range(0, shape[0], _BLOCK):
+            file.write(row * min(_BLOCK, shape[0] - start))
+    return np.memmap(path, dtype, "r+", shape=shape) if shape[0] else np.zeros(shape, dtype)
 
 
 def _input_hash(chunks: np.ndarray, documents: np.ndarray) -> str:

@@ -24,7 +24,8 @@ _BLOCK = 64  # queries at a time
 
 class Reranker:
     """The best k of another searcher's `fetch` first candidates, by another measure; its distances are that
-    measure's."""
+    measure's. `inner` may take its candidates from a file or a cache; this may not be in one itself, since what it
+    chooses depends on all that is excluded."""
 
     def __init__(
         self, inner: Searcher, store: ChunkStore, by: str, *, fetch: int = 64, stats: Stats | None = None

@@ -12,6 +12,7 @@ Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neigh
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -115,6 +116,7 @@ class Retriever:
         metric: str = "l2",
         neighbours: str | os.PathLike[str] | None = None,
         cache: int = 0,
+        index_device: torch.device | str | None = None,
         drop_copies: float | None = None,
         embed_unknown: bool = True,
         rerank_fetch: int = 64,
@@ -124,19 +126,24 @@ class Retriever:
         """Opens the retrieval set in the folder `path`.
 
         device: where the index, the filter and, if they fit, tokens and keys are; None: the CPU.
+        index_device: where the index alone is. None: on `device`; where that is a GPU on which this index, or this
+            FAISS, cannot run, on the CPU, which a warning says.
         retriever: "dense" (embeddings), "bm25", "random" (the control), or with a re-ranking "+bm25", "+edit", "+run"
             of `rerank_fetch` candidates.
         embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
             object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
         query_embedder: another encoder for queries (as in DPR). Keys of the set are then never taken for queries.
         metric: "l2" (squared, the set's index), or "inner product": exact search, distances are negative products.
-        neighbours: a file of `retro-kernels neighbours` to take instead of searching, as far as it goes.
-        cache: how many neighbours to keep in memory for each chunk of the set, 0 = none.
+        neighbours: a file of `retro-kernels neighbours` to take instead of searching, as far as it goes. With a
+            re-ranking it is a file of what comes before (of "dense" for "dense+edit"), with at least `rerank_fetch`
+            neighbours of a chunk: the candidates are taken, and re-ranked anew.
+        cache: how many neighbours to keep in memory for each chunk of the set, 0 = none; with a re-ranking, candidates.
         drop_copies: leave out neighbours which, with continuation, hold this share or more of the chunk's 13-grams.
         embed_unknown: False gives chunks that are not in the set no neighbours, and never loads the embedder.
         seed: of the "random" retriever.  verify: as in `ChunkStore.open`.
 
-        InputError where there is no set, it is damaged, or the embedder is not the one it was built with.
+        InputError where there is no set, it is damaged, the embedder is not the one it was built with, or the index
+        cannot run on index_device (ImportError: FAISS is missing, or has no GPUs).
         """
         if retriever not in RETRIEVERS:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
@@ -149,20 +156,19 @@ class Retriever:
         documents = DocumentTable(store.document_ids, store.num_documents, device)
         device_store = _device_store(store, device)
         source, _, measure = retriever.partition("+")
-        name = (
-            retriever
-            if source != "dense" or (metric == "l2" and query_embedder is None)
-            else f"{retriever} of a pair, {metric}"
-        )
+        candidates = source  # what decides them
         searcher: Searcher
         if source == "dense":
             product = metric == "inner product"
-            vectors = store.embeddings if device_store is None else device_store.embeddings
-            index = InnerProductIndex(vectors, device) if product else Index.open(store, device=device)
+            load = functools.cache(_embedder_loader(store, embedder, query_embedder, device))
+            if query_embedder is not None:
+                encoder = load()  # no query does without it
+                candidates += f" by {encoder.name} ({encoder.fingerprint[:12]})"
+            candidates += f", {metric}" if product else ""
             searcher = DenseSearcher(
                 store,
-                index,
-                _embedder_loader(store, embedder, query_embedder, device),
+                _index(store, device, index_device, device_store, product),
+                load,
                 documents=documents,
                 stats=stats,
                 device=device,
@@ -175,17 +181,30 @@ class Retriever:
             searcher = BM25Searcher(store, stats=stats)
         else:
             searcher = RandomSearcher(documents, seed)
-        if measure:
-            searcher = Reranker(searcher, store, measure, fetch=rerank_fetch, stats=stats)
+            candidates += f", seed {seed}"
+        needed = min(rerank_fetch, store.num_chunks) if measure else 1
         if neighbours is not None:
             from retro_kernels.retrieval.neighbours import NeighbourFile, PrecomputedSearcher
 
-            table = NeighbourFile.open(neighbours, store=store, retriever=name)
+            table = NeighbourFile.open(neighbours, store=store, retriever=candidates)
+            if table.per_chunk < needed:
+                raise InputError(
+                    f"{neighbours} holds {table.per_chunk} neighbours of a chunk, but {retriever} re-ranks {needed} "
+                    f"candidates. Make it with more than that (retro-kernels neighbours --per-chunk {needed + 16}), or "
+                    "re-rank fewer (rerank_fetch)."
+                )
             searcher = PrecomputedSearcher(table, documents, searcher, stats=stats)
         if cache:
             from retro_kernels.retrieval.neighbours import CachingSearcher
 
+            if cache < needed:
+                raise InputError(
+                    f"Retriever: cache is {cache}, but {retriever} re-ranks {needed} candidates of a chunk. Keep more "
+                    "than that, or re-rank fewer (rerank_fetch)."
+                )
             searcher = CachingSearcher(searcher, store, documents, per_chunk=cache, stats=stats)
+        if measure:  # last: a list that was chosen by another measure has not the candidates of this one
+            searcher = Reranker(searcher, store, measure, fetch=rerank_fetch, stats=stats)
         made = cls(
             store,
             searcher,
@@ -195,11 +214,13 @@ class Retriever:
             drop_copies=drop_copies,
             stats=stats,
         )
-        made.name = name
+        made.name, made.candidates = retriever, candidates
         return made
 
     name: str = "custom"
     """Which retriever this is, as given to `from_pretrained`."""
+    candidates: str = "custom"
+    """What of it decides the neighbours it finds in a set, before a re-ranking: what a file of neighbours is known by."""
 
     @property
     def tokenizer(self) -> Any:
@@ -419,6 +440,22 @@ def _search_without_copies(
         distances, ids = retriever.searcher.search(
             queries[again], fetch, None if exclude is None else exclude[again]
         )
+
+
+def _index(
+    store: ChunkStore,
+    device: torch.device,
+    index_device: torch.device | str | None,
+    device_store: DeviceStore | None,
+    product: bool,
+) -> Any:
+    if product:
+        return InnerProductIndex(
+            store.embeddings if device_store is None else device_store.embeddings, device
+        )
+    if index_device is not None:
+        return Index.open(store, device=index_device)
+    return Index.open(store, device=device, or_cpu=True)
 
 
 def _embedder_loader(

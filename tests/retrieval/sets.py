@@ -126,7 +126,7 @@ def dense(store: ChunkStore, *, index: Any = None, embedder: Any = None, **optio
         stats=stats,
     )
     made = Retriever(store, searcher, documents=documents, stats=stats, **options)
-    made.name = "dense"
+    made.name = made.candidates = "dense"
     return made
 
 

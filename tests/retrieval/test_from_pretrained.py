@@ -87,6 +87,71 @@ def test_the_file_of_neighbours_and_the_cache_change_nothing(folder: Path, tmp_p
         Retriever.from_pretrained(folder, retriever="bm25", neighbours=tmp_path / "near")
 
 
+@pytest.mark.parametrize("kind", [name for name in RETRIEVERS if "+" in name])
+def test_what_is_kept_for_a_re_ranking_are_its_candidates(folder: Path, tmp_path: Path, kind: str) -> None:
+    source, chosen = kind.partition("+")[0], {"retriever": kind, "rerank_fetch": 8}
+    plain, live = (
+        Retriever.from_pretrained(folder, retriever=source),
+        Retriever.from_pretrained(folder, **chosen),
+    )
+    chunks, owners = live.store.chunks[:60], live.store.document_ids[:60]
+    precompute(plain, chunks, owners, tmp_path / "near", per_chunk=30)
+    precompute(plain, chunks, owners, tmp_path / "few", per_chunk=7)
+    tokens = torch.from_numpy(chunks.astype(np.int64)).reshape(60, -1)
+    found = live.documents(plain(tokens, num_neighbours=5).ids)[:, 0]
+    # its own document, and some out of which its first candidates are
+    exclude = torch.cat([torch.from_numpy(owners.copy())[:, None], found[:, 3:]], 1)
+    want = live(tokens, exclude_documents=exclude, num_neighbours=3)
+    for options in ({"neighbours": tmp_path / "near"}, {"cache": 30}):
+        kept = Retriever.from_pretrained(folder, **chosen, **options)
+        got = kept(tokens, exclude_documents=exclude, num_neighbours=3)
+        assert torch.equal(got.ids, want.ids) and torch.equal(got.distances, want.distances)
+        kept(tokens, exclude_documents=exclude, num_neighbours=3)
+        assert kept.stats.reused > 0
+    with pytest.raises(InputError, match="7 neighbours of a chunk, .* re-ranks 8.*--per-chunk"):
+        Retriever.from_pretrained(folder, **chosen, neighbours=tmp_path / "few")
+    with pytest.raises(InputError, match="cache is 7, .* re-ranks 8"):
+        Retriever.from_pretrained(folder, **chosen, cache=7)
+    with pytest.raises(InputError, match=f"re-ranks .* the retriever {source}, .*more neighbours .* 8"):
+        precompute(live, chunks, owners, tmp_path / "chosen", per_chunk=30)
+    assert not (tmp_path / "chosen").exists()
+
+
+def test_a_file_of_another_seed_or_another_query_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    for made, opened in (
+        ({"retriever": "random", "seed": 1}, {"retriever": "random", "seed": 2}),
+        ({"query_embedder": QueryEncoder(64)}, {"query_embedder": QueryEncoder(64, "other")}),
+        ({"query_embedder": QueryEncoder(64)}, {}),
+    ):
+        first = Retriever.from_pretrained(folder, **made)
+        precompute(
+            first, first.store.chunks[:5], first.store.document_ids[:5], tmp_path / "near", per_chunk=4
+        )
+        Retriever.from_pretrained(folder, **made, neighbours=tmp_path / "near")
+        with pytest.raises(InputError, match="holds the neighbours of the retriever"):
+            Retriever.from_pretrained(folder, **opened, neighbours=tmp_path / "near")
+
+
+@pytest.mark.gpu
+def test_an_index_that_cannot_run_on_a_gpu_is_searched_on_the_cpu(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("faiss")
+    options = dict(vocab_size=330, embedder="hashing:64", chunk_size=16, progress=False, index="HNSW16,SQ8")
+    build_retrieval_set(documents, tmp_path / "set", **options)  # type: ignore[arg-type]
+    on_host = Retriever.from_pretrained(tmp_path / "set")
+    with pytest.warns(UserWarning, match="HNSW16,SQ8"):
+        retriever = Retriever.from_pretrained(tmp_path / "set", device="cuda")
+    tokens = torch.from_numpy(retriever.store.chunks[:12].astype(np.int64)).reshape(3, -1)
+    own = torch.from_numpy(retriever.store.document_ids[:12].copy()).reshape(3, -1)
+    got = retriever(tokens.cuda(), exclude_documents=own.cuda())
+    want = on_host(tokens, exclude_documents=own)
+    assert got.ids.is_cuda and got.tokens.is_cuda
+    torch.testing.assert_close(got.distances.cpu(), want.distances, rtol=1e-3, atol=1e-3)
+    with pytest.raises((InputError, ImportError), match="HNSW16,SQ8"):
+        Retriever.from_pretrained(tmp_path / "set", device="cuda", index_device="cuda")
+
+
 def test_another_embedder_is_refused_when_it_is_needed(folder: Path) -> None:
     known = torch.from_numpy(Retriever.from_pretrained(folder).store.chunks[:1].astype(np.int64))
     for wrong, message in (("hashing:32", "numbers|was loaded"), (HashingEmbedder(128), "was loaded")):
@@ -100,10 +165,10 @@ def test_another_embedder_is_refused_when_it_is_needed(folder: Path) -> None:
 class QueryEncoder:
     """Queries have an encoder of their own: here one that turns everything into the same vector."""
 
-    name, fingerprint = "query", "q"
+    name = "query"
 
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
+    def __init__(self, dim: int, fingerprint: str = "q") -> None:
+        self.dim, self.fingerprint = dim, fingerprint
 
     def embed(self, texts: list[str], progress: object = None) -> torch.Tensor:
         return torch.ones(len(texts), self.dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from retro_kernels.config import InputError
 from retro_kernels.ops.gather import NeighbourBatch
 from retro_kernels.retrieval import neighbours as module
+from retro_kernels.retrieval.index import Index
 from retro_kernels.retrieval.neighbours import CachingSearcher, NeighbourFile, PrecomputedSearcher, precompute
 from retro_kernels.retrieval.retriever import Retriever
 
@@ -128,6 +130,59 @@ def test_without_a_live_searcher_the_rest_is_missing(store: MemoryStore, tmp_pat
     assert (got.ids[:9] >= 0).all() and (got.ids[9:] == -1).all() and (got.lengths[9:] == 0).all()
 
 
+def test_an_index_that_refines_is_asked_for_as_much_either_way(store: MemoryStore, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    index = Index.build(
+        store.embeddings, "PQ2x4,RFlat"
+    )  # what is refined, and so what is found, depends on the fetch
+    precompute(dense(store, index=index), store.chunks, store.document_ids, tmp_path / "near", per_chunk=16)
+    tokens = torch.from_numpy(store.chunks.astype(np.int64))
+    others = torch.randint(store.num_documents, (len(tokens), 2))
+    exclude = torch.cat([torch.from_numpy(store.document_ids)[:, None], others], 1)
+    kept, live = with_file(store, tmp_path / "near", index), dense(store, index=index)
+    got = kept(tokens, num_neighbours=2, exclude_documents=exclude)
+    assert torch.equal(got.ids, live(tokens, num_neighbours=2, exclude_documents=exclude).ids)
+    assert kept.stats.reused == len(tokens) and live.stats.widened == 0
+
+
+def test_memory_is_bounded_by_the_block(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 8)
+    live = dense(store)
+    found: list[weakref.ref[Tensor]] = []
+    search = live.search
+
+    def watched(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        assert sum(tensor() is not None for tensor in found) <= 2
+        distances, ids = search(*args, **options)
+        found.append(weakref.ref(ids))
+        return distances, ids
+
+    monkeypatch.setattr(live, "search", watched)
+    precompute(live, store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+    assert len(found) == -(-store.num_chunks // 8)
+    opened = NeighbourFile.open(tmp_path / "near")
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path / "near") in maps.read_text()  # the file is mapped, not read into memory
+    monkeypatch.setattr(module, "_BLOCK", 4096)
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "whole", per_chunk=4)
+    whole = NeighbourFile.open(tmp_path / "whole")
+    assert torch.equal(opened.hashes, whole.hashes) and torch.equal(opened.checks, whole.checks)
+    assert torch.equal(opened.ids < 0, whole.ids < 0)
+    torch.testing.assert_close(opened.distances, whole.distances, rtol=1e-4, atol=1e-4)
+
+
+def test_no_chunks_make_an_empty_file(store: MemoryStore, tmp_path: Path) -> None:
+    assert precompute(dense(store), store.chunks[:0], store.document_ids[:0], tmp_path / "near")["rows"] == 0
+    tokens, exclude = packed(store)
+    same(
+        with_file(store, tmp_path / "near")(tokens, exclude_documents=exclude),
+        dense(store)(tokens, exclude_documents=exclude),
+    )
+
+
 class Stop(Exception):
     pass
 
@@ -223,6 +278,23 @@ def test_what_is_wrong_with_a_file_is_said(store: MemoryStore, tmp_path: Path, d
         wanted = "bm25"
     with pytest.raises(InputError, match=str(path)):
         NeighbourFile.open(path, store=store, retriever=wanted)
+
+
+def test_a_file_outlives_another_measurement_of_the_index_but_not_another_setting(
+    store: MemoryStore, tmp_path: Path
+) -> None:
+    index = store.manifest["index"]
+    index.update(search="nprobe=4", recall=0.9, queries_per_second=100.0, build_seconds=3.0, threads=2)
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+    index.update(recall=0.91, queries_per_second=140.0, build_seconds=2.0, threads=8, target=0.9)
+    NeighbourFile.open(tmp_path / "near", store=store)
+    for change in ({"search": "nprobe=8"}, {"factory": "IVF4,Flat"}, {"metric": "inner product"}):
+        before = dict(index)
+        index.update(change)
+        with pytest.raises(InputError, match="another retrieval set"):
+            NeighbourFile.open(tmp_path / "near", store=store)
+        index.clear()
+        index.update(before)
 
 
 def test_the_cache_has_the_neighbours_of_a_live_search(store: MemoryStore) -> None:
