@@ -31,7 +31,6 @@ def collect() -> dict[str, Any]:
         "faiss gpu": _faiss_gpu(torch),
         "embedder": _embedder(),
         "bm25": _package("bm25s", "bm25s"),
-        "dedup": _package("rensa", "rensa"),
         "plot": _package("matplotlib", "matplotlib"),
         "tensorboard": _package("tensorboard", "tensorboard"),
     }

@@ -1,10 +1,11 @@
 """Training documents that copy evaluation documents: a Jaccard index of 13-grams of 0.8 or more, RETRO's rule for
 MassiveText (Borgeaud et al. 2021, arXiv 2112.04426, section 2.6).
 
-    words → hashes of 13-grams → MinHash, 128 permutations → 16 bands of 8 rows → exact Jaccard of the candidates
+    words → hashes of 13-grams → MinHash, up to 128 permutations → bands of rows → exact Jaccard of the candidates
 
-Bands only propose. 16 × 8 misses a pair at J = 0.8 with probability (1 − 0.8⁸)¹⁶ = 5 %, and 0.01 % at 0.9; the usual
-8 bands of 16 rows would miss 80 % at 0.8. What is proposed is decided by the sets of hashes themselves.
+Bands only propose; what is proposed is decided by the sets of hashes themselves. b bands of r rows miss a pair at J with
+probability (1 − Jʳ)ᵇ, so both follow from the threshold: at most 1 % of the pairs that just reach it are missed. At 0.8
+that takes 16 × 6, which misses 0.0004 % at 0.9; at 0.5 it takes 35 × 3. The usual 8 × 16 would miss 80 % at 0.8.
 
 For chunks inside documents use `leakage.containment`: a Jaccard index does not see copies shifted by six tokens.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +30,9 @@ from retro_kernels.data.corpus import Document, ReadReport, read_documents
 
 N = 13
 THRESHOLD = 0.8
-_BANDS, _ROWS = 16, 8
+_MISSED = 0.01
+_PERMUTATIONS = 128
+_LOWEST = 0.01  # 459 permutations, each a band
 _WORD = re.compile(r"\w+")
 _SLAB = 1 << 10  # hashes permuted at a time: 128 × 1 Ki × 8 B stays in the cache
 _SEED = 20_211_208
@@ -74,9 +78,9 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class MinHash:
-    """Signatures uint32 [128] of sets of 64-bit hashes: the smallest of each of 128 universal hashes."""
+    """Signatures uint32 [size] of sets of 64-bit hashes: the smallest of each of `size` universal hashes."""
 
-    def __init__(self, size: int = _BANDS * _ROWS) -> None:
+    def __init__(self, size: int) -> None:
         generator = np.random.default_rng(_SEED + 1)
         self.a = generator.integers(1, 2**63, size=size, dtype=np.uint64) | np.uint64(1)
         self.b = generator.integers(0, 2**63, size=size, dtype=np.uint64)
@@ -90,8 +94,18 @@ class MinHash:
         return signature
 
 
-def _bands(signature: np.ndarray) -> list[bytes]:
-    return [bytes([i]) + band.tobytes() for i, band in enumerate(signature.reshape(_BANDS, _ROWS))]
+def bands_and_rows(threshold: float) -> tuple[int, int]:
+    """The longest bands, which propose the fewest pairs in vain, with which at most 1 % of the pairs at the threshold
+    are missed and 128 permutations do; of one row, with as many bands as it takes, where there are none."""
+    chosen = (0, 0)
+    for rows in range(1, _PERMUTATIONS + 1):
+        hit = threshold**rows
+        if hit < 1 / _PERMUTATIONS and rows > 1:
+            break
+        bands = 1 if hit >= 1 - _MISSED else math.ceil(math.log(_MISSED) / math.log1p(-hit))
+        if bands * rows <= _PERMUTATIONS or rows == 1:
+            chosen = (bands, rows)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -112,16 +126,16 @@ class DuplicateFinder:
     """The evaluation documents, ready to be compared with. Memory: their n-gram hashes, 8 bytes each."""
 
     def __init__(self, documents: Iterable[Document], *, n: int = N, threshold: float = THRESHOLD) -> None:
-        """n: words of a gram.  threshold: Jaccard index from which on a document counts as a copy, above 0 and at
-        most 1."""
-        if not 0.0 < threshold <= 1.0:
+        """n: words of a gram.  threshold: Jaccard index from which on a document counts as a copy, 0.01 to 1."""
+        if not _LOWEST <= threshold <= 1.0:
             raise InputError(
-                f"dedup: the threshold is {threshold}; a Jaccard index above 0 and at most 1 is needed."
+                f"dedup: the threshold is {threshold}; a Jaccard index of {_LOWEST} to 1 is needed."
             )
         if n < 1:
             raise InputError(f"dedup: n is {n}; a gram has at least one word.")
         self.n, self.threshold = n, threshold
-        self._words, self._minhash = _Words(), MinHash()
+        self._bands, rows = bands_and_rows(threshold)
+        self._words, self._minhash = _Words(), MinHash(self._bands * rows)
         self._titles: list[str] = []
         self._grams: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = {}
@@ -129,7 +143,7 @@ class DuplicateFinder:
         for document in documents:
             grams = self._hashes(document.text)
             if len(grams):
-                for band in _bands(self._minhash(grams)):
+                for band in self._keys(grams):
                     self._buckets.setdefault(band, []).append(len(self._grams))
             self._titles.append(document.title)
             self._grams.append(grams)
@@ -141,6 +155,10 @@ class DuplicateFinder:
     def _hashes(self, text: str) -> np.ndarray:
         return gram_hashes(self._words(text), self.n)
 
+    def _keys(self, grams: np.ndarray) -> list[bytes]:
+        signature = self._minhash(grams).reshape(self._bands, -1)
+        return [i.to_bytes(2, "little") + band.tobytes() for i, band in enumerate(signature)]
+
     def find(self, text: str) -> tuple[str, float] | None:
         """(title, Jaccard index) of the evaluation document that the text resembles most, if it reaches the
         threshold."""
@@ -149,7 +167,7 @@ class DuplicateFinder:
         smallest = bisect.bisect_left(self._sizes, self.threshold * len(grams))
         if not len(grams) or smallest == len(self) or self.threshold * self._sizes[smallest] > len(grams):
             return None
-        proposed = {i for band in _bands(self._minhash(grams)) for i in self._buckets.get(band, ())}
+        proposed = {i for band in self._keys(grams) for i in self._buckets.get(band, ())}
         best = max(((jaccard(grams, self._grams[i]), -i) for i in proposed), default=(0.0, 0))
         return (self._titles[-best[1]], best[0]) if best[0] >= self.threshold else None
 
@@ -235,11 +253,10 @@ class _writer:
         if self.path is None:
             return
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            with self._file:  # closed even where what is left cannot be written
+                self._file.flush()
+                os.fsync(self._file.fileno())
             if kind is None:
                 os.replace(self._temporary, self.path)
         finally:
-            self._file.close()
             self._temporary.unlink(missing_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import lzma
+import math
 import os
 import random
 from pathlib import Path
@@ -17,6 +20,7 @@ from retro_kernels.retrieval.dedup import (
     DuplicateFinder,
     MinHash,
     _Words,
+    bands_and_rows,
     deduplicate,
     find_copies,
     gram_hashes,
@@ -82,7 +86,36 @@ def test_planted_copies_are_found_and_nothing_else(seed: int) -> None:
             else:
                 assert found is None
         assert finder.find(" ".join(words(400, 5000))) is None
-    assert clear <= 1 and doubtful <= 15  # a band is hit with 99.98 % at 0.9, with 95 % at 0.8
+    # a band is hit with 99.9996 % at 0.9, with 99 % at 0.8; about 150 pairs are clear, and as many doubtful
+    assert clear <= 1 and doubtful <= 12
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.6, 0.8])
+def test_pairs_just_above_any_threshold_are_found(seed: int, threshold: float) -> None:
+    # a text of n words and one that begins with s of them: s − 12 grams in common of 2n − 24 − (s − 12)
+    n, pairs, missed = 200, 100, 0
+    grams_of_one = n - 12
+    shared = math.ceil(2 * grams_of_one * threshold / (1 + threshold))
+    texts = [[f"w{i}x{j}" for j in range(n)] for i in range(pairs)]
+    finder = DuplicateFinder(
+        (Document(str(i), " ".join(t)) for i, t in enumerate(texts)), threshold=threshold
+    )
+    for i, text in enumerate(texts):
+        mark = random.randrange(10**9)  # other words, other hashes, in every run
+        copy = text[: shared + 12] + [f"y{mark}z{j}" for j in range(n - shared - 12)]
+        truth = len(grams(text) & grams(copy)) / len(grams(text) | grams(copy))
+        assert threshold <= truth <= threshold + 0.01
+        found = finder.find(" ".join(copy))
+        assert found is None or found == (str(i), pytest.approx(truth))
+        missed += found is None
+    assert missed <= 10  # one is expected at most; of 16 bands of 8 rows it were 94 at 0.5
+
+
+def test_bands_miss_one_in_a_hundred_at_the_threshold() -> None:
+    for threshold in np.linspace(0.01, 1, 100).tolist():
+        bands, rows = bands_and_rows(threshold)
+        assert (1 - threshold**rows) ** bands <= 0.01 + 1e-12
+        assert bands * rows <= 128 or (rows == 1 and bands <= 460)
 
 
 def test_the_best_match_is_named(seed: int) -> None:
@@ -104,6 +137,28 @@ def test_files_in_and_out(seed: int, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["kept.jsonl", "test.txt", "train.jsonl"]
 
 
+def test_a_full_disk_leaves_nothing(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full_disk(path: Path, *_: object, **__: object) -> io.TextIOWrapper:
+        Path(path).touch()
+        return io.TextIOWrapper(io.BufferedWriter(Full(), 1 << 20), encoding="utf-8")
+
+    (tmp_path / "train.txt").write_text(" ".join(words(100)))
+    (tmp_path / "test.txt").write_text(" ".join(words(100)))
+    monkeypatch.setattr("retro_kernels.retrieval.dedup.open", full_disk, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        deduplicate(
+            tmp_path / "train.txt", tmp_path / "test.txt", out=tmp_path / "kept.jsonl", progress=False
+        )
+    assert sorted(os.listdir(tmp_path)) == ["test.txt", "train.txt"]
+
+
 def test_bad_input(seed: int, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     (tmp_path / "empty").mkdir()
@@ -111,7 +166,7 @@ def test_bad_input(seed: int, tmp_path: Path) -> None:
         deduplicate(tmp_path / "b.txt", tmp_path / "a.txt", progress=False)
     with pytest.raises(InputError, match="no evaluation document"):
         deduplicate(tmp_path / "a.txt", tmp_path / "empty", progress=False)
-    for threshold in (0.0, 1.1):
+    for threshold in (0.0, 0.009, 1.1, float("nan")):
         with pytest.raises(InputError, match="threshold"):
             deduplicate(tmp_path / "a.txt", tmp_path / "a.txt", threshold=threshold, progress=False)
     with pytest.raises(InputError, match="one word"):
