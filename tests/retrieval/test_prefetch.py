@@ -112,25 +112,33 @@ def test_leaving_early_ends_the_thread(retriever: Retriever) -> None:
 
 
 def test_close_ends_a_loop_that_waits(retriever: Retriever) -> None:
-    release = threading.Event()
+    release, given_up = threading.Event(), threading.Event()
 
-    def slow() -> Iterator[Tensor]:
+    def endless() -> Iterator[Tensor]:
         yield torch.ones(1, M, dtype=torch.int64)
-        release.wait(10)
+        release.wait(60)
+        while not given_up.is_set():
+            yield torch.ones(1, M, dtype=torch.int64)
 
-    prefetcher, seen = retriever.prefetch(slow()), []
+    prefetcher = retriever.prefetch(endless())
 
     def loop() -> None:
-        seen.extend(prefetcher)
+        for _ in prefetcher:
+            pass
 
     consumer = threading.Thread(target=loop)
     consumer.start()
-    while not seen and consumer.is_alive() and prefetcher.steps < 1:
-        time.sleep(0.005)
-    prefetcher.close()
-    release.set()
-    consumer.join(5)
-    assert not consumer.is_alive()
+    try:
+        while prefetcher.steps < 1:  # then it waits for the second
+            time.sleep(0.005)
+        prefetcher.close()
+        release.set()
+        consumer.join(30)
+        assert not consumer.is_alive() and prefetcher.steps == 1
+    finally:
+        given_up.set()
+        release.set()
+        consumer.join()
 
 
 def test_the_stall_is_what_the_loop_waited(retriever: Retriever) -> None:
