@@ -3,9 +3,9 @@ MassiveText (Borgeaud et al. 2021, arXiv 2112.04426, section 2.6).
 
     words → hashes of 13-grams → MinHash, up to 128 permutations → bands of rows → exact Jaccard of the candidates
 
-Bands only propose; what is proposed is decided by the sets of hashes themselves. b bands of r rows miss a pair at J with
-probability (1 − Jʳ)ᵇ, so both follow from the threshold: at most 1 % of the pairs that just reach it are missed. At 0.8
-that takes 16 × 6, which misses 0.0004 % at 0.9; at 0.5 it takes 35 × 3. The usual 8 × 16 would miss 80 % at 0.8.
+Bands only propose; what is proposed is decided by the sets of hashes themselves. b bands of r rows miss a pair at J
+with probability (1 − Jʳ)ᵇ, so both follow from the threshold: of the pairs that just reach it at most 1 % are missed.
+At 0.8 that takes 16 × 6, which misses 0.0005 % at 0.9; at 0.5 it takes 35 × 3. The usual 8 × 16 would miss 80 % at 0.8.
 
 For chunks inside documents use `leakage.containment`: a Jaccard index does not see copies shifted by six tokens.
 """

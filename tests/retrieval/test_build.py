@@ -11,7 +11,7 @@ import pytest
 from retrieval.corpora import build, contents, documents
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, document_hash
+from retro_kernels.data.corpus import Document
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
 from retro_kernels.retrieval.embedder import HashingEmbedder
@@ -311,39 +311,6 @@ def test_with_minilm(tmp_path, model):
     }
     ids = Index.open(store).search(store.embeddings[:1], 3)[1][0].tolist()
     assert store.titles(store.document_ids[ids]) == [texts[0], texts[2], texts[1]]
-
-
-@pytest.mark.parametrize(
-    "corpus",
-    [
-        "rfc/rfc-families-dev.jsonl.xz",
-        "factbook/factbook-2016-2020-2023.jsonl.xz",
-        "dclaw/dclaw-code.jsonl.xz",
-    ],
-)
-def test_real_corpora(data, corpus, tmp_path):
-    if not (data / corpus).exists():
-        pytest.skip(f"{corpus} is not here")
-    import itertools
-
-    from retro_kernels.data.corpus import read_documents
-
-    some = list(itertools.islice(read_documents(data / corpus), 12))
-    build(some, tmp_path / "set", chunk_size=64, vocab_size=2000, shard_chunks=4096)
-    store = ChunkStore.open(tmp_path / "set", verify="full")
-    unique = {document_hash(d.text): d for d in some}
-    assert store.num_documents == len(unique)
-    for document in some[:3]:
-        i = int(store.find_documents([document_hash(document.text)])[0])
-        assert (
-            "".join(store.tokenizer.decode(store.chunks[list(store.document_chunks(i))].reshape(-1)))
-            == document.text
-        )
-    rows = list(range(0, store.num_chunks, 37))
-    _, ids = Index.open(store).search(store.embeddings[rows], 2)
-    assert (
-        store.find_chunks(store.chunks[ids[:, 0].numpy()]) == store.find_chunks(store.chunks[rows])
-    ).mean() > 0.95
 
 
 def test_an_index_chosen_by_size_that_finds_too_little_becomes_exact(tmp_path, model, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_planted_copies_are_found_and_nothing_else(seed: int) -> None:
             else:
                 assert found is None
         assert finder.find(" ".join(words(400, 5000))) is None
-    # a band is hit with 99.9996 % at 0.9, with 99 % at 0.8; about 150 pairs are clear, and as many doubtful
+    # a band is hit with 99.9995 % at 0.9, with 99 % at 0.8; about 150 pairs are clear, and as many doubtful
     assert clear <= 1 and doubtful <= 12
 
 
