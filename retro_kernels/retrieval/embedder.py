@@ -1,6 +1,8 @@
 """Text to vectors: a frozen BERT, averaged over its tokens (RETRO, section 2.3), or a hash of words without any model.
 
 Which tokens are averaged: all that the BERT tokenizer gives for the text, [CLS] and [SEP] included, padding left out.
+With pooling="cls" the last state of [CLS] stands for the text, as the encoders of DPR were trained (Karpukhin et al.
+2020, arXiv 2004.04906).
 A chunk in the index and a query at training time go through this one function with the same rule, so equal text has
 equal vectors up to the rounding of the batch it was in. Text longer than `max_tokens` word pieces is cut there.
 The result is L2-normalised only where the model's own sentence-transformers configuration says so.
@@ -63,10 +65,20 @@ _ADVICE = (
 
 
 class Embedder:
-    """A frozen BERT with mean pooling. `embed(texts)` gives fp32 [n, dim]; attributes name, dim, device, dtype."""
+    """A frozen BERT. `embed(texts)` gives fp32 [n, dim]; attributes name, dim, device, dtype, pooling."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, *, normalise: bool, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        *,
+        normalise: bool,
+        max_tokens: int,
+        pooling: str = "mean",
+    ) -> None:
         """Use `Embedder.from_pretrained`."""
+        self.pooling = pooling
         self._model = model
         self._tokenizer = tokenizer
         self.name = name
@@ -85,6 +97,7 @@ class Embedder:
         device: Any = None,
         dtype: Any = None,
         max_tokens: int | None = None,
+        pooling: str = "mean",
     ) -> Embedder:
         """Loads the model.
 
@@ -94,11 +107,14 @@ class Embedder:
         device: default "cpu".  dtype: default bf16 on CPUs with AVX512_BF16 or AMX and on GPUs, else fp32; bf16 moves
             about one in a hundred of the ten nearest neighbours.
         max_tokens: word pieces kept of a text; default 256, or less where the model has fewer positions.
+        pooling: "mean" over the tokens, or "cls", the state of the first one.
 
         Raises ImportError with the command to run where a package is missing, InputError where there is no such model.
         """
         import torch
 
+        if pooling not in ("mean", "cls"):
+            raise InputError(f'Embedder: pooling is {pooling!r}; "mean" or "cls" can be had.')
         transformers = _transformers()
         source, name = _locate(name_or_path)
         device = torch.device("cpu" if device is None else device)
@@ -112,7 +128,8 @@ class Embedder:
         model = model.eval().requires_grad_(False).to(device)
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
         limit = min(max_tokens or MAX_TOKENS, positions)
-        return cls(model, tokenizer, name, normalise=_says_normalise(source), max_tokens=limit)
+        normalise = _says_normalise(source)
+        return cls(model, tokenizer, name, normalise=normalise, max_tokens=limit, pooling=pooling)
 
     @property
     def fingerprint(self) -> str:
@@ -125,7 +142,9 @@ class Embedder:
         import torch
 
         rules = {
-            "pooling": "mean over all tokens with [CLS] and [SEP]",
+            "pooling": "mean over all tokens with [CLS] and [SEP]"
+            if self.pooling == "mean"
+            else self.pooling,
             "normalise": self.normalise,
             "max_tokens": self.max_tokens,
             "dtype": str(self.dtype),
@@ -170,9 +189,12 @@ class Embedder:
         ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.inference_mode():
             states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, T, E]
-            weights = mask.unsqueeze(-1).float()
-            mean = (states.float() * weights).sum(1) / weights.sum(1)
-            return torch.nn.functional.normalize(mean, dim=-1) if self.normalise else mean
+            if self.pooling == "cls":
+                pooled = states[:, 0].float()
+            else:
+                weights = mask.unsqueeze(-1).float()
+                pooled = (states.float() * weights).sum(1) / weights.sum(1)
+            return torch.nn.functional.normalize(pooled, dim=-1) if self.normalise else pooled
 
 
 class HashingEmbedder:

@@ -132,7 +132,8 @@ class Retriever:
             of `rerank_fetch` candidates.
         embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
             object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
-        query_embedder: another encoder for queries (as in DPR). Keys of the set are then never taken for queries.
+        query_embedder: another encoder for queries, as `embedder` (of DPR's two, `Embedder.from_pretrained(…,
+            pooling="cls")`, with metric "inner product"). Keys of the set are then never taken for queries.
         metric: "l2" (squared, the set's index), or "inner product": exact search, distances are negative products.
         neighbours: a file of `retro-kernels neighbours` to take instead of searching, as far as it goes. With a
             re-ranking it is a file of what comes before (of "dense" for "dense+edit"), with at least `rerank_fetch`

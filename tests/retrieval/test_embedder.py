@@ -66,6 +66,16 @@ def test_mean_over_every_token(bert):
         torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_state_where_it_is_asked_for(bert):
+    embedder = Embedder.from_pretrained(bert, dtype=torch.float32, pooling="cls")
+    for text, vector in zip(TEXTS, embedder.embed(TEXTS), strict=True):
+        inputs = embedder._tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+        expected = embedder._model(**inputs).last_hidden_state[0, 0]
+        torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match='pooling is .max.; "mean" or "cls"'):
+        Embedder.from_pretrained(bert, pooling="max")
+
+
 def test_batches_and_order_do_not_matter(bert, monkeypatch):
     embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
     together = embedder.embed(TEXTS)
@@ -95,10 +105,11 @@ def test_fingerprint_changes_with_what_changes_vectors(bert, tmp_path):
     copy = shutil.copytree(bert, tmp_path / "renamed")
     assert fingerprint() == fingerprint() == fingerprint(copy)
     others = {fingerprint(), fingerprint(dtype=torch.bfloat16), fingerprint(max_tokens=32)}
+    others.add(fingerprint(pooling="cls"))
     model = Embedder.from_pretrained(bert, dtype=torch.float32)._model
     model.embeddings.word_embeddings.weight[5, 5] += 1e-3
     model.save_pretrained(copy)
-    assert len(others | {fingerprint(copy)}) == 4
+    assert len(others | {fingerprint(copy)}) == 5
 
 
 def test_loading_says_nothing(bert, capfd):
