@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from retro_kernels.retrieval.search import (
     mixed,
     row_hashes,
     scan_exact,
+    search_excluding,
     settle_ties,
     take_first,
 )
@@ -357,6 +360,28 @@ def test_scan_is_exact_over_several_blocks(seed: int, monkeypatch: pytest.Monkey
     products = scan_exact(keys, store.embeddings, table, None, 3, inner_product=True)
     want = (keys @ torch.from_numpy(store.embeddings.astype("f4")).T).topk(3)
     torch.testing.assert_close(-products[0], want.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("on_host", "first"), [(False, 2 + 2 * 100), (True, 64)])
+def test_no_more_is_fetched_from_a_host_than_there(seed: int, on_host: bool, first: int) -> None:
+    """On a GPU the first fetch is so large that nothing has to be waited for; a host is waited for in any case."""
+    table = DocumentTable(np.arange(1000) // 100, 10)
+    on_gpu = SimpleNamespace(
+        document_ids=SimpleNamespace(is_cuda=True),
+        num_chunks=table.num_chunks,
+        longest=table.longest,
+        allowed=table.allowed,
+        num_excluded=table.num_excluded,
+    )
+    asked = []
+
+    def candidates(rows: Tensor | None, fetch: int) -> tuple[Tensor, Tensor]:
+        asked.append(fetch)
+        return torch.zeros(1, fetch), torch.randperm(1000)[None, :fetch]
+
+    exclude = torch.tensor([[3, 4]])
+    search_excluding(candidates, on_gpu, 1, 2, exclude, scan=None, waits=on_host)  # type: ignore[arg-type]
+    assert asked[0] == first
 
 
 class Largest(TorchDispatchMode):
