@@ -227,7 +227,8 @@ def test_a_rest_shorter_than_a_chunk_is_left_out(seed: int, n: int) -> None:
 
 def test_near_copies_can_be_dropped(seed: int) -> None:
     text = torch.randint(1, VOCAB, (6 * M,)).tolist()
-    store = MemoryStore([text[2:], text[5:], *make_documents(25, shared=False)], BagEmbedder())
+    # shifted by one and two tokens, so that they are nearer than what is unlike
+    store = MemoryStore([text[M - 1 :], text[M - 2 :], *make_documents(25, shared=False)], BagEmbedder())
     tokens = torch.tensor([text[: 4 * M]])
     plain, filtered = (
         dense(store)(tokens, num_neighbours=4),
