@@ -289,7 +289,7 @@ def precompute(
     progress: is told how many chunks were done, those of an interrupted run included.
 
     Interrupted, the next call with the same arguments goes on (finished blocks lie in `out`.partial); where `out` has
-    been made from the same input already, nothing is done. Memory: some 40 bytes a chunk; on the disk, until `out` is
+    been made from the same input already, nothing is done. Memory: some 50 bytes a chunk; on the disk, until `out` is
     whole, three times its size. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
     InputError for a retriever that re-ranks.
     """

@@ -221,7 +221,7 @@ class Retriever:
     name: str = "custom"
     """Which retriever this is, as given to `from_pretrained`."""
     candidates: str = "custom"
-    """What of it decides the neighbours it finds in a set, before a re-ranking: what a file of neighbours is known by."""
+    """What decides the neighbours that it finds in a set, before a re-ranking; a file of neighbours is known by it."""
 
     @property
     def tokenizer(self) -> Any:

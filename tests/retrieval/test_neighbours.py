@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from retrieval.sets import BagEmbedder, CountingIndex, M, MemoryStore, dense, make_documents
 from torch import Tensor
@@ -148,25 +149,24 @@ def test_an_index_that_refines_is_asked_for_as_much_either_way(store: MemoryStor
 def test_memory_is_bounded_by_the_block(
     store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BLOCK", 8)
-    live = dense(store)
-    found: list[weakref.ref[Tensor]] = []
-    search = live.search
+    kept: list[weakref.ref[Tensor]] = []
+    save, load = module._save, safetensors.torch.load_file
 
-    def watched(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        assert sum(tensor() is not None for tensor in found) <= 2
-        distances, ids = search(*args, **options)
-        found.append(weakref.ref(ids))
-        return distances, ids
+    def watched(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept.append(weakref.ref(arrays["ids"]))
+        assert sum(block() is not None for block in kept) <= 2
+        return arrays
 
-    monkeypatch.setattr(live, "search", watched)
-    precompute(live, store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
-    assert len(found) == -(-store.num_chunks // 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_BLOCK", 8)
+        patched.setattr(module, "_save", lambda arrays, *rest: save(watched(arrays), *rest))
+        patched.setattr(safetensors.torch, "load_file", lambda path: watched(load(path)))
+        precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+    assert len(kept) == 2 * -(-store.num_chunks // 8) + 1  # each saved and read once, and the whole
     opened = NeighbourFile.open(tmp_path / "near")
     maps = Path("/proc/self/maps")
     if maps.exists():
         assert str(tmp_path / "near") in maps.read_text()  # the file is mapped, not read into memory
-    monkeypatch.setattr(module, "_BLOCK", 4096)
     precompute(dense(store), store.chunks, store.document_ids, tmp_path / "whole", per_chunk=4)
     whole = NeighbourFile.open(tmp_path / "whole")
     assert torch.equal(opened.hashes, whole.hashes) and torch.equal(opened.checks, whole.checks)
