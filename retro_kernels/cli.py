@@ -205,12 +205,14 @@ def _add_device(parser: _Parser, default: str | None = "auto") -> None:
     )
 
 
-def _add_retriever(parser: _Parser, default: str | None = None) -> None:
+def _add_retriever(
+    parser: _Parser, default: str | None = None, names: str = "dense, bm25, random, dense+bm25, dense+edit, …"
+) -> None:
     parser.add_argument(
         "--retriever",
         default=default,
         metavar="NAME",
-        help=f"dense, bm25, random, dense+bm25, dense+edit, … (default: {default or 'as trained'})",
+        help=f"{names} (default: {default or 'as trained'})",
     )
 
 
@@ -413,7 +415,7 @@ def _add_neighbours(parser: _Parser) -> None:
         help="neighbours kept of each chunk, more "
         "than are used, for other documents to be dropped (default: %(default)s)",
     )
-    _add_retriever(parser, "dense")
+    _add_retriever(parser, "dense", "dense, bm25 or random")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -410,6 +410,10 @@ def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.Capture
     assert run(*words, "--out", tmp_path / "no", *MODEL) == 2
     assert "holds the neighbours of the retriever 'bm25', not of 'dense'" in capfd.readouterr().err
     assert run(*words, "--out", out, "--retriever", "bm25", "--stop-after", 2, *MODEL) == 0
+    assert (
+        run("neighbours", *common, "--out", tmp_path / "x", "--retriever", "bm25+run", "--device", "cpu") == 2
+    )
+    assert "Make it with the retriever bm25" in capfd.readouterr().err
     assert run("train", *common, "--out", out, "--resume") == 0  # still with BM25
     live = ["train", *common, "--steps", 4, "--log-every", 1]
     for name in ("bm25", "dense"):
