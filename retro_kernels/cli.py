@@ -229,7 +229,9 @@ def _add_index(parser: _Parser) -> None:
         "--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained"
     )
     parser.add_argument(
-        "--embedder", metavar="PATH", help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2)"
+        "--embedder",
+        metavar="PATH",
+        help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2; to append, the set's own)",
     )
     parser.add_argument(
         "--embedder-dtype",

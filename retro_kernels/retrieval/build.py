@@ -356,9 +356,13 @@ class Builder:
             return
         if not self.out.is_dir():
             raise InputError(f"{self.out} is a file; the retrieval set is a folder. Choose another name.")
-        if any(self.out.iterdir()) and not (self.out / files.MANIFEST).exists():
+        names = {path.name for path in self.out.iterdir()}
+        manifest = load_json(self.out / files.MANIFEST)
+        ours = isinstance(manifest, dict) and manifest.get("format") == files.FORMAT
+        # of a damaged set the manifest may be what is damaged
+        if names and not ours and not {files.MANIFEST, files.CHUNKS, files.EMBEDDINGS} <= names:
             raise InputError(f"{self.out} holds other files, and no retrieval set. Choose another folder.")
-        if (self.out / files.MANIFEST).exists() and not overwrite:
+        if files.MANIFEST in names and not overwrite:
             files.read_manifest(self.out)
 
     def recover(self) -> None:

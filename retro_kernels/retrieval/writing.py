@@ -126,7 +126,7 @@ def load_json(path: Path) -> Any:
     """None where it is absent or was never finished. OSError where it is there and cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
 
 

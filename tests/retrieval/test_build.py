@@ -190,11 +190,18 @@ def test_what_is_no_set_is_never_replaced(tmp_path, model):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name, message in (("thesis", "holds other files"), ("file", "is a file")):
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / MANIFEST).write_text('{"manifest_version": 3}')
+    for name, message in (
+        ("thesis", "holds other files"),
+        ("file", "is a file"),
+        ("extension", "holds other files"),
+    ):
         with pytest.raises(InputError, match=message):
             build(CORPUS, tmp_path / name, tokenizer=model, overwrite=True)
     (tmp_path / "empty").mkdir()
     build(CORPUS, tmp_path / "empty", tokenizer=model)
+    assert (tmp_path / "extension" / MANIFEST).exists()
     assert (tmp_path / "thesis" / "chapter1.tex").exists() and ChunkStore.open(
         tmp_path / "empty"
     ).num_documents == 20

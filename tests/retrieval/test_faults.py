@@ -317,6 +317,10 @@ def test_a_damaged_set_is_named_and_can_be_replaced(model, tmp_path):
     with pytest.raises(InputError, match="damaged.*chunks.npy has 100 bytes"):
         build(CORPUS, out, tokenizer=model)
     build(CORPUS, out, tokenizer=model, overwrite=True)
+    os.truncate(out / MANIFEST, 100)
+    with pytest.raises(InputError, match="damaged.*is no JSON"):
+        build(CORPUS, out, tokenizer=model)
+    build(CORPUS, out, tokenizer=model, overwrite=True)
     ChunkStore.open(out, verify="full")
 
 
