@@ -816,7 +816,8 @@ def _differing(old: Any, new: dict[str, Any]) -> list[str]:
 
 
 def _differences(keys: Sequence[str]) -> str:
-    return ", ".join(f"another {name}" for name in keys)
+    """In words; another index alone is not in the way."""
+    return ", ".join(f"another {name}" for name in keys if name not in _INDEX_ONLY)
 
 
 def say(progress: bool, text: str) -> None:

@@ -101,7 +101,7 @@ def test_second_run_does_nothing_and_says_so(tmp_path, model, capsys):
         (dict(corpus=[Document("renamed", CORPUS[0].text), *CORPUS[1:]]), "another corpus"),
         (dict(chunk_size=8), "another chunk_size"),
         (dict(embedder="hashing:32"), "another embedder"),
-        (dict(embedder="hashing:32", index="HNSW8,Flat"), "another embedder, another index"),
+        (dict(embedder="hashing:32", index="IVF2,SQfp16"), r"\(another embedder\)"),
     ],
 )
 def test_other_input_is_refused_and_replaces_only_on_demand(whole, model, tmp_path, change, named):
@@ -367,7 +367,7 @@ def no_embedding(self, texts, progress=None):
 
 
 @pytest.mark.parametrize(
-    "first, then", [("Flat", "HNSW8,Flat"), ("IVF4,SQfp16", "Flat"), ("HNSW8,Flat", "IVF4,SQfp16")]
+    "first, then", [("Flat", "IVF2,SQfp16"), ("IVF2,SQfp16", "Flat"), ("HNSW8,Flat", "IVF2,SQfp16")]
 )
 @pytest.mark.parametrize("links", [True, False])
 def test_another_index_keeps_chunks_and_vectors(model, tmp_path, monkeypatch, first, then, links):
@@ -408,8 +408,8 @@ def test_a_merged_set_gets_another_index_too(model, tmp_path):
     parts = parts_of(model, tmp_path, 2)
     merge_retrieval_sets(parts, tmp_path / "set", progress=False)
     inode = (tmp_path / "set" / "embeddings.npy").stat().st_ino
-    merge_retrieval_sets(parts, tmp_path / "set", index="HNSW8,Flat", progress=False)
-    merge_retrieval_sets(parts, tmp_path / "direct", index="HNSW8,Flat", progress=False)
+    merge_retrieval_sets(parts, tmp_path / "set", index="IVF2,SQfp16", progress=False)
+    merge_retrieval_sets(parts, tmp_path / "direct", index="IVF2,SQfp16", progress=False)
     assert contents(tmp_path / "set") == contents(tmp_path / "direct")
     assert (tmp_path / "set" / "embeddings.npy").stat().st_ino == inode
 
@@ -421,9 +421,9 @@ def test_a_damaged_set_does_not_get_another_index(model, tmp_path):
     content[-7] ^= 8
     (out / "embeddings.npy").write_bytes(content)
     with pytest.raises(InputError, match="content of embeddings.npy has changed"):
-        build(CORPUS, out, tokenizer=model, index="HNSW8,Flat")
-    build(CORPUS, out, tokenizer=model, index="HNSW8,Flat", overwrite=True)
-    build(CORPUS, tmp_path / "direct", tokenizer=model, index="HNSW8,Flat")
+        build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16", overwrite=True)
+    build(CORPUS, tmp_path / "direct", tokenizer=model, index="IVF2,SQfp16")
     assert contents(out) == contents(tmp_path / "direct")
 
 
