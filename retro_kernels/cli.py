@@ -199,10 +199,12 @@ def _run(args: argparse.Namespace) -> Any:
     return load_run(args.model, pick_device(args.device), base=args.base)
 
 
-def _add_device(parser: _Parser, default: str | None = "auto") -> None:
-    parser.add_argument(
-        "--device", default=default, metavar="D", help="cpu, cuda, cuda:1; default: a GPU where there is one"
-    )
+def _add_device(
+    parser: _Parser,
+    default: str | None = "auto",
+    help: str = "cpu, cuda, cuda:1; default: a GPU where there is one",
+) -> None:
+    parser.add_argument("--device", default=default, metavar="D", help=help)
 
 
 def _add_retriever(
@@ -245,7 +247,14 @@ def _add_index(parser: _Parser) -> None:
         "--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained"
     )
     parser.add_argument(
-        "--embedder", metavar="PATH", help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2)"
+        "--embedder",
+        metavar="PATH",
+        help="folder or name of a BERT, or hashing (default: all-MiniLM-L6-v2; to append, the set's own)",
+    )
+    parser.add_argument(
+        "--embedder-dtype",
+        choices=("float32", "bfloat16"),
+        help="arithmetic of a BERT, the same for all parts of a set (default: what is fast on the device)",
     )
     parser.add_argument("--index", metavar="FACTORY", help="FAISS factory string (default: chosen by size)")
     parser.add_argument(
@@ -262,9 +271,7 @@ def _add_index(parser: _Parser) -> None:
     parser.add_argument(
         "--exclude", action="append", default=[], metavar="PATTERN", help="no such files of folders"
     )
-    parser.add_argument(
-        "--chunk-size", type=_COUNT, default=64, metavar="M", help="tokens in a chunk (default: 64)"
-    )
+    parser.add_argument("--chunk-size", type=_COUNT, metavar="M", help="tokens in a chunk (default: 64)")
     parser.add_argument(
         "--part", metavar="I/N", help="only every N-th document from the I-th (0-based) on, to be merged"
     )
@@ -272,8 +279,12 @@ def _add_index(parser: _Parser) -> None:
         "--append", action="store_true", help="add the text to the set SET instead of building one"
     )
     parser.add_argument("--merge", action="store_true", help="the PATHs are sets; join them into SET")
-    parser.add_argument("--overwrite", action="store_true", help="replace a set made from other text")
-    _add_device(parser, default=None)
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a set made from other text, drop unfinished work on other text",
+    )
+    _add_device(parser, default=None, help="cpu (default), cuda, cuda:1, or auto: a GPU where there is one")
     parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
 
 
@@ -459,39 +470,57 @@ def _demo(args: argparse.Namespace) -> None:
     _print_json(result) if args.json else print(result["report"])
 
 
+_INDEX_UNUSED = (
+    (
+        "append",
+        "the set has its own",
+        ("tokenizer", "vocab_size", "index", "chunk_size", "embedder_dtype"),
+    ),
+    (
+        "merge",
+        "the sets are joined as they are",
+        ("tokenizer", "vocab_size", "embedder", "embedder_dtype", "include", "exclude", "chunk_size"),
+    ),
+)
+"""Options of `index` that say nothing with --append or --merge, and why."""
+
+
 def _index(args: argparse.Namespace) -> None:
     from . import retrieval
 
     if args.append + args.merge + (args.part is not None) > 1:
         raise InputError("--append, --merge and --part exclude one another.")
+    for mode, reason, options in _INDEX_UNUSED:
+        given = [name for name in options if getattr(args, name) not in (None, [])]
+        if getattr(args, mode) and given:
+            raise InputError(f"--{given[0].replace('_', '-')} does not go with --{mode}: {reason}.")
+    common: dict[str, Any] = {"overwrite": args.overwrite}
     if args.device is not None:
         from .runs import pick_device
 
-        pick_device(args.device)
-    common: dict[str, Any] = {"device": args.device}
+        common["device"] = pick_device(args.device)
     reading = {"include": args.include, "exclude": args.exclude, "embedder": args.embedder}
+    recall = {} if args.tune is None else {"recall": args.tune}
     if args.append:
         manifest = retrieval.append_to_retrieval_set(args.out, args.paths, **common, **reading)
+        if args.tune is not None:
+            manifest = retrieval.tune_retrieval_set(args.out, args.tune, device=common.get("device"))
     elif args.merge:
-        manifest = retrieval.merge_retrieval_sets(
-            args.paths, args.out, index=args.index, overwrite=args.overwrite, **common
-        )
+        manifest = retrieval.merge_retrieval_sets(args.paths, args.out, index=args.index, **common, **recall)
     else:
         manifest = retrieval.build_retrieval_set(
             args.paths,
             args.out,
             tokenizer=args.tokenizer,
             vocab_size=args.vocab_size,
+            embedder_dtype=args.embedder_dtype,
             index=args.index,
             part=_part(args.part),
-            chunk_size=args.chunk_size,
-            overwrite=args.overwrite,
+            **({} if args.chunk_size is None else {"chunk_size": args.chunk_size}),
             **common,
             **reading,
-            **({} if args.tune is None else {"recall": args.tune}),
+            **recall,
         )
-    if args.tune is not None and manifest["index"]["factory"] != "Flat":
-        manifest = retrieval.tune_retrieval_set(args.out, args.tune, device=args.device)
     if args.json:
         _print_json(manifest)
         return

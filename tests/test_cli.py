@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from small import World, run
@@ -67,6 +68,34 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/y"], "there is no text to train on"),
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/empty.txt"], "is a file; a run is a folder"),
         (["eval", "--run", "x", "--data", "y", "--device", "gpu"], "device is 'gpu'"),
+        *(
+            (
+                ["index", "x", "--out", "{tmp}/s", f"--{mode}", option, value],
+                f"{option} does not go with --{mode}",
+            )
+            for mode, options in {
+                "append": ["--tokenizer", "--vocab-size", "--index", "--chunk-size", "--embedder-dtype"],
+                "merge": [
+                    *("--tokenizer", "--vocab-size", "--embedder", "--embedder-dtype"),
+                    *("--include", "--exclude", "--chunk-size"),
+                ],
+            }.items()
+            for option in options
+            for value in ["float32" if option == "--embedder-dtype" else "64"]
+        ),
+        (
+            [
+                "index",
+                "{tmp}/empty.txt",
+                "--out",
+                "{tmp}/s",
+                "--embedder",
+                "hashing",
+                "--embedder-dtype",
+                "float32",
+            ],
+            "cannot be had in float32",
+        ),
         (["search", "x", "--set", "y", "--device", "gpu"], "device is 'gpu'"),
     ],
 )
@@ -160,6 +189,59 @@ def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFix
     assert len(hits) == 3 and hits[0]["distance"] <= hits[1]["distance"]
     assert run("search", passage, "--set", tmp_path / "s", "-k", 1, "--device", "cpu") == 0
     assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
+
+
+def test_another_index_and_recall_from_the_command_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from retro_kernels.retrieval import HashingEmbedder, Index
+
+    def manifest(*options: object) -> dict[str, Any]:
+        assert run(*words, *options, "--json") == 0
+        return json.loads(capfd.readouterr().out)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["index", world.train, "--out", tmp_path / "s", "--tokenizer", world.set / "tokenizer.model"]
+    words += ["--embedder", "hashing:64", "--chunk-size", 16, "--device", "auto"]
+    first = manifest()
+    inode = (tmp_path / "s" / "embeddings.npy").stat().st_ino
+    monkeypatch.setattr(HashingEmbedder, "embed", None)
+    found = manifest("--index", "IVF4,SQfp16", "--tune", 0.5)
+    assert found["index"]["factory"] == "IVF4,SQfp16" and found["index"]["target"] == 0.5
+    assert found["files"]["embeddings.npy"] == first["files"]["embeddings.npy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "train", None)
+        found = manifest("--index", "IVF4,SQfp16", "--tune", 1.0)
+    assert found["index"]["target"] == 1.0
+    assert manifest()["index"]["factory"] == "Flat"
+    assert (tmp_path / "s" / "embeddings.npy").stat().st_ino == inode
+
+
+def test_device_of_index_is_the_cpu_by_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("index", "--help") == 0
+    assert "cpu (default)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_embedder_out_of_a_folder_is_found_from_anywhere(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from retrieval.corpora import tiny_bert
+
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
+    (tmp_path / "models").mkdir()
+    tiny_bert(tmp_path / "models" / "bert")
+    words = ["--tokenizer", world.set / "tokenizer.model", "--embedder", "models/bert", "--chunk-size", 16]
+    monkeypatch.chdir(tmp_path)
+    assert run("index", world.train, "--out", "s", *words, "--embedder-dtype", "float32") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("search", "lomi su", "--set", tmp_path / "s", "--device", "cpu", "--json") == 0
+    assert run("index", world.held_out, "--out", tmp_path / "s", "--append") == 0
+    capfd.readouterr()
+    os.rename(tmp_path / "models" / "bert", tmp_path / "bert")  # the name alone does for the folder it is in
+    monkeypatch.chdir(tmp_path)
+    assert run("search", "lomi su", "--set", tmp_path / "s", "--device", "cpu", "--json") == 0
+    assert len(json.loads(capfd.readouterr().out)["neighbours"]) == 5
 
 
 def test_train_json_is_alone_on_standard_output(

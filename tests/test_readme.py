@@ -36,7 +36,9 @@ def smaller(words: list[str]) -> list[str]:
     """Options that make a command take a second; they come last, so they win."""
     match words[0]:
         case "index":
-            own_tokenizer = {"--tokenizer", "--merge", "--append"} & set(words)
+            if "--merge" in words:
+                return []
+            own_tokenizer = {"--tokenizer", "--append"} & set(words)
             return ["--embedder", "hashing:64", *([] if own_tokenizer else ["--vocab-size", "400"])]
         case "train":
             pretrained = "models/gpt2" in words

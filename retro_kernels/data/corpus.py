@@ -69,6 +69,7 @@ def read_documents(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    leave_out: Sequence[str | os.PathLike[str]] = (),
     report: ReadReport | None = None,
 ) -> Iterator[Document]:
     """Yields the documents of `paths`, in the order given; a folder's files in the order of their names.
@@ -78,6 +79,7 @@ def read_documents(
     include, exclude: shell patterns (`*.py`, `tests`, `docs/*.md`) for files inside folders, matched against the name
         and the path relative to the folder; an excluded folder is not entered. Hidden files and `__pycache__` are left
         out.
+    leave_out: folders that are not entered where they lie inside `paths`, such as the one that is being written.
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
 
     Left out and counted: what cannot be read or unpacked, is not UTF-8, is empty or white space, is larger than 1 GiB,
@@ -94,15 +96,28 @@ def read_documents(
             raise InputError(
                 f"{path} does not exist. Give a text file, a .jsonl, a folder of such, or - for stdin."
             )
-    return _read(checked, include, exclude, report)
+    wanted = _Wanted(include, exclude, frozenset(map(os.path.realpath, leave_out)))
+    return _read(checked, wanted, report)
 
 
-def _read(
-    paths: list[str], include: Sequence[str], exclude: Sequence[str], given: ReadReport | None
-) -> Iterator[Document]:
+@dataclass(frozen=True)
+class _Wanted:
+    """Which files of a folder are read."""
+
+    include: Sequence[str]
+    exclude: Sequence[str]
+    leave_out: frozenset[str]
+
+    def enters(self, folder: os.DirEntry[str]) -> bool:
+        if folder.name in _SKIPPED_DIRECTORIES:
+            return False
+        return not self.leave_out or os.path.realpath(folder.path) not in self.leave_out
+
+
+def _read(paths: list[str], wanted: _Wanted, given: ReadReport | None) -> Iterator[Document]:
     report = given or ReadReport()
     for path in paths:
-        for document in _read_path(path, include, exclude, report):
+        for document in _read_path(path, wanted, report):
             report.documents += 1
             report.text_bytes += len(document.text.encode())
             yield document
@@ -110,22 +125,18 @@ def _read(
         _log.warning(warning)
 
 
-def _read_path(
-    path: str, include: Sequence[str], exclude: Sequence[str], report: ReadReport
-) -> Iterator[Document]:
+def _read_path(path: str, wanted: _Wanted, report: ReadReport) -> Iterator[Document]:
     if path == "-":
         yield from _one_document(sys.stdin.buffer, "stdin", "stdin", report)
     elif os.path.isdir(path):
         root = Path(path)
-        for relative in _walk(root, "", include, exclude, report):
+        for relative in _walk(root, "", wanted, report):
             yield from _read_file(root / relative, relative, report, in_folder=True)
     else:
         yield from _read_file(Path(path), Path(path).name, report, in_folder=False)
 
 
-def _walk(
-    root: Path, folder: str, include: Sequence[str], exclude: Sequence[str], report: ReadReport
-) -> Iterator[str]:
+def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Iterator[str]:
     """Relative paths of the files wanted, in an order set by the names only. Links to folders are not followed."""
     try:
         entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
@@ -134,12 +145,12 @@ def _walk(
         return
     for entry in entries:
         relative = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.name.startswith(".") or _matches(relative, entry.name, exclude):
+        if entry.name.startswith(".") or _matches(relative, entry.name, wanted.exclude):
             continue
         if entry.is_dir(follow_symlinks=False):
-            if entry.name not in _SKIPPED_DIRECTORIES:
-                yield from _walk(root, relative, include, exclude, report)
-        elif entry.is_file() and (not include or _matches(relative, entry.name, include)):
+            if wanted.enters(entry):
+                yield from _walk(root, relative, wanted, report)
+        elif entry.is_file() and (not wanted.include or _matches(relative, entry.name, wanted.include)):
             yield relative
 
 

@@ -4,11 +4,15 @@ The work lies beside the set, in `<out>.build`, and every step can be taken up a
 
     plan.json                  what is being built; another input or another setting is refused, not mixed in
     set/                       the files of the set as they grow; cut.json says up to where they are whole
-    embeddings-000000.npy …    one shard of chunks each, under that name only when whole
+    embeddings-0-1023.npy …    the rows of one shard each, under that name only when whole
+    trained.faiss              the index before vectors are added; index.json says how far the index is
+    old/                       the set that is being replaced, between two renames, where names cannot be exchanged
 
-A set becomes visible in one rename, the manifest being its last file. Replacing a set exchanges the two folders, so a
-reader sees the old one or the new one. Memory is bounded by one shard and one document, apart from 16 bytes a chunk for
-the table that finds chunks by content, the tokenizer's sample, and what the index itself needs.
+A folder of that name without a plan is somebody else's, and is not touched. A set becomes visible in one rename, the
+manifest being its last file. Replacing a set exchanges the two folders, so a reader sees the old one or the new one.
+Where only the index is to be another one, chunks and vectors of the set in place are taken over. Memory is bounded by
+one shard and one document, apart from 20 bytes a chunk while the table that finds chunks by content is sorted, the
+tokenizer's sample, and what the index itself needs.
 
 Large corpora: build parts in several processes or on several machines (`part=(i, n)`, one tokenizer for all), then
 `merge_retrieval_sets`; `append_to_retrieval_set` adds documents to a set.
@@ -26,7 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -35,14 +39,15 @@ from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.retrieval import store as files
-from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
+from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, describe_embedder
 from retro_kernels.retrieval.index import EXACT, Index, check_factory, choose_factory, require_faiss
-from retro_kernels.retrieval.store import hash_chunks, open_array, token_dtype
+from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
     ChunkWriter,
     GrowingArray,
     Progress,
+    link_or_copy,
     load_json,
     locked,
     save_array,
@@ -53,6 +58,10 @@ from retro_kernels.retrieval.writing import (
 
 SHARD_CHUNKS = 1024  # ten seconds of a slow processor: what an interrupted build loses at most
 _EXACT_FALLBACK = 1_000_000  # vectors: 8 ms of a core for a query
+_EXACT_SAMPLE = 1 << 16  # vectors among which the speed of an exact search is measured
+_PLAN, _LOCK = "plan.json", "lock"
+APPEND = ".append"
+"""Ends the name of the set in which documents are embedded that are to be added to one."""
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Document]
 
@@ -64,6 +73,7 @@ def build_retrieval_set(
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     vocab_size: int | None = None,
     embedder: str | os.PathLike[str] | TextEmbedder | None = None,
+    embedder_dtype: str | None = None,
     index: str | None = None,
     recall: float = 0.95,
     device: Any = None,
@@ -78,12 +88,14 @@ def build_retrieval_set(
     """Builds the retrieval set `out` from text and returns its manifest.
 
     paths: files, folders and "-" as `read_documents` takes them (also include, exclude), or a list of `Document`.
-        Documents with the same text are kept once.
+        Documents with the same text are kept once. `out` itself is not read where it lies in one of them.
     tokenizer: a SentencePiece model or tokenizer.json to use. None trains one on the corpus, with `vocab_size` entries
         (default: 16,384, or as many as the text supports).
     embedder: a BERT folder or name, "hashing", or an object (TextEmbedder). None: all-MiniLM-L6-v2.
+    embedder_dtype: "float32" or "bfloat16", in which a BERT computes; None: what is fast on `device`. Vectors of one
+        are not those of the other: parts that are built on several machines are to have the same.
     index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
-        that reaches `recall`@10 is stored.
+        that reaches `recall`@10 is stored. Where `out` differs in these two alone, only its index is made again.
     device: of the embedder and of the index's training, default CPU.
     chunk_size: M, tokens in a chunk; a neighbour is 2M long.
     part: (i, n) takes every n-th document from the i-th on: n processes build n sets, to be merged. Needs a tokenizer.
@@ -110,10 +122,10 @@ def build_retrieval_set(
         require_faiss()
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)
-    reader = reader_of(paths, include, exclude)
+    reader = reader_of(paths, include, exclude, own_folders(out))
     builder = Builder(Path(out), shard_chunks, progress)
     options = Options(tokenizer, vocab_size, index, recall, device, chunk_size, part, overwrite)
-    return build_from(reader, builder, lambda: as_embedder(embedder, device), options)
+    return build_from(reader, builder, lambda: as_embedder(embedder, device, embedder_dtype), options)
 
 
 @dataclass
@@ -128,6 +140,8 @@ class Options:
     chunk_size: int
     part: tuple[int, int] | None
     overwrite: bool
+    addition: bool = False
+    """Whether this set is made to be merged into another, and may be deleted after that."""
 
 
 def build_from(
@@ -146,25 +160,21 @@ def build_from(
         "index": options.index or "by size",
         "recall": options.recall,
     }
+    if options.addition:
+        plan["addition"] = True
     if (manifest := builder.already_built(plan, options.overwrite)) is not None:
         return manifest
     with builder.work(plan, options.overwrite):
         if not builder.is_complete(plan):
+            adopted = builder.adopt(plan, options.overwrite)
             model = builder.tokenizer(options.tokenizer, corpus, options.vocab_size)
-            builder.cut(reader, options.part, corpus, model, options.chunk_size)
-            builder.embed(embedder, model)
-            builder.finish(plan, corpus, model, embedder, options.index, options.recall, options.device)
+            if not adopted:
+                builder.cut(reader, options.part, corpus, model, options.chunk_size)
+                builder.embed(embedder, model)
+                builder.tabulate(model)
+            described = describe_embedder(embedder)
+            builder.finish(plan, corpus, model, described, options.index, options.recall, options.device)
         return builder.publish()
-
-
-class _Describes(Protocol):
-    """What the manifest says of an embedder."""
-
-    name: str
-    dim: int
-
-    @property
-    def fingerprint(self) -> str: ...
 
 
 @dataclass
@@ -198,23 +208,36 @@ class Fingerprint:
 Reader = Callable[[ReadReport], Iterator[Document]]
 
 
-def reader_of(paths: Source, include: Sequence[str], exclude: Sequence[str]) -> Reader:
+def own_folders(out: str | os.PathLike[str]) -> list[str]:
+    """Where `out` and the work on it lie: nothing to be read as text."""
+    name = os.path.abspath(out)
+    return [name, _work_folder(name), name + APPEND, _work_folder(name + APPEND)]
+
+
+def _work_folder(name: str) -> str:
+    return name + ".build"
+
+
+def reader_of(
+    paths: Source, include: Sequence[str], exclude: Sequence[str], leave_out: Sequence[str]
+) -> Reader:
     """A function that reads the documents; it can be called again, stdin included."""
     if not isinstance(paths, (str, os.PathLike)):
         paths = list(paths)  # type: ignore[assignment]
         if paths and all(isinstance(path, Document) for path in paths):
             return lambda report: _count(paths, report)  # type: ignore[arg-type]
     entries: Any = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    read_documents(entries, include=include, exclude=exclude)  # checks the paths, reads nothing
+    options: Any = {"include": include, "exclude": exclude, "leave_out": leave_out}
+    read_documents(entries, **options)  # checks the paths, reads nothing
     if "-" not in entries:
-        return lambda report: read_documents(entries, include=include, exclude=exclude, report=report)
+        return lambda report: read_documents(entries, **options, report=report)
     piped: list[Document] = []
     piped_report = ReadReport()
 
     def read(report: ReadReport) -> Iterator[Document]:
         for entry in entries:
             if entry != "-":
-                yield from read_documents(entry, include=include, exclude=exclude, report=report)
+                yield from read_documents(entry, **options, report=report)
                 continue
             if not piped and not piped_report.skipped:
                 piped.extend(read_documents("-", report=piped_report))
@@ -283,14 +306,9 @@ def _title(document: Document) -> str:
     return document.title[: files.MAX_TITLE_CHARS]
 
 
-def as_embedder(embedder: str | os.PathLike[str] | TextEmbedder | None, device: Any) -> TextEmbedder:
-    if embedder is None or isinstance(embedder, (str, os.PathLike)):
-        return load_embedder(embedder, device=device)
-    return embedder
-
-
 _INDEX_ONLY = {"index", "recall"}
-"""Parts of a plan that the vectors do not depend on: unfinished work is taken up for another index."""
+"""Parts of a plan that the vectors do not depend on: sets and unfinished work are taken up for another index."""
+_PLAN_KEYS = {"corpus", "chunk_size", "tokenizer", "embedder", *_INDEX_ONLY}
 
 
 @dataclass
@@ -300,12 +318,16 @@ class Builder:
     out: Path
     shard_chunks: int
     progress: bool
+    otherwise: str = "Choose another folder, or replace the set with overwrite (--overwrite)."
+    """What to do where `out` was built from something else."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.out = Path(os.path.abspath(self.out))
-        self.folder = self.out.with_name(self.out.name + ".build")
+        self.folder = Path(_work_folder(str(self.out)))
         self.set = self.folder / "set"
+        self.journal = self.folder / "cut.json"
+        self.parked = self.folder / "old"
 
     def say(self, text: str) -> None:
         say(self.progress, text)
@@ -329,17 +351,33 @@ class Builder:
 
     def check_target(self, overwrite: bool) -> None:
         """`out` may be absent, empty or a retrieval set: nothing else is ever replaced."""
-        old = self.out.with_name(self.out.name + ".old")
-        if old.is_dir() and not self.out.exists():
-            os.rename(old, self.out)  # a swap was interrupted between its two renames
+        self.recover()
         if not self.out.exists():
             return
         if not self.out.is_dir():
             raise InputError(f"{self.out} is a file; the retrieval set is a folder. Choose another name.")
-        if any(self.out.iterdir()) and not (self.out / files.MANIFEST).exists():
+        names = {path.name for path in self.out.iterdir()}
+        manifest = load_json(self.out / files.MANIFEST)
+        ours = isinstance(manifest, dict) and manifest.get("format") == files.FORMAT
+        # of a damaged set the manifest may be what is damaged
+        if names and not ours and not {files.MANIFEST, files.CHUNKS, files.EMBEDDINGS} <= names:
             raise InputError(f"{self.out} holds other files, and no retrieval set. Choose another folder.")
-        if (self.out / files.MANIFEST).exists() and not overwrite:
+        if files.MANIFEST in names and not overwrite:
             files.read_manifest(self.out)
+
+    def recover(self) -> None:
+        """Gives the set its name back where a replacement was killed between two renames (`swap`)."""
+        if self._is_parked():
+            with contextlib.suppress(InputError), self._lock():  # locked: the replacement is under way
+                self._give_back()
+
+    def _is_parked(self) -> bool:
+        return not self.out.exists() and (self.parked / files.MANIFEST).exists() and self._plan() is not None
+
+    def _give_back(self) -> bool:
+        if found := self._is_parked():
+            os.rename(self.parked, self.out)
+        return found
 
     def already_built(self, plan: dict[str, Any], overwrite: bool) -> dict[str, Any] | None:
         if not (self.out / files.MANIFEST).exists():
@@ -351,57 +389,61 @@ class Builder:
             if overwrite:
                 return None
             raise
-        differs = _differences(manifest.get("build", {}), plan)
+        differs = _differing(manifest.get("build"), plan)
         if not differs:
             self.say(f"{self.out}: already built from this input; nothing to do.")
-            self._drop_leftovers(plan)
+            self.drop_leftovers(plan)
             return manifest
-        if not overwrite:
+        if set(differs) <= _INDEX_ONLY:
+            self.say(f"{self.out}: built from this input; only its index is made again.")
+        elif not overwrite:
             raise InputError(
-                f"{self.out} was built from something else ({differs}). Choose another folder, or replace the set with "
-                "overwrite (--overwrite)."
+                f"{self.out} was built from something else ({_differences(differs)}). {self.otherwise}"
             )
         return None
 
-    def _drop_leftovers(self, plan: dict[str, Any]) -> None:
+    def drop_leftovers(self, plan: Any) -> None:
         """Of a build that was killed between its last rename and its tidying up."""
-        if load_json(self.folder / "plan.json") == plan:
-            with contextlib.suppress(OSError, InputError), self._lock():
-                shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError, InputError):
+            if plan is not None and self._plan() == plan:
+                with self._lock():
+                    self._tidy()
 
     @contextlib.contextmanager
     def work(self, plan: dict[str, Any], overwrite: bool) -> Iterator[None]:
         """The work folder, locked, for this plan; unfinished work on the same plan is taken up."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.folder} cannot be made: {error.strerror}. Choose a writable place."
-            ) from None
+        fresh = self._make_folder()
         with self._lock():
-            found = load_json(self.folder / "plan.json")
-            if found is not None and any(found.get(key) != plan[key] for key in plan.keys() - _INDEX_ONLY):
+            if self._give_back():
+                raise InputError(f"A replacement of {self.out} was cut off just now. Run the command again.")
+            found = self._plan()
+            if found is None:
+                self._refuse_others(fresh)
+            elif not set(differs := _differing(found, plan)) <= _INDEX_ONLY:
                 if not overwrite:
                     raise InputError(
-                        f"{self.folder} holds unfinished work on something else ({_differences(found, plan)}). Finish "
+                        f"{self.folder} holds unfinished work on something else ({_differences(differs)}). Finish "
                         "it with the same arguments as before, delete it, or drop it with overwrite (--overwrite)."
                     )
                 found = None
             if found is None:
                 self._clear()
-                self.set.mkdir()
             else:
-                self.set.mkdir(exist_ok=True)
                 self.say(f"{self.folder}: taking up unfinished work.")
             if found != plan:
-                save_json(self.folder / "plan.json", plan)
+                save_json(self.folder / _PLAN, plan)
+            if not self.journal.exists() and not self.is_complete(plan):
+                # nothing was begun, or what lies here is the set for which the finished one was exchanged
+                self._index_note_path.unlink(missing_ok=True)
+                if self.set.exists():
+                    shutil.rmtree(self.set)
+                self.set.mkdir()
+                save_json(self.journal, vars(Progress()))
             try:
                 yield
             except InputError:
-                if (
-                    not self._shards()
-                ):  # nothing worth keeping, which would stand in the way of better arguments
-                    shutil.rmtree(self.folder, ignore_errors=True)
+                if not self.has_shards():  # nothing worth keeping, and in the way of better arguments
+                    self._tidy()
                 raise
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -409,21 +451,100 @@ class Builder:
                     raise OSError(error.errno, f"The build of {self.out} stopped: {text}") from error
                 raise
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The lock alone, for a change to the set in place: no builder replaces it meanwhile."""
+        self._make_folder()
+        with self._lock():
+            try:
+                yield
+            finally:
+                self._leave()
+
+    def _make_folder(self) -> bool:
+        """Whether there was no lock, so no builder, in it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder} cannot be made: {error.strerror}. Choose a writable place."
+            ) from None
+        return not (self.folder / _LOCK).exists()
+
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         """One builder at a time."""
         busy = f"Another process is building {self.out}. Wait for it, or choose another folder."
-        return locked(self.folder / "lock", busy)
+        return locked(self.folder / _LOCK, busy)
+
+    def _plan(self) -> dict[str, Any] | None:
+        """plan.json, if it is one. OSError where it cannot be read: who knows what it says?"""
+        found = load_json(self.folder / _PLAN)
+        return found if isinstance(found, dict) and found.keys() >= _PLAN_KEYS else None
+
+    def _refuse_others(self, fresh: bool) -> None:
+        others = [
+            name for name in sorted(os.listdir(self.folder)) if name != _LOCK and _PLAN + ".tmp-" not in name
+        ]
+        if others:
+            if fresh:
+                (self.folder / _LOCK).unlink(missing_ok=True)
+            raise InputError(
+                f"{self.folder} is where {self.out.name} is built, but it holds other files ({others[0]}, …) and no "
+                f"{_PLAN} that says they are a build's. Move it away, delete it if it is not needed, or choose "
+                "another name for the set (--out)."
+            )
 
     def _clear(self) -> None:
+        """Deletes the work, its plan last: what a kill leaves is then known to be ours."""
         for path in self.folder.iterdir():
-            if path.name == "lock":
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name not in (_LOCK, _PLAN):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (self.folder / _PLAN).unlink(missing_ok=True)
+
+    def _tidy(self) -> None:
+        """The end of the work, under its lock."""
+        with contextlib.suppress(OSError):
+            self._clear()
+        self._leave()
+
+    def _leave(self) -> None:
+        with contextlib.suppress(OSError):
+            if os.listdir(self.folder) == [_LOCK]:
+                (self.folder / _LOCK).unlink()
+                self.folder.rmdir()
 
     def is_complete(self, plan: dict[str, Any]) -> bool:
         """Whether only the renaming is missing. After an exchange the older set lies here: then it is not."""
         manifest = load_json(self.set / files.MANIFEST)
         return manifest is not None and manifest.get("build") == plan
+
+    def adopt(self, plan: dict[str, Any], overwrite: bool) -> bool:
+        """Takes over the files of the set in place, and says so, where it differs from `plan` in its index alone."""
+        manifest = load_json(self.out / files.MANIFEST)
+        if not isinstance(manifest, dict) or not set(_differing(manifest.get("build"), plan)) <= _INDEX_ONLY:
+            return False
+        try:
+            store = ChunkStore.open(self.out)
+        except InputError:
+            if overwrite:
+                return False
+            raise
+        # until all is here, what is here is not to be written on: these are the files of the set in place
+        self.journal.unlink(missing_ok=True)
+        for name in files.REQUIRED_FILES:
+            link_or_copy(store.path / name, self.set / name)
+        index, entry = store.manifest["index"], store.manifest["files"].get(files.INDEX)
+        if entry is not None and not self._index_note():
+            files.check_checksum(store.path, files.INDEX, entry)
+            link_or_copy(store.path / files.INDEX, self.set / files.INDEX)
+            self._note_index(index["factory"], store.num_chunks, "full", index.get("build_seconds", 0.0))
+        tokens = int(store.manifest.get("num_tokens", 0))
+        state = Progress(
+            0, store.num_documents, store.num_chunks, tokens, done=True, fingerprint=plan["corpus"]
+        )
+        save_json(self.journal, vars(state))
+        self.seconds.update(store.manifest.get("seconds", {}))
+        return True
 
     def tokenizer(self, given: Tokenizer | None, corpus: Corpus, vocab_size: int | None) -> Tokenizer:
         path = self.set / files.TOKENIZER
@@ -446,8 +567,7 @@ class Builder:
         chunk_size: int,
     ) -> None:
         """Documents → rows of `chunk_size` tokens, saved every `shard_chunks` rows."""
-        journal = self.folder / "cut.json"
-        state = Progress(**(load_json(journal) or {}))
+        state = self.state()
         if state.done:
             return
         start = time.perf_counter()
@@ -466,20 +586,20 @@ class Builder:
                 state.read = number + 1
                 if state.chunks - saved >= self.shard_chunks:
                     writer.save()
-                    save_json(journal, vars(state))
+                    save_json(self.journal, vars(state))
                     saved = state.chunks
         if fingerprint.hex() != corpus.fingerprint:
             writer.close()
-            journal.unlink(missing_ok=True)
+            self.journal.unlink(missing_ok=True)
             raise InputError("The input changed while it was being read. Run the command again.")
         writer.close()
         state.done = True
         state.fingerprint = corpus.fingerprint
-        save_json(journal, vars(state))
+        save_json(self.journal, vars(state))
         self.seconds["cut"] = round(time.perf_counter() - start, 2)
 
     def state(self) -> Progress:
-        return Progress(**(load_json(self.folder / "cut.json") or {}))
+        return Progress(**(load_json(self.journal) or {}))
 
     def chunks(self, tokenizer: Tokenizer) -> np.ndarray:
         path = self.set / files.CHUNKS
@@ -506,17 +626,20 @@ class Builder:
                 save_array(self._shard_path(shard), vectors)
         self.seconds["embed"] = round(time.perf_counter() - start, 2)
         joined = GrowingArray(self.set / files.EMBEDDINGS, np.dtype(np.float16), (embedder.dim,), 0)
-        for shard in shards:
-            joined.append(
-                open_array(self._shard_path(shard), np.dtype(np.float16), (len(shard), embedder.dim))
-            )
+        with self.bar("joining the shards", len(chunks), "chunks") as bar:
+            for shard in shards:
+                joined.append(
+                    open_array(self._shard_path(shard), np.dtype(np.float16), (len(shard), embedder.dim))
+                )
+                bar.update(len(shard))
         joined.close()
 
-    def _shards(self) -> list[Path]:
-        return list(self.folder.glob("embeddings-*.npy"))
+    def has_shards(self) -> bool:
+        """Whether there is work here that took long."""
+        return any(self.folder.glob("embeddings-*.npy"))
 
     def _shard_path(self, shard: range) -> Path:
-        return self.folder / f"embeddings-{shard.start // self.shard_chunks:06d}.npy"
+        return self.folder / f"embeddings-{shard.start}-{shard.stop - 1}.npy"
 
     def _has_shard(self, shard: range, dim: int) -> bool:
         path = self._shard_path(shard)
@@ -524,29 +647,36 @@ class Builder:
             return False
         try:
             open_array(path, np.dtype(np.float16), (len(shard), dim))
-        except InputError:  # of another shard size
+        except InputError:
             return False
         return True
+
+    def tabulate(self, tokenizer: Tokenizer) -> None:
+        """The table that finds chunks by their content."""
+        hashes = hash_chunks(self.chunks(tokenizer))
+        order = np.argsort(hashes, kind="stable")
+        save_array(self.set / files.CHUNK_ORDER, order.astype(np.int64, copy=False))
+        del order
+        hashes.sort()
+        save_array(self.set / files.CHUNK_HASHES, hashes)
 
     def finish(
         self,
         plan: dict[str, Any],
         corpus: Corpus,
         tokenizer: Tokenizer,
-        embedder: _Describes,
+        embedder: dict[str, Any],
         factory: str | None,
         recall: float,
         device: Any,
         grown: Index | None = None,
     ) -> None:
-        """The table of chunk hashes, the index, and last of all the manifest."""
+        """The index, and last of all the manifest. embedder: its entry there.  grown: an index of the first vectors."""
         state = self.state()
         chunks = self.chunks(tokenizer)
-        hashes = hash_chunks(chunks)
-        order = np.argsort(hashes, kind="stable")
-        save_array(self.set / files.CHUNK_HASHES, hashes[order])
-        save_array(self.set / files.CHUNK_ORDER, order.astype(np.int64))
-        vectors = open_array(self.set / files.EMBEDDINGS, np.dtype(np.float16), (state.chunks, embedder.dim))
+        vectors = open_array(
+            self.set / files.EMBEDDINGS, np.dtype(np.float16), (state.chunks, embedder["dim"])
+        )
         manifest: dict[str, Any] = {
             "format": files.FORMAT,
             "version": files.VERSION,
@@ -556,7 +686,7 @@ class Builder:
             "num_tokens": state.tokens,
             "text_bytes": corpus.text_bytes,
             "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-            "embedder": {"name": embedder.name, "fingerprint": embedder.fingerprint, "dim": embedder.dim},
+            "embedder": embedder,
             "index": self._index(vectors, factory, recall, device, grown),
             "corpus": {"duplicates": corpus.duplicates, "skipped": corpus.skipped},
             "build": plan,
@@ -575,16 +705,14 @@ class Builder:
         factory = factory or (
             grown.factory if grown else choose_factory(len(vectors), vectors.shape[1], device)
         )
-        start = time.perf_counter()
-        with self.bar(f"index {factory}", len(vectors), "chunks", len(grown) if grown else 0) as bar:
-            if grown:
-                grown.add(vectors[len(grown) :], bar.update)
-                index = grown
-            else:
-                index = Index.build(vectors, factory, device=device, progress=bar.update)
-        self.seconds["index"] = round(time.perf_counter() - start, 2)
-        (self.set / files.INDEX).unlink(missing_ok=True)
-        measured = index.tune(vectors, recall)
+        described: dict[str, Any] = {"factory": factory, "metric": "squared L2"}
+        if factory == EXACT:
+            (self.set / files.INDEX).unlink(missing_ok=True)
+            self.seconds["index"] = 0.0
+            return {**described, **measure_exact(vectors, recall, device=device), "build_seconds": 0.0}
+        index = self._filled_index(vectors, factory, device, grown)
+        with self.bar(f"tuning the index {factory}", None, ""):
+            measured = index.tune(vectors, recall)
         if not measured["reached"]:
             self.say(
                 f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished."
@@ -592,20 +720,59 @@ class Builder:
             if by_size and len(vectors) <= _EXACT_FALLBACK:
                 self.say("These vectors do not suit it; the exact index is taken.")
                 return self._index(vectors, EXACT, recall, device, None)
-        if not index.is_exact:
-            index.save(self.set / files.INDEX)
-        return {
-            "factory": factory,
-            "metric": "squared L2",
-            **measured,
-            "build_seconds": self.seconds["index"],
-        }
+        return {**described, **measured, "build_seconds": self.seconds["index"]}
+
+    def _filled_index(self, vectors: np.ndarray, factory: str, device: Any, grown: Index | None) -> Index:
+        """The index of all vectors, also in its file. Trained, and filled, it is saved: neither is done again."""
+        trained, n = self.folder / "trained.faiss", len(vectors)
+        note = self._index_note()
+        if (note.get("factory"), note.get("chunks")) != (factory, n):
+            note = {}
+            self._index_note_path.unlink(missing_ok=True)  # before the files change of which it speaks
+        self.seconds["index"] = note.get("seconds", 0.0)
+        start = time.perf_counter() - self.seconds["index"]
+        if note.get("stage") == "full":
+            return Index.load(self.set / files.INDEX, factory, device=device)
+        if grown is not None:
+            index = grown
+        elif note.get("stage") == "trained":
+            index = Index.load(trained, factory, device=device)
+        else:
+            with self.bar(f"training the index {factory}", None, ""):
+                index = Index.train(vectors, factory, device=device)
+            if factory != "CAGRA":  # which is made of all its vectors at once
+                index.save(trained)
+                self._note_index(factory, n, "trained", time.perf_counter() - start)
+        with self.bar(f"filling the index {factory}", n, "chunks", len(index)) as bar:
+            index.add(vectors[len(index) :], bar.update)
+        self.seconds["index"] = round(time.perf_counter() - start, 2)
+        index.save(self.set / files.INDEX)
+        self._note_index(factory, n, "full", self.seconds["index"])
+        trained.unlink(missing_ok=True)
+        return index
+
+    @property
+    def _index_note_path(self) -> Path:
+        return self.folder / "index.json"
+
+    def _index_note(self) -> dict[str, Any]:
+        return load_json(self._index_note_path) or {}
+
+    def _note_index(self, factory: str, chunks: int, stage: str, seconds: float) -> None:
+        note = {"factory": factory, "chunks": chunks, "stage": stage, "seconds": round(seconds, 2)}
+        save_json(self._index_note_path, note)
 
     def _file_entries(self) -> dict[str, Any]:
         paths = [path for name in (*files.REQUIRED_FILES, files.INDEX) if (path := self.set / name).exists()]
         entries = {}
+        known = load_json(self.out / files.MANIFEST) or {}
         with self.bar("checksums", sum(path.stat().st_size for path in paths), "B") as bar:
             for path in paths:
+                twin = self.out / path.name
+                if twin.exists() and twin.samefile(path):  # adopted: read when the set was built
+                    entries[path.name] = known["files"][path.name]
+                    bar.update(path.stat().st_size)
+                    continue
                 entries[path.name] = {
                     "bytes": path.stat().st_size,
                     "sha256": files.file_sha256(path, bar.update),
@@ -618,10 +785,14 @@ class Builder:
             if path.name not in (*files.REQUIRED_FILES, files.INDEX, files.MANIFEST):
                 path.unlink()  # a temporary file of a process that was killed
         sync_folder(self.set)
-        swap(self.set, self.out)
+        self.journal.unlink(
+            missing_ok=True
+        )  # from here on nothing is written into `set`, whichever set that is
+        sync_folder(self.folder)
+        swap(self.set, self.out, self.parked)
         sync_folder(self.out.parent)
         manifest = files.read_manifest(self.out)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._tidy()
         index = manifest["index"]
         self.say(
             f"{self.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, index "
@@ -630,9 +801,23 @@ class Builder:
         return manifest
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    names = [key for key in new if old.get(key) != new[key]]
-    return ", ".join(f"another {name}" for name in names)
+def measure_exact(vectors: np.ndarray, recall: float, *, k: int = 10, device: Any = None) -> dict[str, Any]:
+    """What `Index.tune` says of the exact index of `vectors` [n, E], which finds all by its nature: only its speed is
+    measured, among some of them, and falls with their number."""
+    sample = vectors[:_EXACT_SAMPLE]
+    measured = Index.build(sample, EXACT, device=device).tune(sample, recall, k=k)
+    speed = round(measured["queries_per_second"] * len(sample) / len(vectors), 1)
+    return {**measured, "queries_per_second": speed, "recall": 1.0, "reached": True}
+
+
+def _differing(old: Any, new: dict[str, Any]) -> list[str]:
+    """Keys of a plan under which another one, or something that is none, has something else."""
+    return [key for key in new if not isinstance(old, dict) or old.get(key) != new[key]]
+
+
+def _differences(keys: Sequence[str]) -> str:
+    """In words; another index alone is not in the way."""
+    return ", ".join(f"another {name}" for name in keys if name not in _INDEX_ONLY)
 
 
 def say(progress: bool, text: str) -> None:

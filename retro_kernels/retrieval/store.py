@@ -104,13 +104,13 @@ class ChunkStore:
         tokens = token_dtype(manifest["tokenizer"]["vocab_size"])
         self.chunks = self._array(CHUNKS, tokens, (chunks, self.chunk_size), scattered=True)
         self.document_ids = self._array(DOCUMENT_IDS, np.int64, (chunks,))
-        self.embeddings = self._array(
-            EMBEDDINGS, np.float16, (chunks, manifest["embedder"]["dim"]), scattered=True
-        )
+        self.embeddings = self._array(EMBEDDINGS, np.float16, (chunks, manifest["embedder"]["dim"]))
         self.document_hashes = self._array(DOCUMENT_HASHES, np.int64, (documents,))
         self._document_offsets = self._array(DOCUMENT_OFFSETS, np.int64, (documents + 1,))
         self._chunk_hashes = self._array(CHUNK_HASHES, np.uint64, (chunks,))
         self._chunk_order = self._array(CHUNK_ORDER, np.int64, (chunks,), scattered=True)
+        empty = not (path / DOCUMENTS).stat().st_size  # cannot be mapped
+        self._documents = np.zeros(0, np.uint8) if empty else np.memmap(path / DOCUMENTS, np.uint8, mode="r")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, verify: str = "auto") -> ChunkStore:
@@ -120,18 +120,35 @@ class ChunkStore:
             every byte: checksums, order of the document ids, range of the token ids. "auto" is "full" for sets of up
             to 256 MiB.
 
+        A set that is replaced meanwhile is opened as it was or as it is then; every file is open when this returns, so
+        that replacing it later does no harm.
+
         Raises InputError where there is no set, where it is half copied or damaged, or of another format version.
         """
         if verify not in ("auto", "sizes", "full"):
             raise InputError(f'ChunkStore.open: verify is {verify!r}; "auto", "sizes" and "full" can be had.')
         folder = Path(path)
-        manifest = read_manifest(folder)
+        for _ in range(2):
+            manifest, failure = read_manifest(folder), None
+            try:
+                store = cls._open(folder, manifest, verify)
+            except InputError as error:
+                failure = error
+            if read_manifest(folder) == manifest:
+                if failure:
+                    raise failure
+                return store
+        raise InputError(f"Retrieval set {folder} was replaced twice while it was being opened. Try again.")
+
+    @classmethod
+    def _open(cls, folder: Path, manifest: dict[str, Any], verify: str) -> ChunkStore:
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         full = verify == "full" or (verify == "auto" and size <= VERIFIED_BYTES)
         check_files(folder, manifest, checksums=full)
         store = cls(folder, manifest)
         if full:
             store._check_contents()
+        _ = store.tokenizer
         return store
 
     def _array(self, name: str, dtype: Any, shape: tuple[int, ...], scattered: bool = False) -> np.ndarray:
@@ -139,6 +156,11 @@ class ChunkStore:
         if scattered and isinstance(array, np.memmap) and hasattr(mmap, "MADV_RANDOM"):
             array._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # rows are far apart: no read-ahead
         return array
+
+    def read_ahead(self) -> None:
+        """For whoever will read the chunks from the first to the last."""
+        if isinstance(self.chunks, np.memmap) and hasattr(mmap, "MADV_NORMAL"):
+            self.chunks._mmap.madvise(mmap.MADV_NORMAL)  # type: ignore[attr-defined]
 
     def check_document_ids(self) -> None:
         """InputError where a chunk belongs to no document: what is indexed by these ids is allocated after them."""
@@ -251,10 +273,6 @@ class ChunkStore:
         except (ValueError, RecursionError, TypeError, KeyError):
             pass
         raise _damaged(self.path, f"line {i + 1:,} of {DOCUMENTS} is no document")
-
-    @cached_property
-    def _documents(self) -> np.ndarray:
-        return np.memmap(self.path / DOCUMENTS, dtype=np.uint8, mode="r")
 
     def texts(self, chunk_ids: Any) -> list[str]:
         """The text of each chunk; "" for −1."""

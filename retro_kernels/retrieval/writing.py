@@ -51,7 +51,7 @@ class GrowingArray:
         self._path, self._dtype, self._width = path, dtype, width
         self.rows = rows
         self._row_bytes = int(dtype.itemsize * np.prod(width, dtype=np.int64))
-        self._file = open(path, "r+b" if path.exists() else "w+b")
+        self._file = _opened(path, rows)
         if self._file.seek(0, os.SEEK_END) < HEADER_BYTES + rows * self._row_bytes and rows:
             raise InputError(
                 f"{path} is shorter than its journal says. Delete {path.parent.parent} and build again."
@@ -77,6 +77,13 @@ class GrowingArray:
             raise AssertionError(f"the header of {self._path} has {self._file.tell()} bytes")
         _sync(self._file)
         self._file.close()
+
+
+def _opened(path: Path, length: int) -> Any:
+    """For writing on after `length`. What begins anew is a new file: the old one may be a set's, by another name."""
+    if length == 0:
+        path.unlink(missing_ok=True)
+    return open(path, "r+b" if path.exists() else "w+b")
 
 
 def _write(file: Any, values: np.ndarray) -> None:
@@ -116,11 +123,22 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def load_json(path: Path) -> Any:
-    """None where it is absent or was never finished."""
+    """None where it is absent or was never finished. OSError where it is there and cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """`source` under a second name; where the file system has no such links, a copy that is on the disk."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 @dataclass
@@ -149,8 +167,7 @@ class ChunkWriter:
         self._ids = GrowingArray(folder / files.DOCUMENT_IDS, long, (), state.chunks)
         self._hashes = GrowingArray(folder / files.DOCUMENT_HASHES, long, (), state.documents)
         self._offsets = GrowingArray(folder / files.DOCUMENT_OFFSETS, long, (), state.documents)
-        path = folder / files.DOCUMENTS
-        self._titles = open(path, "r+b" if path.exists() else "w+b")
+        self._titles = _opened(folder / files.DOCUMENTS, state.title_bytes)
         self._titles.truncate(state.title_bytes)
         self._titles.seek(0, os.SEEK_END)
 
@@ -199,21 +216,21 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def swap(new: Path, out: Path) -> None:
-    """`new` becomes `out`; an older `out` is deleted afterwards."""
+def swap(new: Path, out: Path, parked: Path) -> None:
+    """`new` becomes `out`; an older `out` is deleted afterwards.
+
+    Where names cannot be exchanged, the older one lies at `parked` between two renames, and is deleted from there.
+    """
     if not out.exists() or not any(out.iterdir()):
         os.rename(new, out)
     elif _exchange(new, out):
         shutil.rmtree(new)
     else:
-        old = out.with_name(
-            out.name + ".old"
-        )  # found again by check_target, should this process die in between
-        if old.exists():
-            shutil.rmtree(old)
-        os.rename(out, old)
+        if parked.exists():
+            shutil.rmtree(parked)
+        os.rename(out, parked)
         os.rename(new, out)
-        shutil.rmtree(old)
+        shutil.rmtree(parked)
 
 
 def _exchange(a: Path, b: Path) -> bool:

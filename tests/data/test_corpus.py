@@ -178,3 +178,12 @@ def test_split_leaves_no_side_empty():
     assert sum(map(len, split_documents(documents[:1], 0.5))) == 1
     with pytest.raises(InputError, match="0 to 1"):
         split_documents(documents, 1.5)
+
+
+def test_folders_that_are_left_out(tmp_path):
+    for name in ("a/b", "a/c", "d"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "text.txt").write_text(name)
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    found, _ = read(tmp_path / "link", leave_out=[tmp_path / "in" / "a" / "b", tmp_path / "in" / "nowhere"])
+    assert found == [("a/c/text.txt", "a/c"), ("d/text.txt", "d")]

@@ -1,4 +1,4 @@
-"""Small corpora of made-up prose, and sets built from them with the hashing embedder."""
+"""Small corpora of made-up prose, sets built from them with the hashing embedder, and a BERT of 16 dimensions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 from retro_kernels.data.corpus import Document
 from retro_kernels.retrieval.build import build_retrieval_set
@@ -46,3 +49,34 @@ def contents(folder: Path) -> dict[str, Any]:
     for key in ("queries_per_second", "build_seconds"):
         manifest["index"].pop(key)
     return {**found, MANIFEST: manifest}
+
+
+def tiny_bert(folder: Path, seed: int = 3) -> Path:
+    """One with random weights, in a folder."""
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir(exist_ok=True)
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *("##" + letter for letter in letters),
+    ]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    transformers.BertTokenizerFast(
+        vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    return folder

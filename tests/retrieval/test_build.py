@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from retrieval.corpora import build, contents, documents
+from retrieval.corpora import build, contents, documents, tiny_bert
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
+from retro_kernels.retrieval import embedder as embedder_module
 from retro_kernels.retrieval.embedder import HashingEmbedder
 from retro_kernels.retrieval.index import Index
 from retro_kernels.retrieval.merge import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
@@ -100,7 +101,7 @@ def test_second_run_does_nothing_and_says_so(tmp_path, model, capsys):
         (dict(corpus=[Document("renamed", CORPUS[0].text), *CORPUS[1:]]), "another corpus"),
         (dict(chunk_size=8), "another chunk_size"),
         (dict(embedder="hashing:32"), "another embedder"),
-        (dict(index="HNSW8,Flat"), "another index"),
+        (dict(embedder="hashing:32", index="IVF2,SQfp16"), r"\(another embedder\)"),
     ],
 )
 def test_other_input_is_refused_and_replaces_only_on_demand(whole, model, tmp_path, change, named):
@@ -189,11 +190,18 @@ def test_what_is_no_set_is_never_replaced(tmp_path, model):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name, message in (("thesis", "holds other files"), ("file", "is a file")):
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / MANIFEST).write_text('{"manifest_version": 3}')
+    for name, message in (
+        ("thesis", "holds other files"),
+        ("file", "is a file"),
+        ("extension", "holds other files"),
+    ):
         with pytest.raises(InputError, match=message):
             build(CORPUS, tmp_path / name, tokenizer=model, overwrite=True)
     (tmp_path / "empty").mkdir()
     build(CORPUS, tmp_path / "empty", tokenizer=model)
+    assert (tmp_path / "extension" / MANIFEST).exists()
     assert (tmp_path / "thesis" / "chapter1.tex").exists() and ChunkStore.open(
         tmp_path / "empty"
     ).num_documents == 20
@@ -262,20 +270,20 @@ def test_documents_are_appended(whole, model, tmp_path, index):
     assert embedder.calls == 1
     append_to_retrieval_set(out, CORPUS, embedder=embedder, progress=False)
     assert embedder.calls == 1 and [path.name for path in tmp_path.iterdir()] == ["set"]
-    with pytest.raises(InputError, match="embedded with hashing:64"):
+    with pytest.raises(InputError, match="built with the embedder hashing:64"):
         append_to_retrieval_set(out, CORPUS, embedder="hashing:32")
 
 
 def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch):
     out = tmp_path / "set"
     build(CORPUS[:16], out, tokenizer=model, index="IVF4,SQfp16")
-    build_index = Index.build
+    train = Index.train
 
-    def build_exact(vectors, factory=None, **options):
+    def train_exact(vectors, factory, **options):
         assert factory == "Flat", "the index was trained again"  # the addition itself has an exact one
-        return build_index(vectors, factory, **options)
+        return train(vectors, factory, **options)
 
-    monkeypatch.setattr(Index, "build", build_exact)
+    monkeypatch.setattr(Index, "train", train_exact)
     append_to_retrieval_set(out, CORPUS[16:], embedder="hashing:64", progress=False)
     assert len(Index.open(out)) == ChunkStore.open(out).num_chunks
 
@@ -319,3 +327,138 @@ def test_an_index_chosen_by_size_that_finds_too_little_becomes_exact(tmp_path, m
     assert manifest["index"]["factory"] == "Flat" and manifest["index"]["recall"] == 1.0
     assert "do not suit it; the exact index is taken" in capsys.readouterr().err
     assert build(CORPUS, tmp_path / "asked", tokenizer=model, index="PQ2x4")["index"]["factory"] == "PQ2x4"
+
+
+def no_embedding(self, texts, progress=None):
+    raise AssertionError("chunks were embedded again")
+
+
+@pytest.mark.parametrize(
+    "first, then", [("Flat", "IVF2,SQfp16"), ("IVF2,SQfp16", "Flat"), ("HNSW8,Flat", "IVF2,SQfp16")]
+)
+@pytest.mark.parametrize("links", [True, False])
+def test_another_index_keeps_chunks_and_vectors(model, tmp_path, monkeypatch, first, then, links):
+    if not links:  # a file system without them
+        monkeypatch.setattr(build_module.os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    build(CORPUS, tmp_path / "set", tokenizer=model, index=first)
+    build(CORPUS, tmp_path / "direct", tokenizer=model, index=then)
+    monkeypatch.setattr(HashingEmbedder, "embed", no_embedding)
+    build(CORPUS, tmp_path / "set", tokenizer=model, index=then)
+    assert contents(tmp_path / "set") == contents(tmp_path / "direct")
+    assert len(Index.open(tmp_path / "set")) == ChunkStore.open(tmp_path / "set", verify="full").num_chunks
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["direct", "set"]
+
+
+def test_another_recall_keeps_the_trained_index(model, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    first = build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=0.3)
+    before = contents(out)
+    monkeypatch.setattr(HashingEmbedder, "embed", no_embedding)
+    monkeypatch.setattr(Index, "train", no_embedding)
+    again = build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=1.0)
+    assert contents(out) == {**before, MANIFEST: contents(out)[MANIFEST]}
+    assert again["index"]["target"] == 1.0 and again["index"]["search"] != first["index"]["search"]
+    assert again["seconds"] == first["seconds"]
+    monkeypatch.setattr(Index, "tune", no_embedding)
+    assert build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=1.0) == again
+
+
+def test_tuned_apart_is_known_to_the_next_build(model, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=0.3)
+    tuned = tune_retrieval_set(out, 0.9)
+    monkeypatch.setattr(Index, "tune", no_embedding)
+    assert build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=0.9) == tuned
+
+
+def test_a_merged_set_gets_another_index_too(model, tmp_path):
+    parts = parts_of(model, tmp_path, 2)
+    merge_retrieval_sets(parts, tmp_path / "set", progress=False)
+    inode = (tmp_path / "set" / "embeddings.npy").stat().st_ino
+    merge_retrieval_sets(parts, tmp_path / "set", index="IVF2,SQfp16", progress=False)
+    merge_retrieval_sets(parts, tmp_path / "direct", index="IVF2,SQfp16", progress=False)
+    assert contents(tmp_path / "set") == contents(tmp_path / "direct")
+    assert (tmp_path / "set" / "embeddings.npy").stat().st_ino == inode
+
+
+def test_a_damaged_set_does_not_get_another_index(model, tmp_path):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    content = bytearray((out / "embeddings.npy").read_bytes())
+    content[-7] ^= 8
+    (out / "embeddings.npy").write_bytes(content)
+    with pytest.raises(InputError, match="content of embeddings.npy has changed"):
+        build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16", overwrite=True)
+    build(CORPUS, tmp_path / "direct", tokenizer=model, index="IVF2,SQfp16")
+    assert contents(out) == contents(tmp_path / "direct")
+
+
+def test_the_set_is_no_part_of_its_own_text(model, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(CORPUS[0].text)
+    monkeypatch.chdir(tmp_path)
+    build(".", "sets/mine", tokenizer=model)
+    (tmp_path / "b.txt").write_text(CORPUS[1].text)
+    append_to_retrieval_set("sets/mine", ".", embedder="hashing:64", progress=False)
+    assert ChunkStore.open("sets/mine").titles([0, 1]) == ["a.txt", "b.txt"]
+    assert ChunkStore.open("sets/mine").num_documents == 2
+    build(".", "sets/again", tokenizer=model, exclude=["mine"])
+    build(".", "sets/again", tokenizer=model, exclude=["mine"], progress=True)
+    assert ChunkStore.open("sets/again").num_documents == 2
+
+
+def test_an_exact_index_is_not_measured_on_all_its_vectors(model, tmp_path, monkeypatch):
+    usual = Index.build
+
+    def small(vectors, *args, **options):
+        assert len(vectors) <= 32
+        return usual(vectors, *args, **options)
+
+    monkeypatch.setattr(build_module, "_EXACT_SAMPLE", 32)
+    monkeypatch.setattr(Index, "build", small)
+    manifest = build(CORPUS, tmp_path / "set", tokenizer=model)
+    index = manifest["index"]
+    assert manifest["num_chunks"] > 64 and index["recall"] == 1.0 and index["reached"]
+    assert index["queries_per_second"] > 0
+    tuned = tune_retrieval_set(tmp_path / "set", 0.9)["index"]
+    assert tuned["recall"] == 1.0 and tuned["target"] == 0.9 and tuned["factory"] == "Flat"
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return tiny_bert(tmp_path_factory.mktemp("models") / "bert")
+
+
+@pytest.mark.parametrize("there, here", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_set_grows_on_a_machine_with_another_default_dtype(bert, model, tmp_path, monkeypatch, there, here):
+    def machine(dtype):
+        monkeypatch.setattr(embedder_module, "_default_dtype", lambda _: embedder_module._torch_dtype(dtype))
+
+    machine(there)
+    out = tmp_path / "set"
+    build(CORPUS[:3], out, tokenizer=model, embedder=bert)
+    machine(here)
+    for given, upto in ((None, 4), (bert, 5)):
+        append_to_retrieval_set(out, CORPUS[:upto], embedder=given, progress=False)
+    store = ChunkStore.open(out)
+    assert store.num_documents == 5 and store.manifest["embedder"]["dtype"] == there
+    build(CORPUS[:5], tmp_path / "direct", tokenizer=model, embedder=bert, embedder_dtype=there)
+    np.testing.assert_allclose(
+        store.embeddings, ChunkStore.open(tmp_path / "direct").embeddings, rtol=0.1, atol=0.1
+    )
+    build(CORPUS[5:], tmp_path / "more", tokenizer=model, embedder=bert)
+    with pytest.raises(InputError, match=f"bert in {there} and bert in {here}.*--embedder-dtype"):
+        merge_retrieval_sets([out, tmp_path / "more"], tmp_path / "merged", progress=False)
+    build(CORPUS[5:], tmp_path / "same", tokenizer=model, embedder=bert, embedder_dtype=there)
+    merged = merge_retrieval_sets([out, tmp_path / "same"], tmp_path / "merged", progress=False)
+    assert merged["num_documents"] == 20 and merged["embedder"]["path"] == str(bert)
+
+
+def test_another_model_in_the_place_of_the_embedder_is_noticed(bert, model, tmp_path):
+    (tmp_path / "bert").symlink_to(bert)
+    out = tmp_path / "set"
+    build(CORPUS[:3], out, tokenizer=model, embedder=tmp_path / "bert")
+    (tmp_path / "bert").unlink()
+    tiny_bert(tmp_path / "bert", seed=4)
+    with pytest.raises(InputError, match="built with the embedder bert .* was loaded"):
+        append_to_retrieval_set(out, CORPUS, progress=False)

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from retrieval.corpora import tiny_bert
 
 from retro_kernels.config import InputError
-from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, load_embedder
+from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, as_embedder, load_embedder
 
 TEXTS = [
     "neighbours",
@@ -26,33 +27,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     """A BERT of 16 dimensions with random weights, in a folder."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    letters = [chr(c) for c in range(97, 123)]
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *letters,
-        *("##" + letter for letter in letters),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    transformers.BertTokenizerFast(
-        vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")
-    ).save_pretrained(folder)
-    torch.manual_seed(3)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
+    return tiny_bert(tmp_path_factory.mktemp("bert"))
 
 
 def test_mean_over_every_token(bert):
@@ -168,3 +143,13 @@ def test_hashing_compares_words():
     assert load_embedder("hashing:64").fingerprint != embedder.fingerprint
     with pytest.raises(InputError, match="dim is 4"):
         load_embedder("hashing:4")
+
+
+def test_a_dtype_that_cannot_be_had_is_said(bert):
+    assert as_embedder(bert, dtype="bfloat16").dtype == torch.bfloat16
+    assert as_embedder(bert, dtype="float32").dtype == torch.float32
+    with pytest.raises(InputError, match="'int8'; float32 and bfloat16"):
+        as_embedder(bert, dtype="int8")
+    for given in ("hashing:64", HashingEmbedder(64), as_embedder(bert, dtype="bfloat16")):
+        with pytest.raises(InputError, match="cannot be had in float32"):
+            as_embedder(given, dtype="float32")

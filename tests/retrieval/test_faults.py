@@ -17,8 +17,9 @@ from retro_kernels.retrieval import build as build_module
 from retro_kernels.retrieval import merge as merge_module
 from retro_kernels.retrieval import writing
 from retro_kernels.retrieval.embedder import HashingEmbedder
-from retro_kernels.retrieval.merge import append_to_retrieval_set, merge_retrieval_sets
-from retro_kernels.retrieval.store import ChunkStore
+from retro_kernels.retrieval.index import Index
+from retro_kernels.retrieval.merge import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
+from retro_kernels.retrieval.store import MANIFEST, ChunkStore, read_manifest, write_manifest
 
 CORPUS = documents(5, 16)
 OTHER = documents(6, 5)
@@ -111,7 +112,25 @@ KILLED_EVERYWHERE = """
     for last in range(die_at - 1, die_at - 14, -1):  # the swap and the tidying up, step by step
         replaced(last)
     assert seen == {False, True} and die_at > 30, (seen, die_at)
-    print("kills", kills, "steps", die_at)
+
+    # so is one that only gets another index
+    build(corpus, folder / "exact", tokenizer=model)
+    exact = contents(folder / "exact")
+    again, seen = 2, set()
+    while True:
+        out = folder / f"indexed{again}"
+        shutil.copytree(folder / "exact", out)
+        killed = run(out, again)
+        found = contents(out)
+        assert found in (exact, expected), again
+        if not killed:
+            break
+        seen.add(found == expected)
+        assert not run(out, 0)
+        assert contents(out) == expected and not (folder / f"{out.name}.build").exists(), again
+        again += 4
+    assert False in seen and again > 20, (seen, again)
+    print("kills", kills, "steps", die_at, again)
 """
 
 
@@ -298,6 +317,10 @@ def test_a_damaged_set_is_named_and_can_be_replaced(model, tmp_path):
     with pytest.raises(InputError, match="damaged.*chunks.npy has 100 bytes"):
         build(CORPUS, out, tokenizer=model)
     build(CORPUS, out, tokenizer=model, overwrite=True)
+    os.truncate(out / MANIFEST, 100)
+    with pytest.raises(InputError, match="damaged.*is no JSON"):
+        build(CORPUS, out, tokenizer=model)
+    build(CORPUS, out, tokenizer=model, overwrite=True)
     ChunkStore.open(out, verify="full")
 
 
@@ -334,9 +357,73 @@ def test_without_an_exchange_of_names(model, tmp_path, expected, monkeypatch):
     build(OTHER, out, tokenizer=model)
     build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16", overwrite=True)
     assert contents(out) == expected
-    os.rename(out, tmp_path / "set.old")  # as after a kill between the two renames
+    before = contents(out)
+
+    def rename(source, target):
+        if Path(target) == out and Path(source).name == "set":
+            raise KeyboardInterrupt
+        rename_really(source, target)
+
+    rename_really = os.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.os, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            build(OTHER, out, tokenizer=model, overwrite=True)
+    assert not out.exists()  # between the two renames
+    tuned = tune_retrieval_set(out)
+    assert contents(out) == {**before, MANIFEST: contents(out)[MANIFEST]} and tuned["num_documents"] == 16
+    with pytest.raises(InputError, match="another corpus"):
+        build(OTHER, out, tokenizer=model)
+    build(OTHER, out, tokenizer=model, overwrite=True)
+    assert ChunkStore.open(out, verify="full").num_documents == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_names_beside_the_set_belong_to_the_user(model, tmp_path, expected, monkeypatch, exchange):
+    """Backups called .old are neither taken back nor deleted, folders called .build or .append are not emptied."""
+    if not exchange:
+        monkeypatch.setattr(writing, "_exchange", lambda *_: False)
+    out = tmp_path / "mine"
     build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
-    assert contents(out) == expected and [path.name for path in tmp_path.iterdir()] == ["set"]
+    os.rename(out, tmp_path / "mine.old")
+    build(OTHER, out, tokenizer=model)
+    assert ChunkStore.open(out).num_documents == 5
+    build(OTHER, out, tokenizer=model, chunk_size=8, overwrite=True)
+    assert contents(tmp_path / "mine.old") == expected
+
+    folder = tmp_path / "theirs.build"
+    (folder / "set").mkdir(parents=True)
+    (folder / "set" / "thesis.tex").write_text("x")
+    for plan in (None, "{", "[]", '{"rooms": 3}'):
+        if plan:
+            (folder / "plan.json").write_text(plan)
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="holds other files .*Move it away"):
+                build(CORPUS, tmp_path / "theirs", tokenizer=model, overwrite=overwrite)
+    assert (folder / "set" / "thesis.tex").exists() and not (folder / "lock").exists()
+
+    os.rename(tmp_path / "mine.old", tmp_path / "mine.append")
+    with pytest.raises(InputError, match="mine.append is where .*holds something else. Move it away"):
+        append_to_retrieval_set(out, CORPUS[:2], progress=False)
+    assert contents(tmp_path / "mine.append") == expected
+
+
+def test_work_whose_plan_cannot_be_read_is_kept(model, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, embedder=Interrupted(2))
+    folder = tmp_path / "set.build"
+    plan = (folder / "plan.json").read_text()
+    (folder / "plan.json").unlink()
+    (folder / "plan.json").mkdir()  # root reads whatever is a file
+    for overwrite in (False, True):
+        with pytest.raises(OSError):
+            build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, overwrite=overwrite)
+    (folder / "plan.json").rmdir()
+    (folder / "plan.json").write_text(plan)
+    again = Interrupted(10**6)
+    manifest = build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, embedder=again)
+    assert again.texts == manifest["num_chunks"] - 20
 
 
 def test_interrupted_appending(model, tmp_path):
@@ -365,3 +452,185 @@ def test_two_appenders_lose_nothing(model, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="was replaced while it was being read"):
         merge_retrieval_sets([out, tmp_path / "more"], out, overwrite=True, progress=False)
     assert ChunkStore.open(out, verify="full").num_documents == 21
+
+
+def test_other_documents_after_an_interrupted_addition(model, tmp_path, monkeypatch):
+    out, third = tmp_path / "set", documents(7, 4)
+    build(CORPUS, out, tokenizer=model)
+    options = dict(progress=False, shard_chunks=10)
+    with pytest.raises(KeyboardInterrupt):
+        append_to_retrieval_set(out, OTHER, embedder=Interrupted(2), **options)
+    with pytest.raises(InputError, match="unfinished work on something else.*--overwrite"):
+        append_to_retrieval_set(out, third, embedder="hashing:64", **options)
+    append_to_retrieval_set(out, third, embedder="hashing:64", overwrite=True, **options)
+    assert ChunkStore.open(out, verify="full").num_documents == 20
+
+    with monkeypatch.context() as patch:  # embedded, and not yet merged
+        patch.setattr(merge_module, "_merge", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            append_to_retrieval_set(out, OTHER[:3], embedder="hashing:64", **options)
+    with pytest.raises(InputError, match="addition to .*set that was interrupted.*--overwrite"):
+        append_to_retrieval_set(out, OTHER[3:], embedder="hashing:64", **options)
+    append_to_retrieval_set(out, OTHER[3:], embedder="hashing:64", overwrite=True, **options)
+    assert ChunkStore.open(out, verify="full").num_documents == 22
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def interrupt(*args, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_addition_that_was_merged_is_no_longer_there(model, tmp_path, monkeypatch, whole):
+    """Also where the process was killed before it could delete it, or in the middle of that."""
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    drop = merge_module._drop_merged
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            merge_module, "_drop_merged", lambda at, known: drop(at, known) if known else interrupt()
+        )
+        patch.setattr(build_module.Builder, "_tidy", lambda self: None)
+        with pytest.raises(KeyboardInterrupt):
+            append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False)
+    assert (tmp_path / "set.append").exists() and (tmp_path / "set.build").exists()
+    if not whole:
+        (tmp_path / "set.append" / "chunks.npy").unlink()
+    append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False)
+    assert ChunkStore.open(out, verify="full").num_documents == 21
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "set.append" not in left and "set.build" not in left
+
+
+def test_an_addition_does_not_drop_a_replacement_that_is_being_built(model, tmp_path):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    with pytest.raises(KeyboardInterrupt):
+        build(documents(8, 9), out, tokenizer=model, shard_chunks=10, embedder=Interrupted(1), overwrite=True)
+    with pytest.raises(InputError, match="set.build holds unfinished work on something else"):
+        append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False)
+    append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False, overwrite=True)
+    assert ChunkStore.open(out, verify="full").num_documents == 21
+
+
+def test_a_set_is_not_replaced_while_it_is_tuned(model, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    tune = Index.tune
+
+    def tune_meanwhile(self, *args, **options):
+        with pytest.raises(InputError, match="Another process is building"):
+            build(OTHER, out, tokenizer=model, overwrite=True)
+        return tune(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "tune", tune_meanwhile)
+        assert tune_retrieval_set(out, 0.5)["num_documents"] == 16
+
+    def tune_and_change(self, *args, **options):  # by something that knows of no lock
+        write_manifest(out, {**read_manifest(out), "note": "new"})
+        return tune(self, *args, **options)
+
+    before = read_manifest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "tune", tune_and_change)
+        with pytest.raises(InputError, match="was replaced while it was being tuned"):
+            tune_retrieval_set(out, 0.9)
+    assert read_manifest(out) == {**before, "note": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_unfinished_work_is_not_in_the_way_of_tuning(model, tmp_path):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model)
+    with pytest.raises(KeyboardInterrupt):
+        build(OTHER, out, tokenizer=model, shard_chunks=10, embedder=Interrupted(1), overwrite=True)
+    (tmp_path / "set.build" / "lock").unlink()
+    tune_retrieval_set(out, 0.9)
+    again = Interrupted(10**6)
+    build(OTHER, out, tokenizer=model, shard_chunks=10, embedder=again, overwrite=True)
+    assert again.texts == ChunkStore.open(out).num_chunks - 10
+
+
+@pytest.mark.parametrize("step, done", [("add", {"train"}), ("tune", {"train", "add"})])
+def test_a_trained_or_filled_index_is_taken_up(model, tmp_path, expected, monkeypatch, step, done, capsys):
+    def count(name):
+        usual = getattr(Index, name)
+
+        def counted(*args, **options):
+            calls.add(name)
+            return usual(*args, **options)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16")
+    calls: set[str] = set()
+    with monkeypatch.context() as patch:
+        for name in ("train", "add", "tune"):
+            patch.setattr(Index, name, count(name))
+        build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16", progress=True)
+    assert calls == {"train", "add", "tune"} - done
+    assert contents(tmp_path / "set") == expected
+    shown = capsys.readouterr().err
+    assert "joining the shards" in shown and ("filling the index IVF2,SQfp16" in shown) == (step == "add")
+
+
+def test_what_was_trained_for_another_index_is_not_taken(model, tmp_path, expected, monkeypatch):
+    for index, step in (("IVF4,SQfp16", "add"), ("HNSW8,Flat", "tune")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Index, step, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                build(CORPUS, tmp_path / "set", tokenizer=model, index=index)
+    build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16")
+    assert contents(tmp_path / "set") == expected
+
+
+def test_shards_of_another_size_are_not_taken_for_others(model, tmp_path, expected, monkeypatch):
+    """The last shard is shorter: as long as any is of another size."""
+    total = expected[MANIFEST]["num_chunks"]
+    size = next(size for size in range(10, total) if total % size)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module.Builder, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=size, index="IVF2,SQfp16")
+    build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=total % size, index="IVF2,SQfp16")
+    assert contents(tmp_path / "set") == expected
+
+
+@pytest.mark.parametrize("step", ["train", "add", "tune", "save"])
+def test_a_set_whose_index_is_being_made_again_is_not_touched(model, tmp_path, expected, monkeypatch, step):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model, index="HNSW8,Flat")
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    assert contents(out) == before
+    with monkeypatch.context() as patch:  # then something else is built there, and stopped as well
+        patch.setattr(ChunkStore, "open", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(CORPUS, out, tokenizer=model, index="IVF4,SQfp16")
+        with pytest.raises(KeyboardInterrupt):
+            build(OTHER, out, tokenizer=model, embedder=Interrupted(0), overwrite=True)
+    assert contents(out) == before
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16", overwrite=True)
+    assert contents(out) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_work_that_was_exchanged_for_the_finished_set_is_not_taken_up(model, tmp_path, expected, monkeypatch):
+    """A process killed after the exchange leaves the older set in the work folder: it is not built on."""
+    out = tmp_path / "set"
+    build(OTHER, out, tokenizer=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(CORPUS, out, tokenizer=model, overwrite=True)
+    assert ChunkStore.open(out).num_documents == 16 and (tmp_path / "set.build" / "set").exists()
+    build_module.shutil.rmtree(out)
+    build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
+    assert contents(out) == expected

@@ -4,13 +4,14 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from retrieval.corpora import build, documents
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import document_hash
+from retro_kernels.data.corpus import Document, document_hash
 from retro_kernels.retrieval import Retriever
 from retro_kernels.retrieval import store as store_module
 from retro_kernels.retrieval.store import MANIFEST, REQUIRED_FILES, ChunkStore, hash_chunks, open_array
@@ -198,7 +199,11 @@ def test_every_file_is_checked(copy, name, monkeypatch):
         with pytest.raises(InputError, match=f"content of {name} has changed"):
             ChunkStore.open(copy, verify=verify)
     monkeypatch.setattr(store_module, "VERIFIED_BYTES", 1)
-    ChunkStore.open(copy)  # too large to be read each time
+    if name == "tokenizer.model":  # is read in any case
+        with pytest.raises(InputError, match="tokenizer.model is not"):
+            ChunkStore.open(copy)
+    else:
+        ChunkStore.open(copy)  # too large to be read each time
     with pytest.raises(InputError, match=f"content of {name} has changed"):
         ChunkStore.open(copy, verify="full")
     os.truncate(copy / name, size - 1)
@@ -290,3 +295,63 @@ def test_another_tokenizer_is_noticed(copy, tmp_path):
     replace(copy, "tokenizer.model", (tmp_path / "other" / "tokenizer.model").read_bytes())
     with pytest.raises(InputError, match="tokenizer.model is not the tokenizer"):
         _ = ChunkStore.open(copy).tokenizer
+
+
+OTHER = documents(9, 7)
+
+
+def holds(store, corpus):
+    texts = ["".join(store.texts(list(store.document_chunks(i)))) for i in range(store.num_documents)]
+    return list(zip(store.titles(range(store.num_documents)), texts, strict=True)) == [
+        (d.title, d.text) for d in corpus
+    ]
+
+
+def test_an_open_set_is_not_changed_by_its_replacement(copy):
+    store = ChunkStore.open(copy)
+    build([Document(f"other {i}", d.text) for i, d in enumerate(OTHER)], copy, overwrite=True)
+    assert holds(store, CORPUS)
+
+
+@pytest.mark.parametrize("moment", ["check_files", "open_array"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_set_that_is_replaced_while_it_is_opened(copy, monkeypatch, moment, times):
+    usual, left = getattr(store_module, moment), times
+
+    def replace_first(*args, **options):
+        nonlocal left
+        if left and (moment == "check_files" or args[0].name == "chunks.npy"):
+            left -= 1
+            monkeypatch.setattr(store_module, moment, usual)
+            build(OTHER if left % 2 == 0 else CORPUS[:3], copy, overwrite=True)
+            monkeypatch.setattr(store_module, moment, replace_first)
+        return usual(*args, **options)
+
+    monkeypatch.setattr(store_module, moment, replace_first)
+    monkeypatch.setattr(store_module, "VERIFIED_BYTES", 1)
+    if times == 1:
+        assert holds(ChunkStore.open(copy), OTHER)
+    else:
+        with pytest.raises(InputError, match="was replaced twice while it was being opened"):
+            ChunkStore.open(copy)
+
+
+def advised_random(array):
+    """Whether the kernel was told that this map is read here and there (a flag in /proc/self/smaps)."""
+    address, current = array.__array_interface__["data"][0], False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            start, stop = (int(number, 16) for number in first.split("-"))
+            current = start <= address < stop
+        elif current and first == "VmFlags:":
+            return "rr" in line.split()
+    raise AssertionError("no such map")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="the kernel does not show its maps here")
+def test_only_what_is_read_here_and_there_is_read_without_looking_ahead(path):
+    store = ChunkStore.open(path)
+    assert advised_random(store.chunks) and not advised_random(store.embeddings)
+    store.read_ahead()
+    assert not advised_random(store.chunks)
