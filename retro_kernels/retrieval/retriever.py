@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 from retro_kernels.config import InputError
 from retro_kernels.ops._backend import numbered
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
+from retro_kernels.ops.gather.native import WITH_CUDA
 from retro_kernels.retrieval.bm25 import BM25Searcher
 from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, load_described
 from retro_kernels.retrieval.index import Index
@@ -100,6 +103,7 @@ class Retriever:
         self.store, self.searcher = store, searcher
         self.device = numbered(device)
         self.device_store, self.drop_copies, self.stats = device_store, drop_copies, stats or Stats()
+        self._pinned = _pinned(store, self.device) if device_store is None else None
         self._documents = documents or DocumentTable(store.document_ids, store.num_documents, self.device)
         self._lock = threading.RLock()
 
@@ -350,10 +354,9 @@ class Retriever:
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int64 [..., 2M] and lengths of chunk ids with their continuations, on the device of ids."""
-        if self.device_store is not None and ids.device == self.device:
-            tokens, continuation = self.device_store.chunks, self.device_store.continuation
-            return gather_neighbours(tokens, ids, continuation=continuation)
-        return gather_neighbours(self.store.chunks, ids, continuation=self.store.continuation)
+        near = self.device_store or self._pinned
+        source = near if near is not None and ids.device == self.device else self.store
+        return gather_neighbours(source.chunks, ids, continuation=source.continuation)
 
     def documents(self, ids: Tensor) -> Tensor:
         """The document id of each chunk id, −1 for −1; any shape."""
@@ -476,6 +479,29 @@ def _embedder_loader(
         return made
 
     return load
+
+
+class _PinnedTokens(NamedTuple):
+    chunks: Tensor
+    continuation: Tensor
+
+
+def _pinned(store: ChunkStore, device: torch.device) -> _PinnedTokens | None:
+    """The set's tokens in pinned memory, out of which a GPU takes a step's neighbours while the host goes on. None
+    where this build has no such gather, or where they take more than a third of the memory that is free."""
+    if device.type != "cuda" or not WITH_CUDA or 3 * store.chunks.nbytes > _free_memory():
+        return None
+    chunks, continuation = (np.array(array) for array in (store.chunks, store.continuation))
+    return _PinnedTokens(torch.from_numpy(chunks).pin_memory(), torch.from_numpy(continuation).pin_memory())
+
+
+def _free_memory() -> int:
+    """Bytes of this machine that can be had, 0 where it does not say."""
+    try:
+        found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
 
 
 def _device_store(store: ChunkStore, device: torch.device) -> DeviceStore | None:

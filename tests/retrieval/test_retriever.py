@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -361,6 +363,35 @@ def test_scan_is_exact_over_several_blocks(seed: int, monkeypatch: pytest.Monkey
     products = scan_exact(keys, store.embeddings, table, None, 3, inner_product=True)
     want = (keys @ torch.from_numpy(store.embeddings.astype("f4")).T).topk(3)
     torch.testing.assert_close(-products[0], want.values, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_a_gpu_does_not_hold_are_pinned(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fakes: where there is room, and a build that reads them in place."""
+    from retro_kernels.retrieval import retriever as module
+
+    store, device = MemoryStore(make_documents(30), BagEmbedder()), torch.device("cuda", 0)
+    table, given = DocumentTable(store.document_ids, 30), []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: given.append("pinned") or self)
+    monkeypatch.setattr(
+        module, "gather_neighbours", lambda tokens, ids, continuation: given.append((tokens, continuation))
+    )
+
+    def source(free: int, with_cuda: bool) -> tuple[Any, Any]:
+        monkeypatch.setattr(module, "_free_memory", lambda: free)
+        monkeypatch.setattr(module, "WITH_CUDA", with_cuda)
+        given.clear()
+        made = Retriever(store, SimpleNamespace(), documents=table, device=device)
+        made.gather(SimpleNamespace(device=device))
+        return given[-1]
+
+    size = store.chunks.nbytes
+    chunks, continuation = source(3 * size, True)
+    assert given[:-1] == ["pinned", "pinned"] and isinstance(chunks, Tensor)
+    assert np.array_equal(chunks.numpy(), store.chunks) and chunks.data_ptr() != store.chunks.ctypes.data
+    assert np.array_equal(continuation.numpy(), store.continuation)
+    for free, with_cuda in ((3 * size - 1, True), (10 * size, False)):
+        assert source(free, with_cuda)[0] is store.chunks
+    assert module._free_memory() > 0 or not Path("/proc/meminfo").exists()
 
 
 @pytest.mark.parametrize(("on_host", "first"), [(False, 2 + 2 * 100), (True, 64)])
