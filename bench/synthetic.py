@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from retro_kernels.retrieval.store import hash_chunks
+
 CHUNKS_OF_A_DOCUMENT = 33  # the median in real text
 DECAY = 0.8
 """The i-th direction has i^−DECAY of the first one's spread."""
@@ -73,11 +75,15 @@ class Store:
             "index": {"factory": "Flat"},
             "embedder": {"dim": dim},
         }
-        self._places: dict[bytes, int] | None = None
+        self._hashes: np.ndarray | None = None
 
     def find_chunks(self, tokens: Any) -> np.ndarray:
         """The id of each chunk [n, M], −1 where the set has none."""
-        if self._places is None:
-            self._places = {row.tobytes(): i for i, row in enumerate(self.chunks)}
+        if self._hashes is None:
+            hashes = hash_chunks(self.chunks)
+            self._order = np.argsort(hashes)
+            self._hashes = hashes[self._order]
         rows = np.ascontiguousarray(np.asarray(tokens).astype(np.uint16))
-        return np.array([self._places.get(row.tobytes(), -1) for row in rows], dtype=np.int64)
+        place = np.searchsorted(self._hashes, hash_chunks(rows)).clip(max=self.num_chunks - 1)
+        ids = self._order[place]
+        return np.where((self.chunks[ids] == rows).all(1), ids, -1)
