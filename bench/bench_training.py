@@ -121,7 +121,8 @@ def _batches(ours: Retriever, name: str) -> Iterator[tuple[Any, Any]]:
     if name == "neighbours at hand":
         text, exclude = next(loader(ours.store, 1))
         ready = ours(text, num_neighbours=NEIGHBOURS, exclude_documents=exclude)
-        assert (ready.lengths > 0).all() and not torch.isin(ours.documents(ready.ids), exclude).any()
+        found = ours.documents(ready.ids).flatten()
+        assert (ready.lengths > 0).all() and not torch.isin(found, exclude.flatten()).any()
     for batch in loader(ours.store, WARM_UP + STEPS):
         if name == "retrieval in the step":
             yield batch, ours(batch[0], num_neighbours=NEIGHBOURS, exclude_documents=batch[1])
