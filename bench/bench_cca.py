@@ -154,12 +154,7 @@ def seconds(
     if ON_GPU:
         samples = {row: timing.samples([call]) for row, call in calls.items()}
     else:
-        longest = max(timing.wall_seconds(call) for call in calls.values())
-        rounds = 1 if TINY else max(3, min(9, int(2 * timing.SECONDS / longest)))
-        samples = {row: [] for row in calls}
-        for _ in range(rounds):
-            for row, call in calls.items():
-                samples[row].append(timing.wall_seconds(call))
+        samples = timing.in_turn(calls)
     return {row: (samples[row], module.flops(which)) for row, module in modules.items()}
 
 

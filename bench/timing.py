@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,17 @@ def _wall_samples(calls: Sequence[Call], rounds: int | None) -> list[float]:
     once = wall_seconds(calls[0])
     rounds = rounds or max(5, min(30, int(SECONDS / once)))
     return [wall_seconds(call) for _, call in zip(range(rounds), itertools.cycle(calls), strict=False)]
+
+
+def in_turn(calls: Mapping[Any, Call], most: int = 9) -> dict[Any, list[float]]:
+    """Wall seconds of every call's rounds, the calls taken in turn: a machine's mood meets them all alike."""
+    longest = max(wall_seconds(call) for call in calls.values())
+    rounds = max(3, min(most, int(2 * SECONDS / longest)))
+    found: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(wall_seconds(call))
+    return found
 
 
 def wall_seconds(call: Call) -> float:
