@@ -66,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
            "value_strides"_a, "table"_a, "columns"_a, "content_bias"_a, "position_bias"_a, "rel_bias"_a, "lengths"_a,
            "out"_a, "query_shape"_a, "key_shape"_a, "block"_a, "shift"_a, "repeat"_a, "scale"_a);
   m.def("attend_cpu_works", &retro::attend_cpu_works);
+  m.def("limit_threads", &retro::limit_threads, "threads"_a);
   m.def(
       "attend_cpu",
       [](const retro::Attention& a, int threads) {

@@ -70,6 +70,10 @@ struct Gradients {
 
 bool attend_cpu_works();
 
+// From now on OpenMP's loops of the calling thread, torch's among them, run on so many threads; those of other threads
+// are left alone. False where this was built without OpenMP.
+bool limit_threads(int threads);
+
 // The same bits for every number of threads.
 void attend_cpu(const Attention& a, int threads);
 void attend_backward_cpu(const Attention& a, const Gradients& g, int threads);

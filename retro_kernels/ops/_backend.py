@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +53,18 @@ def pick_backend(op: str, requested: str | None, candidates: Mapping[str, str | 
     if candidates[name] is not None:
         raise ValueError(f'{op}: backend "{name}" cannot run here: {candidates[name]}')
     return name
+
+
+def limit_threads(count: int) -> None:
+    """From now on loops of the calling thread, torch's and FAISS's, run on so many threads; those of other threads are
+    left alone (`torch.set_num_threads` changes them all). Without OpenMP in csrc: FAISS's only."""
+    torch.get_num_threads()  # a new thread takes torch's number over when it first asks
+    with contextlib.suppress(ImportError, AttributeError):  # no csrc, or an older build of it
+        from retro_kernels import _C
+
+        _C.limit_threads(count)
+    if faiss := sys.modules.get("faiss"):  # it may bring an OpenMP of its own
+        faiss.omp_set_num_threads(count)
 
 
 def numbered(device: torch.device | str | None) -> torch.device:

@@ -1,7 +1,7 @@
 """Retrieval one step ahead of training, on a thread of its own and, on a GPU, a stream of its own.
 
 The thread takes batches from the loader, one after another, and retrieves for them; the training loop gets them in the
-loader's order. Numbers do not change: it is the same call, made earlier.
+loader's order. Numbers do not change: it is the same call, made earlier. Without a GPU the thread keeps to one core.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retro_kernels.ops._backend import limit_threads
 from retro_kernels.ops.gather import NeighbourBatch
 
 if TYPE_CHECKING:
@@ -143,6 +144,9 @@ def _work(
     lane: _Lane, retriever: Retriever, loader: Iterable[Any], num_neighbours: int, inputs: Inputs
 ) -> None:
     try:
+        if not torch.cuda.is_available():
+            # the step needs every core, and each of its loops waits where there is a second team of threads
+            limit_threads(1)
         stream = torch.cuda.Stream(retriever.device) if retriever.device.type == "cuda" else None
         for batch in loader:
             if lane.stop.is_set():

@@ -46,6 +46,33 @@ def test_order_and_results_are_those_of_plain_calls(retriever: Retriever, depth:
     assert prefetcher.steps == 14
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the cores are free")
+def test_the_cores_are_left_to_the_step(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+    search = retriever.searcher.search
+    monkeypatch.setattr(
+        retriever.searcher, "search", lambda *args: seen.append(torch.get_num_threads()) or search(*args)
+    )
+    try:
+        for _ in retriever.prefetch(batches(2)):
+            assert torch.get_num_threads() == 2
+        retriever(batches(1)[0][0])
+    finally:
+        torch.set_num_threads(before)
+    assert seen == ([1, 1, 2] if openmp() else [2, 2, 2])
+
+
+def openmp() -> bool:
+    """Whether csrc is here, and was built with it."""
+    try:
+        from retro_kernels import _C
+    except ImportError:
+        return False
+    return _C.limit_threads(torch.get_num_threads())
+
+
 @pytest.mark.parametrize("form", ["tensor", "mapping", "mapping without exclusion", "object", "inputs"])
 def test_forms_of_a_batch(retriever: Retriever, form: str) -> None:
     (tokens, exclude) = batches(1)[0]
