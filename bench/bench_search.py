@@ -8,7 +8,8 @@ twice; so all are compared at nearly the same recall. hnswlib, usearch and ScaNN
 the same vectors and threads. The row's time is that of one query out of a batch of a thousand. The index that is chosen
 by itself also serves a training run (bench_training.py): the share of the run that its steps waited for neighbours;
 RETRO_BENCH_STALL=0 leaves that out. Building and searching are also given in processor seconds, of all threads
-together: what they cost where other work takes a share of the cores.
+together: what they cost where other work takes a share of the cores. test_in_turn searches the chosen index and a graph
+in turn, since a machine's speed changes by more than they differ between one case and the next.
 
 On a CPU ten million vectors are kept in a file, and the exact index and the graphs are left out: every query compared
 with all of them, and a graph in memory beside them. About 12 GB of memory and as much of disk.
@@ -163,6 +164,34 @@ def test_index(benchmark: Any, n: int, factory: str) -> None:
         store = Store(n, DIM, VOCABULARY, DEVICE, embeddings=data)
         _, extra["stall_share"] = run_ahead(retriever_of(store, index))
     _record(benchmark, n, lambda: index.search(queries, 10), result["recall"], build, index.setting, **extra)
+
+
+GRAPH = "HNSW32,SQ8"
+
+
+@functools.lru_cache(1)
+def _beside_the_graph(n: int) -> dict[str, tuple[list[float], float, str]]:
+    """Of the index that is chosen by itself and of a graph, searched in turn: seconds a query, recall, setting."""
+    data, truth = base(n)
+    queries, indexes, found = truth.queries, {}, {}
+    for factory in (choose_factory(n, DIM, DEVICE), GRAPH):
+        index = indexes[factory] = Index.build(data, factory, device=DEVICE)
+        found[factory] = index.tune(data, TARGET, num_queries=queries_of(n))["recall"], index.setting
+    samples = timing.in_turn({f: functools.partial(x.search, queries, 10) for f, x in indexes.items()})
+    return {f: ([s / queries_of(n) for s in samples[f]], *found[f]) for f in indexes}
+
+
+@pytest.mark.skipif(ON_GPU, reason="the graph searches on the CPU")
+@pytest.mark.parametrize("graph", [False, True], ids=["default", "graph"])
+@pytest.mark.parametrize("n", [n for n in SIZES if n <= IN_MEMORY])
+def test_in_turn(benchmark: Any, n: int, graph: bool) -> None:
+    chosen = choose_factory(n, DIM, DEVICE)
+    case = GRAPH if graph else chosen
+    benchmark.group = f"search in turn, {n:,} x {DIM}, recall@10 of {TARGET}"
+    samples, recall, setting = _beside_the_graph(n)[case]
+    extra = {"what": "search in turn", "n": n, "default": not graph, "recall": recall, "setting": setting}
+    shown = {"recall": recall, "queries/s": 1 / sorted(samples)[len(samples) // 2], "setting": setting or "-"}
+    timing.record(benchmark, samples, case=f"retro_kernels: {case}", shown=shown, **extra)
 
 
 def _recall(truth: GroundTruth, data: np.ndarray, ids: np.ndarray) -> float:

@@ -379,18 +379,16 @@ CPU_GOALS = (
 
 
 def _default_over_graphs(rows: list[Row], n: int) -> Found:
-    """Queries/s of the index that is chosen by itself over those of the best graph that reaches its recall too."""
-    found = []
-    for ours in select(rows, None, what="search", n=n, default=True):
-        graphs = [
+    """Queries/s of the index that is chosen by itself over those of a graph, searched in turn, both with the recall."""
+    both = [
+        [
             r["median_s"]
-            for r in select(rows, None, what="search", n=n)
-            if ("HNSW" in r["case"] or r["case"] in ("hnswlib", "usearch"))
-            and r["extra"]["recall"] >= TARGET_RECALL
+            for r in select(rows, None, what="search in turn", n=n, default=default)
+            if r["extra"]["recall"] >= TARGET_RECALL
         ]
-        if graphs and ours["extra"]["recall"] >= TARGET_RECALL:
-            found.append((min(graphs) / ours["median_s"], f"{n:,} chunks"))
-    return found
+        for default in (True, False)
+    ]
+    return [(graph / ours, f"{n:,} chunks") for ours in both[0] for graph in both[1]]
 
 
 def _auto_over_best(rows: list[Row]) -> Found:
