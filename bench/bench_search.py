@@ -44,10 +44,9 @@ QUERIES = 100 if TINY else 1000
 TARGET = 0.95
 IN_MEMORY = 1_000_000
 WITH_STALL = os.environ.get("RETRO_BENCH_STALL", "1") == "1"
+GRAPH = "HNSW32,SQ8"
 FACTORIES = (
-    (EXACT, "IVF*,SQfp16", "CAGRA")
-    if ON_GPU
-    else (EXACT, "IVF*,PQ192x4fs,RFlat", "HNSW32,SQ8", "HNSW32,Flat")
+    (EXACT, "IVF*,SQfp16", "CAGRA") if ON_GPU else (EXACT, "IVF*,PQ192x4fs,RFlat", GRAPH, "HNSW32,Flat")
 )
 
 
@@ -164,9 +163,6 @@ def test_index(benchmark: Any, n: int, factory: str) -> None:
         store = Store(n, DIM, VOCABULARY, DEVICE, embeddings=data)
         _, extra["stall_share"] = run_ahead(retriever_of(store, index))
     _record(benchmark, n, lambda: index.search(queries, 10), result["recall"], build, index.setting, **extra)
-
-
-GRAPH = "HNSW32,SQ8"
 
 
 @functools.lru_cache(1)

@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from retro_kernels.ops.cca.tiles import precision
+from retro_kernels.ops.cca.tuning import until_it_fits
 
 
 @triton.jit
@@ -354,11 +355,12 @@ def _run(
     launch: Callable[..., None],
     programs: int,
     tiles: int,
-    resident: int,
     out: Tensor,
     sizes: dict[str, int],
 ) -> Tensor:
     """Launches `kernel` for `programs` groups of rows, split over their `tiles` of keys, and merges the parts."""
+    sizes = dict(sizes)
+    resident = sizes.pop("resident")
     parts_of_row = splits(programs, tiles, slots(out.device, resident))
     width, rows = out.shape[-1], out.numel() // out.shape[-1]
     if parts_of_row == 1:
@@ -383,20 +385,18 @@ def _fitting(kernel: Any, sizes: dict[str, int], run: Callable[[dict[str, int]],
     Raises RuntimeError where nothing smaller is left.
     """
     wanted = (kernel, *sizes.items())
-    sizes = _fitted.get(wanted, sizes)
-    while True:
-        try:
-            return run(dict(sizes))
-        except OutOfResources as error:
-            for name, least in (("STAGES", 1), ("BN", 16), ("BQ", 16)):
-                if sizes[name] > least:
-                    sizes = _fitted[wanted] = {**sizes, name: sizes[name] // 2}
-                    break
-            else:
-                raise RuntimeError(
-                    f"decoding: the kernel needs {error.required:,} of {error.name} in its smallest blocks, and this "
-                    f'GPU has {error.limit:,}. Use backend="torch", or a narrower dtype.'
-                ) from error
+
+    def smaller(sizes: dict[str, int], error: OutOfResources) -> dict[str, int]:
+        for name, least in (("STAGES", 1), ("BN", 16), ("BQ", 16)):
+            if sizes[name] > least:
+                _fitted[wanted] = {**sizes, name: sizes[name] // 2}
+                return _fitted[wanted]
+        raise RuntimeError(
+            f"decoding: the kernel needs {error.required:,} of {error.name} in its smallest blocks, and this "
+            f'GPU has {error.limit:,}. Use backend="torch", or a narrower dtype.'
+        ) from error
+
+    return until_it_fits(_fitted.get(wanted, sizes), run, smaller)
 
 
 def decode_triton(
@@ -450,10 +450,9 @@ def decode_triton(
         )
 
     def run(sizes: dict[str, int]) -> Tensor:
-        resident = sizes.pop("resident")
         programs = batch * kv_heads * triton.cdiv(of_group, sizes["BQ"])
         tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-        return _run(_cca_decode_kernel, launch, programs, tiles, resident, out, sizes)
+        return _run(_cca_decode_kernel, launch, programs, tiles, out, sizes)
 
     return _fitting(_cca_decode_kernel, decode_tile(head_dim, of_group, query.element_size()), run)
 
@@ -502,10 +501,9 @@ def absorbed_decode_triton(
         )
 
     def run(sizes: dict[str, int]) -> Tensor:
-        resident = sizes.pop("resident")
         programs = batch * triton.cdiv(tokens * heads, sizes["BQ"])
         tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-        return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, resident, out, sizes)
+        return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, out, sizes)
 
     return _fitting(
         _cca_absorbed_decode_kernel, absorbed_tile(width, tokens * heads, absorbed.element_size()), run

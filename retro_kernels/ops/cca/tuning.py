@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -55,10 +55,7 @@ _fitted: dict[Problem, Config] = {}
 
 def block_sizes(problem: Problem) -> Config:
     """Raises ValueError where the file of tuned block sizes is damaged."""
-    if found := _fitted.get(problem):
-        return found
-    given, cache = os.environ.get("RETRO_KERNELS_TUNED"), os.environ.get("XDG_CACHE_HOME")
-    return _tuned(_file(given, cache)).get(problem.name) or _table(problem)
+    return _fitted.get(problem) or _tuned(tuned_file()).get(problem.name) or _table(problem)
 
 
 def _table(problem: Problem) -> Config:
@@ -91,12 +88,21 @@ def fitting(problem: Problem, config: Config | None, launch: Callable[[Config], 
     """`launch(config)`; where no `config` is given, with the block sizes chosen here, or with those that fit."""
     if config is not None:
         return launch(config)
-    config = block_sizes(problem)
+    return until_it_fits(block_sizes(problem), launch, functools.partial(smaller, problem))
+
+
+Sizes = TypeVar("Sizes")
+
+
+def until_it_fits(
+    sizes: Sizes, launch: Callable[[Sizes], Any], smaller: Callable[[Sizes, OutOfResources], Sizes]
+) -> Any:
+    """`launch` with `sizes`, or with what `smaller` makes of them for as long as they do not fit the GPU."""
     while True:
         try:
-            return launch(config)
+            return launch(sizes)
         except OutOfResources as error:
-            config = smaller(problem, config, error)
+            sizes = smaller(sizes, error)
 
 
 def tuned_file() -> Path:
