@@ -46,7 +46,7 @@ IN_MEMORY = 1_000_000
 WITH_STALL = os.environ.get("RETRO_BENCH_STALL", "1") == "1"
 GRAPH = "HNSW32,SQ8"
 FACTORIES = (
-    (EXACT, "IVF*,SQfp16", "CAGRA") if ON_GPU else (EXACT, "IVF*,PQ192x4fs,RFlat", GRAPH, "HNSW32,Flat")
+    (EXACT, "IVF*,SQfp16", "CAGRA") if ON_GPU else (EXACT, "IVF*,PQ192x4fs,RFlat", "PCAR256,IVF*,PQ128x4fs,RFlat", GRAPH, "HNSW32,Flat")
 )
 
 

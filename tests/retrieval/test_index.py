@@ -29,6 +29,7 @@ FACTORIES = [
     "IVF16,SQ8",
     "IVF16,PQ16x4fs,Refine(SQfp16)",
     "IVF16,PQ16x4fs,RFlat",
+    "PCAR20,IVF16,PQ10x4fs,RFlat",
     "RaBitQ8",
     "IVF16,RaBitQ4",
 ]
@@ -139,6 +140,34 @@ def test_tuning_takes_the_fastest_that_reaches_the_target(seed):
         index.tune(vectors, 1.5)
 
 
+def test_lists_and_candidates_are_tuned_together(seed, monkeypatch):
+    """The cheapest pair that reaches the target is taken, whichever of the two costs more."""
+    vectors = np.random.default_rng(seed).standard_normal((2000, 16)).astype(np.float16)
+    index = Index.build(vectors, "IVF64,PQ8x4fs,RFlat")
+    measured, chosen = GroundTruth.measure, {}
+
+    def cost(setting, costly):
+        values = dict(part.split("=") for part in setting.split(","))
+        return sum(int(value) * (100 if name == costly else 1) for name, value in values.items())
+
+    for costly in ("nprobe", "k_factor_rf"):
+        reached = []
+
+        def measure(self, index, costly=costly, reached=reached):
+            result = {**measured(self, index), "queries_per_second": 1e6 / cost(index.setting, costly)}
+            if result["recall"] >= 0.9:
+                reached.append(index.setting)
+            return result
+
+        monkeypatch.setattr(GroundTruth, "measure", measure)
+        result = index.tune(vectors, 0.9, num_queries=200)
+        assert result["reached"] and index.setting == result["search"]
+        assert cost(result["search"], costly) == min(cost(setting, costly) for setting in reached)
+        chosen[costly] = result["search"]
+    assert len({setting.split(",")[0] for setting in reached}) > 1
+    assert cost(chosen["nprobe"], "k_factor_rf") >= cost(chosen["k_factor_rf"], "k_factor_rf")
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3, 16, 17, 40, 63, 64, 1000])
 def test_the_least_value_is_closed_in_upon(limit):
     tried = []
@@ -151,8 +180,8 @@ def test_the_least_value_is_closed_in_upon(limit):
     if limit > 64:
         assert found is None and len(tried) == 7
         return
-    # two halvings of a ratio of 2 leave one of 2^(1/4), rounding aside
-    assert limit <= found <= max(limit * 2**0.25 + 1, 1) and found in tried
+    # three halvings of a ratio of 2 leave one of 2^(1/8), rounding aside
+    assert limit <= found <= max(limit * 2**0.125 + 1, 1) and found in tried
 
 
 def test_few_vectors():
