@@ -4,9 +4,9 @@
     python bench/run.py bench/bench_search.py --out bench/results/retrieval.json --merge --sizes 1000000
 
 Every index is tuned to that recall in one way: parameters doubled until it is reached, then the last doubling halved
-three times; so all are compared at nearly the same recall. hnswlib, usearch and ScaNN join in where they are installed, on
-the same vectors and threads. The row's time is that of one query out of a batch of a thousand. The index that is chosen
-by itself also serves a training run (bench_training.py): the share of the run that its steps waited for neighbours;
+three times; so all are compared at nearly the same recall. hnswlib, usearch and ScaNN join in where they are installed,
+on the same vectors and threads. The row's time is that of one query out of a batch of a thousand. The index that is
+chosen by itself also serves a training run (bench_training.py): the share of the run that its steps waited for it;
 RETRO_BENCH_STALL=0 leaves that out. Building and searching are also given in processor seconds, of all threads
 together: what they cost where other work takes a share of the cores. test_in_turn searches the chosen index and a graph
 in turn, since a machine's speed changes by more than they differ between one case and the next.
