@@ -332,7 +332,9 @@ class Index:
             if refined and probes is not None:
                 # fewer lists need more candidates, more lists fewer: neither end of that trade is always the faster
                 for wider in dict.fromkeys(min(round(probes * 2 ** (i / 8)), lists) for i in (0, 1, 2, 4)):
-                    least(_doubled(1, _FACTOR), functools.partial(reaches, f"nprobe={wider},k_factor_rf={{}}"))
+                    least(
+                        _doubled(1, _FACTOR), functools.partial(reaches, f"nprobe={wider},k_factor_rf={{}}")
+                    )
         elif graph:
             least(_doubled(8, 1024), functools.partial(reaches, "efSearch={}"))
         elif refined:
