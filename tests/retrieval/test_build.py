@@ -1,13 +1,16 @@
 """Text becomes a set once; again only if something changed; parts, merges and additions give what one build gives."""
 
 import gzip
+import hashlib
 import io
 import json
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from retrieval.corpora import build, contents, documents, tiny_bert
 
 from retro_kernels.config import InputError
@@ -15,6 +18,8 @@ from retro_kernels.data.corpus import Document
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
 from retro_kernels.retrieval import embedder as embedder_module
+from retro_kernels.retrieval import index as index_module
+from retro_kernels.retrieval import store as store_module
 from retro_kernels.retrieval.embedder import HashingEmbedder
 from retro_kernels.retrieval.index import Index
 from retro_kernels.retrieval.merge import append_to_retrieval_set, merge_retrieval_sets, tune_retrieval_set
@@ -51,6 +56,44 @@ def test_size_of_shards_does_not_show(whole, model, tmp_path):
     for size in (1, 7, 10_000):
         build(CORPUS, tmp_path / str(size), tokenizer=model, shard_chunks=size)
         assert contents(tmp_path / str(size)) == contents(whole)
+
+
+def test_memory_is_bounded_by_the_shard(model, tmp_path, monkeypatch, seed):
+    """Three times the text takes no more memory, but for some numbers a document and a chunk."""
+
+    class Random:
+        name, fingerprint, dim = "random", "random", 16
+
+        def embed(self, texts, progress=None):
+            return torch.randn(len(texts), self.dim)
+
+    # the blocks of a few thousand rows in which things are done, smaller than these corpora
+    monkeypatch.setattr(store_module, "_BLOCK", 128)
+    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 128)
+    monkeypatch.setattr(build_module, "_EXACT_SAMPLE", 128)
+    monkeypatch.setattr(
+        store_module,
+        "file_sha256",
+        lambda path, progress=None: hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest(),
+    )
+    rng = np.random.default_rng(seed)
+    found = []
+    for count in (10, 60, 180):  # the first one loads what is loaded once
+        corpus = tmp_path / f"{count}.jsonl"
+        with corpus.open("w") as file:
+            for _ in range(count):
+                words = rng.integers(0, 10**6, 60)
+                print(json.dumps({"text": " ".join(map(str, words))}), file=file)
+        out = tmp_path / f"set-{count}"
+        tracemalloc.start()
+        try:
+            options = {"tokenizer": model, "embedder": Random(), "shard_chunks": 128}
+            chunks = build(corpus, out, **options)["num_chunks"]
+            found.append((corpus.stat().st_size, chunks, tracemalloc.get_traced_memory()[1]))
+        finally:
+            tracemalloc.stop()
+    (text, chunks, peak), (more_text, more_chunks, higher_peak) = found[1:]
+    assert higher_peak - peak < 16 * (more_chunks - chunks) + (more_text - text) // 20, found
 
 
 def test_embeddings_are_those_of_the_chunks(whole):
