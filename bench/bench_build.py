@@ -6,7 +6,8 @@
 A set of CHUNKS chunks by `build_retrieval_set` with everything by default, so a tokenizer is trained, MiniLM embeds and
 the index is chosen by size; in a process of its own, since its peak memory is asked for. The text is that of RETRO_DATA
 (../shared/data beside the checkout); where that is absent, the standard library's, over again with other names in it.
-Processor seconds stand beside the wall's: on a machine that others use too they are what the build itself cost.
+Processor seconds stand beside the wall's: on a machine that others use too they are what the build itself cost. The
+rate of a large matrix product, measured right after it, says how many chunks a second MiniLM's products alone allow.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from typing import Any
 import pytest
 import timing
 from cases import ON_GPU, TINY
+from roofline import matmul_rate
+from torch.utils.flop_counter import FlopCounterMode
 
 GOAL_CHUNKS = 100_000
 CHUNKS = int(os.environ.get("RETRO_BENCH_CHUNKS", 100 if TINY else 10_000))
 BYTES_OF_A_CHUNK = 64 * 4.1
 """Of text in these corpora, by a tokenizer trained on them: how much of it is taken."""
+SAMPLE = 512
+"""Chunks whose operations are counted."""
 CORPORA = (
     "rfc/rfc-families-dev",
     "openstax/openstax-dev",
@@ -110,6 +115,7 @@ def build(chunks: int) -> dict[str, Any]:
     from retro_kernels.data.corpus import Document
     from retro_kernels.retrieval.build import build_retrieval_set
     from retro_kernels.retrieval.embedder import load_embedder
+    from retro_kernels.retrieval.store import ChunkStore
 
     source, texts = text_of(chunks)
     documents = [Document(f"{i}", text) for i, text in enumerate(texts)]
@@ -120,19 +126,26 @@ def build(chunks: int) -> dict[str, Any]:
     wall, processor = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         manifest = build_retrieval_set(documents, Path(folder) / "set", embedder=embedder, progress=False)
-    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        wall, processor = time.perf_counter() - wall, time.process_time() - processor
+        peak, embedding = peak_bytes(), (embedder.wall, embedder.processor)
+        store = ChunkStore.open(Path(folder) / "set")
+        sample = store.texts(range(0, store.num_chunks, max(1, store.num_chunks // SAMPLE)))
+        with FlopCounterMode(display=False) as counter:
+            embedder.embed(sample)
     seconds = manifest["seconds"]
     return {
         "source": source,
         "dtype": str(embedder.dtype).removeprefix("torch."),
         "chunks": manifest["num_chunks"],
         "text_bytes": manifest["text_bytes"],
-        "peak_bytes": peak_bytes(),
-        "beyond_bytes": peak_bytes() - before,
+        "peak_bytes": peak,
+        "beyond_bytes": peak - before,
+        "flops_of_a_chunk": counter.get_total_flops() / len(sample),
+        "product_rate": matmul_rate(embedder.dtype),
         # (wall, processor) seconds; of the parts within the rest the wall alone is known
         "total": (wall, processor),
-        "embedding": (embedder.wall, embedder.processor),
-        "everything else": (wall - embedder.wall, processor - embedder.processor),
+        "embedding": embedding,
+        "everything else": (wall - embedding[0], processor - embedding[1]),
         "cutting": (seconds["cut"], None),
         "index": (seconds["index"], None),
     }
@@ -150,6 +163,7 @@ def test_build(benchmark: Any) -> None:
         shown[f"{stage} s"], seconds = measured[stage]
         if seconds is not None:
             shown[f"{stage} processor-s"] = seconds
+    shown["chunks/s of the embedder's products"] = measured["product_rate"] / measured["flops_of_a_chunk"]
     shown["peak MiB"] = measured["peak_bytes"] / 2**20
     shown["MiB beyond text and model"] = measured["beyond_bytes"] / 2**20
     minutes = GOAL_CHUNKS / chunks / 60

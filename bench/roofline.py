@@ -66,10 +66,10 @@ def measured() -> Ceilings:
     return Ceilings(name, 2 * length / copy, matmul_rate())
 
 
-def matmul_rate() -> float:
-    """FLOP/s of a large matrix product in the benchmarks' dtype, on a CPU with the threads that are set."""
+def matmul_rate(dtype: torch.dtype = DTYPE) -> float:
+    """FLOP/s of a large matrix product, by default in the benchmarks' dtype, on a CPU with the threads that are set."""
     n = 256 if TINY else 8192 if ON_GPU else 2048
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
     return 2 * n**3 / statistics.median(timing.samples([lambda: a @ b], 20 if ON_GPU else 9))
 
 
