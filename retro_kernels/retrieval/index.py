@@ -42,6 +42,7 @@ from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum
 EXACT = "Flat"
 _EXACT_UP_TO = {"cpu": 100_000, "cuda": 20_000_000}
 _BLOCK_ROWS = 1 << 16
+_BLOCK_QUERIES = 1 << 10  # 256 MB of scores
 _GPU_TEMP_BYTES = 256 << 20
 _GPU_MAX_K = 2048
 _SEARCH_SETTING = re.compile(r"[A-Za-z_]{1,32}=[0-9]{1,9}(,[A-Za-z_]{1,32}=[0-9]{1,9}){0,3}")
@@ -448,10 +449,13 @@ def exact_search(
             block = vectors[start : start + _BLOCK_ROWS].to(queries.device, torch.float32)
         else:
             block = torch.from_numpy(_block(vectors, start)).to(queries.device)
-        scores = torch.addmm(block.square().sum(1), queries, block.T, alpha=-2)  # [Q, rows]
-        distances, ids = scores.topk(min(k, len(block)), dim=1, largest=False)
-        candidates = torch.cat([best_distances, distances], 1)
-        candidate_ids = torch.cat([best_ids, ids + start], 1)
+        norms, nearest = block.square().sum(1), min(k, len(block))
+        found = [
+            torch.addmm(norms, some, block.T, alpha=-2).topk(nearest, dim=1, largest=False)
+            for some in queries.split(_BLOCK_QUERIES)
+        ]
+        candidates = torch.cat([best_distances, torch.cat([part.values for part in found])], 1)
+        candidate_ids = torch.cat([best_ids, torch.cat([part.indices for part in found]) + start], 1)
         best_distances, order = candidates.sort(dim=1, stable=True)
         best_distances, best_ids = best_distances[:, :k], candidate_ids.gather(1, order[:, :k])
     return best_distances + queries.square().sum(1, keepdim=True), best_ids

@@ -57,6 +57,7 @@ def searcher(request, monkeypatch):
 @pytest.mark.parametrize("count", [1, 5, 70])
 def test_exact_search_is_exact(searcher, count, seed, monkeypatch):
     monkeypatch.setattr(index_module, "_BLOCK_ROWS", 300)
+    monkeypatch.setattr(index_module, "_BLOCK_QUERIES", 7)
     vectors, queries = clustered(seed), clustered(seed + 1, count)
     index = Index.build(vectors)
     assert (
