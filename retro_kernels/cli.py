@@ -258,6 +258,11 @@ def _add_index(parser: _Parser) -> None:
     )
     parser.add_argument("--index", metavar="FACTORY", help="FAISS factory string (default: chosen by size)")
     parser.add_argument(
+        "--trained-index",
+        metavar="SET",
+        help="train no index, fill the emptied one of that set: parts with the same one are merged list by list",
+    )
+    parser.add_argument(
         "--tune",
         type=_number(float, above=0, high=1),
         nargs="?",
@@ -474,12 +479,15 @@ _INDEX_UNUSED = (
     (
         "append",
         "the set has its own",
-        ("tokenizer", "vocab_size", "index", "chunk_size", "embedder_dtype"),
+        ("tokenizer", "vocab_size", "index", "trained_index", "chunk_size", "embedder_dtype"),
     ),
     (
         "merge",
         "the sets are joined as they are",
-        ("tokenizer", "vocab_size", "embedder", "embedder_dtype", "include", "exclude", "chunk_size"),
+        (
+            *("tokenizer", "vocab_size", "trained_index", "embedder", "embedder_dtype"),
+            *("include", "exclude", "chunk_size"),
+        ),
     ),
 )
 """Options of `index` that say nothing with --append or --merge, and why."""
@@ -515,6 +523,7 @@ def _index(args: argparse.Namespace) -> None:
             vocab_size=args.vocab_size,
             embedder_dtype=args.embedder_dtype,
             index=args.index,
+            trained_index=args.trained_index,
             part=_part(args.part),
             **({} if args.chunk_size is None else {"chunk_size": args.chunk_size}),
             **common,

@@ -74,9 +74,12 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
                 f"{option} does not go with --{mode}",
             )
             for mode, options in {
-                "append": ["--tokenizer", "--vocab-size", "--index", "--chunk-size", "--embedder-dtype"],
+                "append": [
+                    *("--tokenizer", "--vocab-size", "--index", "--trained-index"),
+                    *("--chunk-size", "--embedder-dtype"),
+                ],
                 "merge": [
-                    *("--tokenizer", "--vocab-size", "--embedder", "--embedder-dtype"),
+                    *("--tokenizer", "--vocab-size", "--trained-index", "--embedder", "--embedder-dtype"),
                     *("--include", "--exclude", "--chunk-size"),
                 ],
             }.items()

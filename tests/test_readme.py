@@ -39,7 +39,11 @@ def smaller(words: list[str]) -> list[str]:
             if "--merge" in words:
                 return []
             own_tokenizer = {"--tokenizer", "--append"} & set(words)
-            return ["--embedder", "hashing:64", *([] if own_tokenizer else ["--vocab-size", "400"])]
+            few_lists = (
+                ["--index", "IVF4,PQ32x4fs,RFlat"] if "PCAR256,IVF4096,PQ128x4fs,RFlat" in words else []
+            )
+            vocabulary = [] if own_tokenizer else ["--vocab-size", "400"]
+            return ["--embedder", "hashing:64", *vocabulary, *few_lists]
         case "train":
             pretrained = "models/gpt2" in words
             return [*SIZES, *([] if pretrained else TINY if "--set" in words else PLAIN)]

@@ -15,7 +15,8 @@ one shard and one document, apart from 20 bytes a chunk while the table that fin
 tokenizer's sample, and what the index itself needs.
 
 Large corpora: build parts in several processes or on several machines (`part=(i, n)`, one tokenizer for all), then
-`merge_retrieval_sets`; `append_to_retrieval_set` adds documents to a set.
+`merge_retrieval_sets`. Parts whose index begins with the trained one of the first (`trained_index`) are merged without
+encoding a vector again. `append_to_retrieval_set` adds documents to a set.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.retrieval import store as files
-from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, describe_embedder
+from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, describe_embedder, embedder_in_words
 from retro_kernels.retrieval.index import EXACT, Index, check_factory, choose_factory, require_faiss
 from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
 from retro_kernels.retrieval.writing import (
@@ -75,6 +77,7 @@ def build_retrieval_set(
     embedder: str | os.PathLike[str] | TextEmbedder | None = None,
     embedder_dtype: str | None = None,
     index: str | None = None,
+    trained_index: str | os.PathLike[str] | None = None,
     recall: float = 0.95,
     device: Any = None,
     chunk_size: int = 64,
@@ -95,7 +98,9 @@ def build_retrieval_set(
     embedder_dtype: "float32" or "bfloat16", in which a BERT computes; None: what is fast on `device`. Vectors of one
         are not those of the other: parts that are built on several machines are to have the same.
     index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
-        that reaches `recall`@10 is stored. Where `out` differs in these two alone, only its index is made again.
+        that reaches `recall`@10 is stored. Where `out` differs in these alone, only its index is made again.
+    trained_index: a retrieval set with the same embedder, whose trained index is taken, emptied and filled; its kind is
+        `index` then, and none is trained. Sets with one trained index are merged by joining their inverted lists.
     device: of the embedder and of the index's training, default CPU.
     chunk_size: M, tokens in a chunk; a neighbour is 2M long.
     part: (i, n) takes every n-th document from the i-th on: n processes build n sets, to be merged. Needs a tokenizer.
@@ -118,13 +123,15 @@ def build_retrieval_set(
         raise InputError(f"chunk_size is {chunk_size}; 1 to 65,536 tokens can be had (the paper has 64).")
     if shard_chunks < 1:
         raise InputError(f"shard_chunks is {shard_chunks}; at least 1 is needed.")
-    if index not in (None, "Flat"):
+    if index not in (None, EXACT) or trained_index is not None:
         require_faiss()
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)
     reader = reader_of(paths, include, exclude, own_folders(out))
     builder = Builder(Path(out), shard_chunks, progress)
-    options = Options(tokenizer, vocab_size, index, recall, device, chunk_size, part, overwrite)
+    options = Options(
+        tokenizer, vocab_size, index, recall, device, chunk_size, part, overwrite, trained_index=trained_index
+    )
     return build_from(reader, builder, lambda: as_embedder(embedder, device, embedder_dtype), options)
 
 
@@ -142,6 +149,18 @@ class Options:
     overwrite: bool
     addition: bool = False
     """Whether this set is made to be merged into another, and may be deleted after that."""
+    trained_index: str | os.PathLike[str] | None = None
+
+
+@dataclass
+class Start:
+    """An index to go on from in place of training one."""
+
+    factory: str
+    trained: str | None
+    """`Index.trained_state` of it when it was empty."""
+    open: Callable[[], Index]
+    """It holds the first of the vectors, all, or none."""
 
 
 def build_from(
@@ -150,6 +169,8 @@ def build_from(
     builder.check_target(options.overwrite)
     embedder = load()
     check_factory(options.index, embedder.dim)
+    start = _given_start(options, embedder)
+    factory = start.factory if start else options.index
     corpus = _survey(reader, options.part, None if options.tokenizer else TextSampler(), builder)
     trained = f"trained, vocabulary {options.vocab_size or 'by default'}"
     plan = {
@@ -157,9 +178,11 @@ def build_from(
         "chunk_size": options.chunk_size,
         "tokenizer": options.tokenizer.fingerprint if options.tokenizer else trained,
         "embedder": embedder.fingerprint,
-        "index": options.index or "by size",
+        "index": factory or "by size",
         "recall": options.recall,
     }
+    if start:
+        plan["trained"] = start.trained
     if options.addition:
         plan["addition"] = True
     if (manifest := builder.already_built(plan, options.overwrite)) is not None:
@@ -173,8 +196,41 @@ def build_from(
                 builder.embed(embedder, model)
                 builder.tabulate(model)
             described = describe_embedder(embedder)
-            builder.finish(plan, corpus, model, described, options.index, options.recall, options.device)
+            builder.finish(plan, corpus, model, described, factory, options.recall, options.device, start)
         return builder.publish()
+
+
+def _given_start(options: Options, embedder: TextEmbedder) -> Start | None:
+    """From the trained index of another set."""
+    if options.trained_index is None:
+        return None
+    store = ChunkStore.open(options.trained_index)
+    index, theirs = store.manifest["index"], store.manifest["embedder"]
+    given = f"The trained index of {store.path} cannot be taken"
+    if theirs["fingerprint"] != embedder.fingerprint:
+        raise InputError(
+            f"{given}: its vectors are those of {embedder_in_words(theirs)}, this set's are those of "
+            f"{embedder_in_words(describe_embedder(embedder))}. Build both with the same one (--embedder, "
+            "--embedder-dtype)."
+        )
+    if index["factory"] == EXACT:
+        raise InputError(
+            f"{given}: it is exact, and nothing was trained. Leave trained_index (--trained-index) out, or build that "
+            "set with an index that is trained (--index IVF4096,SQfp16)."
+        )
+    if not isinstance(index.get("trained"), str):
+        raise InputError(
+            f"{given}: {index['factory'][:80]} is of a kind that FAISS cannot join, or was made before such could be "
+            "taken. Leave trained_index (--trained-index) out, or make that set's index again, of IVF…, Flat, SQ, PQ, "
+            "x4fs or RaBitQ."
+        )
+    if options.index not in (None, index["factory"]):
+        raise InputError(
+            f"{given} for an index {options.index}: it is {index['factory'][:80]}. Leave one of the two out."
+        )
+    return Start(
+        index["factory"], index["trained"], partial(Index.open_trained, store, device=options.device)
+    )
 
 
 @dataclass
@@ -306,9 +362,9 @@ def _title(document: Document) -> str:
     return document.title[: files.MAX_TITLE_CHARS]
 
 
-_INDEX_ONLY = {"index", "recall"}
+_INDEX_ONLY = {"index", "recall", "trained"}
 """Parts of a plan that the vectors do not depend on: sets and unfinished work are taken up for another index."""
-_PLAN_KEYS = {"corpus", "chunk_size", "tokenizer", "embedder", *_INDEX_ONLY}
+_PLAN_KEYS = {"corpus", "chunk_size", "tokenizer", "embedder", "index", "recall"}
 
 
 @dataclass
@@ -431,6 +487,8 @@ class Builder:
             else:
                 self.say(f"{self.folder}: taking up unfinished work.")
             if found != plan:
+                if found and found.get("trained") != plan.get("trained"):
+                    self._index_note_path.unlink(missing_ok=True)  # it speaks of the other's index
                 save_json(self.folder / _PLAN, plan)
             if not self.journal.exists() and not self.is_complete(plan):
                 # nothing was begun, or what lies here is the set for which the finished one was exchanged
@@ -534,10 +592,12 @@ class Builder:
         for name in files.REQUIRED_FILES:
             link_or_copy(store.path / name, self.set / name)
         index, entry = store.manifest["index"], store.manifest["files"].get(files.INDEX)
-        if entry is not None and not self._index_note():
+        same_start = store.manifest["build"].get("trained") == plan.get("trained")
+        if entry is not None and same_start and not self._index_note():
             files.check_checksum(store.path, files.INDEX, entry)
             link_or_copy(store.path / files.INDEX, self.set / files.INDEX)
-            self._note_index(index["factory"], store.num_chunks, "full", index.get("build_seconds", 0.0))
+            seconds = index.get("build_seconds", 0.0)
+            self._note_index(index["factory"], store.num_chunks, "full", seconds, index.get("trained"))
         tokens = int(store.manifest.get("num_tokens", 0))
         state = Progress(
             0, store.num_documents, store.num_chunks, tokens, done=True, fingerprint=plan["corpus"]
@@ -669,9 +729,9 @@ class Builder:
         factory: str | None,
         recall: float,
         device: Any,
-        grown: Index | None = None,
+        start: Start | None = None,
     ) -> None:
-        """The index, and last of all the manifest. embedder: its entry there.  grown: an index of the first vectors."""
+        """The index, and last of all the manifest. embedder: its entry there."""
         state = self.state()
         chunks = self.chunks(tokenizer)
         vectors = open_array(
@@ -687,7 +747,7 @@ class Builder:
             "text_bytes": corpus.text_bytes,
             "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
             "embedder": embedder,
-            "index": self._index(vectors, factory, recall, device, grown),
+            "index": self._index(vectors, factory, recall, device, start),
             "corpus": {"duplicates": corpus.duplicates, "skipped": corpus.skipped},
             "build": plan,
             "seconds": self.seconds,
@@ -699,18 +759,18 @@ class Builder:
         files.write_manifest(self.set, manifest)
 
     def _index(
-        self, vectors: np.ndarray, factory: str | None, recall: float, device: Any, grown: Index | None
+        self, vectors: np.ndarray, factory: str | None, recall: float, device: Any, start: Start | None
     ) -> dict[str, Any]:
         by_size = factory is None
         factory = factory or (
-            grown.factory if grown else choose_factory(len(vectors), vectors.shape[1], device)
+            start.factory if start else choose_factory(len(vectors), vectors.shape[1], device)
         )
         described: dict[str, Any] = {"factory": factory, "metric": "squared L2"}
         if factory == EXACT:
             (self.set / files.INDEX).unlink(missing_ok=True)
             self.seconds["index"] = 0.0
             return {**described, **measure_exact(vectors, recall, device=device), "build_seconds": 0.0}
-        index = self._filled_index(vectors, factory, device, grown)
+        index = self._filled_index(vectors, factory, device, start)
         with self.bar(f"tuning the index {factory}", None, ""):
             measured = index.tune(vectors, recall)
         if not measured["reached"]:
@@ -720,35 +780,38 @@ class Builder:
             if by_size and len(vectors) <= _EXACT_FALLBACK:
                 self.say("These vectors do not suit it; the exact index is taken.")
                 return self._index(vectors, EXACT, recall, device, None)
+        if trained := self._index_note().get("trained"):
+            described["trained"] = trained
         return {**described, **measured, "build_seconds": self.seconds["index"]}
 
-    def _filled_index(self, vectors: np.ndarray, factory: str, device: Any, grown: Index | None) -> Index:
+    def _filled_index(self, vectors: np.ndarray, factory: str, device: Any, start: Start | None) -> Index:
         """The index of all vectors, also in its file. Trained, and filled, it is saved: neither is done again."""
-        trained, n = self.folder / "trained.faiss", len(vectors)
+        empty, n = self.folder / "trained.faiss", len(vectors)
         note = self._index_note()
         if (note.get("factory"), note.get("chunks")) != (factory, n):
             note = {}
             self._index_note_path.unlink(missing_ok=True)  # before the files change of which it speaks
         self.seconds["index"] = note.get("seconds", 0.0)
-        start = time.perf_counter() - self.seconds["index"]
+        begun = time.perf_counter() - self.seconds["index"]
         if note.get("stage") == "full":
             return Index.load(self.set / files.INDEX, factory, device=device)
-        if grown is not None:
-            index = grown
+        if start is not None:
+            index, trained = start.open(), start.trained
         elif note.get("stage") == "trained":
-            index = Index.load(trained, factory, device=device)
+            index, trained = Index.load(empty, factory, device=device), note.get("trained")
         else:
             with self.bar(f"training the index {factory}", None, ""):
                 index = Index.train(vectors, factory, device=device)
+            trained = index.trained_state()
             if factory != "CAGRA":  # which is made of all its vectors at once
-                index.save(trained)
-                self._note_index(factory, n, "trained", time.perf_counter() - start)
+                index.save(empty)
+                self._note_index(factory, n, "trained", time.perf_counter() - begun, trained)
         with self.bar(f"filling the index {factory}", n, "chunks", len(index)) as bar:
             index.add(vectors[len(index) :], bar.update)
-        self.seconds["index"] = round(time.perf_counter() - start, 2)
+        self.seconds["index"] = round(time.perf_counter() - begun, 2)
         index.save(self.set / files.INDEX)
-        self._note_index(factory, n, "full", self.seconds["index"])
-        trained.unlink(missing_ok=True)
+        self._note_index(factory, n, "full", self.seconds["index"], trained)
+        empty.unlink(missing_ok=True)
         return index
 
     @property
@@ -758,9 +821,9 @@ class Builder:
     def _index_note(self) -> dict[str, Any]:
         return load_json(self._index_note_path) or {}
 
-    def _note_index(self, factory: str, chunks: int, stage: str, seconds: float) -> None:
+    def _note_index(self, factory: str, chunks: int, stage: str, seconds: float, trained: str | None) -> None:
         note = {"factory": factory, "chunks": chunks, "stage": stage, "seconds": round(seconds, 2)}
-        save_json(self._index_note_path, note)
+        save_json(self._index_note_path, {**note, "trained": trained})
 
     def _file_entries(self) -> dict[str, Any]:
         paths = [path for name in (*files.REQUIRED_FILES, files.INDEX) if (path := self.set / name).exists()]
@@ -812,7 +875,8 @@ def measure_exact(vectors: np.ndarray, recall: float, *, k: int = 10, device: An
 
 def _differing(old: Any, new: dict[str, Any]) -> list[str]:
     """Keys of a plan under which another one, or something that is none, has something else."""
-    return [key for key in new if not isinstance(old, dict) or old.get(key) != new[key]]
+    keys = [*new, *(key for key in _INDEX_ONLY if key not in new)]
+    return [key for key in keys if not isinstance(old, dict) or old.get(key) != new.get(key)]
 
 
 def _differences(keys: Sequence[str]) -> str:

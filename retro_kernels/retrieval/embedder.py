@@ -82,6 +82,11 @@ def describe_embedder(embedder: TextEmbedder) -> dict[str, Any]:
     return entry
 
 
+def embedder_in_words(entry: dict[str, Any]) -> str:
+    """What tells apart two of the manifest's entries, for a message."""
+    return entry["name"] + (f" in {entry['dtype']}" if "dtype" in entry else "")
+
+
 def load_described(
     entry: dict[str, Any], folder: str | os.PathLike[str], given: Any = None, device: Any = None
 ) -> TextEmbedder:

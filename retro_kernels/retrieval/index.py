@@ -21,6 +21,7 @@ An exact index has no file: it is made of embeddings.npy when the set is opened.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 import re
@@ -216,6 +217,66 @@ class Index:
         if setting := described.get("search"):
             index.configure(setting)
         return index
+
+    @classmethod
+    def open_trained(cls, store: ChunkStore | str | os.PathLike[str], *, device: Any = None) -> Index:
+        """The index of a retrieval set without its vectors, on `device`: what training left, to be filled with others.
+
+        For a set whose manifest says how its index was trained (`trained_state`). Errors are those of `open`; and
+        InputError where the index is not what the manifest says.
+        """
+        if not isinstance(store, ChunkStore):
+            store = ChunkStore.open(store)
+        made = cls.open(store)._emptied(numbered(device))
+        made._check_trained(store)
+        return made
+
+    @classmethod
+    def join(cls, stores: Sequence[ChunkStore]) -> Index:
+        """One index of all vectors of several sets, on the CPU, with ids in the order of the sets. FAISS moves the
+        vectors as they are encoded, so it finds what an index would to which they were added set after set.
+
+        For sets whose manifests name the same trained state. The sets' indexes are in memory one at a time, beside the
+        result. Errors are those of `open_trained`.
+        """
+        joined = cls.open_trained(stores[0])
+        assert isinstance(joined._searcher, _FaissSearcher)
+        joined._searcher.reserve(sum(store.num_chunks for store in stores))
+        for store in stores:
+            joined._take(store)
+        return joined
+
+    def _take(self, store: ChunkStore) -> None:
+        part = Index.open(store)
+        assert isinstance(self._searcher, _FaissSearcher) and isinstance(part._searcher, _FaissSearcher)
+        try:
+            self._searcher.take(part._searcher)
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"Retrieval set {store.path}: FAISS cannot join its index to the others: {_reason(error)}."
+            ) from None
+        part._emptied(part.device)._check_trained(store)
+
+    def _emptied(self, device: torch.device) -> Index:
+        """A copy on `device`, without vectors and search setting, of an index on the CPU, which loses its own."""
+        assert isinstance(self._searcher, _FaissSearcher)
+        return Index(self._searcher.emptied(self.factory, device), self.factory, self.dim)
+
+    def _check_trained(self, store: ChunkStore) -> None:
+        if self.trained_state() != store.manifest["index"].get("trained"):
+            raise InputError(
+                f"Retrieval set {store.path}: {INDEX}, emptied on {self.device}, is not what its manifest says was "
+                "trained. Make its index again."
+            )
+
+    def trained_state(self) -> str | None:
+        """SHA-256, in hexadecimal, of this index, which is empty: of all that training left. Sets whose indexes began
+        with the same can be joined (`join`). None for an exact index, and for kinds that FAISS cannot join."""
+        if len(self):
+            raise ValueError("Index.trained_state: the index holds vectors.")
+        if self.is_exact or not isinstance(self._searcher, _FaissSearcher):
+            return None
+        return self._searcher.trained_state()
 
     def search(self, queries: torch.Tensor | np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The k nearest of each query: (distances fp32 [Q, k], squared L2, ascending; ids int64 [Q, k]).
@@ -603,15 +664,38 @@ class _FaissSearcher:
 
     def tunable(self) -> tuple[int, bool, bool]:
         """(number of inverted lists or 0, whether it refines, whether it is a graph)"""
-        faiss = require_faiss()
-        index = faiss.downcast_index(self.index)
-        refined = isinstance(index, faiss.IndexRefine)
-        if refined:
-            index = faiss.downcast_index(index.base_index)
-        if isinstance(index, faiss.IndexPreTransform):
-            index = faiss.downcast_index(index.index)
-        lists = int(index.nlist) if hasattr(index, "nlist") else 0
-        return lists, refined, isinstance(index, faiss.IndexHNSW)
+        faiss, indexes = require_faiss(), _nested(self.index)
+        lists = next((int(index.nlist) for index in indexes if hasattr(index, "nlist")), 0)
+        refined = isinstance(indexes[0], faiss.IndexRefine)
+        return lists, refined, any(isinstance(index, faiss.IndexHNSW) for index in indexes)
+
+    def trained_state(self) -> str | None:
+        index = self.on_cpu()
+        if not all(type(part).__name__ in _JOINABLE for part in _nested(index)):
+            return None
+        return hashlib.sha256(_serialised(index).data).hexdigest()
+
+    def emptied(self, factory: str, device: torch.device) -> _FaissSearcher:
+        """A copy, in which nothing is left of the memory that the vectors had."""
+        self.index.reset()
+        return self.on_device(require_faiss().deserialize_index(_serialised(self.index)), factory, device)
+
+    def reserve(self, n: int) -> None:
+        """Room for n vectors where they lie in one piece, which would else be copied to ever larger ones."""
+        for index in _nested(self.index):
+            if hasattr(index, "codes"):
+                used = index.codes.size()
+                index.codes.resize(n * index.code_size)
+                index.codes.resize(used)
+
+    def take(self, other: _FaissSearcher) -> None:
+        """Moves the vectors of `other`, of the same kind, behind those that are here."""
+        for mine, theirs in zip(_nested(self.index), _nested(other.index), strict=True):
+            if type(mine).__name__ in _WRAPPERS:
+                mine.ntotal += theirs.ntotal
+                theirs.ntotal = 0
+            else:  # inverted lists keep ids; elsewhere the place is the id
+                mine.merge_from(theirs, mine.ntotal if hasattr(mine, "nlist") else 0)
 
     def on_cpu(self) -> Any:
         return require_faiss().index_gpu_to_cpu(self.index) if self.device.type == "cuda" else self.index
@@ -665,11 +749,45 @@ class _CagraSearcher(_FaissSearcher):
         self._finish()
         return super().search(queries, k)
 
+    def trained_state(self) -> str | None:
+        return None
+
     def on_cpu(self) -> Any:
         self._finish()
         graph = require_faiss().IndexHNSWCagra()
         self.index.copyTo(graph)
         return graph
+
+
+_WRAPPERS = ("IndexPreTransform", "IndexRefine", "IndexRefineFlat")
+_JOINABLE = (
+    *_WRAPPERS,
+    *("IndexIVFFlat", "IndexIVFPQ", "IndexIVFPQFastScan", "IndexIVFRaBitQ", "IndexIVFScalarQuantizer"),
+    *("IndexFlat", "IndexFlatL2", "IndexPQ", "IndexRaBitQ", "IndexScalarQuantizer"),
+)
+"""Kinds whose vectors FAISS moves from one index to another, and which are as they were trained when emptied. Graphs
+are not among them; nor, with FAISS 1.15, PQ…x4fs without lists, and LSQ, which encodes by chance."""
+
+
+def _nested(index: Any) -> list[Any]:
+    """A FAISS index and those in it, from the outermost on."""
+    faiss = require_faiss()
+    index = faiss.downcast_index(index)
+    inner = []
+    if isinstance(index, faiss.IndexRefine):
+        inner = [index.base_index, index.refine_index]
+    elif isinstance(index, faiss.IndexPreTransform):
+        inner = [index.index]
+    return [index, *(part for one in inner for part in _nested(one))]
+
+
+def _serialised(index: Any) -> np.ndarray:
+    """An empty index as in a file, with the search setting that it has from the start."""
+    for part in _nested(index):
+        for name in ("nprobe", "k_factor"):
+            if hasattr(part, name):
+                setattr(part, name, 1)
+    return require_faiss().serialize_index(index)
 
 
 def _blas_threshold(version: str, dim: int) -> int:
@@ -745,7 +863,7 @@ def _block(vectors: np.ndarray, start: int) -> np.ndarray:
     return np.array(vectors[start : start + _BLOCK_ROWS], dtype=np.float32, order="C")
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What went wrong, out of FAISS's message with its C++ signature and source line."""
     text = str(error).split("failed: ")[-1].split(".cpp:")[-1].split(".h:")[-1]
     return re.sub(r"^\d+: ", "", text).strip().rstrip(".") or "no reason given"

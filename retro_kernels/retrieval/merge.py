@@ -1,6 +1,7 @@
 """Sets that grow: parts built apart are merged, documents are appended, the search is tuned again.
 
-Nothing is embedded twice: vectors are copied, and a trained index is kept where most of the new set was in it.
+Nothing is embedded twice: vectors are copied, indexes that were trained alike are joined as they are, and else a
+trained index is kept where most of the new set was in it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,14 @@ from retro_kernels.retrieval.build import (
     Fingerprint,
     Options,
     Source,
+    Start,
     build_from,
     measure_exact,
     own_folders,
     reader_of,
     say,
 )
-from retro_kernels.retrieval.embedder import TextEmbedder, load_described
+from retro_kernels.retrieval.embedder import TextEmbedder, embedder_in_words, load_described
 from retro_kernels.retrieval.index import EXACT, Index
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, load_json, save_json
@@ -50,9 +53,11 @@ def merge_retrieval_sets(
 ) -> dict[str, Any]:
     """Joins sets with the same tokenizer, embedder and chunk size into the set `out`, without embedding anything again.
 
-    Documents come in the order of the sets; of equal ones the first is kept. Where the first set holds at least half of
-    the chunks and no other kind of index is asked for, its trained index is kept and the others' vectors are added to
-    it; otherwise an index is trained anew. Arguments, errors and return value are those of `build_retrieval_set`.
+    Documents come in the order of the sets; of equal ones the first is kept. If no other kind of index is asked for,
+    the sets' inverted lists are joined, with no vector encoded again, where their indexes have one trained state (see
+    `trained_index` of `build_retrieval_set`) and no document was dropped. Else, where the first set holds at least half
+    of the chunks, its trained index is kept and the others' vectors are added to it; otherwise an index is trained
+    anew. Arguments, errors and return value are those of `build_retrieval_set`.
     """
     return _merge(
         sets, Builder(Path(out), SHARD_CHUNKS, progress), index, recall, device, overwrite, overwrite
@@ -94,12 +99,12 @@ def _merge(
         if not builder.is_complete(plan):
             adopted = builder.adopt(plan, overwrite)
             model = builder.tokenizer(stores[0].tokenizer, corpus, None)
-            grown = None
+            start = None
             if not adopted:
                 _copy(builder, stores, kept)
                 builder.tabulate(model)
-                grown = Index.open(stores[0]) if _can_grow(stores[0], kept, index) else None
-            builder.finish(plan, corpus, model, first["embedder"], index, recall, device, grown)
+                start = _start(builder, stores, kept, index)
+            builder.finish(plan, corpus, model, first["embedder"], index, recall, device, start)
         return builder.publish()
 
 
@@ -217,12 +222,28 @@ class _Kept:
     rows: np.ndarray  # int64: rows of their chunks
 
 
-def _can_grow(store: ChunkStore, kept: list[_Kept], index: str | None) -> bool:
-    """Whether the index of the first set may be kept: what it was trained on is most of what it will hold."""
-    factory = store.manifest["index"]["factory"]
-    whole = len(kept[0].rows) == store.num_chunks
-    mostly = 2 * store.num_chunks >= sum(len(part.rows) for part in kept)
-    return factory not in ("Flat", "CAGRA") and index in (None, factory) and whole and mostly
+def _start(builder: Builder, stores: list[ChunkStore], kept: list[_Kept], index: str | None) -> Start | None:
+    """The index that need not be trained, if there is one: that of all sets, or of the first."""
+    first = stores[0].manifest["index"]
+    factory, trained = first["factory"], first.get("trained")
+    if factory in (EXACT, "CAGRA") or index not in (None, factory):
+        return None
+    whole = [len(part.rows) == store.num_chunks for store, part in zip(stores, kept, strict=True)]
+    alike = trained and all(store.manifest["index"].get("trained") == trained for store in stores)
+    if alike and all(whole):
+        builder.say(f"index {factory}: the lists of the sets are joined as they are.")
+        return Start(factory, trained, partial(Index.join, stores))
+    reason = (
+        ", since a document is in two sets" if alike else ", since the sets have no trained index in common"
+    )
+    if any(store.manifest["index"]["factory"] != factory for store in stores):
+        reason = ""  # nobody expects them to be joined
+    # what it was trained on is to be most of what it will hold
+    if whole[0] and 2 * stores[0].num_chunks >= sum(len(part.rows) for part in kept):
+        builder.say(f"index {factory}: vectors are added to that of {stores[0].path}{reason}.")
+        return Start(factory, trained, partial(Index.open, stores[0]))
+    builder.say(f"The indexes of the sets are not kept{reason}.")
+    return None
 
 
 def _check_mergeable(stores: list[ChunkStore]) -> None:
@@ -240,18 +261,13 @@ def _check_mergeable(stores: list[ChunkStore]) -> None:
             if a != b:
                 advice = ""
                 if what == "embedder":
-                    a, b = (_embedder(store) for store in (first, other))
+                    a, b = (embedder_in_words(store.manifest["embedder"]) for store in (first, other))
                     what = f"embedder: {a} and {b}"
                     advice = " A BERT computes in what is fast on its machine, or in embedder_dtype (--embedder-dtype)."
                 raise InputError(
                     f"{first.path} and {other.path} cannot be merged: they differ in the {what}. Build all parts with "
                     f"the same one.{advice}"
                 )
-
-
-def _embedder(store: ChunkStore) -> str:
-    entry = store.manifest["embedder"]
-    return entry["name"] + (f" in {entry['dtype']}" if "dtype" in entry else "")
 
 
 def _survey_sets(stores: list[ChunkStore]) -> tuple[Corpus, list[_Kept]]:

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 import sys
 import tracemalloc
 from types import SimpleNamespace
@@ -285,6 +286,130 @@ def test_parts_merge_into_the_whole(whole, model, tmp_path):
     assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
     twice = merge_retrieval_sets([*parts, whole], tmp_path / "twice", progress=False)
     assert twice["num_documents"] == 20 and twice["corpus"]["duplicates"] == 20
+
+
+def parts_trained_alike(model, folder, factory, count=3):
+    """Sets, all of whose indexes began with the one that was trained for the first."""
+    parts = [folder / f"part{i}" for i in range(count)]
+    for i, part in enumerate(parts):
+        given = {"trained_index": parts[0]} if i else {"index": factory}
+        manifest = build(CORPUS, part, tokenizer=model, part=(i, count), **given)
+        assert manifest["index"]["factory"] == factory
+    return parts
+
+
+LISTS = re.compile(r"IVF\d+")
+CHOSEN = [LISTS.sub("IVF4", build_module.choose_factory(n, 64)) for n in (10**6, 10**7, 10**8)]
+
+
+@pytest.mark.parametrize("factory", [*CHOSEN, "IVF4,Flat", "IVF4,SQ8"])
+def test_parts_with_one_trained_index_are_joined_list_by_list(model, tmp_path, monkeypatch, capsys, factory):
+    parts = parts_trained_alike(model, tmp_path, factory)
+    states = {ChunkStore.open(part).manifest["index"]["trained"] for part in parts}
+    assert len(states) == 1
+    expected = Index.open_trained(parts[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "train", no_embedding)
+        patch.setattr(index_module._FaissSearcher, "add", no_embedding)
+        capsys.readouterr()
+        manifest = merge_retrieval_sets(parts, tmp_path / "merged", index=factory)
+    assert f"index {factory}: the lists of the sets are joined as they are" in capsys.readouterr().err
+    assert {manifest["index"]["trained"]} == states and manifest["index"]["search"]
+    for part in parts:
+        expected.add(ChunkStore.open(part).embeddings)
+    store = ChunkStore.open(tmp_path / "merged", verify="full")
+    merged = Index.open(store)
+    for setting in (manifest["index"]["search"], "nprobe=1", "nprobe=4"):
+        for index in (merged, expected):
+            index.configure(setting)
+        for found, right in zip(
+            merged.search(store.embeddings, 5), expected.search(store.embeddings, 5), strict=True
+        ):
+            assert torch.equal(found, right)
+    again = merge_retrieval_sets([tmp_path / "merged"], tmp_path / "again", index=factory, progress=False)
+    assert {again["index"]["trained"]} == states
+
+
+@pytest.mark.parametrize(
+    "factory, change, said",
+    [
+        ("IVF4,Flat", "a document twice", "since a document is in two sets"),
+        ("IVF4,Flat", "trained apart", "since the sets have no trained index in common"),
+        ("HNSW8,SQ8", "trained apart", "since the sets have no trained index in common"),
+        ("IVF4,Flat", "of another kind", "vectors are added to that of .*part0\\.\n"),
+        ("IVF4,Flat", "another is asked for", None),
+    ],
+)
+def test_sets_that_cannot_be_joined_are_merged_as_ever(model, tmp_path, capsys, factory, change, said):
+    build(CORPUS[:14], tmp_path / "part0", tokenizer=model, index=factory)
+    other = {"trained_index": tmp_path / "part0"}
+    if change != "a document twice":
+        other = {"index": "Flat" if change == "of another kind" else factory}
+    build(CORPUS[13 if change == "a document twice" else 14 :], tmp_path / "part1", tokenizer=model, **other)
+    index = "IVF2,SQfp16" if change == "another is asked for" else factory
+    capsys.readouterr()
+    parts = [tmp_path / "part0", tmp_path / "part1"]
+    manifest = merge_retrieval_sets(parts, tmp_path / "merged", index=index)
+    error = capsys.readouterr().err
+    assert "joined as they are" not in error and (said is None or re.search(said, error))
+    store = ChunkStore.open(tmp_path / "merged")
+    assert store.num_documents == 20 and len(Index.open(store)) == store.num_chunks
+    assert manifest["index"]["factory"] == index
+    direct = build(CORPUS, tmp_path / "direct", tokenizer=model, index=index)["index"]
+    trained = manifest["index"].get("trained")
+    if change == "another is asked for":
+        assert trained == direct["trained"]
+    else:
+        assert trained == ChunkStore.open(parts[0]).manifest["index"].get("trained")
+
+
+@pytest.mark.parametrize(
+    "index, options, message",
+    [
+        ("IVF4,SQ8", dict(embedder="hashing:32"), "those of hashing:64, this set's are those of hashing:32"),
+        ("Flat", {}, "it is exact"),
+        ("HNSW8,SQ8", {}, "HNSW8,SQ8 is of a kind that FAISS cannot join"),
+        ("IVF4,SQ8", dict(index="IVF8,SQ8"), "for an index IVF8,SQ8: it is IVF4,SQ8"),
+        ("IVF4,SQ8", dict(trained_index="nowhere"), "nowhere is no folder"),
+    ],
+)
+def test_trained_indexes_that_cannot_be_taken(model, tmp_path, index, options, message):
+    build(CORPUS[:14], tmp_path / "first", tokenizer=model, index=index)
+    with pytest.raises(InputError, match=message):
+        build(CORPUS, tmp_path / "set", tokenizer=model, **{"trained_index": tmp_path / "first", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_another_trained_index_keeps_chunks_and_vectors(model, tmp_path, monkeypatch):
+    for name, corpus in (("a", CORPUS[:14]), ("b", CORPUS[6:])):
+        build(corpus, tmp_path / name, tokenizer=model, index="IVF4,SQ8")
+    out, choices = tmp_path / "set", [dict(trained_index=tmp_path / "a"), dict(index="IVF4,SQ8")]
+    choices.insert(1, dict(trained_index=tmp_path / "b", index="IVF4,SQ8"))
+    for i, options in enumerate(choices):
+        build(CORPUS, tmp_path / f"direct{i}", tokenizer=model, **options)
+    made = [contents(tmp_path / f"direct{i}") for i in range(3)]
+    assert len({found["index.faiss"] for found in made}) == 3
+    build(CORPUS, out, tokenizer=model, **choices[0])
+    monkeypatch.setattr(HashingEmbedder, "embed", no_embedding)
+    for i in (1, 2, 0):
+        build(CORPUS, out, tokenizer=model, **choices[i])
+        assert contents(out) == made[i]
+        with monkeypatch.context() as patch:  # the same once more: nothing is done
+            patch.setattr(Index, "open", no_embedding)
+            build(CORPUS, out, tokenizer=model, **choices[i])
+    with monkeypatch.context() as patch:  # another recall: its index is kept
+        patch.setattr(Index, "add", no_embedding)
+        build(CORPUS, out, tokenizer=model, **choices[0], recall=0.5)
+    assert contents(out)["index.faiss"] == made[0]["index.faiss"]
+
+
+def test_a_set_with_a_taken_index_grows(model, tmp_path):
+    parts = parts_trained_alike(model, tmp_path, "IVF4,SQ8", 2)
+    trained = ChunkStore.open(parts[1]).manifest["index"]["trained"]
+    manifest = append_to_retrieval_set(parts[1], CORPUS, embedder="hashing:64", progress=False)
+    assert manifest["num_documents"] == 20 and manifest["index"]["factory"] == "IVF4,SQ8"
+    tuned = tune_retrieval_set(parts[0], 0.5)
+    assert tuned["index"]["trained"] == trained
 
 
 def test_sets_that_differ_are_not_merged(whole, model, tmp_path):

@@ -578,6 +578,44 @@ def test_a_trained_or_filled_index_is_taken_up(model, tmp_path, expected, monkey
     assert "joining the shards" in shown and ("filling the index IVF2,SQfp16" in shown) == (step == "add")
 
 
+@pytest.mark.parametrize("step", ["join", "save", "tune"])
+def test_a_merge_that_joins_lists_is_taken_up(model, tmp_path, monkeypatch, step):
+    parts = [tmp_path / "part0", tmp_path / "part1"]
+    build(CORPUS, parts[0], tokenizer=model, part=(0, 2), index="IVF2,SQfp16")
+    build(CORPUS, parts[1], tokenizer=model, part=(1, 2), trained_index=parts[0])
+    merge_retrieval_sets(parts, tmp_path / "direct", index="IVF2,SQfp16", progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge_retrieval_sets(parts, tmp_path / "set", index="IVF2,SQfp16", progress=False)
+    assert not (tmp_path / "set").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "train", interrupt)
+        if step == "tune":  # it was whole
+            patch.setattr(Index, "join", interrupt)
+        merge_retrieval_sets(parts, tmp_path / "set", index="IVF2,SQfp16", progress=False)
+    assert contents(tmp_path / "set") == contents(tmp_path / "direct")
+    assert not (tmp_path / "set.build").exists()
+
+
+@pytest.mark.parametrize("step", ["open_trained", "add", "save", "tune"])
+def test_a_part_with_a_trained_index_is_taken_up(model, tmp_path, expected, monkeypatch, step):
+    build(OTHER, tmp_path / "first", tokenizer=model, index="IVF2,SQfp16")
+    given = {"trained_index": tmp_path / "first"}
+    build(CORPUS, tmp_path / "direct", tokenizer=model, **given)
+    for out in ("set", "other"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Index, step, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                build(CORPUS, tmp_path / out, tokenizer=model, **given)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "train", interrupt)
+        build(CORPUS, tmp_path / "set", tokenizer=model, **given)
+    assert contents(tmp_path / "set") == contents(tmp_path / "direct")
+    build(CORPUS, tmp_path / "other", tokenizer=model, index="IVF2,SQfp16")  # what was taken is not taken up
+    assert contents(tmp_path / "other") == expected
+
+
 def test_what_was_trained_for_another_index_is_not_taken(model, tmp_path, expected, monkeypatch):
     for index, step in (("IVF4,SQfp16", "add"), ("HNSW8,Flat", "tune")):
         with monkeypatch.context() as patch:

@@ -1,11 +1,14 @@
 """Whatever finds the neighbours finds them in squared L2, ascending, with −1 and +inf where there are none."""
 
 import math
+import re
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from retrieval.corpora import build, documents
+from retrieval.sets import MemoryStore
 
 from retro_kernels.config import InputError
 from retro_kernels.ops._backend import numbered
@@ -18,7 +21,7 @@ from retro_kernels.retrieval.index import (
     faiss_status,
     least,
 )
-from retro_kernels.retrieval.store import INDEX, ChunkStore
+from retro_kernels.retrieval.store import INDEX, ChunkStore, file_sha256
 
 faiss = pytest.importorskip("faiss")
 FACTORIES = [
@@ -328,6 +331,145 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, seed, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         index.save(tmp_path / "index.faiss")
     assert list(tmp_path.iterdir()) == []
+
+
+def stored(folder, index: Index, vectors: np.ndarray, trained: str | None) -> ChunkStore:
+    """A set that has `index`, which is as good as one built from text."""
+    store = MemoryStore.of_arrays(np.ones((len(vectors), 8), np.uint16), np.arange(len(vectors)), vectors)
+    store.path = folder
+    folder.mkdir()
+    index.save(folder / INDEX)
+    store.manifest["index"] = {"factory": index.factory, "trained": trained}
+    store.manifest["files"][INDEX] = {"sha256": file_sha256(folder / INDEX)}
+    return store
+
+
+def parts_and_whole(folder, factory: str, vectors: np.ndarray) -> tuple[list[ChunkStore], Index]:
+    """Sets whose indexes began with the same trained one, and that one with the vectors of all of them."""
+    whole = Index.train(vectors, factory)
+    trained = whole.trained_state()
+    whole.save(folder / "trained")
+    first = Index.load(folder / "trained", factory)
+    assert first.trained_state() == trained
+    stores: list[ChunkStore] = []
+    for i, rows in enumerate((vectors[:903], vectors[903:950], vectors[950:])):
+        index = Index.open_trained(stores[0]) if stores else first
+        assert len(index) == 0
+        index.add(rows)
+        if index.setting == "" and "IVF" in factory:
+            index.configure("nprobe=3")  # a setting is no part of what was trained
+        stores.append(stored(folder / str(i), index, rows, trained))
+        whole.add(rows)
+    return stores, whole
+
+
+CHOSEN = [re.sub(r"IVF\d+", "IVF16", choose_factory(n, 32)) for n in (10**6, 10**7, 10**8)]
+JOINABLE = [
+    *CHOSEN,
+    *(
+        "IVF16,Flat",
+        "IVF16,SQ8",
+        "IVF16,SQfp16",
+        "IVF16,PQ8np",
+        "IVF16_HNSW8,SQ8",
+        "OPQ16,IVF16,PQ16x4fs,RFlat",
+    ),
+    *("SQ8", "PQ8np", "RaBitQ4", "PQ8np,RFlat", "PCA16,SQ8"),
+]
+
+
+def kinds(index: Index) -> set[str]:
+    return {type(part).__name__ for part in index_module._nested(index._searcher.index)}
+
+
+@pytest.mark.parametrize("factory", JOINABLE)
+def test_joined_indexes_find_what_one_index_finds(factory, seed, tmp_path):
+    vectors, queries = clustered(seed), clustered(seed + 1, 200)
+    stores, whole = parts_and_whole(tmp_path, factory, vectors)
+    joined = Index.join(stores)
+    assert len(joined) == len(vectors) and joined.factory == factory
+    joined.save(tmp_path / "joined")
+    for index in (joined, Index.load(tmp_path / "joined", factory)):
+        for probes in ("nprobe=1", "nprobe=5", "nprobe=16") if "IVF" in factory else (None,):
+            for factor in (
+                ("k_factor_rf=1", "k_factor_rf=6") if "Refine" in factory or "RFlat" in factory else (None,)
+            ):
+                for setting in filter(None, (probes, factor)):
+                    index.configure(setting)
+                    whole.configure(setting)
+                for found, expected in zip(index.search(queries, 10), whole.search(queries, 10), strict=True):
+                    assert torch.equal(found, expected)
+    joined.add(vectors[:5])
+    assert len(joined) == len(vectors) + 5
+
+
+def test_every_kind_that_is_said_to_be_joinable_is_tested(tmp_path):
+    tested = set()
+    for factory in JOINABLE:
+        index = Index.train(clustered(0), factory)
+        index.save(tmp_path / "index")
+        tested |= kinds(index) | kinds(
+            Index.load(tmp_path / "index", factory)
+        )  # RFlat has another name in a file
+    assert tested == set(index_module._JOINABLE)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW8,SQ8", "PQ16x4fs"])
+def test_kinds_that_are_not_joined(factory):
+    assert Index.train(clustered(0), factory).trained_state() is None
+
+
+def test_what_was_trained_apart_is_told_apart(seed):
+    vectors = clustered(seed)
+    for factory in ("IVF16,Flat", "IVF16,PQ16x4fs,RFlat"):
+        first, second = (Index.train(part, factory) for part in (vectors[:1900], vectors[100:]))
+        assert first.trained_state() != second.trained_state()
+    index = Index.build(vectors, "IVF16,Flat")
+    with pytest.raises(ValueError, match="holds vectors"):
+        index.trained_state()
+
+
+def test_one_part_is_in_memory_at_a_time(seed, tmp_path, monkeypatch):
+    stores, _ = parts_and_whole(tmp_path, "IVF16,PQ16x4fs,RFlat", clustered(seed))
+    opened: list[weakref.ref[Index]] = []
+    usual = Index.open
+
+    def open_alone(store, **options):
+        assert all(ref() is None for ref in opened)
+        index = usual(store, **options)
+        opened.append(weakref.ref(index))
+        return index
+
+    monkeypatch.setattr(Index, "open", open_alone)
+    Index.join(stores)
+    assert len(opened) == 4  # the first lends its training, too
+
+
+def test_room_is_made_once(seed, tmp_path):
+    """What lies in one piece is not copied when a part is added: it would be there twice."""
+    stores, _ = parts_and_whole(tmp_path, "IVF16,PQ16x4fs,RFlat", clustered(seed))
+    index = Index.open_trained(stores[0])
+    index._searcher.reserve(2000)
+    places = set()
+    for store in stores:
+        index._take(store)
+        places.add(int(index_module._nested(index._searcher.index)[2].codes.data()))
+    assert len(index) == 2000 and len(places) == 1
+
+
+@pytest.mark.parametrize("other", ["IVF16,SQ8", "IVF8,Flat", "IVF16,Flat", "IVF16,Flat,RFlat"])
+def test_a_manifest_that_is_wrong_about_the_training_is_noticed(other, seed, tmp_path):
+    vectors = clustered(seed)
+    (first, *_), _ = parts_and_whole(tmp_path, "IVF16,Flat", vectors)
+    wrong = stored(
+        tmp_path / "wrong",
+        Index.build(vectors[5:500], other),
+        vectors[5:500],
+        first.manifest["index"]["trained"],
+    )
+    for stores in ([first, wrong], [wrong, first]):
+        with pytest.raises(InputError, match="wrong.*(not what its manifest says|cannot join)"):
+            Index.join(stores)
 
 
 @pytest.mark.gpu
