@@ -98,7 +98,7 @@ def test_every_kind_finds_neighbours(factory, seed):
     result = index.tune(vectors, 0.9)
     assert result["recall"] > 0.8 and result["queries"] == 1000 and result["queries_per_second"] > 0, factory
     distances, ids = index.search(vectors[:50], 12)
-    assert (distances.diff(dim=1) >= 0).all() and (ids < 2000).all()
+    assert (distances[:, 1:] >= distances[:, :-1]).all() and (ids < 2000).all()  # +inf, where fewer are found, too
     filled = ids >= 0
     assert distances[filled].isfinite().all() and (distances[~filled] == math.inf).all()
 
@@ -493,7 +493,7 @@ def test_on_a_gpu(factory, seed, tmp_path):
             torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
     assert ids.is_cuda and (ids[:, 0].cpu() == torch.arange(64)).float().mean() > 0.9
-    assert (distances.diff(dim=1) >= 0).all()
+    assert (distances[:, 1:] >= distances[:, :-1]).all()
     if factory not in ("Flat",):
         index.save(tmp_path / "index.faiss")
         assert faiss.read_index(str(tmp_path / "index.faiss")).ntotal == 20_000
