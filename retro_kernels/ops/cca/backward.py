@@ -31,8 +31,10 @@ from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
     _add_bias,
     _dropout_keep,
+    _first,
     _load_tile,
     _position_tile,
+    _shear,
     _store_tile,
     _store_zero_rows,
 )
@@ -42,26 +44,12 @@ REL_SLICE = 64
 
 
 @triton.jit
-def _unshear(ds, o_t, BM: tl.constexpr, BN: tl.constexpr, WS: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """dS by distance: columns o_t … of the window, where row a and key n meet in column a − n + BN − 1."""
-    a = tl.arange(0, BM)
-    t = o_t + tl.arange(0, WS)
-    if KEYS_FIRST:
-        n = a[None, :] - t[:, None] + (BN - 1)  # [WS, BM]
-        inside = (n >= 0) & (n < BN)
-        return tl.where(inside, tl.gather(ds, tl.where(inside, n, 0), 0), 0.0)
-    else:
-        n = a[:, None] - t[None, :] + (BN - 1)  # [BM, WS]
-        inside = (n >= 0) & (n < BN)
-        return tl.where(inside, tl.gather(ds, tl.where(inside, n, 0), 1), 0.0)
-
-
-@triton.jit
 def _cca_bwd_kernel(
     query,
     key,
     value,
     rel_key,
+    rel_slice,
     out,
     grad_out,
     grad_query,
@@ -104,6 +92,7 @@ def _cca_bwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     W: tl.constexpr,
+    WP: tl.constexpr,
     WS: tl.constexpr,
     HAS_REL: tl.constexpr,
     HAS_CONTENT: tl.constexpr,
@@ -115,6 +104,7 @@ def _cca_bwd_kernel(
     NEED_ROWS: tl.constexpr,
     DROPOUT: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
@@ -208,11 +198,12 @@ def _cca_bwd_kernel(
                     TK,
                     BM,
                     BN,
-                    WS,
+                    WP,
                     HAS_REL,
                     HAS_POSITION,
                     HAS_BIAS,
                     KEYS_FIRST,
+                    FLAT,
                     PRECISION,
                     TMA,
                 )
@@ -280,7 +271,7 @@ def _cca_bwd_kernel(
             if HAS_LENGTHS or MASK_KEYS:
                 if HAS_LENGTHS:
                     length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK)
-                    real = o_c + n < length
+                    real = _first(length - o_c, BN, PRECISION)
                 else:
                     real = m_key
                 if KEYS_FIRST:
@@ -373,7 +364,9 @@ def _cca_bwd_kernel(
             tl.store(p_tile, ds_sum.to(p_ds.dtype.element_ty))
         if HAS_REL or NEED_COLUMNS:
             for o_t in tl.range(0, W, WS, num_stages=1):
-                by_distance = _unshear(ds_sum, o_t, BM, BN, WS, KEYS_FIRST)  # [WS, BM] or [BM, WS]
+                by_distance = _shear(
+                    ds_sum, o_t, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT
+                )  # [WS, BM] or [BM, WS]
                 if NEED_COLUMNS:
                     if KEYS_FIRST:
                         columns = tl.sum(by_distance, 1)
@@ -388,7 +381,7 @@ def _cca_bwd_kernel(
                     if KEYS_FIRST:
                         by_distance_low = tl.trans(by_distance_low)
                     b_rel = _load_tile(
-                        rel_key,
+                        rel_slice,
                         i_head,
                         first,
                         0,
@@ -405,7 +398,7 @@ def _cca_bwd_kernel(
                     dq0 = tl.dot(by_distance_low, b_rel, dq0, input_precision=PRECISION)
                     if PANELS == 2:
                         b_rel = _load_tile(
-                            rel_key,
+                            rel_slice,
                             i_head,
                             first,
                             DW,
@@ -464,6 +457,7 @@ def _cca_bwd_rel_kernel(
     WS: tl.constexpr,
     HAS_POSITION: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """shear(dS)ᵀ (q + v) for WS distance columns of one head and one tile, over a fixed share of the blocks."""
@@ -508,7 +502,7 @@ def _cca_bwd_rel_kernel(
             ds = tl.load(p_tile + n[:, None] * BM + a[None, :]).to(tl.float32)  # [BN, BM]
         else:
             ds = tl.load(p_tile + a[:, None] * BN + n[None, :]).to(tl.float32)  # [BM, BN]
-        by_distance = _unshear(ds, i_slice * WS, BM, BN, WS, KEYS_FIRST).to(b_q.dtype)
+        by_distance = _shear(ds, i_slice * WS, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT).to(b_q.dtype)
         if not KEYS_FIRST:
             by_distance = tl.trans(by_distance)
         acc = tl.dot(by_distance, b_q, acc, input_precision=PRECISION)  # [WS, BD]
@@ -563,8 +557,12 @@ def backward(
             arch, g.head_dim, g.padded_dim, (q, k, v, do) if r is None else (q, k, v, do, r)
         )
 
+    flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=g.padded_dim > 128)
+
     def launch(config: tiles.Config) -> tuple[Tensor | None, ...]:
         window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
+        # heads of more than 64 leave no registers for a whole window
+        slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat and g.padded_dim <= 64)
         key_tiles = triton.cdiv(num_keys, config.keys)
         width = g.padded_dim // config.panels
         programs = g.blocks * g.row_tiles * g.num_heads
@@ -583,6 +581,7 @@ def backward(
             tiles.descriptor(q, g.rows, width, tma),
             tiles.descriptor(k, config.keys, width, tma),
             tiles.descriptor(v, config.keys, width, tma),
+            None if r is None else tiles.descriptor(r, slice_, width, tma),
             None if r is None else tiles.descriptor(r, tiles.SLICE, width, tma),
             tiles.descriptor(o, g.rows, width, tma),
             tiles.descriptor(do, g.rows, width, tma),
@@ -626,6 +625,7 @@ def backward(
             BM=g.rows,
             BN=config.keys,
             W=window,
+            WP=slice_,
             WS=tiles.SLICE,
             HAS_REL=rel_key is not None,
             HAS_CONTENT=content_bias is not None,
@@ -637,6 +637,7 @@ def backward(
             NEED_ROWS=need_rows,
             DROPOUT=dropout_p > 0.0,
             KEYS_FIRST=config.keys_first,
+            FLAT=flat,
             PRECISION=tiles.precision(query.dtype),
             TMA=tma,
             STAGES=config.stages,
@@ -743,6 +744,7 @@ def _rel_partials(
         WS=REL_SLICE,
         HAS_POSITION=position_bias is not None,
         KEYS_FIRST=config.keys_first,
+        FLAT=tiles.flat_shear(tiles.architecture(q.device), q.dtype, g.rows, wide=g.padded_dim > 128),
         PRECISION=tiles.precision(q.dtype),
         num_warps=8 if g.padded_dim > 64 or max(g.rows, config.keys) >= 128 else 4,
         num_stages=_rel_stages(q, g),

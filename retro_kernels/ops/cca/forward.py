@@ -23,6 +23,7 @@ from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
     _add_bias,
     _dropout_keep,
+    _first,
     _load_tile,
     _position_tile,
     _store_tile,
@@ -74,6 +75,7 @@ def _cca_fwd_kernel(
     HAS_LENGTHS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FLAT: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -129,6 +131,7 @@ def _cca_fwd_kernel(
                 HAS_POSITION,
                 HAS_BIAS,
                 False,
+                FLAT,
                 PRECISION,
                 TMA,
             )  # [BM, BN]
@@ -154,7 +157,7 @@ def _cca_fwd_kernel(
                 s += b_pos
             if HAS_LENGTHS:
                 length = tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j)
-                s = tl.where((o_c + n < tl.minimum(length, TK))[None, :], s, float("-inf"))
+                s = tl.where(_first(tl.minimum(length, TK) - o_c, BN, PRECISION)[None, :], s, float("-inf"))
             elif MASK_KEYS:
                 s = tl.where(m_key[None, :], s, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -255,12 +258,15 @@ def forward(
             arch, g.head_dim, g.padded_dim, (q, k, v) if r is None else (q, k, v, r)
         )
 
+    flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=False)
+
     def launch(config: tiles.Config) -> None:
+        slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat)
         _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
             tiles.descriptor(q, g.rows, g.padded_dim, tma),
             tiles.descriptor(k, config.keys, g.padded_dim, tma),
             tiles.descriptor(v, config.keys, g.padded_dim, tma),
-            None if r is None else tiles.descriptor(r, tiles.SLICE, g.padded_dim, tma),
+            None if r is None else tiles.descriptor(r, slice_, g.padded_dim, tma),
             tiles.descriptor(o, g.rows, g.padded_dim, tma),
             out,
             lse,
@@ -291,7 +297,7 @@ def forward(
             BD=g.padded_dim,
             BM=g.rows,
             BN=config.keys,
-            WS=tiles.SLICE,
+            WS=slice_,
             HAS_REL=rel_key is not None,
             HAS_CONTENT=content_bias is not None,
             HAS_POSITION=position_bias is not None,
@@ -299,6 +305,7 @@ def forward(
             HAS_LENGTHS=lengths is not None,
             DROPOUT=dropout_p > 0.0,
             PRECISION=tiles.precision(query.dtype),
+            FLAT=flat,
             TMA=tma,
             STAGES=config.stages,
             num_warps=config.warps,

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 SLICE = 32
-"""Distance columns that are sheared at a time: a whole window would not fit into registers beside the rest."""
+"""Distance columns that are sheared back at a time: a whole window would not fit into registers beside the rest."""
 
 
 # A source is a TMA descriptor [batch, rows, H * D] (TMA) or a pointer with two strides; TMA clips at `num_rows`.
@@ -121,6 +121,84 @@ def _add_bias(x, p_bias, i_head, o_col, D: tl.constexpr, COLS: tl.constexpr, LIM
     return (x.to(tl.float32) + bias[None, :]).to(x.dtype)
 
 
+# A thread holds rows 8 apart and pairs of columns 8 apart. Where indices are put together from eights, what differs
+# between its values is known to the compiler, which then keeps one register for all of them instead of one for each.
+@triton.jit
+def _first(count, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """[SIZE], true for the first `count`."""
+    if PRECISION == "tf32x3":  # whose kernels spill more so
+        return tl.arange(0, SIZE) < count
+    low = tl.arange(0, 8)
+    high = tl.arange(0, SIZE // 8) * 8
+    return tl.reshape(high[:, None] < (count - low)[None, :], (SIZE,))
+
+
+@triton.jit
+def _linear_index(
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ROW8: tl.constexpr,
+    ROW1: tl.constexpr,
+    COL8: tl.constexpr,
+    COL1: tl.constexpr,
+):
+    """[ROWS · COLS], of row 8 i + j and column 8 k + l: i ROW8 + j ROW1 + k COL8 + l COL1."""
+    low = tl.arange(0, 8)
+    row = (tl.arange(0, ROWS // 16) * (2 * ROW8))[:, None, None] + (low * ROW1)[None, :, None]
+    by_thread = row + (low * COL1)[None, None, :]  # [ROWS / 16, 8, 8]
+    of_thread = (tl.arange(0, 2) * ROW8)[:, None] + (tl.arange(0, COLS // 8) * COL8)[None, :]  # [2, COLS / 8]
+    return tl.reshape(by_thread[:, None, :, None, :] + of_thread[None, :, None, :, None], (ROWS * COLS,))
+
+
+@triton.jit
+def _shear(
+    x,
+    offset,
+    SHIFT: tl.constexpr,
+    BM: tl.constexpr,
+    X: tl.constexpr,
+    Y: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    MASK: tl.constexpr,
+    FLAT: tl.constexpr,
+):
+    """[BM, X] → [BM, Y], out[a, y] = x[a, a − (y + offset) + SHIFT], from keys to distances as well as back.
+
+    KEYS_FIRST: [X, BM] → [Y, BM]. MASK: what lies outside of x is 0; else nothing may. FLAT: by shared memory, in the
+    layout of the products; else from thread to thread, with a pass for every 32 columns of x.
+    """
+    if not FLAT:
+        a = tl.arange(0, BM)
+        y = offset + tl.arange(0, Y)
+        if KEYS_FIRST:
+            at = a[None, :] - y[:, None] + SHIFT  # [Y, BM]
+            inside = (at >= 0) & (at < X)
+            return tl.where(inside, tl.gather(x, tl.where(inside, at, 0), 0), 0.0)
+        else:
+            at = a[:, None] - y[None, :] + SHIFT  # [BM, Y]
+            inside = (at >= 0) & (at < X)
+            return tl.where(inside, tl.gather(x, tl.where(inside, at, 0), 1), 0.0)
+    # eight rows side by side, which spreads what the threads of a warp read at a time over the banks of shared memory
+    if KEYS_FIRST:
+        flat = tl.permute(tl.reshape(x, (X, BM // 8, 8)), (1, 0, 2))
+        index = _linear_index(Y, BM, -64, -8, 8 * X + 64, 9) + (SHIFT - offset) * 8
+        at = _linear_index(Y, BM, -8, -1, 8, 1) + (SHIFT - offset)
+    else:
+        flat = tl.permute(tl.reshape(x, (BM // 8, 8, X)), (0, 2, 1))
+        index = _linear_index(BM, Y, 8 * X + 64, 9, -64, -8) + (SHIFT - offset) * 8
+        at = _linear_index(BM, Y, 8, 1, -8, -1) + (SHIFT - offset)
+    flat = tl.reshape(flat, (BM * X,))
+    if MASK:
+        inside = (at >= 0) & (at < X)
+        out = tl.where(inside, tl.gather(flat, tl.where(inside, index, 0), 0), 0.0)
+    else:
+        out = tl.gather(flat, index, 0)
+    if KEYS_FIRST:
+        return tl.reshape(out, (Y, BM))
+    else:
+        return tl.reshape(out, (BM, Y))
+
+
 @triton.jit
 def _position_tile(
     query,
@@ -149,6 +227,7 @@ def _position_tile(
     HAS_POSITION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -157,9 +236,8 @@ def _position_tile(
     The query is loaded again rather than kept, since its biased copy would take registers through the hot loop.
     """
     COLUMNS: tl.constexpr = TQ + TK - 1
+    W: tl.constexpr = 2 * max(BM, BN)
     DW: tl.constexpr = BD // PANELS
-    a = tl.arange(0, BM)
-    n = tl.arange(0, BN)
     if HAS_REL:
         q_col = i_head * D
         b_q0 = _load_tile(
@@ -185,6 +263,7 @@ def _position_tile(
             )  # [BM, DW]
             if HAS_POSITION:
                 b_q1 = _add_bias(b_q1, p_position_bias, i_head, DW, D, DW, D - DW)
+        WHOLE: tl.constexpr = WS >= BM + BN - 1
         if KEYS_FIRST:
             tile = tl.zeros([BN, BM], tl.float32)
         else:
@@ -208,23 +287,24 @@ def _position_tile(
                     by_distance = tl.dot(b_rel, tl.trans(b_q1), by_distance, input_precision=PRECISION)
                 else:
                     by_distance = tl.dot(b_q1, tl.trans(b_rel), by_distance, input_precision=PRECISION)
-            if KEYS_FIRST:
-                t = a[None, :] - n[:, None] + (BN - 1 - o_t)  # [BN, BM]
-                inside = (t >= 0) & (t < WS)
-                tile += tl.where(inside, tl.gather(by_distance, tl.where(inside, t, 0), 0), 0.0)
+            if WHOLE:
+                tile = _shear(by_distance, 0, BN - 1, BM, WS, BN, KEYS_FIRST, False, FLAT)
             else:
-                t = a[:, None] - n[None, :] + (BN - 1 - o_t)  # [BM, BN]
-                inside = (t >= 0) & (t < WS)
-                tile += tl.where(inside, tl.gather(by_distance, tl.where(inside, t, 0), 1), 0.0)
+                tile += _shear(by_distance, o_t, BN - 1, BM, WS, BN, KEYS_FIRST, True, FLAT)
         tile *= scale_log2
     if HAS_BIAS:
-        if KEYS_FIRST:
-            column = (o_i + a)[None, :] - (o_c + n)[:, None] + (TK - 1)
-        else:
-            column = (o_i + a)[:, None] - (o_c + n)[None, :] + (TK - 1)
+        column = o_i - o_c + TK - BN + tl.arange(0, W)
         m_column = (column >= 0) & (column < COLUMNS)
-        b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=m_column, other=0.0).to(tl.float32)
+        b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=m_column, other=0.0).to(
+            tl.float32
+        )  # [W]
         b_bias *= 1.4426950408889634
+        if KEYS_FIRST:
+            index = _linear_index(BN, BM, -8, -1, 8, 1)
+            b_bias = tl.reshape(tl.gather(b_bias, index + (BN - 1), 0), (BN, BM))
+        else:
+            index = _linear_index(BM, BN, 8, 1, -8, -1)
+            b_bias = tl.reshape(tl.gather(b_bias, index + (BN - 1), 0), (BM, BN))
         if HAS_REL:
             tile += b_bias
         else:
@@ -324,6 +404,18 @@ def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
     return Geometry(
         num_seqs, num_rows, num_heads, head_dim, blocks, blocks // num_seqs, -(-block // rows), rows, padded
     )
+
+
+def flat_shear(arch: int, dtype: torch.dtype, rows: int, wide: bool) -> bool:
+    """Whether `_shear` goes by shared memory: not where the machine code has more spills then, which is with fp32, on
+    sm_80 with 128 rows, and backward with `wide` heads, of more than 128 dimensions."""
+    return dtype != torch.float32 and (rows < 128 or arch >= 90) and not wide
+
+
+def window_slice(rows: int, keys: int, warps: int, flat: bool) -> int:
+    """Distance columns whose products with the query are made and sheared at a time: where `flat`, as many of a tile's
+    window as 64 registers of a thread hold."""
+    return min(2 * max(rows, keys), 2048 * warps // rows) if flat else SLICE
 
 
 def precision(dtype: torch.dtype) -> str:
