@@ -169,6 +169,8 @@ SHAPES = {
     "length no power of two": {"length": 48},
     "wide heads": {"size": 64, "heads": 1},
     "odd heads": {"size": 24, "heads": 1},
+    "chunks of 64": {"chunk": 64, "tokens": 2 * 64 + 5, "length": 128, "heads": 1, "batch": 1},
+    "chunks of 128": {"chunk": 128, "tokens": 128 + 9, "length": 48, "heads": 1, "batch": 1},
 }
 
 

@@ -98,7 +98,9 @@ def test_every_kind_finds_neighbours(factory, seed):
     result = index.tune(vectors, 0.9)
     assert result["recall"] > 0.8 and result["queries"] == 1000 and result["queries_per_second"] > 0, factory
     distances, ids = index.search(vectors[:50], 12)
-    assert (distances[:, 1:] >= distances[:, :-1]).all() and (ids < 2000).all()  # +inf, where fewer are found, too
+    assert (distances[:, 1:] >= distances[:, :-1]).all() and (
+        ids < 2000
+    ).all()  # +inf, where fewer are found, too
     filled = ids >= 0
     assert distances[filled].isfinite().all() and (distances[~filled] == math.inf).all()
 

@@ -409,7 +409,7 @@ def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
 def flat_shear(arch: int, dtype: torch.dtype, rows: int, wide: bool) -> bool:
     """Whether `_shear` goes by shared memory: not where the machine code has more spills then, which is with fp32, on
     sm_80 with 128 rows, and backward with `wide` heads, of more than 128 dimensions."""
-    return dtype != torch.float32 and (rows < 128 or arch >= 90) and not wide
+    return dtype != torch.float32 and (rows < 128 or not 0 < arch < 90) and not wide
 
 
 def window_slice(rows: int, keys: int, warps: int, flat: bool) -> int:
