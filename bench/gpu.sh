@@ -106,7 +106,7 @@ static() {
 
 tests() {
     local workers=()
-    "$PYTHON" -c "import xdist" 2> /dev/null && [ -z "$REHEARSE" ] && workers=(-n 6)
+    "$PYTHON" -c "import xdist" 2> /dev/null && [ -z "$REHEARSE" ] && workers=(-n 12)
     "$PYTHON" -m pytest tests -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
         --ignore tests/test_peers.py --deselect tests/ops/test_tuning.py::test_tuning_on_the_gpu "${workers[@]}"
 }
