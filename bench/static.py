@@ -12,6 +12,8 @@ What is guarded, and what it has caught or would catch:
 - matrix instructions in the hot loop: warpgroup ones on sm_90 where they are committed, never none.
 - spills in the innermost loop with matrix products (else of memory): none forward, at most 8 backward. With one key
   set Triton drops the loop over the sets: a kernel whose matrix products are in no loop counts as a whole.
+- overwritten operands: none. ptxas 12.8 gives registers of a warpgroup product's operand that stays the same through a
+  loop to other values of the loop as well, so from the second round on the product is made of those.
 - atomics: none, since they would make results depend on the order of the programs. Bitwise ones in shared memory, by
   which tensor memory is claimed on sm_100, have no order and do not count.
 - registers x threads x wanted programs: within the 65,536 of a multiprocessor; shared memory: within a program's limit,
@@ -363,6 +365,39 @@ def _loops(lines: list[tuple[int, str, str]]) -> list[frozenset[int]]:
     return [frozenset(body) for body in loops.values()]
 
 
+def _written(op: str, rest: str) -> set[int]:
+    """Registers that an instruction writes: of its first operand, as wide as the name says."""
+    name, text = op.split(".")[0], re.sub(r"^@!?U?P\w+\s+", "", rest.strip())
+    if name in ("ST", "STS", "STG", "STL", "STSM", "RED", "BRA", "R2UR", "LDGSTS", "SYNCS"):
+        return set()
+    if wide := re.match(r"x(\d+)x\S*\s+", text):  # the rest of HGMMA.64x…
+        text = text[wide.end() :]
+    first = re.match(r"(?:!?U?P[T\d]\s*,\s*)*R(\d+)\b", text)
+    if not first:
+        return set()
+    many = 4 if ".128" in op or name in ("LDSM", "HMMA") else 2 if ".64" in op or "WIDE" in op else 1
+    if wide:
+        many = int(wide[1]) // 2
+    return set(range(int(first[1]), int(first[1]) + many))
+
+
+def overwritten_operands(lines: list[tuple[int, str, str]]) -> int:
+    """Warpgroup products in loops whose first operand, in registers, is written later in the loop but not before it."""
+    found = set()
+    for loop in _loops(lines):
+        before: set[int] = set()
+        written = set().union(*(_written(*lines[i][1:]) for i in loop))
+        for i in sorted(loop):
+            _, op, rest = lines[i]
+            operand = re.match(r"\s*x\S+\s+R\d+, R(\d+), gdesc", rest) if op.startswith("HGMMA") else None
+            if operand:
+                registers = set(range(int(operand[1]), int(operand[1]) + 4))
+                if (registers & written) - before:
+                    found.add(i)
+            before |= _written(op, rest)
+    return len(found)
+
+
 def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
     """Counts in all and in the hot loop: the innermost loop with most matrix products, else with memory accesses.
 
@@ -390,6 +425,7 @@ def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
         ),
         "spills": _count(ops, "LDL", "STL"),
         "spills_hot": max((_count(body, "LDL", "STL") for body in bodies), default=0),
+        "overwritten": overwritten_operands(lines),
         "atomics": sum(bool(ATOMIC.match(op)) for op in ops),
     }
 
@@ -436,6 +472,8 @@ def failed(row: dict[str, Any]) -> list[str]:
     allowed = 8 if "bwd" in kernel else 0
     if row["spills_hot"] > allowed:
         missed.append(f"spills: {row['spills_hot']} in the hot loop, allowed {allowed}")
+    if row["overwritten"]:
+        missed.append(f"overwritten operands: of {row['overwritten']} products")
     if row["atomics"]:
         missed.append(f"atomics: {row['atomics']}")
     threads = 32 * row["warps"]
@@ -466,7 +504,8 @@ MEASURE = {
     "compiler": "compile_s",
     "atomics": "atomics",
 }
-"""What of a row a guard is about; a guard that is not here (a stub, matrix products) has no excuse."""
+"""What of a row a guard is about; a guard that is not here (a stub, matrix products, overwritten
+operands) has no excuse."""
 
 
 def check(rows: dict[str, dict[str, Any]], committed: dict[str, Any], version: str) -> list[str]:

@@ -126,6 +126,8 @@ def test_a_good_kernel_passes() -> None:
         (sass(HOT), {"shared": 240 * 1024, "wanted": 1}, "shared memory"),
         (sass(HOT), {"shared": 60 * 1024}, "shared memory"),
         (sass(HOT), {"compile_s": 33.0}, "compiler: 33.0 s"),
+        (sass([*HOT, "MUFU.EX2 R6, R9 "]), {}, "overwritten operands: of 1"),
+        (sass([*HOT, "@P0 LDS.128 R4, [R9] "]), {}, "overwritten operands: of 1"),
     ],
 )
 def test_each_guard_catches(text: str, changes: dict[str, Any], complaint: str) -> None:
@@ -133,6 +135,8 @@ def test_each_guard_catches(text: str, changes: dict[str, Any], complaint: str) 
 
 
 def test_what_is_no_fault() -> None:
+    weights = ["MUFU.EX2 R6, R9 ", *HOT, "STS [R6], R9 ", "FADD R8, R6, R7 "]  # made anew in every round
+    assert static.failed(row(sass(weights))) == []
     claimed = row(sass([*HOT, "ATOMS.OR RZ, [R2], R5 ", "REDUX.OR UR4, R2 "]))
     assert claimed["atomics"] == 0
     outside = row("        /*fff0*/                   LDL R5, [R1] ;\n" + sass(HOT))

@@ -19,7 +19,7 @@ from retro_kernels.ops.cca import tiles, tuning
 from retro_kernels.ops.cca.tiles import Config
 
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
-PROBLEM = tuning.Problem("backward", 89, 128, torch.bfloat16, 64, True)
+PROBLEM = tuning.Problem("backward", 89, 128, torch.bfloat16, 64, "relative")
 TOO_BIG = OutOfResources(114_688, 101_376, "shared memory")
 
 
@@ -128,7 +128,7 @@ def test_tuning_keeps_the_fastest_that_is_right(own_file: Path, monkeypatch: pyt
     assert any("wrong results" in line for line in told) and any("OutOfResources" in line for line in told)
     saved = json.loads(own_file.read_text())
     assert saved["block_sizes"] == {name: list(config) for name, config in best.items()}
-    problem = tuning.Problem("forward", tiles.architecture(torch.device("cpu")), 16, torch.float32, 16, True)
+    problem = tuning.Problem("forward", tiles.architecture(torch.device("cpu")), 16, torch.float32, 16, "relative")
     assert tuning.block_sizes(problem) == few[3]
     assert [path.name for path in own_file.parent.iterdir()] == [own_file.name]
 
@@ -138,12 +138,12 @@ def test_the_file_is_checked(own_file: Path) -> None:
     assert tuning.block_sizes(PROBLEM) == Config(16, 4, 1)
     tuning.save({"forward-other": Config(32, 4, 1)}, "some GPU")
     assert len(json.loads(own_file.read_text())["block_sizes"]) == 2
-    for damaged in ("{", "[]", '{"format": 99, "block_sizes": {}}', '{"format": 1, "block_sizes": [1]}'):
+    for damaged in ("{", "[]", '{"format": 99, "block_sizes": {}}', '{"format": 2, "block_sizes": [1]}'):
         own_file.write_text(damaged)
         tuning._tuned.cache_clear()
         with pytest.raises(ValueError, match="Delete it, or tune again"):
             tuning.block_sizes(PROBLEM)
-    own_file.write_text(json.dumps({"format": 1, "triton": "0.1", "block_sizes": {PROBLEM.name: [16, 4, 1]}}))
+    own_file.write_text(json.dumps({"format": 2, "triton": "0.1", "block_sizes": {PROBLEM.name: [16, 4, 1]}}))
     tuning._tuned.cache_clear()
     with pytest.warns(UserWarning, match="tuned with Triton 0.1"):
         assert tuning.block_sizes(PROBLEM) == tiles.backward_config(*PROBLEM[1:])

@@ -475,7 +475,7 @@ def test_a_manifest_that_is_wrong_about_the_training_is_noticed(other, seed, tmp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQfp16", "IVF16,PQ8", "CAGRA"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16,SQfp16", "IVF16,PQ16", "CAGRA"])
 def test_on_a_gpu(factory, seed, tmp_path):
     if factory != "Flat" and not index_module._has_gpu_faiss():
         pytest.skip("this FAISS has no GPU code")

@@ -30,6 +30,7 @@ from retro_kernels.ops.cca import tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
     _add_bias,
+    _column_sums,
     _dropout_keep,
     _first,
     _load_tile,
@@ -77,6 +78,7 @@ def _cca_bwd_kernel(
     num_heads,
     per_seq,
     num_sets,
+    num_keys,
     scale,
     scale_log2,
     threshold,
@@ -92,6 +94,7 @@ def _cca_bwd_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
     W: tl.constexpr,
+    WC: tl.constexpr,
     WP: tl.constexpr,
     WS: tl.constexpr,
     HAS_REL: tl.constexpr,
@@ -108,6 +111,7 @@ def _cca_bwd_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
     KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
@@ -173,7 +177,7 @@ def _cca_bwd_kernel(
         lse = lse[:, None]
         delta = delta[:, None]
 
-    for o_c in tl.range(0, TK, BN, num_stages=1):
+    for o_c in tl.range(0, num_keys if HAS_CONTENT and TK <= BN else TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
             b_pos = (
                 _position_tile(
@@ -270,7 +274,7 @@ def _cca_bwd_kernel(
                 p = tl.math.exp2(s * scale_log2 - lse)
             if HAS_LENGTHS or MASK_KEYS:
                 if HAS_LENGTHS:
-                    length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK)
+                    length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK).to(tl.int32)
                     real = _first(length - o_c, BN, PRECISION)
                 else:
                     real = m_key
@@ -362,57 +366,77 @@ def _cca_bwd_kernel(
             else:
                 p_tile = p_ds + i_tile * (BM * BN) + a[:, None] * BN + n[None, :]
             tl.store(p_tile, ds_sum.to(p_ds.dtype.element_ty))
-        if HAS_REL or NEED_COLUMNS:
+        if NEED_COLUMNS:
+            columns = _column_sums(ds_sum, BM, BN, WC, WARPS, KEYS_FIRST)  # [WC]
+            tl.store(p_columns + i_tile * WC + tl.arange(0, WC), columns)
+        if HAS_REL:
             for o_t in tl.range(0, W, WS, num_stages=1):
                 by_distance = _shear(
                     ds_sum, o_t, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT
                 )  # [WS, BM] or [BM, WS]
-                if NEED_COLUMNS:
-                    if KEYS_FIRST:
-                        columns = tl.sum(by_distance, 1)
-                    else:
-                        columns = tl.sum(by_distance, 0)
-                    tl.store(p_columns + i_tile * W + o_t + tl.arange(0, WS), columns)
-                if HAS_REL:
-                    first = o_i - o_c + TK - BN + o_t
-                    column = first + tl.arange(0, WS)
-                    m_column = (column >= 0) & (column < TQ + TK - 1)
-                    by_distance_low = by_distance.to(b_q0.dtype)
-                    if KEYS_FIRST:
-                        by_distance_low = tl.trans(by_distance_low)
+                first = o_i - o_c + TK - BN + o_t
+                column = first + tl.arange(0, WS)
+                m_column = (column >= 0) & (column < TQ + TK - 1)
+                by_distance_low = by_distance.to(b_q0.dtype)
+                if KEYS_FIRST:
+                    by_distance_low = tl.trans(by_distance_low)
+                b_rel = _load_tile(
+                    rel_slice,
+                    i_head,
+                    first,
+                    0,
+                    (TQ + TK - 1) * D,
+                    D,
+                    TQ + TK - 1,
+                    m_column,
+                    WS,
+                    DW,
+                    D,
+                    True,
+                    TMA,
+                )  # [WS, DW]
+                dq0 = tl.dot(by_distance_low, b_rel, dq0, input_precision=PRECISION)
+                if PANELS == 2:
                     b_rel = _load_tile(
                         rel_slice,
                         i_head,
                         first,
-                        0,
+                        DW,
                         (TQ + TK - 1) * D,
                         D,
                         TQ + TK - 1,
                         m_column,
                         WS,
                         DW,
-                        D,
+                        D - DW,
                         True,
                         TMA,
                     )  # [WS, DW]
-                    dq0 = tl.dot(by_distance_low, b_rel, dq0, input_precision=PRECISION)
-                    if PANELS == 2:
-                        b_rel = _load_tile(
-                            rel_slice,
-                            i_head,
-                            first,
-                            DW,
-                            (TQ + TK - 1) * D,
-                            D,
-                            TQ + TK - 1,
-                            m_column,
-                            WS,
-                            DW,
-                            D - DW,
-                            True,
-                            TMA,
-                        )  # [WS, DW]
-                        dq1 = tl.dot(by_distance_low, b_rel, dq1, input_precision=PRECISION)
+                    dq1 = tl.dot(by_distance_low, b_rel, dq1, input_precision=PRECISION)
+        if HAS_CONTENT and not KEYS_FIRST:
+            # see forward.py
+            if o_c + BN < TK:
+                b_q0 = _load_tile(
+                    query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA
+                )
+                b_q0 = _add_bias(b_q0, p_content_bias, i_head, 0, D, DW, D)
+                if PANELS == 2:
+                    b_q1 = _load_tile(
+                        query,
+                        i_seq,
+                        o_row,
+                        q_col + DW,
+                        stride_qs,
+                        stride_qn,
+                        num_rows,
+                        m_row,
+                        BM,
+                        DW,
+                        D - DW,
+                        True,
+                        TMA,
+                    )
+                    b_q1 = _add_bias(b_q1, p_content_bias, i_head, DW, D, DW, D - DW)
 
     dq0 *= scale
     _store_tile(grad_query, dq0, i_seq, o_row, q_col, stride_os, stride_on, m_row, BM, DW, D, True, TMA)
@@ -438,6 +462,7 @@ def _cca_bwd_rel_kernel(
     p_position_bias,
     p_ds,
     p_partial,
+    p_columns,
     stride_qs,
     stride_qn,
     num_rows,
@@ -456,11 +481,13 @@ def _cca_bwd_rel_kernel(
     W: tl.constexpr,
     WS: tl.constexpr,
     HAS_POSITION: tl.constexpr,
+    NEED_COLUMNS: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """shear(dS)ᵀ (q + v) for WS distance columns of one head and one tile, over a fixed share of the blocks."""
+    """shear(dS)ᵀ (q + v) for WS distance columns of one head and one tile, over a fixed share of the blocks; with
+    NEED_COLUMNS also the sums of shear(dS) over the rows."""
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
     KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
     SLICES: tl.constexpr = W // WS
@@ -476,6 +503,11 @@ def _cca_bwd_rel_kernel(
     o_i = i_row_tile * BM
 
     acc = tl.zeros([WS, BD], tl.float32)
+    if NEED_COLUMNS:
+        if KEYS_FIRST:
+            total = tl.zeros([WS, BM], tl.float32)
+        else:
+            total = tl.zeros([BM, WS], tl.float32)
     for i_block in tl.range(i_split * per_split, tl.minimum(blocks, (i_split + 1) * per_split)):
         o_row = i_block % per_seq * TQ + SHIFT + o_i
         m_row = (o_i + a < TQ) & (o_row + a < num_rows)
@@ -502,12 +534,21 @@ def _cca_bwd_rel_kernel(
             ds = tl.load(p_tile + n[:, None] * BM + a[None, :]).to(tl.float32)  # [BN, BM]
         else:
             ds = tl.load(p_tile + a[:, None] * BN + n[None, :]).to(tl.float32)  # [BM, BN]
-        by_distance = _shear(ds, i_slice * WS, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT).to(b_q.dtype)
+        by_distance = _shear(ds, i_slice * WS, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT)
+        if NEED_COLUMNS:
+            total += by_distance
+        by_distance = by_distance.to(b_q.dtype)
         if not KEYS_FIRST:
             by_distance = tl.trans(by_distance)
         acc = tl.dot(by_distance, b_q, acc, input_precision=PRECISION)  # [WS, BD]
     p = p_partial + (pid.to(tl.int64) * WS + tl.arange(0, WS))[:, None] * D + o_d[None, :]
     tl.store(p, acc * scale, mask=(o_d < D)[None, :])
+    if NEED_COLUMNS:
+        if KEYS_FIRST:
+            columns = tl.sum(total, 1)
+        else:
+            columns = tl.sum(total, 0)
+        tl.store(p_columns + pid.to(tl.int64) * WS + tl.arange(0, WS), columns)
 
 
 def backward(
@@ -545,9 +586,8 @@ def backward(
     need_bias = needs[3] and rel_bias is not None
     need_columns = need_bias or need_position or (need_rows and rel_key is not None)
     arch = tiles.architecture(query.device)
-    problem = tuning.Problem(
-        "backward", arch, g.padded_dim, query.dtype, g.rows, rel_key is not None or rel_bias is not None
-    )
+    kind = "relative" if rel_key is not None else "sums" if need_columns else "plain"
+    problem = tuning.Problem("backward", arch, g.padded_dim, query.dtype, g.rows, kind)
     q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)
     do = tiles.flat_rows(grad_out.to(query.dtype), g.num_seqs)
     k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
@@ -561,8 +601,11 @@ def backward(
 
     def launch(config: tiles.Config) -> tuple[Tensor | None, ...]:
         window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
-        # heads of more than 64 leave no registers for a whole window
-        slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat and g.padded_dim <= 64)
+        column_window = triton.next_power_of_2(g.rows + config.keys - 1)
+        # with eight warps heads of more than 64 leave no registers for a whole window
+        whole = flat and (g.padded_dim <= 64 or config.warps == 4)
+        slice_ = tiles.window_slice(g.rows, config.keys, config.warps, whole)
+        small = tiles.SLICE if not flat or arch < 90 else 2 * tiles.SLICE
         key_tiles = triton.cdiv(num_keys, config.keys)
         width = g.padded_dim // config.panels
         programs = g.blocks * g.row_tiles * g.num_heads
@@ -573,7 +616,8 @@ def backward(
         own_shape = (g.blocks * g.row_tiles * num_sets, num_keys, g.num_heads * g.head_dim)
         own_key, own_value = key.new_empty(own_shape), value.new_empty(own_shape)
         fp32 = {"dtype": torch.float32}
-        columns = query.new_empty((programs, key_tiles, window), **fp32) if need_columns else None
+        in_kernel = need_columns and not need_rel  # else the kernel for rel_key makes them
+        columns = query.new_empty((programs, key_tiles, column_window), **fp32) if in_kernel else None
         rows = query.new_empty((programs, g.head_dim), **fp32) if need_rows else None
         ds = query.new_empty((programs, key_tiles, g.rows * config.keys)) if need_rel else None
 
@@ -582,7 +626,7 @@ def backward(
             tiles.descriptor(k, config.keys, width, tma),
             tiles.descriptor(v, config.keys, width, tma),
             None if r is None else tiles.descriptor(r, slice_, width, tma),
-            None if r is None else tiles.descriptor(r, tiles.SLICE, width, tma),
+            None if r is None else tiles.descriptor(r, small, width, tma),
             tiles.descriptor(o, g.rows, width, tma),
             tiles.descriptor(do, g.rows, width, tma),
             tiles.descriptor(dq, g.rows, width, tma),
@@ -610,6 +654,7 @@ def backward(
             g.num_heads,
             g.per_seq,
             num_sets,
+            num_keys,
             scale,
             scale * math.log2(math.e),
             dropout_threshold(dropout_p),
@@ -625,14 +670,15 @@ def backward(
             BM=g.rows,
             BN=config.keys,
             W=window,
+            WC=column_window,
             WP=slice_,
-            WS=tiles.SLICE,
+            WS=small,
             HAS_REL=rel_key is not None,
             HAS_CONTENT=content_bias is not None,
             HAS_POSITION=position_bias is not None,
             HAS_BIAS=rel_bias is not None,
             HAS_LENGTHS=lengths is not None,
-            NEED_COLUMNS=need_columns,
+            NEED_COLUMNS=in_kernel,
             NEED_DS=need_rel,
             NEED_ROWS=need_rows,
             DROPOUT=dropout_p > 0.0,
@@ -641,6 +687,7 @@ def backward(
             PRECISION=tiles.precision(query.dtype),
             TMA=tma,
             STAGES=config.stages,
+            WARPS=config.warps,
             num_warps=config.warps,
             num_stages=config.stages,
         )
@@ -653,12 +700,17 @@ def backward(
             if writers == 1
             else _sum_writers(own_value, value, repeat * g.row_tiles)
         )
-        by_column = grad_position = grad_content = grad_rel = None
+        summed = by_column = grad_position = grad_content = grad_rel = None
         if columns is not None:
-            summed = columns.view(g.blocks, g.row_tiles, g.num_heads, key_tiles, window).sum(0)
-            by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[
-                ..., 0
-            ]  # [H, columns]
+            summed = columns.view(g.blocks, g.row_tiles, g.num_heads, key_tiles, column_window).sum(0)
+        if ds is not None:
+            assert rel_key is not None
+            partial, summed = _rel_partials(
+                q, position_bias, ds, need_columns, g, block, shift, num_keys, config, window, scale
+            )
+            grad_rel = _fold(partial, block, num_keys, g.rows, config.keys).to(rel_key.dtype)
+        if need_columns:
+            by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[..., 0]  # [H, columns]
         if by_column is not None and rel_key is not None and (need_position or need_rows):
             grad_position = torch.bmm(by_column[:, None], rel_key.float())[:, 0] * scale
         if rows is not None:
@@ -667,10 +719,6 @@ def backward(
             grad_content = (grad_content if grad_position is None else grad_content - grad_position).to(
                 content_bias.dtype
             )
-        if ds is not None:
-            assert rel_key is not None
-            partial = _rel_partials(q, position_bias, ds, g, block, shift, num_keys, config, window, scale)
-            grad_rel = _fold(partial, block, num_keys, g.rows, config.keys).to(rel_key.dtype)
         if need_position:
             assert grad_position is not None and position_bias is not None
             grad_position = grad_position.to(position_bias.dtype)
@@ -702,6 +750,7 @@ def _rel_partials(
     q: Tensor,
     position_bias: Tensor | None,
     ds: Tensor,
+    need_columns: bool,
     g: tiles.Geometry,
     block: int,
     shift: int,
@@ -709,22 +758,26 @@ def _rel_partials(
     config: tiles.Config,
     window: int,
     scale: float,
-) -> Tensor:
-    """Gradient of rel_key by tile, [row tiles, H, key tiles, W, D]."""
+) -> tuple[Tensor, Tensor | None]:
+    """Gradient of rel_key by tile, [row tiles, H, key tiles, W, D], and the sums of dS [row tiles, H, key tiles, W]."""
     key_tiles = triton.cdiv(num_keys, config.keys)
-    parts = g.num_heads * g.row_tiles * key_tiles * (window // REL_SLICE)
+    columns_each = min(REL_SLICE, tiles.FP32_ROWS) if q.dtype == torch.float32 else REL_SLICE
+    parts = g.num_heads * g.row_tiles * key_tiles * (window // columns_each)
     # depends on shapes alone, so that the order of the sum, and with it every bit, is the same in every run
-    splits = max(1, min(triton.cdiv(g.blocks, 4), triton.cdiv(528, parts)))
+    splits = max(1, min(triton.cdiv(g.blocks, 4), triton.cdiv(1056, parts)))
     per_split = triton.cdiv(g.blocks, splits)
     splits = triton.cdiv(g.blocks, per_split)
     partial = q.new_empty(
         (splits, g.num_heads, g.row_tiles, key_tiles, window, g.head_dim), dtype=torch.float32
     )
+    columns = q.new_empty(partial.shape[:-1], dtype=torch.float32) if need_columns else None
+    warps, stages = _rel_blocks(q, g, config.keys)
     _cca_bwd_rel_kernel[(splits * parts,)](
         q,
         position_bias,
         ds,
         partial,
+        columns,
         q.stride(0),
         q.stride(1),
         g.num_rows,
@@ -741,22 +794,26 @@ def _rel_partials(
         BM=g.rows,
         BN=config.keys,
         W=window,
-        WS=REL_SLICE,
+        WS=columns_each,
         HAS_POSITION=position_bias is not None,
+        NEED_COLUMNS=need_columns,
         KEYS_FIRST=config.keys_first,
         FLAT=tiles.flat_shear(tiles.architecture(q.device), q.dtype, g.rows, wide=g.padded_dim > 128),
         PRECISION=tiles.precision(q.dtype),
-        num_warps=8 if g.padded_dim > 64 or max(g.rows, config.keys) >= 128 else 4,
-        num_stages=_rel_stages(q, g),
+        num_warps=warps,
+        num_stages=stages,
     )
-    return partial.sum(0).transpose(0, 1)
+    return partial.sum(0).transpose(0, 1), None if columns is None else columns.sum(0).transpose(0, 1)
 
 
-def _rel_stages(q: Tensor, g: tiles.Geometry) -> int:
-    """On sm_80 the tiles to come take registers, and 128 rows of 128 dimensions would spill in the loop; two stages of
-    256 dimensions in fp32 exceed what any GPU has."""
-    tight = tiles.architecture(q.device) < 90 and g.padded_dim > 64 and g.rows >= 128
-    return 1 if tight or (q.dtype == torch.float32 and g.padded_dim > 128) else 2
+def _rel_blocks(q: Tensor, g: tiles.Geometry, keys: int) -> tuple[int, int]:
+    """Warps and stages of the kernel for rel_key. On sm_90 as measured there. On sm_80 the tiles to come take registers,
+    and 128 rows of 128 dimensions would spill in the loop; two stages of 256 dimensions in fp32 exceed what any GPU has."""
+    arch, wide = tiles.architecture(q.device), g.padded_dim > 64
+    if 90 <= arch < 100 and q.dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
+        return 4, 3
+    tight = (arch < 90 and wide and g.rows >= 128) or (q.dtype == torch.float32 and g.padded_dim > 128)
+    return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2
 
 
 def _fold(parts: Tensor, block: int, num_keys: int, rows: int, keys: int) -> Tensor:

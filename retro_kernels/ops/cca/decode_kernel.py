@@ -238,10 +238,11 @@ def _cca_absorbed_decode_kernel(
         b_s = tl.dot(b_q0, tl.trans(b_e0), input_precision=PRECISION)  # [BQ, BN]
         if W1 > 0:
             b_e1 = tl.load(p_e + o_w1[None, :], mask=m_c[:, None] & m_w1[None, :], other=0.0)  # [BN, W1]
-            b_s = tl.dot(b_q1, tl.trans(b_e1), b_s, input_precision=PRECISION)
+            # chains of products that do not wait for each other
+            b_s += tl.dot(b_q1, tl.trans(b_e1), input_precision=PRECISION)
         if W2 > 0:
             b_e2 = tl.load(p_e + o_w2[None, :], mask=m_c[:, None] & m_w2[None, :], other=0.0)  # [BN, W2]
-            b_s = tl.dot(b_q2, tl.trans(b_e2), b_s, input_precision=PRECISION)
+            b_s += tl.dot(b_q2, tl.trans(b_e2), input_precision=PRECISION)
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
         b_s = b_s * scale_log2 + _position_logits(
             p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL, HAS_BIAS
@@ -299,8 +300,8 @@ def panels(width: int) -> tuple[int, int, int]:
     return first, second, 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
 
 
-# Compiled for sm_80, sm_90 and sm_100 (`bench/static.py`): no spill in the loop, at least two programs on a
-# multiprocessor (one for wide states), and 32 KB or more under way on each of them.
+# Compiled for sm_80, sm_90 and sm_100 (`bench/static.py`): no spill in the loop, and 32 KB or more under way on each
+# multiprocessor. For states 256 to 1,024 wide as measured on an H100.
 def decode_tile(head_dim: int, rows: int, itemsize: int) -> dict[str, int]:
     """Sizes of the kernel over keys and values for `rows` query rows that share a key head."""
     width = max(16, triton.next_power_of_2(head_dim))
@@ -318,15 +319,16 @@ def absorbed_tile(width: int, rows: int, itemsize: int) -> dict[str, int]:
     """Sizes of the kernel over states for `rows` query rows of a sequence; the accumulator is BQ · width float32."""
     covered = panels(width)
     wide = sum(covered)
+    small = itemsize < 4 and wide <= 1024
     return {
         "W0": covered[0],
         "W1": covered[1],
         "W2": covered[2],
-        "BQ": 16 if rows <= 16 or wide > 1024 else 32,
+        "BQ": 16 if rows <= 16 or wide > 256 else 32,
         "BN": 32 if wide <= 1024 else 16,
         "STAGES": 2,
-        "num_warps": 8 if wide > 256 or itemsize == 4 else 4,
-        "resident": 1 if wide > 256 or itemsize == 4 else 2,
+        "num_warps": 4 if small else 8,
+        "resident": 2 if small else 1,
     }
 
 

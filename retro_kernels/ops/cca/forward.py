@@ -55,6 +55,7 @@ def _cca_fwd_kernel(
     num_heads,
     per_seq,
     num_sets,
+    num_keys,
     scale_log2,
     threshold,
     keep_scale,
@@ -102,7 +103,8 @@ def _cca_fwd_kernel(
     row_max = tl.full([BM], float("-inf"), tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for o_c in tl.range(0, TK, BN, num_stages=1):
+    # a bound that the compiler knows saves registers; of one tile it would make no loop
+    for o_c in tl.range(0, num_keys if HAS_CONTENT and TK <= BN else TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
             b_pos = _position_tile(
                 query,
@@ -156,8 +158,8 @@ def _cca_fwd_kernel(
             if HAS_REL or HAS_BIAS:
                 s += b_pos
             if HAS_LENGTHS:
-                length = tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j)
-                s = tl.where(_first(tl.minimum(length, TK) - o_c, BN, PRECISION)[None, :], s, float("-inf"))
+                length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK).to(tl.int32)
+                s = tl.where(_first(length - o_c, BN, PRECISION)[None, :], s, float("-inf"))
             elif MASK_KEYS:
                 s = tl.where(m_key[None, :], s, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1))
@@ -186,6 +188,14 @@ def _cca_fwd_kernel(
                 TMA,
             )  # [BN, BD]
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
+        if HAS_CONTENT:
+            # Loaded anew at the end, the query is an argument of the loop, which Triton keeps in shared memory. As an
+            # operand in registers that stays the same through the inner loop ptxas 12.8 (of Triton 3.5 to 3.7) may give its registers to the weights as well, without an error.
+            if o_c + BN < TK:
+                b_q = _load_tile(
+                    query, i_seq, o_row, i_head * D, stride_qs, stride_qn, num_rows, m_row, BM, BD, D, True, TMA
+                )  # [BM, BD]
+                b_q = _add_bias(b_q, p_content_bias, i_head, 0, D, BD, D)
 
     empty = row_sum == 0.0
     total = tl.where(empty, 1.0, row_sum)
@@ -247,7 +257,8 @@ def forward(
     g = tiles.geometry(query, key, block, repeat)
     groups, num_sets, num_keys, kv_heads, _ = key.shape
     arch = tiles.architecture(query.device)
-    problem = tuning.Problem("forward", arch, g.padded_dim, query.dtype, g.rows, rel_key is not None)
+    kind = "plain" if rel_key is None else "relative"
+    problem = tuning.Problem("forward", arch, g.padded_dim, query.dtype, g.rows, kind)
     out = query.new_empty(query.shape)
     lse = query.new_empty((g.blocks, g.num_heads, block), dtype=torch.float32)
     q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)
@@ -285,6 +296,7 @@ def forward(
             g.num_heads,
             g.per_seq,
             num_sets,
+            num_keys,
             scale * math.log2(math.e),
             dropout_threshold(dropout_p),
             1.0 / (1.0 - dropout_p),

@@ -200,6 +200,38 @@ def _shear(
 
 
 @triton.jit
+def _column_sums(
+    x,
+    BM: tl.constexpr,
+    X: tl.constexpr,
+    W: tl.constexpr,
+    WARPS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """[BM, X] → [W], out[t] = Σ_a x[a, a − t + X − 1]: what keys get, by distance. KEYS_FIRST: x is [X, BM].
+
+    A warp reads eight rows of four distances at a time, without a conflict of banks; a thread adds up its rows, and
+    eight threads their sums.
+    """
+    SIDE: tl.constexpr = min(W, 4 * WARPS)
+    if KEYS_FIRST:
+        flat = tl.permute(tl.reshape(x, (X, BM // 8, 8)), (1, 0, 2))
+    else:
+        flat = tl.permute(tl.reshape(x, (BM // 8, 8, X)), (0, 2, 1))
+    flat = tl.reshape(flat, (BM * X,))
+    high = tl.arange(0, BM // 8)[:, None, None, None]
+    low = tl.arange(0, 8)[None, None, None, :]
+    t = (tl.arange(0, W // SIDE) * SIDE)[None, :, None, None] + tl.arange(0, SIDE)[None, None, :, None]
+    at = high * 8 + low - t + (X - 1)  # [BM / 8, W / SIDE, SIDE, 8]
+    at = tl.reshape(at, (BM * W,))
+    index = tl.reshape(high * (8 * X + 64) + low * 9 - t * 8 + (X - 1) * 8, (BM * W,))
+    inside = (at >= 0) & (at < X)
+    out = tl.where(inside, tl.gather(flat, tl.where(inside, index, 0), 0), 0.0)
+    out = tl.sum(tl.sum(tl.reshape(out, (BM // 8, W // SIDE, SIDE, 8)), 0), 2)  # [W / SIDE, SIDE]
+    return tl.reshape(out, (W,))
+
+
+@triton.jit
 def _position_tile(
     query,
     rel_key,
@@ -268,7 +300,7 @@ def _position_tile(
             tile = tl.zeros([BN, BM], tl.float32)
         else:
             tile = tl.zeros([BM, BN], tl.float32)
-        for o_t in tl.range(0, BM + BN - 1, WS, num_stages=1):
+        for o_t in tl.static_range(0, BM + BN - 1, WS):
             first = o_i - o_c + TK - BN + o_t
             column = first + tl.arange(0, WS)
             m_column = (column >= 0) & (column < COLUMNS)
@@ -338,40 +370,46 @@ class Config(NamedTuple):
     """Backward: logits as [BN, BM], so that 8 warps split the keys; with rows first, 4 warps split 64 rows."""
 
 
-def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, relative: bool) -> Config:
-    """By what compiles for sm_80, sm_90 and sm_100 with fewest spills; `relative`: with a table of relative keys.
+def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:
+    """By what compiles for sm_80, sm_90 and sm_100 with fewest spills; `tables`: "relative" with relative keys.
 
-    Chosen from machine code, not from times: `bench/results/static.json` has registers and spills of each kernel and,
-    under `known`, which of them miss a guard.
+    Chosen from machine code: `bench/results/static.json` has registers and spills of each kernel and, under `known`,
+    which of them miss a guard.
     """
     warps = 8 if rows >= 128 else 4
     if dtype == torch.float32:
         # tf32x3 splits every operand in two, which costs registers
-        return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 else warps, 1)
+        return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 or 90 <= arch < 100 else warps, 1)
     if padded_dim > 128:
-        return Config(32, 8, 1) if arch < 90 else Config(64, 8, 1 if relative else 2)
+        return Config(32, 8, 1) if arch < 90 else Config(64, 8, 1 if tables == "relative" else 2)
     # tensor memory holds the products on sm_100: there 8 warps repeat none of them
-    return Config(64, 8 if relative and arch >= 100 else warps, 2)
+    return Config(64, 8 if tables == "relative" and arch >= 100 else warps, 2)
 
 
-def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: bool) -> Config:
-    """Like `forward_config`; `tables`: the neighbour-summed dS of a tile is kept for table gradients.
+def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:
+    """Like `forward_config`; `tables`: "plain" where no dS is summed, "sums" for the gradient of a bias, "relative".
 
-    With 8 warps and two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with
-    keys first, at 256 with 64 keys.
+    For sm_90 chosen from times, of RETRO's chunks on an H100: programs of four warps, of which a multiprocessor holds two
+    or three, hide each other's waiting, unless the sum of dS of wide heads does not fit beside the rest. With 8 warps and
+    two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys first, at 256
+    with 64 keys.
     """
     warps = 8 if rows >= 128 else 4
     hopper = 90 <= arch < 100
+    if dtype == torch.float32 and hopper and padded_dim > 64:
+        return Config(16, 8, 1, panels=2, keys_first=padded_dim > 128)
     if dtype == torch.float32:
         return Config(32 if padded_dim <= 64 else 16, 8, 1, keys_first=padded_dim <= 64)
     if padded_dim > 128:
         return Config(32, 8, 1, panels=2)
-    if rows == 64 and (tables or arch < 90):
-        if not hopper:
-            return Config(64, 4 if padded_dim <= 64 and not tables else 8, 1, keys_first=True)
-        if padded_dim == 128:
-            return Config(128, 8, 1, panels=2, keys_first=True)
-        return Config(128, 8, 2, keys_first=True)
+    if rows == 64 and hopper:
+        if padded_dim <= 64:
+            return Config(64, 4, 2 if tables == "relative" else 3)
+        if tables == "sums":
+            return Config(128, 8, 2, panels=2, keys_first=True)
+        return Config(64, 4, 2, panels=2)
+    if rows == 64 and (tables != "plain" or arch < 90):
+        return Config(64, 4 if padded_dim <= 64 and tables == "plain" else 8, 1, keys_first=True)
     if rows >= 128 and arch < 90:
         # without tensor memory or products from shared memory, 64 keys of 128 rows spill hundreds of values
         return Config(32, 8, 1, panels=2 if padded_dim >= 64 else 1)
@@ -396,10 +434,16 @@ class Geometry(NamedTuple):
     """BD"""
 
 
+FP32_ROWS = 32
+"""Most rows of a product of fp32 on sm_90, too few for its warpgroup products: ptxas 12.8 (of Triton 3.5 to 3.7) makes
+some of those read past the shared memory, where a tile takes dozens of them."""
+
+
 def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
     num_seqs, num_rows, num_heads, head_dim = query.shape
     blocks = key.shape[0] * repeat
-    rows = min(max(16, triton.next_power_of_2(block)), 128)
+    fp32_on_hopper = query.dtype == torch.float32 and 90 <= architecture(query.device) < 100
+    rows = min(max(16, triton.next_power_of_2(block)), FP32_ROWS if fp32_on_hopper else 128)
     padded = max(16, triton.next_power_of_2(head_dim))
     return Geometry(
         num_seqs, num_rows, num_heads, head_dim, blocks, blocks // num_seqs, -(-block // rows), rows, padded

@@ -28,7 +28,7 @@ from triton.runtime.errors import OutOfResources
 from retro_kernels.ops.cca import tiles
 from retro_kernels.ops.cca.tiles import Config
 
-FORMAT = 1
+FORMAT = 2
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -41,13 +41,12 @@ class Problem(NamedTuple):
     padded_dim: int
     dtype: torch.dtype
     rows: int
-    tables: bool
-    """Forward: with a table of relative keys. Backward: with any table that positions need."""
+    tables: str
+    """"relative": with relative keys; "sums": backward, with the gradient of an additive bias; "plain": neither."""
 
     @property
     def name(self) -> str:
-        tables = "tables" if self.tables else "plain"
-        return f"{self.direction}-sm_{self.arch}-{self.padded_dim}-{str(self.dtype)[6:]}-{self.rows}-{tables}"
+        return f"{self.direction}-sm_{self.arch}-{self.padded_dim}-{str(self.dtype)[6:]}-{self.rows}-{self.tables}"
 
 
 _fitted: dict[Problem, Config] = {}
@@ -233,7 +232,7 @@ def tune(
             g.padded_dim,
             dtype,
             g.rows,
-            relative or direction == "backward",
+            "relative" if relative else "plain" if direction == "forward" else "sums",
         )
         expected, own = call(), _table(problem)
         times: dict[Config, float] = {}
