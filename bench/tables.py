@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import goals
 import static
 
 HERE = Path(__file__).resolve().parent
@@ -212,12 +213,53 @@ def demo_report(result: dict[str, Any]) -> str:
     )
 
 
+def gpu_report(result: dict[str, Any]) -> str:
+    """The operation by shape, beside its floor and the fastest of what one would write instead; then every goal."""
+    lines = [
+        _line(["pass", "positions", "shape", "median", "share of the floor", "over SDPA", "over FlexAttention"]),
+        "|---|---|---|---:|---:|---:|---:|",
+    ]
+    rows = [r for r in result["results"] if "median_s" in r and r.get("extra", {}).get("what") == "core"]
+    for row in (r for r in rows if r["case"] == goals.OURS):
+        extra = row["extra"]
+
+        def over(kind: str, group: str = row["group"], ours: float = row["median_s"]) -> str:
+            others = [
+                r["median_s"]
+                for r in rows
+                if r["group"] == group and r["case"].startswith(kind) and "without" not in r["case"]
+            ]
+            return f"{min(others) / ours:.2f}x" if others else ""
+
+        positions = {"bias": "additive bias", "relative": "relative keys"}.get(extra["positions"], "none")
+        positions += ", lengths" * extra["lengths"]
+        if extra["positions"] != "none" and extra["pass"] != "forward":
+            positions += ", with its gradient" if extra["table_grad"] else ", fixed"
+        elif extra["positions"] == "bias" and not extra["table_grad"]:
+            continue  # forward, the same kernel
+        lines.append(
+            _line(
+                [
+                    extra["pass"],
+                    positions,
+                    f"H {extra['H']} D {extra['D']} K {extra['K']}",
+                    duration(row["median_s"]),
+                    f"{extra['share_of_floor']:.2f}",
+                    over("SDPA"),
+                    over("Flex"),
+                ]
+            )
+        )
+    return "\n".join([*lines, "", goals.report(result)[0], "", conditions(result), ""])
+
+
 VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "retrieval": retrieval_table,
     "retrieval_quality": quality_table,
     "static": static_table,
     "demo": demo_report,
     "demo_rfc": demo_report,
+    "gpu": gpu_report,
 }
 """By the result file's stem; every other file is shown as times."""
 

@@ -20,6 +20,7 @@ An exact index has no file: it is made of embeddings.npy when the set is opened.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
@@ -28,7 +29,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -311,7 +312,7 @@ class Index:
     def add(self, vectors: np.ndarray, progress: Progress | None = None) -> None:
         """Adds rows [n, E]; they get the next ids. Centroids and codebooks stay as they were trained."""
         for start in range(0, len(vectors), _BLOCK_ROWS):
-            block = _block(vectors, start)
+            block = vectors[start : start + _BLOCK_ROWS]
             self._searcher.add(block)
             if progress:
                 progress(len(block))
@@ -536,7 +537,7 @@ class _TorchSearcher:
         return len(self._vectors) + sum(map(len, self._parts))
 
     def add(self, vectors: np.ndarray) -> None:
-        self._parts.append(torch.from_numpy(vectors).to(self.device, self._dtype))
+        self._parts.append(torch.from_numpy(np.array(vectors)).to(self.device, self._dtype))
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._parts:
@@ -628,7 +629,21 @@ class _FaissSearcher:
             return cls(index, torch.device("cpu"))
 
     def add(self, vectors: np.ndarray) -> None:
-        self.index.add(np.ascontiguousarray(vectors, dtype=np.float32))
+        if self.device.type != "cuda":
+            self.index.add(np.array(vectors, dtype=np.float32, order="C"))
+            return
+        block = torch.from_numpy(np.array(vectors)).to(self.device).float()  # fp16 on the way, widened there
+        with self._on_stream() as faiss:
+            self.index.add_c(len(block), faiss.cast_integer_to_float_ptr(block.data_ptr()))
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[Any]:
+        """FAISS, which works on torch's current stream meanwhile, for this thread alone."""
+        faiss = require_faiss()
+        with _gpu_lock, torch.cuda.device(self.device):
+            stream = faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream(self.device).cuda_stream)
+            self._resources.setDefaultStream(_device_number(self.device), stream)
+            yield faiss
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         faiss = require_faiss()
@@ -645,9 +660,7 @@ class _FaissSearcher:
             return distances, ids
         if k > _GPU_MAX_K:
             raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
-        with _gpu_lock, torch.cuda.device(self.device):
-            stream = faiss.cast_integer_to_cudastream_t(torch.cuda.current_stream(self.device).cuda_stream)
-            self._resources.setDefaultStream(_device_number(self.device), stream)
+        with self._on_stream():
             self.index.search_c(len(queries), address[0], k, address[1], address[2])
         return distances, ids
 
@@ -737,7 +750,7 @@ class _CagraSearcher(_FaissSearcher):
     def add(self, vectors: np.ndarray) -> None:
         if self.index.ntotal:
             raise InputError("Vectors cannot be added to a CAGRA graph: build the index again.")
-        self._parts.append(vectors)
+        self._parts.append(np.array(vectors, dtype=np.float32, order="C"))
 
     def _finish(self) -> None:
         if getattr(self, "_parts", []):

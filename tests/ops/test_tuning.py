@@ -128,7 +128,9 @@ def test_tuning_keeps_the_fastest_that_is_right(own_file: Path, monkeypatch: pyt
     assert any("wrong results" in line for line in told) and any("OutOfResources" in line for line in told)
     saved = json.loads(own_file.read_text())
     assert saved["block_sizes"] == {name: list(config) for name, config in best.items()}
-    problem = tuning.Problem("forward", tiles.architecture(torch.device("cpu")), 16, torch.float32, 16, "relative")
+    problem = tuning.Problem(
+        "forward", tiles.architecture(torch.device("cpu")), 16, torch.float32, 16, "relative"
+    )
     assert tuning.block_sizes(problem) == few[3]
     assert [path.name for path in own_file.parent.iterdir()] == [own_file.name]
 

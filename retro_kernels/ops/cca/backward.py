@@ -110,6 +110,7 @@ def _cca_bwd_kernel(
     FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
+    RELOAD: tl.constexpr,
     STAGES: tl.constexpr,
     WARPS: tl.constexpr,
 ):
@@ -177,7 +178,7 @@ def _cca_bwd_kernel(
         lse = lse[:, None]
         delta = delta[:, None]
 
-    for o_c in tl.range(0, num_keys if HAS_CONTENT and TK <= BN else TK, BN, num_stages=1):
+    for o_c in tl.range(0, num_keys if RELOAD == 2 else TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
             b_pos = (
                 _position_tile(
@@ -274,7 +275,9 @@ def _cca_bwd_kernel(
                 p = tl.math.exp2(s * scale_log2 - lse)
             if HAS_LENGTHS or MASK_KEYS:
                 if HAS_LENGTHS:
-                    length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK).to(tl.int32)
+                    length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK).to(
+                        tl.int32
+                    )
                     real = _first(length - o_c, BN, PRECISION)
                 else:
                     real = m_key
@@ -413,8 +416,7 @@ def _cca_bwd_kernel(
                         TMA,
                     )  # [WS, DW]
                     dq1 = tl.dot(by_distance_low, b_rel, dq1, input_precision=PRECISION)
-        if HAS_CONTENT and not KEYS_FIRST:
-            # see forward.py
+        if RELOAD:
             if o_c + BN < TK:
                 b_q0 = _load_tile(
                     query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA
@@ -686,6 +688,10 @@ def backward(
             FLAT=flat,
             PRECISION=tiles.precision(query.dtype),
             TMA=tma,
+            # with keys first the query is the other operand, which is in shared memory anyway
+            RELOAD=0
+            if config.keys_first
+            else tiles.reload(arch, query.dtype, content_bias, num_sets, num_keys, config.keys),
             STAGES=config.stages,
             WARPS=config.warps,
             num_warps=config.warps,
@@ -710,7 +716,9 @@ def backward(
             )
             grad_rel = _fold(partial, block, num_keys, g.rows, config.keys).to(rel_key.dtype)
         if need_columns:
-            by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[..., 0]  # [H, columns]
+            by_column = _fold(summed.unsqueeze(-1), block, num_keys, g.rows, config.keys)[
+                ..., 0
+            ]  # [H, columns]
         if by_column is not None and rel_key is not None and (need_position or need_rows):
             grad_position = torch.bmm(by_column[:, None], rel_key.float())[:, 0] * scale
         if rows is not None:
@@ -807,8 +815,11 @@ def _rel_partials(
 
 
 def _rel_blocks(q: Tensor, g: tiles.Geometry, keys: int) -> tuple[int, int]:
-    """Warps and stages of the kernel for rel_key. On sm_90 as measured there. On sm_80 the tiles to come take registers,
-    and 128 rows of 128 dimensions would spill in the loop; two stages of 256 dimensions in fp32 exceed what any GPU has."""
+    """Warps and stages of the kernel for rel_key.
+
+    On sm_90 as measured there. On sm_80 the tiles to come take registers, and 128 rows of 128 dimensions would spill in
+    the loop; two stages of 256 dimensions in fp32 exceed what any GPU has.
+    """
     arch, wide = tiles.architecture(q.device), g.padded_dim > 64
     if 90 <= arch < 100 and q.dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
         return 4, 3

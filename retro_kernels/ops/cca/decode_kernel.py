@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from retro_kernels.ops.cca import tiles as attention_tiles
 from retro_kernels.ops.cca.tiles import precision
 from retro_kernels.ops.cca.tuning import until_it_fits
 
@@ -315,16 +316,16 @@ def decode_tile(head_dim: int, rows: int, itemsize: int) -> dict[str, int]:
     }
 
 
-def absorbed_tile(width: int, rows: int, itemsize: int) -> dict[str, int]:
+def absorbed_tile(width: int, rows: int, itemsize: int, arch: int) -> dict[str, int]:
     """Sizes of the kernel over states for `rows` query rows of a sequence; the accumulator is BQ · width float32."""
     covered = panels(width)
     wide = sum(covered)
-    small = itemsize < 4 and wide <= 1024
+    small = itemsize < 4 and wide <= (256 if 0 < arch < 90 else 1024)  # two fit a multiprocessor
     return {
         "W0": covered[0],
         "W1": covered[1],
         "W2": covered[2],
-        "BQ": 16 if rows <= 16 or wide > 256 else 32,
+        "BQ": 16 if rows <= 16 or wide > 1024 or (small and wide > 256) else 32,
         "BN": 32 if wide <= 1024 else 16,
         "STAGES": 2,
         "num_warps": 4 if small else 8,
@@ -507,6 +508,6 @@ def absorbed_decode_triton(
         tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
         return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, out, sizes)
 
-    return _fitting(
-        _cca_absorbed_decode_kernel, absorbed_tile(width, tokens * heads, absorbed.element_size()), run
-    )
+    arch = attention_tiles.architecture(absorbed.device)
+    sizes = absorbed_tile(width, tokens * heads, absorbed.element_size(), arch)
+    return _fitting(_cca_absorbed_decode_kernel, sizes, run)

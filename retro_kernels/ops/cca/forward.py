@@ -78,6 +78,7 @@ def _cca_fwd_kernel(
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
     TMA: tl.constexpr,
+    RELOAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
@@ -103,8 +104,8 @@ def _cca_fwd_kernel(
     row_max = tl.full([BM], float("-inf"), tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    # a bound that the compiler knows saves registers; of one tile it would make no loop
-    for o_c in tl.range(0, num_keys if HAS_CONTENT and TK <= BN else TK, BN, num_stages=1):
+    # a bound that the compiler knows saves registers, but of one tile it makes no loop
+    for o_c in tl.range(0, num_keys if RELOAD == 2 else TK, BN, num_stages=1):
         if HAS_REL or HAS_BIAS:
             b_pos = _position_tile(
                 query,
@@ -188,12 +189,22 @@ def _cca_fwd_kernel(
                 TMA,
             )  # [BN, BD]
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
-        if HAS_CONTENT:
-            # Loaded anew at the end, the query is an argument of the loop, which Triton keeps in shared memory. As an
-            # operand in registers that stays the same through the inner loop ptxas 12.8 (of Triton 3.5 to 3.7) may give its registers to the weights as well, without an error.
+        if RELOAD:
             if o_c + BN < TK:
                 b_q = _load_tile(
-                    query, i_seq, o_row, i_head * D, stride_qs, stride_qn, num_rows, m_row, BM, BD, D, True, TMA
+                    query,
+                    i_seq,
+                    o_row,
+                    i_head * D,
+                    stride_qs,
+                    stride_qn,
+                    num_rows,
+                    m_row,
+                    BM,
+                    BD,
+                    D,
+                    True,
+                    TMA,
                 )  # [BM, BD]
                 b_q = _add_bias(b_q, p_content_bias, i_head, 0, D, BD, D)
 
@@ -319,6 +330,7 @@ def forward(
             PRECISION=tiles.precision(query.dtype),
             FLAT=flat,
             TMA=tma,
+            RELOAD=tiles.reload(arch, query.dtype, content_bias, num_sets, num_keys, config.keys),
             STAGES=config.stages,
             num_warps=config.warps,
             num_stages=config.stages,

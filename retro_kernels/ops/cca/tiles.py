@@ -389,10 +389,10 @@ def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, ta
 def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:
     """Like `forward_config`; `tables`: "plain" where no dS is summed, "sums" for the gradient of a bias, "relative".
 
-    For sm_90 chosen from times, of RETRO's chunks on an H100: programs of four warps, of which a multiprocessor holds two
-    or three, hide each other's waiting, unless the sum of dS of wide heads does not fit beside the rest. With 8 warps and
-    two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys first, at 256
-    with 64 keys.
+    For sm_90 chosen from times, of RETRO's chunks on an H100: programs of four warps, of which a multiprocessor holds
+    two or three, hide each other's waiting, unless the sum of dS of wide heads does not fit beside the rest. With 8
+    warps and two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys
+    first, at 256 with 64 keys.
     """
     warps = 8 if rows >= 128 else 4
     hopper = 90 <= arch < 100
@@ -404,7 +404,7 @@ def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, t
         return Config(32, 8, 1, panels=2)
     if rows == 64 and hopper:
         if padded_dim <= 64:
-            return Config(64, 4, 2 if tables == "relative" else 3)
+            return Config(64, 4, 3)
         if tables == "sums":
             return Config(128, 8, 2, panels=2, keys_first=True)
         return Config(64, 4, 2, panels=2)
@@ -448,6 +448,28 @@ def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
     return Geometry(
         num_seqs, num_rows, num_heads, head_dim, blocks, blocks // num_seqs, -(-block // rows), rows, padded
     )
+
+
+def reload(
+    arch: int, dtype: torch.dtype, content_bias: Tensor | None, num_sets: int, num_keys: int, keys: int
+) -> int:
+    """Whether the biased query is loaded anew at the end of each tile of keys: 1, or 2 where there is but one tile, in
+    a loop whose bound the compiler does not know.
+
+    So it is an argument of the loop, which Triton keeps in shared memory. As an operand in registers that stays the
+    same through a loop ptxas 12.8 (of Triton 3.5 to 3.7) may give its registers to the weights as well, without an
+    error, on sm_90. `bench/static.py` looks for that.
+    """
+    several = num_keys > keys
+    if (
+        content_bias is None
+        or 0 < arch < 90
+        or arch >= 100
+        or dtype == torch.float32
+        or not (several or num_sets > 1)
+    ):
+        return 0
+    return 1 if several else 2
 
 
 def flat_shear(arch: int, dtype: torch.dtype, rows: int, wide: bool) -> bool:
