@@ -4,8 +4,8 @@
     python bench/plot.py --demo demo/result.json     # keeps the demo's figures in results/demo.json first
 
 First, bits per byte of the demo's models (demo.json, demo_rfc.json); then chunked cross-attention, forward and
-backward, beside what one would write instead: the first group of each kind of positions that the files
-hold. No predictions.
+backward, beside what one would write instead: for each machine the first group of each kind of positions that the
+files hold. No predictions.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def gains(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
-    """For each kind of positions the group that is drawn: its name with the device, and (case, seconds) of its rows."""
-    found: dict[str, tuple[str, list[tuple[str, float]]]] = {}
+    """For each machine and kind of positions the group that is drawn: its name with the device, and (case, seconds) of
+    its rows."""
+    found: dict[tuple[str, str], tuple[str, list[tuple[str, float]]]] = {}
     for path in sorted(folder.glob("*.json")):
         result: dict[str, Any] = json.loads(path.read_text())
         groups: dict[str, list[dict[str, Any]]] = {}
@@ -70,14 +71,15 @@ def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
             ):
                 groups.setdefault(row["group"], []).append(row)
         for group, rows in groups.items():
-            kind = rows[0]["extra"].get("positions", "none")
+            positions, device = rows[0]["extra"].get("positions", "none"), result["environment"]["device"]
+            kind = (device, positions)
             if (
-                kind != "none"
+                positions != "none"
                 and kind not in found
                 and OURS in {row["case"] for row in rows}
                 and len(rows) > 1
             ):
-                title = f"{group}\n{result['environment']['device']}"
+                title = f"{group}\n{device}"
                 found[kind] = title, [(row["case"], row["median_s"]) for row in rows]
     return dict(found.values())
 

@@ -4,8 +4,8 @@ python bench/tables.py            # print the tables of results/*.json
 python bench/tables.py --write    # put them between the README's markers
 
 A file whose rows are no plain times has a view of its own: `retrieval` (bench_search.py, one line a set and index),
-`retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-rfc` (as the demo prints them), and
-`static` (static.py, machine code of the kernels).
+`retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-rfc` (as the demo prints them),
+`static` (static.py, machine code of the kernels) and `gpu` (goals, and the operation by shape).
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def conditions(result: dict[str, Any]) -> str:
     said = dict.fromkeys(row.get("extra", {}).get("conditions") for row in result["results"])
     for text in filter(None, said):
         line += f" {text[0].upper()}{text[1:]}{'' if len(said) == 1 else ' in some rows'}."
+    if earlier := sorted({row["commit"] for row in result["results"] if "commit" in row}):
+        line += f" Some rows are of {', '.join(earlier)} (the file says which)."
     if ceilings:
         line += (
             f" Floors from the ceilings of the same run: copy {ceilings['bandwidth'] / 1e9:,.0f} GB/s, "
@@ -75,10 +77,13 @@ def note(extra: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """A Markdown table: one row a case, grouped, each beside its ratio to the group's first case (ours)."""
+    return "\n".join([*_times(result["results"]), "", conditions(result), ""])
+
+
+def _times(results: list[dict[str, Any]]) -> list[str]:
     lines = ["| measured | case | median | ratio | |", "|---|---|---:|---:|---|"]
-    order = list(dict.fromkeys(row["group"] for row in result["results"]))
-    for group in order:
-        rows = [row for row in result["results"] if row["group"] == group]
+    for group in dict.fromkeys(row["group"] for row in results):
+        rows = [row for row in results if row["group"] == group]
         first = next((row["median_s"] for row in rows if "median_s" in row), None)
         name = group
         for row in rows:
@@ -89,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
                 median, ratio, beside = "–", "", row["skipped"]
             lines.append(f"| {name} | {row['case']} | {median} | {ratio} | {beside} |")
             name = ""
-    return "\n".join([*lines, "", conditions(result), ""])
+    return lines
 
 
 def _line(cells: list[str]) -> str:
@@ -214,43 +219,53 @@ def demo_report(result: dict[str, Any]) -> str:
 
 
 def gpu_report(result: dict[str, Any]) -> str:
-    """The operation by shape, beside its floor and the fastest of what one would write instead; then every goal."""
-    lines = [
-        _line(["pass", "positions", "shape", "median", "share of the floor", "over SDPA", "over FlexAttention"]),
-        "|---|---|---|---:|---:|---:|---:|",
-    ]
-    rows = [r for r in result["results"] if "median_s" in r and r.get("extra", {}).get("what") == "core"]
-    for row in (r for r in rows if r["case"] == goals.OURS):
+    """Every goal; the operation by shape, beside its floor and the fastest of what one would write instead; then what
+    surrounds it. With 16 heads and without lengths: the file has the rest."""
+    rows = [r for r in result["results"] if "median_s" in r]
+    core = [r for r in rows if r.get("extra", {}).get("what") == "core"]
+    head = ["positions", "pass", "shape", "median", "share of the floor", "over SDPA", "over FlexAttention"]
+    lines = [_line(head), "|---|---|---|---:|---:|---:|---:|"]
+    for row in (r for r in core if r["case"] == goals.OURS):
         extra = row["extra"]
-
-        def over(kind: str, group: str = row["group"], ours: float = row["median_s"]) -> str:
-            others = [
-                r["median_s"]
-                for r in rows
-                if r["group"] == group and r["case"].startswith(kind) and "without" not in r["case"]
-            ]
-            return f"{min(others) / ours:.2f}x" if others else ""
-
         positions = {"bias": "additive bias", "relative": "relative keys"}.get(extra["positions"], "none")
-        positions += ", lengths" * extra["lengths"]
-        if extra["positions"] != "none" and extra["pass"] != "forward":
-            positions += ", with its gradient" if extra["table_grad"] else ", fixed"
-        elif extra["positions"] == "bias" and not extra["table_grad"]:
-            continue  # forward, the same kernel
+        if extra["positions"] == "bias":
+            positions += ", learned" if extra["table_grad"] else ", fixed"
+        both = extra["pass"] == "forward+backward"
+        if extra["H"] != 16 or extra["lengths"] or (both and not _fastest(core, row, "SDPA", "Flex")):
+            continue
+        if positions.endswith("fixed") and extra["pass"] == "forward":
+            continue  # the same kernel as for a learned one
+        others = [_fastest(core, row, kind) for kind in ("SDPA", "Flex")]
         lines.append(
             _line(
                 [
-                    extra["pass"],
                     positions,
-                    f"H {extra['H']} D {extra['D']} K {extra['K']}",
+                    extra["pass"],
+                    f"D {extra['D']} K {extra['K']}",
                     duration(row["median_s"]),
                     f"{extra['share_of_floor']:.2f}",
-                    over("SDPA"),
-                    over("Flex"),
+                    *(f"{other / row['median_s']:.2f}x" if other else "" for other in others),
                 ]
             )
         )
-    return "\n".join([*lines, "", goals.report(result)[0], "", conditions(result), ""])
+    beside = [
+        r
+        for r in rows
+        if r["extra"].get("what") in ("training", "gather", "decode")
+        or (r["extra"].get("what") == "absorbed training" and r["extra"]["H"] == 16 and "+" in r["group"])
+    ]
+    parts = (goals.report(result)[0], "\n".join(lines), "\n".join(_times(beside)))
+    return "\n\n".join([*parts, conditions(result)]) + "\n"
+
+
+def _fastest(rows: list[dict[str, Any]], ours: dict[str, Any], *kinds: str) -> float | None:
+    """Seconds of the fastest row of the same group whose case begins so."""
+    found = [
+        r["median_s"]
+        for r in rows
+        if r["group"] == ours["group"] and r["case"].startswith(kinds) and "without" not in r["case"]
+    ]
+    return min(found, default=None)
 
 
 VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {

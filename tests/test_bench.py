@@ -125,10 +125,29 @@ def test_tables_show_ratios_to_the_first_row_and_why_a_row_is_missing(tmp_path: 
         row(2e-3, "other"),
         {"group": "g", "case": "third", "skipped": "no such"},
     ]
-    (tmp_path / "gpu.json").write_text(json.dumps(result("a", rows)))
-    readme = "before\n<!-- bench:gpu g -->\nold\n<!-- /bench -->\n<!-- bench:gpu h -->\nold\n<!-- /bench -->\nafter\n"
+    (tmp_path / "cpu.json").write_text(json.dumps(result("a", rows)))
+    readme = "before\n<!-- bench:cpu g -->\nold\n<!-- /bench -->\n<!-- bench:cpu h -->\nold\n<!-- /bench -->\nafter\n"
     text = tables.rendered(readme, tmp_path)
     assert "| g | retro_kernels | 1 ms | 1.00 | 50 % of the floor's speed |" in text
     assert "|  | other | 2 ms | 2.00 |  |" in text and "| – |  | no such |" in text
     assert "old" not in text and text.startswith("before") and text.endswith("after\n")
     assert text.count("retro_kernels") == 1  # the second table is of another group
+
+
+def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind() -> None:
+    core = {"what": "core", "positions": "bias", "pass": "backward", "table_grad": True, "lengths": False}
+    core |= {"H": 16, "D": 64, "K": 2}
+    rows = [
+        row(1e-3, share_of_floor=0.5, **core),
+        *(
+            row(s, c, **core)
+            for s, c in ((4e-3, "SDPA math"), (2e-3, "SDPA efficient"), (3e-3, "FlexAttention"))
+        ),
+        row(1e-3, "SDPA without positions", **core),
+        {**row(9e-3, share_of_floor=0.1, **{**core, "H": 32}), "group": "other"},
+        {**row(7e-3, "retro_kernels", what="gather"), "group": "gather", "commit": "b"},
+    ]
+    text = tables.gpu_report(result("a", rows))
+    assert "| additive bias, learned | backward | D 64 K 2 | 1 ms | 0.50 | 2.00x | 3.00x |" in text
+    assert "9 ms" not in text and "| gather | retro_kernels | 7 ms | 1.00 |" in text
+    assert "Some rows are of b" in text and "| goal |" in text

@@ -418,6 +418,24 @@ def test_block_sizes_of_other_gpus(seed, monkeypatch, keys_first):
     compare("triton", torch.float32, batch=1, heads=1, chunk=32, length=64, size=32, tokens=64)
 
 
+@pytest.mark.parametrize(
+    ("arch", "dtype", "biased", "sets", "keys", "expected"),
+    [
+        (90, torch.bfloat16, True, 2, 128, 1),
+        (90, torch.bfloat16, True, 1, 128, 1),  # the loop is that over tiles
+        (90, torch.bfloat16, True, 2, 64, 2),
+        (90, torch.bfloat16, True, 1, 64, 0),  # no loop at all
+        (90, torch.bfloat16, False, 2, 128, 0),
+        (90, torch.float32, True, 2, 128, 0),  # has no warpgroup products
+        (80, torch.bfloat16, True, 2, 128, 0),
+        (100, torch.bfloat16, True, 2, 128, 0),
+    ],
+)
+def test_when_a_biased_query_is_loaded_anew(arch, dtype, biased, sets, keys, expected):
+    bias = torch.zeros(1, 16) if biased else None
+    assert tiles.reload(arch, dtype, bias, sets, keys, 64) == expected
+
+
 BLOCKS = {
     "self": dict(blocks=5, rows=R, sets=1, keys=R, repeat=1),
     "cross": dict(blocks=6, rows=R, sets=1, keys=M, repeat=3),

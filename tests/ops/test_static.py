@@ -117,8 +117,8 @@ def test_a_good_kernel_passes() -> None:
         (sass([*HOT, "@P0 RED.E.ADD.F32 desc[UR4][R2.64], R5 "]), {}, "atomics: 1"),
         (sass([*HOT, "@!UP0 ATOMG.E.ADD PT, RZ, R5 "]), {}, "atomics: 1"),
         (sass([*HOT, "ATOMS.ADD RZ, [R2], R5 "]), {}, "atomics: 1"),
-        (sass([*HOT, "LDL R5, [R1+0x10] "]), {}, "spills: 1 in the hot loop, allowed 0"),
-        (sass([*HOT, "LDL R5, [R1+0x10] "], loop=False), {}, "spills: 1 in the hot loop, allowed 0"),
+        (sass([*HOT, "LDL R55, [R1+0x10] "]), {}, "spills: 1 in the hot loop, allowed 0"),
+        (sass([*HOT, "LDL R55, [R1+0x10] "], loop=False), {}, "spills: 1 in the hot loop, allowed 0"),
         (sass([*HOT, *["STL [R1], R5 "] * 9]), {"kernel": "_cca_bwd_kernel", "wanted": 2}, "spills: 9"),
         (sass(["HMMA.16816.F32.BF16 R24, R4, R8, R24 "]), {}, "matrix: no HGMMA"),
         (sass(["FFMA R24, R4, R8, R24 "]), {}, "matrix: none in the hot loop"),
@@ -139,7 +139,7 @@ def test_what_is_no_fault() -> None:
     assert static.failed(row(sass(weights))) == []
     claimed = row(sass([*HOT, "ATOMS.OR RZ, [R2], R5 ", "REDUX.OR UR4, R2 "]))
     assert claimed["atomics"] == 0
-    outside = row("        /*fff0*/                   LDL R5, [R1] ;\n" + sass(HOT))
+    outside = row("        /*fff0*/                   LDL R55, [R1] ;\n" + sass(HOT))
     assert outside["spills"] == 1 and outside["spills_hot"] == 0
     few = row(sass([*HOT, *["STL [R1], R5 "] * 8]), kernel="_cca_bwd_kernel", wanted=2)
     assert static.failed(few) == []
@@ -153,7 +153,7 @@ def test_code_that_waits_behind_the_end_is_no_loop() -> None:
     lines[300] = "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8] "
     lines[301] = f"@!P1 BRA 0x{16 * 390:x} "
     lines[303] = f"BRA.U !UP0, 0x{16 * 300:x} "
-    lines[310:330] = ["LDL R5, [R1] "] * 20
+    lines[310:330] = ["LDL R55, [R1] "] * 20
     lines[389] = "EXIT "
     lines[391] = f"BRA 0x{16 * 302:x} "
     text = "\n".join(f"        /*{16 * i:04x}*/                   {x};" for i, x in enumerate(lines))
@@ -169,11 +169,11 @@ def test_comparison_with_committed() -> None:
     grown = row(sass(HOT, 470))
     assert static.check({"a": grown}, file, "3.7.1") == ["a: instructions: 470, committed 400"]
     assert static.check({"a": grown}, file, "9.9.9") == []  # another version: absolute guards alone
-    spilling = row(sass([*HOT, "LDL R5, [R1] "]))
+    spilling = row(sass([*HOT, "LDL R55, [R1] "]))
     assert len(static.check({"a": spilling}, file, "9.9.9")) == 1
     file["known"] = {"a": {"figures": {"spills": 1}, "reason": "on purpose"}}
     assert static.check({"a": spilling}, file, "3.7.1") == []
-    worse = row(sass([*HOT, "LDL R5, [R1] ", "LDL R6, [R1+0x4] "]))
+    worse = row(sass([*HOT, "LDL R55, [R1] ", "LDL R56, [R1+0x4] "]))
     assert static.check({"a": worse}, file, "3.7.1") == [
         "a: spills: 2 in the hot loop, allowed 0; known are 1"
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 
 from retro_kernels.config import InputError
@@ -137,6 +138,8 @@ def test_an_index_that_cannot_run_on_a_gpu_is_searched_on_the_cpu(
     documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("faiss")
+    if sentencepiece.__version__ in ("0.2.1", "0.2.2"):
+        pytest.skip("this sentencepiece ends the process where a text has too few pairs")
     options = dict(vocab_size=330, embedder="hashing:64", chunk_size=16, progress=False, index="HNSW16,SQ8")
     build_retrieval_set(documents, tmp_path / "set", **options)  # type: ignore[arg-type]
     on_host = Retriever.from_pretrained(tmp_path / "set")
