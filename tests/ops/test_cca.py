@@ -443,25 +443,22 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("shape", BLOCKS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_block_attention_is_the_definition(seed, backend, shape):
-    s = BLOCKS[shape]
-    groups = s["blocks"] // s["repeat"]
-    tensors = [
-        torch.randn(s["blocks"], s["rows"], 4, D),
-        *(torch.randn(groups, s["sets"], s["keys"], 2, D) for _ in "kv"),
-    ]
-    columns = s["rows"] + s["keys"] - 1
+def compare_blocks(backend, dtype, device="cpu", *, blocks, rows, sets, keys, repeat, size=D):
+    groups, columns = blocks // repeat, rows + keys - 1
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(*shape) * scale).to(device, dtype)
+
+    tensors = [draw(blocks, rows, 4, size), *(draw(groups, sets, keys, 2, size) for _ in "kv")]
     options = {
-        "rel_key": torch.randn(4, columns, D) * 0.5,
-        "content_bias": torch.randn(4, D),
-        "position_bias": torch.randn(4, D),
-        "rel_bias": torch.randn(4, columns),
-        "lengths": torch.randint(0, s["keys"] + 1, (groups, s["sets"])),
+        "rel_key": draw(4, columns, size, scale=0.5),
+        "content_bias": draw(4, size),
+        "position_bias": draw(4, size),
+        "rel_bias": draw(4, columns),
+        "lengths": torch.randint(0, keys + 1, (groups, sets)).to(device),
     }
-    options["lengths"][0] = s["keys"]
-    fixed = {"key_repeat": s["repeat"]}
+    options["lengths"][0] = keys
+    fixed = {"key_repeat": repeat}
     grad = torch.randn_like(tensors[0])
 
     def narrow(query, key, value, *, key_repeat, rel_key, content_bias, position_bias, rel_bias, lengths):
@@ -476,7 +473,7 @@ def test_block_attention_is_the_definition(seed, backend, shape):
             lengths,
             block=query.shape[1],
             repeat=key_repeat,
-            scale=D**-0.5,
+            scale=size**-0.5,
             upcast=False,
         )
 
@@ -492,6 +489,23 @@ def test_block_attention_is_the_definition(seed, backend, shape):
     )
     for name in exact:
         assert_accurate(ours[name], yardstick[name], exact[name], f"{backend} {name}", gradient=name != "out")
+
+
+@pytest.mark.parametrize("shape", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_block_attention_is_the_definition(seed, backend, dtype, shape):
+    compare_blocks(backend, dtype, **BLOCKS[shape])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_block_attention_on_the_gpu(seed, shape, size, dtype):
+    """RETRO's own blocks: neighbours of 128 tokens, chunks of 64."""
+    large = {name: n * 4 if name in ("rows", "keys") else n for name, n in BLOCKS[shape].items()}
+    compare_blocks("triton", dtype, "cuda", **large, size=size)
 
 
 def test_it_saves_its_inputs_and_its_output_only(seed):
