@@ -131,13 +131,13 @@ sanitizer() {
     for tool in memcheck racecheck synccheck initcheck; do  # without the caching allocator, bounds are those of tensors
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$BUDGET" compute-sanitizer --tool "$tool" --error-exitcode 9 \
             --kernel-regex "kns=_kernel" "$PYTHON" bench/once.py --small --positions bias relative -D 64 \
-            > "$OUT/$tool.log" 2>&1 &
+            > "$SCRATCH.$tool" 2>&1 &
         running[$tool]=$!
     done
     for tool in "${!running[@]}"; do
         wait "${running[$tool]}" || status=$?
         echo "--- $tool"
-        cat "$OUT/$tool.log" && rm "$OUT/$tool.log"
+        cat "$SCRATCH.$tool"
     done
     return $status
 }
@@ -171,7 +171,7 @@ peers() {
 
 one_file() { have "bench/bench_$1.py" && cases "bench/bench_$1.py"; }
 
-export PYTHON REHEARSE RESULT SITE SCRATCH OUT
+export PYTHON REHEARSE RESULT SITE SCRATCH
 export -f cases have build warm static tests tuning sanitizer profile search peers one_file
 echo "parts: $PARTS"
 [ -n "${FAISS_ARCHIVE:-}" ] && mkdir -p "$SITE" && tar -xJf "$FAISS_ARCHIVE" -C "$SITE"

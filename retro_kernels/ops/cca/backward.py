@@ -29,12 +29,12 @@ from torch import Tensor
 from retro_kernels.ops.cca import tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
-    _add_bias,
     _column_sums,
     _dropout_keep,
     _first,
     _load_tile,
     _position_tile,
+    _query_tile,
     _shear,
     _store_tile,
     _store_zero_rows,
@@ -134,18 +134,44 @@ def _cca_bwd_kernel(
     stride_os = tl.cast(num_rows, tl.int64) * num_heads * D
     stride_on = num_heads * D
 
-    b_q0 = _load_tile(query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA)
+    b_q0 = _query_tile(
+        query,
+        p_content_bias,
+        i_seq,
+        o_row,
+        q_col,
+        stride_qs,
+        stride_qn,
+        num_rows,
+        m_row,
+        BM,
+        DW,
+        D,
+        HAS_CONTENT,
+        TMA,
+    )  # [BM, DW]
     b_do0 = _load_tile(
         grad_out, i_seq, o_row, q_col, stride_gs, stride_gn, num_rows, m_row, BM, DW, D, True, TMA
     )
     b_o = _load_tile(out, i_seq, o_row, q_col, stride_os, stride_on, num_rows, m_row, BM, DW, D, True, TMA)
     delta = tl.sum(b_o.to(tl.float32) * b_do0.to(tl.float32), 1)  # [BM]
-    if HAS_CONTENT:
-        b_q0 = _add_bias(b_q0, p_content_bias, i_head, 0, D, DW, D)
     dq0 = tl.zeros([BM, DW], tl.float32)
     if PANELS == 2:
-        b_q1 = _load_tile(
-            query, i_seq, o_row, q_col + DW, stride_qs, stride_qn, num_rows, m_row, BM, DW, D - DW, True, TMA
+        b_q1 = _query_tile(
+            query,
+            p_content_bias,
+            i_seq,
+            o_row,
+            q_col + DW,
+            stride_qs,
+            stride_qn,
+            num_rows,
+            m_row,
+            BM,
+            DW,
+            D - DW,
+            HAS_CONTENT,
+            TMA,
         )  # [BM, DW]
         b_do1 = _load_tile(
             grad_out,
@@ -166,8 +192,6 @@ def _cca_bwd_kernel(
             out, i_seq, o_row, q_col + DW, stride_os, stride_on, num_rows, m_row, BM, DW, D - DW, True, TMA
         )  # [BM, DW]
         delta += tl.sum(b_o.to(tl.float32) * b_do1.to(tl.float32), 1)
-        if HAS_CONTENT:
-            b_q1 = _add_bias(b_q1, p_content_bias, i_head, DW, D, DW, D - DW)
         dq1 = tl.zeros([BM, DW], tl.float32)
     p_row = p_lse + (i_block.to(tl.int64) * num_heads + i_head) * TQ + o_i + a
     lse = tl.load(p_row, mask=m_row, other=float("inf"))  # [BM]
@@ -418,13 +442,26 @@ def _cca_bwd_kernel(
                     dq1 = tl.dot(by_distance_low, b_rel, dq1, input_precision=PRECISION)
         if RELOAD:
             if o_c + BN < TK:
-                b_q0 = _load_tile(
-                    query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA
-                )
-                b_q0 = _add_bias(b_q0, p_content_bias, i_head, 0, D, DW, D)
+                b_q0 = _query_tile(
+                    query,
+                    p_content_bias,
+                    i_seq,
+                    o_row,
+                    q_col,
+                    stride_qs,
+                    stride_qn,
+                    num_rows,
+                    m_row,
+                    BM,
+                    DW,
+                    D,
+                    HAS_CONTENT,
+                    TMA,
+                )  # [BM, DW]
                 if PANELS == 2:
-                    b_q1 = _load_tile(
+                    b_q1 = _query_tile(
                         query,
+                        p_content_bias,
                         i_seq,
                         o_row,
                         q_col + DW,
@@ -435,10 +472,9 @@ def _cca_bwd_kernel(
                         BM,
                         DW,
                         D - DW,
-                        True,
+                        HAS_CONTENT,
                         TMA,
-                    )
-                    b_q1 = _add_bias(b_q1, p_content_bias, i_head, DW, D, DW, D - DW)
+                    )  # [BM, DW]
 
     dq0 *= scale
     _store_tile(grad_query, dq0, i_seq, o_row, q_col, stride_os, stride_on, m_row, BM, DW, D, True, TMA)
@@ -513,8 +549,9 @@ def _cca_bwd_rel_kernel(
     for i_block in tl.range(i_split * per_split, tl.minimum(blocks, (i_split + 1) * per_split)):
         o_row = i_block % per_seq * TQ + SHIFT + o_i
         m_row = (o_i + a < TQ) & (o_row + a < num_rows)
-        b_q = _load_tile(
+        b_q = _query_tile(
             query,
+            p_position_bias,
             i_block // per_seq,
             o_row,
             i_head * D,
@@ -525,11 +562,9 @@ def _cca_bwd_rel_kernel(
             BM,
             BD,
             D,
-            True,
+            HAS_POSITION,
             False,
         )  # [BM, BD]
-        if HAS_POSITION:
-            b_q = _add_bias(b_q, p_position_bias, i_head, 0, D, BD, D)
         i_tile = (tl.cast(i_block, tl.int64) * ROW_TILES + i_row_tile) * num_heads + i_head
         p_tile = p_ds + (i_tile * KEY_TILES + i_key_tile) * (BM * BN)
         if KEYS_FIRST:
@@ -821,7 +856,7 @@ def _rel_blocks(q: Tensor, g: tiles.Geometry, keys: int) -> tuple[int, int]:
     the loop; two stages of 256 dimensions in fp32 exceed what any GPU has.
     """
     arch, wide = tiles.architecture(q.device), g.padded_dim > 64
-    if 90 <= arch < 100 and q.dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
+    if tiles.hopper(arch) and q.dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
         return 4, 3
     tight = (arch < 90 and wide and g.rows >= 128) or (q.dtype == torch.float32 and g.padded_dim > 128)
     return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2

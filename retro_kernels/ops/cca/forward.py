@@ -21,11 +21,11 @@ from torch import Tensor
 from retro_kernels.ops.cca import tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
-    _add_bias,
     _dropout_keep,
     _first,
     _load_tile,
     _position_tile,
+    _query_tile,
     _store_tile,
     _store_zero_rows,
 )
@@ -95,11 +95,22 @@ def _cca_fwd_kernel(
     n = tl.arange(0, BN)
     m_row = (o_i + a < TQ) & (o_row + a < num_rows)
 
-    b_q = _load_tile(
-        query, i_seq, o_row, i_head * D, stride_qs, stride_qn, num_rows, m_row, BM, BD, D, True, TMA
+    b_q = _query_tile(
+        query,
+        p_content_bias,
+        i_seq,
+        o_row,
+        i_head * D,
+        stride_qs,
+        stride_qn,
+        num_rows,
+        m_row,
+        BM,
+        BD,
+        D,
+        HAS_CONTENT,
+        TMA,
     )  # [BM, BD]
-    if HAS_CONTENT:
-        b_q = _add_bias(b_q, p_content_bias, i_head, 0, D, BD, D)
 
     row_max = tl.full([BM], float("-inf"), tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
@@ -191,8 +202,9 @@ def _cca_fwd_kernel(
             acc = tl.dot(p.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
         if RELOAD:
             if o_c + BN < TK:
-                b_q = _load_tile(
+                b_q = _query_tile(
                     query,
+                    p_content_bias,
                     i_seq,
                     o_row,
                     i_head * D,
@@ -203,10 +215,9 @@ def _cca_fwd_kernel(
                     BM,
                     BD,
                     D,
-                    True,
+                    HAS_CONTENT,
                     TMA,
                 )  # [BM, BD]
-                b_q = _add_bias(b_q, p_content_bias, i_head, 0, D, BD, D)
 
     empty = row_sum == 0.0
     total = tl.where(empty, 1.0, row_sum)

@@ -114,11 +114,31 @@ def _store_zero_rows(
 
 
 @triton.jit
-def _add_bias(x, p_bias, i_head, o_col, D: tl.constexpr, COLS: tl.constexpr, LIMIT: tl.constexpr):
-    """x + bias[head, o_col …], rounded once to x's dtype."""
-    o_c = tl.arange(0, COLS)
-    bias = tl.load(p_bias + i_head * D + o_col + o_c, mask=o_c < LIMIT, other=0.0).to(tl.float32)  # [COLS]
-    return (x.to(tl.float32) + bias[None, :]).to(x.dtype)
+def _query_tile(
+    query,
+    p_bias,
+    i_seq,
+    o_row,
+    o_col,
+    stride_qs,
+    stride_qn,
+    num_rows,
+    m_row,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    LIMIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Rows o_row … and columns o_col … of the query, plus the same columns of bias [H * D], rounded once."""
+    x = _load_tile(
+        query, i_seq, o_row, o_col, stride_qs, stride_qn, num_rows, m_row, ROWS, COLS, LIMIT, True, TMA
+    )  # [ROWS, COLS]
+    if HAS_BIAS:
+        o_c = tl.arange(0, COLS)
+        bias = tl.load(p_bias + o_col + o_c, mask=o_c < LIMIT, other=0.0).to(tl.float32)  # [COLS]
+        x = (x.to(tl.float32) + bias[None, :]).to(x.dtype)
+    return x
 
 
 # A thread holds rows 8 apart and pairs of columns 8 apart. Where indices are put together from eights, what differs
@@ -272,14 +292,26 @@ def _position_tile(
     DW: tl.constexpr = BD // PANELS
     if HAS_REL:
         q_col = i_head * D
-        b_q0 = _load_tile(
-            query, i_seq, o_row, q_col, stride_qs, stride_qn, num_rows, m_row, BM, DW, D, True, TMA
+        b_q0 = _query_tile(
+            query,
+            p_position_bias,
+            i_seq,
+            o_row,
+            q_col,
+            stride_qs,
+            stride_qn,
+            num_rows,
+            m_row,
+            BM,
+            DW,
+            D,
+            HAS_POSITION,
+            TMA,
         )  # [BM, DW]
-        if HAS_POSITION:
-            b_q0 = _add_bias(b_q0, p_position_bias, i_head, 0, D, DW, D)
         if PANELS == 2:
-            b_q1 = _load_tile(
+            b_q1 = _query_tile(
                 query,
+                p_position_bias,
                 i_seq,
                 o_row,
                 q_col + DW,
@@ -290,11 +322,9 @@ def _position_tile(
                 BM,
                 DW,
                 D - DW,
-                True,
+                HAS_POSITION,
                 TMA,
             )  # [BM, DW]
-            if HAS_POSITION:
-                b_q1 = _add_bias(b_q1, p_position_bias, i_head, DW, D, DW, D - DW)
         WHOLE: tl.constexpr = WS >= BM + BN - 1
         if KEYS_FIRST:
             tile = tl.zeros([BN, BM], tl.float32)
@@ -379,7 +409,7 @@ def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, ta
     warps = 8 if rows >= 128 else 4
     if dtype == torch.float32:
         # tf32x3 splits every operand in two, which costs registers
-        return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 or 90 <= arch < 100 else warps, 1)
+        return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 or hopper(arch) else warps, 1)
     if padded_dim > 128:
         return Config(32, 8, 1) if arch < 90 else Config(64, 8, 1 if tables == "relative" else 2)
     # tensor memory holds the products on sm_100: there 8 warps repeat none of them
@@ -389,20 +419,19 @@ def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, ta
 def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:
     """Like `forward_config`; `tables`: "plain" where no dS is summed, "sums" for the gradient of a bias, "relative".
 
-    For sm_90 chosen from times, of RETRO's chunks on an H100: programs of four warps, of which a multiprocessor holds
-    two or three, hide each other's waiting, unless the sum of dS of wide heads does not fit beside the rest. With 8
-    warps and two panels Triton 3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys
-    first, at 256 with 64 keys.
+    For sm_90 chosen from times, of RETRO's chunks on an H100 (`bench/results/gpu_block_sizes.json`): programs of four
+    warps, of which a multiprocessor holds two or three, hide each other's waiting, unless the sum of dS of wide heads
+    does not fit beside the rest. With 8 warps and two panels Triton 3.7 turns some into a trap on sm_100, without an
+    error: at 128 dimensions with keys first, at 256 with 64 keys.
     """
     warps = 8 if rows >= 128 else 4
-    hopper = 90 <= arch < 100
-    if dtype == torch.float32 and hopper and padded_dim > 64:
+    if dtype == torch.float32 and hopper(arch) and padded_dim > 64:
         return Config(16, 8, 1, panels=2, keys_first=padded_dim > 128)
     if dtype == torch.float32:
         return Config(32 if padded_dim <= 64 else 16, 8, 1, keys_first=padded_dim <= 64)
     if padded_dim > 128:
         return Config(32, 8, 1, panels=2)
-    if rows == 64 and hopper:
+    if rows == 64 and hopper(arch):
         if padded_dim <= 64:
             return Config(64, 4, 3)
         if tables == "sums":
@@ -442,7 +471,7 @@ some of those read past the shared memory, where a tile takes dozens of them."""
 def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
     num_seqs, num_rows, num_heads, head_dim = query.shape
     blocks = key.shape[0] * repeat
-    fp32_on_hopper = query.dtype == torch.float32 and 90 <= architecture(query.device) < 100
+    fp32_on_hopper = query.dtype == torch.float32 and hopper(architecture(query.device))
     rows = min(max(16, triton.next_power_of_2(block)), FP32_ROWS if fp32_on_hopper else 128)
     padded = max(16, triton.next_power_of_2(head_dim))
     return Geometry(
@@ -461,13 +490,8 @@ def reload(
     error, on sm_90. `bench/static.py` looks for that.
     """
     several = num_keys > keys
-    if (
-        content_bias is None
-        or 0 < arch < 90
-        or arch >= 100
-        or dtype == torch.float32
-        or not (several or num_sets > 1)
-    ):
+    needed = content_bias is not None and dtype != torch.float32 and (several or num_sets > 1)
+    if not needed or not (hopper(arch) or arch == 0):
         return 0
     return 1 if several else 2
 
@@ -487,6 +511,11 @@ def window_slice(rows: int, keys: int, warps: int, flat: bool) -> int:
 def precision(dtype: torch.dtype) -> str:
     """Products of fp32 operands: three tf32 products keep fp32's accuracy; plain fp32 has no tensor cores."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def hopper(arch: int) -> bool:
+    """Whether products are those of warpgroups: sm_90."""
+    return 90 <= arch < 100
 
 
 @functools.lru_cache
