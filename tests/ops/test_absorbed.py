@@ -141,6 +141,22 @@ def run(
     return out, {name: x.grad for name, x in leaves.items() if torch.is_tensor(x) and x.grad is not None}
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_layouts_do_not_matter(backend: str, seed: int) -> None:
+    tensors = make(2, 37, 4, 2, 16, 8, 2, 16, 24, dtype=torch.float32)
+    others = {
+        name: x.transpose(0, -1).contiguous().transpose(0, -1) if torch.is_tensor(x) and x.dim() > 1 else x
+        for name, x in tensors.items()
+    }
+    others["neighbour_lengths"] = torch.stack([tensors["neighbour_lengths"].int()] * 2, -1)[..., 0]
+    assert sum(torch.is_tensor(x) and not x.is_contiguous() for x in others.values()) == 9
+    grad_out = torch.randn(tensors["query"].shape, device=DEVICE)
+    ours, expected = (
+        run(absorbed_cross_attention, x, grad_out, torch.float32, backend=backend) for x in (others, tensors)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(

@@ -183,8 +183,8 @@ def _forward(
     content = q if content_bias is None else q + content_bias.to(q.dtype)
     position = q if position_bias is None else q + position_bias.to(q.dtype)
     table = None if rel_key is None else _reversed_columns(rel_key)
-    bias = None if rel_bias is None else rel_bias.flip(1).float() if fused else rel_bias
-    lengths = None if lengths is None else lengths.reshape(blocks, neighbours).int()
+    bias = None if rel_bias is None else rel_bias.flip(1).contiguous().float() if fused else rel_bias
+    lengths = None if lengths is None else lengths.reshape(blocks, neighbours).int().contiguous()
 
     attended = query.new_empty((blocks * chunk_size, heads, head_dim))
     weights = query.new_empty((blocks, rows, keys) if keep else (0,))
