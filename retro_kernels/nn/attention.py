@@ -121,6 +121,8 @@ def relative_attention(
     The logits exist for `_ROWS` query rows at a time; a gradient recomputes those of a longer sequence.
     """
     rows, past = q.shape[2], k.shape[2] - q.shape[2]
+    if rows == 0:
+        return torch.zeros_like(q)
     parts = []
     for start in range(0, rows, _ROWS):
         stop = min(start + _ROWS, rows)
@@ -475,7 +477,7 @@ class BlockAttention(nn.Module):
             content_bias=self.content_bias,
             position_bias=self.position_bias,
             lengths=None if lengths is None else lengths[:, None],
-            key_repeat=x.shape[0] // max(source.shape[0], 1),
+            key_repeat=max(x.shape[0] // max(source.shape[0], 1), 1),  # without a block, too
             backend=self.backend,
         )
         return self.dropout(self.o_proj(out.flatten(2)))

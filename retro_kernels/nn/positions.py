@@ -6,6 +6,8 @@ A relative position costs one more matrix product: (q + v)·W_R φ(d), with φ t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,8 +39,14 @@ class DistanceTable(nn.Module):
         return sinusoid(torch.arange(self.first, self.last + 1, device=device), self.dim, torch.float32)
 
     def reset_parameters(self) -> None:
-        """Computes the table again on its device, as is needed after `to_empty`."""
+        """Computes the table again on its device."""
         self.table = self._compute(self.table.device)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> DistanceTable:
+        # no checkpoint brings it back after `to_empty`, and what a cast rounds is not what this is made of
+        super()._apply(*args, **kwargs)
+        self.reset_parameters()
+        return self
 
     def forward(self, like: Tensor) -> Tensor:
         """The table in the dtype of `like`: [G, dim]."""

@@ -175,6 +175,25 @@ def test_modules_that_own_parameters_can_fill_them(seed: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(empty.buffers(), fresh.buffers(), strict=True))
 
 
+def test_weights_are_all_that_a_module_needs_after_the_meta_device(seed: int) -> None:
+    """`to_empty` and a checkpoint, without any reset: no table is left as memory that nobody filled."""
+    for maker in (make, lambda: BlockAttention(10, 2, R, M, head_dim=4, context_dim=7)):
+        whole = maker()
+        with torch.device("meta"):
+            empty = maker()
+        empty.to_empty(device="cpu").load_state_dict(whole.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(empty.buffers(), whole.buffers(), strict=True))
+        assert len(list(empty.buffers())) == 1
+
+
+def test_casting_rounds_no_table() -> None:
+    """A model that was in bfloat16 for a while has the distances of one that never was."""
+    module = make().float()
+    before = module.distances.table.clone()
+    module.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(module.distances.table, before)
+
+
 @pytest.mark.parametrize("position", ["relative", "bias", "none"])
 def test_it_keeps_no_more_for_the_backward_than_sdpa_without_positions(
     seed: int, monkeypatch: pytest.MonkeyPatch, position: str

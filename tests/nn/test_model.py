@@ -71,6 +71,23 @@ def test_no_token_changes_the_past(seed: int, tokens: int, self_attention: str) 
         assert changed[:, t:].any(0).all()  # every later token does see it
 
 
+@pytest.mark.parametrize("tokens", [0, 1, M - 1, M])
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("self_attention", ["relative", "rotary"])
+def test_sizes_of_nothing(seed: int, tokens: int, batch: int, self_attention: str) -> None:
+    """No sequence, no token, no whole chunk: the shapes of always, and the plain decoder's values."""
+    model = tiny_model(self_attention=self_attention)
+    x, neighbours = torch.randint(50, (batch, tokens)), random_neighbours(batch, tokens // M)
+    hidden = torch.randn(batch, tokens // M, M, TINY.dim, dtype=torch.float64)
+    encoded = model.encoder(neighbours.tokens, hidden, neighbours.lengths)
+    assert encoded.shape == (batch, tokens // M, 3, TINY.neighbour_len, TINY.encoder_dim)
+    logits = model(x, neighbours)
+    assert logits.shape == (batch, tokens, 50)
+    if tokens < M:
+        assert torch.equal(logits, model(x, None))
+    logits.sum().backward()
+
+
 def test_reach_of_neighbours(seed: int) -> None:
     """Chunk u's neighbours reach its own last token and everything after it, and nothing before."""
     model = tiny_model()
