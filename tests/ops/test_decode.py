@@ -129,6 +129,22 @@ def test_kernels_compute_rows_of_the_whole(dtype: torch.dtype, sizes: Any, split
     assert ours[0, 0].eq(0).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32, torch.uint8])
+def test_layouts_and_integer_types_do_not_matter(backend: str, integers: torch.dtype, seed: int) -> None:
+    def strided(x: Tensor) -> Tensor:
+        turned = x.transpose(0, -1).contiguous().transpose(0, -1)
+        return turned if x.numel() == 1 or not turned.is_contiguous() else x
+
+    tensors = make(*SIZES[1], dtype=torch.float32)
+    tensors["rows"] = tensors["rows"].clamp(min=0)
+    for function, given in ((absorbed_decode, tensors), (chunked_cross_attention_decode, project(tensors))):
+        others = {name: strided(x if x.is_floating_point() else x.to(integers)) for name, x in given.items()}
+        assert sum(not x.is_contiguous() for x in others.values()) >= 8
+        ours, expected = function(**others, backend=backend), function(**given, backend=backend)
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("sizes", SIZES[:2])
 def test_plain_computes_rows_of_the_whole(sizes: Any, seed: int) -> None:
     """The yardstick above is the "torch" backend; in float64 it is the definition."""
@@ -269,15 +285,15 @@ def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
 
     tensors = make(*SIZES[0], dtype=torch.float32)
     expected = absorbed_decode(**tensors, backend="triton")
-    run, limit, tried = decode_kernel._run, {"STAGES": 1, "BN": 16}, []
+    make_pass, limit, tried = decode_kernel._Decode, {"STAGES": 1, "BN": 16}, []
 
     def small(*args: Any) -> Any:
         tried.append(args[-1])
         if any(args[-1][name] > most for name, most in limit.items()):
             raise OutOfResources(132_096, 101_376, "shared memory")
-        return run(*args)
+        return make_pass(*args)
 
-    monkeypatch.setattr(decode_kernel, "_run", small)
+    monkeypatch.setattr(decode_kernel, "_Decode", small)
     monkeypatch.setattr(decode_kernel, "_fitted", {})
     torch.testing.assert_close(absorbed_decode(**tensors, backend="triton"), expected)
     assert len(tried) > 1 and tried[0]["STAGES"] == 2

@@ -438,8 +438,7 @@ def _decode(
     from retro_kernels.ops.cca.decode_kernel import decode_triton
 
     rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
-    lengths = None if lengths is None else lengths.int()
-    return decode_triton(query, key, value, rows.int(), rel, content_bias, rel_bias, lengths, scale)
+    return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale)
 
 
 def _absorbed(
@@ -463,9 +462,8 @@ def _absorbed(
     absorbed = query.new_empty((batch * tokens, heads, width))
     _per_head(content.flatten(0, 1), _by_head(key_weight, heads, head_dim), absorbed)
     rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
-    lengths = None if lengths is None else lengths.int()
     mixed = absorbed_decode_triton(
-        absorbed.view(batch, tokens, heads, width), states, rows.int(), rel, rel_bias, lengths, scale
+        absorbed.view(batch, tokens, heads, width), states, rows, rel, rel_bias, lengths, scale
     )
     out = query.new_empty(query.shape)
     _per_head(mixed.flatten(0, 1), _by_head(value_weight, heads, head_dim).transpose(1, 2), out.flatten(0, 1))

@@ -17,7 +17,8 @@ Shapes: B batch · T new tokens · H heads · Hkv key heads · K neighbours · R
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from retro_kernels.ops.cca import launch
 from retro_kernels.ops.cca import tiles as attention_tiles
 from retro_kernels.ops.cca.tiles import precision
 from retro_kernels.ops.cca.tuning import until_it_fits
@@ -86,11 +88,11 @@ def _cca_decode_kernel(
     p_q,  # [B, T, H, D]
     p_k,
     p_v,  # [B, K, R, Hkv, D]
-    p_rows,  # int32 [B, T]
+    p_rows,  # integers [B, T]
     p_rel,  # [H, B * T, G]
     p_content_bias,  # [H, D]
     p_rel_bias,  # [H, G]
-    p_lengths,  # int32 [B, K]
+    p_lengths,  # integers [B, K]
     p_out,  # [B, T, H, (SPLITS,) D]
     p_lse,  # float32 [B, T, H, SPLITS]
     scale_log2,
@@ -126,7 +128,7 @@ def _cca_decode_kernel(
     m_row = o_r < T * group
     o_bt = i_b * T + o_r // group
     o_h = i_kv * group + o_r % group
-    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1)
+    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1).to(tl.int32)
     o_flat = o_bt.to(tl.int64) * H + o_h
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -169,10 +171,10 @@ def _cca_decode_kernel(
 def _cca_absorbed_decode_kernel(
     p_q,  # [B, T, H, E]
     p_states,  # [B, K, R, E]
-    p_rows,  # int32 [B, T]
+    p_rows,  # integers [B, T]
     p_rel,  # [H, B * T, G]
     p_rel_bias,  # [H, G]
-    p_lengths,  # int32 [B, K]
+    p_lengths,  # integers [B, K]
     p_out,  # [B, T, H, (SPLITS,) E]
     p_lse,  # float32 [B, T, H, SPLITS]
     scale_log2,
@@ -206,7 +208,7 @@ def _cca_absorbed_decode_kernel(
     m_row = o_r < T * H
     o_bt = i_b * T + o_r // H
     o_h = o_r % H
-    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1)
+    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1).to(tl.int32)
     o_flat = i_b64 * T * H + o_r
     p_qr = p_q + o_flat[:, None] * E
     o_w0 = tl.arange(0, W0)
@@ -353,37 +355,11 @@ def splits(programs: int, tiles: int, slots: int) -> int:
     return -(-tiles // -(-tiles // best))  # none is empty
 
 
-def _run(
-    kernel: Any,
-    launch: Callable[..., None],
-    programs: int,
-    tiles: int,
-    out: Tensor,
-    sizes: dict[str, int],
-) -> Tensor:
-    """Launches `kernel` for `programs` groups of rows, split over their `tiles` of keys, and merges the parts."""
-    sizes = dict(sizes)
-    resident = sizes.pop("resident")
-    parts_of_row = splits(programs, tiles, slots(out.device, resident))
-    width, rows = out.shape[-1], out.numel() // out.shape[-1]
-    if parts_of_row == 1:
-        launch(kernel[(programs,)], out, out, 1, sizes)
-        return out
-    parts = torch.empty((rows, parts_of_row, width), dtype=torch.float32, device=out.device)
-    lse = torch.empty((rows, parts_of_row), dtype=torch.float32, device=out.device)
-    launch(kernel[(programs * parts_of_row,)], parts, lse, parts_of_row, sizes)
-    block = min(triton.next_power_of_2(width), 256)
-    _cca_decode_merge_kernel[(rows, triton.cdiv(width, block))](
-        parts, lse, out, width, parts_of_row, BW=block, num_warps=4
-    )
-    return out
-
-
 _fitted: dict[tuple[Any, ...], dict[str, int]] = {}
 
 
-def _fitting(kernel: Any, sizes: dict[str, int], run: Callable[[dict[str, int]], Tensor]) -> Tensor:
-    """`run` with these sizes, or with fewer stages, keys and rows where a GPU has not the shared memory for them.
+def _fitting(kernel: Any, sizes: dict[str, int], attempt: Callable[[dict[str, int]], Tensor]) -> Tensor:
+    """`attempt` with these sizes, or with fewer stages, keys and rows where a GPU has not the shared memory for them.
 
     Raises RuntimeError where nothing smaller is left.
     """
@@ -399,115 +375,148 @@ def _fitting(kernel: Any, sizes: dict[str, int], run: Callable[[dict[str, int]],
             f'GPU has {error.limit:,}. Use backend="torch", or a narrower dtype.'
         ) from error
 
-    return until_it_fits(_fitted.get(wanted, sizes), run, smaller)
+    return until_it_fits(_fitted.get(wanted, sizes), attempt, smaller)
+
+
+class _Decode:
+    """One of the two kernels, for one kind of call: `programs` groups of rows, each split over its `tiles` of keys, and
+    the merging of the parts."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        query: Tensor,
+        programs: int,
+        tiles: int,
+        scalars: tuple[int | float, ...],
+        constants: dict[str, Any],
+        flags: dict[str, bool],
+        sizes: dict[str, int],
+    ) -> None:
+        sizes = dict(sizes)
+        parts = splits(programs, tiles, slots(query.device, sizes.pop("resident")))
+        width = query.shape[-1]
+        rows = query.numel() // width
+        blocks = {name: sizes.pop(name) for name in (*kernel.arg_names,) if name in sizes}
+        constants = {**constants, **blocks, "SPLITS": parts, **flags, "PRECISION": precision(query.dtype)}
+        order = [name for name in kernel.arg_names if name in constants]
+        self.launches = [
+            launch.Launch(
+                kernel, (programs * parts,), (), scalars, {name: constants[name] for name in order}, **sizes
+            )
+        ]
+        self._parts_shape = (rows, parts, width)
+        if parts > 1:
+            block = min(triton.next_power_of_2(width), 256)
+            self.launches.append(
+                launch.Launch(
+                    _cca_decode_merge_kernel,
+                    (rows, triton.cdiv(width, block)),
+                    (),
+                    (width, parts),
+                    {"BW": block},
+                    num_warps=4,
+                )
+            )
+
+    def __call__(self, query: Tensor, *tensors: Tensor | None) -> Tensor:
+        out = query.new_empty(query.shape)
+        if len(self.launches) == 1:
+            self.launches[0](query, *tensors, out, None)
+            return out
+        parts = query.new_empty(self._parts_shape, dtype=torch.float32)
+        lse = query.new_empty(self._parts_shape[:2], dtype=torch.float32)
+        self.launches[0](query, *tensors, parts, lse)
+        self.launches[1](parts, lse, out)
+        return out
 
 
 def decode_triton(
     query: Tensor,  # [B, T, H, D]
     key: Tensor,  # [B, K, R, Hkv, D]
     value: Tensor,  # [B, K, R, Hkv, D]
-    rows: Tensor,  # int32 [B, T]
+    rows: Tensor,  # integers [B, T]
     rel: Tensor | None,  # [H, B * T, G]
     content_bias: Tensor | None,  # [H, D]
     rel_bias: Tensor | None,  # [H, G]
-    lengths: Tensor | None,  # int32 [B, K]
+    lengths: Tensor | None,  # integers [B, K]
     scale: float,
 ) -> Tensor:  # [B, T, H, D]
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    rows, rel, content_bias, rel_bias, lengths = (
+        None if x is None else x.contiguous() for x in (rows, rel, content_bias, rel_bias, lengths)
+    )
     batch, tokens, heads, head_dim = query.shape
     _, neighbours, neighbour_len, kv_heads, _ = key.shape
-    out = query.new_empty(query.shape)
-    if out.numel() == 0 or key.numel() == 0:
-        return out.zero_()
+    if query.numel() == 0 or key.numel() == 0:
+        return query.new_zeros(query.shape)
     of_group = tokens * heads // kv_heads
     columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
 
-    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int, sizes: dict[str, int]) -> None:
-        kernel(
+    def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _Decode:
+        return _Decode(
+            _cca_decode_kernel,
             query,
-            key,
-            value,
-            rows,
-            query if rel is None else rel,
-            query if content_bias is None else content_bias,
-            query if rel_bias is None else rel_bias,
-            rows if lengths is None else lengths,
-            target,
-            lse,
-            scale * 1.4426950408889634,
-            batch,
-            tokens,
-            heads,
-            kv_heads,
-            neighbours,
-            columns,
-            R=neighbour_len,
-            D=head_dim,
-            SPLITS=splits,
-            HAS_REL=rel is not None,
-            HAS_U=content_bias is not None,
-            HAS_BIAS=rel_bias is not None,
-            HAS_LENGTHS=lengths is not None,
-            PRECISION=precision(query.dtype),
-            **sizes,
+            batch * kv_heads * triton.cdiv(of_group, sizes["BQ"]),
+            neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
+            (scale * math.log2(math.e), batch, tokens, heads, kv_heads, neighbours, columns),
+            {"R": neighbour_len, "D": head_dim},
+            {
+                "HAS_REL": rel is not None,
+                "HAS_U": content_bias is not None,
+                "HAS_BIAS": rel_bias is not None,
+                "HAS_LENGTHS": lengths is not None,
+            },
+            sizes,
         )
 
-    def run(sizes: dict[str, int]) -> Tensor:
-        programs = batch * kv_heads * triton.cdiv(of_group, sizes["BQ"])
-        tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-        return _run(_cca_decode_kernel, launch, programs, tiles, out, sizes)
+    def fitting(attempt: Callable[[dict[str, int]], Tensor]) -> Tensor:
+        sizes = decode_tile(head_dim, of_group, query.element_size())
+        return _fitting(_cca_decode_kernel, sizes, attempt)
 
-    return _fitting(_cca_decode_kernel, decode_tile(head_dim, of_group, query.element_size()), run)
+    tensors = (query, key, value, rows, rel, content_bias, rel_bias, lengths)
+    return launch.run("decode", tensors, (scale,), make, fitting)
 
 
 def absorbed_decode_triton(
     absorbed: Tensor,  # [B, T, H, E]
     states: Tensor,  # [B, K, R, E]
-    rows: Tensor,  # int32 [B, T]
+    rows: Tensor,  # integers [B, T]
     rel: Tensor | None,  # [H, B * T, G]
     rel_bias: Tensor | None,  # [H, G]
-    lengths: Tensor | None,  # int32 [B, K]
+    lengths: Tensor | None,  # integers [B, K]
     scale: float,
 ) -> Tensor:  # [B, T, H, E]
     absorbed, states = absorbed.contiguous(), states.contiguous()
+    rows, rel, rel_bias, lengths = (
+        None if x is None else x.contiguous() for x in (rows, rel, rel_bias, lengths)
+    )
     batch, tokens, heads, width = absorbed.shape
     _, neighbours, neighbour_len, _ = states.shape
-    out = absorbed.new_empty(absorbed.shape)
-    if out.numel() == 0 or states.numel() == 0:
-        return out.zero_()
+    if absorbed.numel() == 0 or states.numel() == 0:
+        return absorbed.new_zeros(absorbed.shape)
     columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
 
-    def launch(kernel: Any, target: Tensor, lse: Tensor, splits: int, sizes: dict[str, int]) -> None:
-        kernel(
+    def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _Decode:
+        return _Decode(
+            _cca_absorbed_decode_kernel,
             absorbed,
-            states,
-            rows,
-            absorbed if rel is None else rel,
-            absorbed if rel_bias is None else rel_bias,
-            rows if lengths is None else lengths,
-            target,
-            lse,
-            scale * 1.4426950408889634,
-            batch,
-            tokens,
-            heads,
-            neighbours,
-            columns,
-            R=neighbour_len,
-            E=width,
-            SPLITS=splits,
-            HAS_REL=rel is not None,
-            HAS_BIAS=rel_bias is not None,
-            HAS_LENGTHS=lengths is not None,
-            PRECISION=precision(absorbed.dtype),
-            **sizes,
+            batch * triton.cdiv(tokens * heads, sizes["BQ"]),
+            neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
+            (scale * math.log2(math.e), batch, tokens, heads, neighbours, columns),
+            {"R": neighbour_len, "E": width},
+            {
+                "HAS_REL": rel is not None,
+                "HAS_BIAS": rel_bias is not None,
+                "HAS_LENGTHS": lengths is not None,
+            },
+            sizes,
         )
 
-    def run(sizes: dict[str, int]) -> Tensor:
-        programs = batch * triton.cdiv(tokens * heads, sizes["BQ"])
-        tiles = neighbours * triton.cdiv(neighbour_len, sizes["BN"])
-        return _run(_cca_absorbed_decode_kernel, launch, programs, tiles, out, sizes)
+    def fitting(attempt: Callable[[dict[str, int]], Tensor]) -> Tensor:
+        arch = attention_tiles.architecture(absorbed.device)
+        sizes = absorbed_tile(width, tokens * heads, absorbed.element_size(), arch)
+        return _fitting(_cca_absorbed_decode_kernel, sizes, attempt)
 
-    arch = attention_tiles.architecture(absorbed.device)
-    sizes = absorbed_tile(width, tokens * heads, absorbed.element_size(), arch)
-    return _fitting(_cca_absorbed_decode_kernel, sizes, run)
+    tensors = (absorbed, states, rows, rel, rel_bias, lengths)
+    return launch.run("absorbed decode", tensors, (scale,), make, fitting)

@@ -12,13 +12,15 @@ A row without any finite logit has out = 0 and lse = +inf, which makes every gra
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from retro_kernels.ops.cca import tiles, tuning
+from retro_kernels.ops.cca import launch, tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.tiles import (
     _dropout_keep,
@@ -276,76 +278,114 @@ def forward(
     tma: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch: out [S, N, H, D] and lse [P, H, TQ] in base 2."""
-    g = tiles.geometry(query, key, block, repeat)
-    groups, num_sets, num_keys, kv_heads, _ = key.shape
-    arch = tiles.architecture(query.device)
-    kind = "plain" if rel_key is None else "relative"
-    problem = tuning.Problem("forward", arch, g.padded_dim, query.dtype, g.rows, kind)
-    out = query.new_empty(query.shape)
-    lse = query.new_empty((g.blocks, g.num_heads, block), dtype=torch.float32)
-    q, o = tiles.flat_rows(query, g.num_seqs), tiles.flat_rows(out, g.num_seqs)
-    k, v = tiles.flat_rows(key, groups * num_sets), tiles.flat_rows(value, groups * num_sets)
-    r = None if rel_key is None else rel_key.contiguous()
-    if tma is None:
-        tma = block % g.rows == 0 and tiles.can_use_tma(
-            arch, g.head_dim, g.padded_dim, (q, k, v) if r is None else (q, k, v, r)
-        )
+    options = (block, shift, repeat, scale, dropout_p)
 
-    flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=False)
+    def fitting(attempt: Callable[[tiles.Config], Any]) -> Any:
+        g = tiles.geometry(query, key, block, repeat)
+        arch = tiles.architecture(query.device)
+        tables = "plain" if rel_key is None else "relative"
+        problem = tuning.Problem("forward", arch, g.padded_dim, query.dtype, g.rows, tables)
+        return tuning.fitting(problem, config, attempt)
 
-    def launch(config: tiles.Config) -> None:
+    return launch.run(
+        "forward",
+        (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed),
+        (*options, config, tma),
+        lambda tensors, config: _Forward(*tensors, *options, config, tma),
+        fitting,
+    )
+
+
+class _Forward:
+    """The forward pass of one kind of call."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rel_key: Tensor | None,
+        content_bias: Tensor | None,
+        position_bias: Tensor | None,
+        rel_bias: Tensor | None,
+        lengths: Tensor | None,
+        seed: Tensor | None,
+        block: int,
+        shift: int,
+        repeat: int,
+        scale: float,
+        dropout_p: float,
+        config: tiles.Config,
+        tma: bool | None,
+    ) -> None:
+        g = tiles.geometry(query, key, block, repeat)
+        _, num_sets, num_keys, kv_heads, _ = key.shape
+        arch = tiles.architecture(query.device)
+        out = torch.empty(query.shape, dtype=query.dtype, device="meta")
+        q, k, v, o = (launch.flat_rows(x) for x in (query, key, value, out))
+        if tma is None:
+            tma = block % g.rows == 0 and tiles.can_use_tma(
+                arch, g.head_dim, g.padded_dim, (q, k, v) if rel_key is None else (q, k, v, rel_key)
+            )
+        flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=False)
         slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat)
-        _cca_fwd_kernel[(g.blocks * g.row_tiles * g.num_heads,)](
-            tiles.descriptor(q, g.rows, g.padded_dim, tma),
-            tiles.descriptor(k, config.keys, g.padded_dim, tma),
-            tiles.descriptor(v, config.keys, g.padded_dim, tma),
-            None if r is None else tiles.descriptor(r, slice_, g.padded_dim, tma),
-            tiles.descriptor(o, g.rows, g.padded_dim, tma),
-            out,
-            lse,
-            content_bias,
-            position_bias,
-            rel_bias,
-            lengths,
-            seed,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            g.num_rows,
-            g.num_heads,
-            g.per_seq,
-            num_sets,
-            num_keys,
-            scale * math.log2(math.e),
-            dropout_threshold(dropout_p),
-            1.0 / (1.0 - dropout_p),
-            REPEAT=repeat,
-            GROUP=g.num_heads // kv_heads,
-            SHIFT=shift,
-            TQ=block,
-            TK=num_keys,
-            D=g.head_dim,
-            BD=g.padded_dim,
-            BM=g.rows,
-            BN=config.keys,
-            WS=slice_,
-            HAS_REL=rel_key is not None,
-            HAS_CONTENT=content_bias is not None,
-            HAS_POSITION=position_bias is not None,
-            HAS_BIAS=rel_bias is not None,
-            HAS_LENGTHS=lengths is not None,
-            DROPOUT=dropout_p > 0.0,
-            PRECISION=tiles.precision(query.dtype),
-            FLAT=flat,
-            TMA=tma,
-            RELOAD=tiles.reload(arch, query.dtype, content_bias, num_sets, num_keys, config.keys),
-            STAGES=config.stages,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
+        self._lse_shape = (g.blocks, g.num_heads, block)
+        self.launches = [
+            launch.Launch(
+                _cca_fwd_kernel,
+                (g.blocks * g.row_tiles * g.num_heads,),
+                (
+                    launch.Window(q, g.rows, g.padded_dim, tma),
+                    launch.Window(k, config.keys, g.padded_dim, tma),
+                    launch.Window(v, config.keys, g.padded_dim, tma),
+                    None if rel_key is None else launch.Window(rel_key, slice_, g.padded_dim, tma),
+                    launch.Window(o, g.rows, g.padded_dim, tma),
+                ),
+                (
+                    *q.stride()[:2],
+                    *k.stride()[:2],
+                    *v.stride()[:2],
+                    g.num_rows,
+                    g.num_heads,
+                    g.per_seq,
+                    num_sets,
+                    num_keys,
+                    scale * math.log2(math.e),
+                    dropout_threshold(dropout_p),
+                    1.0 / (1.0 - dropout_p),
+                ),
+                {
+                    "REPEAT": repeat,
+                    "GROUP": g.num_heads // kv_heads,
+                    "SHIFT": shift,
+                    "TQ": block,
+                    "TK": num_keys,
+                    "D": g.head_dim,
+                    "BD": g.padded_dim,
+                    "BM": g.rows,
+                    "BN": config.keys,
+                    "WS": slice_,
+                    "HAS_REL": rel_key is not None,
+                    "HAS_CONTENT": content_bias is not None,
+                    "HAS_POSITION": position_bias is not None,
+                    "HAS_BIAS": rel_bias is not None,
+                    "HAS_LENGTHS": lengths is not None,
+                    "DROPOUT": dropout_p > 0.0,
+                    "PRECISION": tiles.precision(query.dtype),
+                    "FLAT": flat,
+                    "TMA": tma,
+                    "RELOAD": tiles.reload(arch, query.dtype, content_bias, num_sets, num_keys, config.keys),
+                    "STAGES": config.stages,
+                },
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
+        ]
 
-    tuning.fitting(problem, config, launch)
-    return out, lse
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, rel_key: Tensor | None, *rest: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out = query.new_empty(query.shape)
+        lse = query.new_empty(self._lse_shape, dtype=torch.float32)
+        self.launches[0](query, key, value, rel_key, out, out, lse, *rest)
+        return out, lse

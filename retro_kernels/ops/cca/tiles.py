@@ -9,13 +9,12 @@ at (i0, c0) local row a and key n meet in column t = a − n + BN − 1 of a win
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 SLICE = 32
 """Distance columns that are sheared back at a time: a whole window would not fit into registers beside the rest."""
@@ -527,12 +526,6 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
-def flat_rows(x: Tensor, batch: int) -> Tensor:
-    """[batch, rows, heads * D] with dense last axis: a view wherever the strides allow it."""
-    x = x.reshape(batch, -1, x.shape[-2] * x.shape[-1])
-    return x if x.stride(2) == 1 else x.contiguous()
-
-
 def can_use_tma(arch: int, head_dim: int, padded_dim: int, tensors: tuple[Tensor, ...]) -> bool:
     """TMA needs sm_90, 16-byte aligned bases and strides; a padded head would run into its neighbour's columns."""
     if 0 < arch < 90 or head_dim != padded_dim:
@@ -541,8 +534,3 @@ def can_use_tma(arch: int, head_dim: int, padded_dim: int, tensors: tuple[Tensor
         x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
         for x in tensors
     )
-
-
-def descriptor(x: Tensor, rows: int, cols: int, tma: bool) -> Any:
-    """A [1, rows, cols] window into x [batch, rows, H * D], or x itself for the pointer path."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, cols]) if tma else x

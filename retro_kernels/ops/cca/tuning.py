@@ -25,7 +25,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from retro_kernels.ops.cca import tiles
+from retro_kernels.ops.cca import launch, tiles
 from retro_kernels.ops.cca.tiles import Config
 
 FORMAT = 2
@@ -162,6 +162,7 @@ def save(block_sizes: dict[str, Config], gpu: str, path: Path | None = None) -> 
     finally:
         partial.unlink(missing_ok=True)
     _tuned.cache_clear()
+    launch.forget()
     return path
 
 

@@ -1,0 +1,157 @@
+"""Launching the attention kernels. What is worked out for one call is kept for others of its kind.
+
+A training step makes the same calls over and over, and Python takes longer to work one out (block sizes, strides, and
+in Triton the machine code that fits the types and alignment of the arguments) than to make it. A pass is an object that
+has done so: it holds the launches of its kernels, and its call allocates and launches, no more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Window:
+    """By TMA a [1, rows, columns] window into `flat` [batch, rows, columns in all], else the tensor itself."""
+
+    def __init__(self, flat: Tensor, rows: int, columns: int, tma: bool) -> None:
+        self._fields: dict[str, Any] | None = None
+        if tma:
+            # Triton checks the sizes here, once; their kind keeps the alignment
+            made = TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [1, rows, columns])
+            self._fields = {**vars(made), "base": None}
+
+    def __call__(self, x: Tensor) -> Any:
+        """`x`: of the memory layout of `flat`, in any shape."""
+        if self._fields is None:
+            return x
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        vars(made).update(self._fields)
+        made.base = x
+        return made
+
+
+class Launch:
+    """One launch of a kernel: its tensors come with each call, in the kernel's order; all else is fixed.
+
+    `windows`: of the first tensors; the others, and those without a window, are passed on as they are. `scalars` and
+    then `constants` follow the tensors in the kernel's signature; `options` are Triton's.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        windows: Sequence[Window | None],
+        scalars: tuple[int | float, ...],
+        constants: dict[str, Any],
+        **options: int,
+    ) -> None:
+        names = tuple(constants)
+        assert tuple(kernel.arg_names[-len(names) :]) == names, "constants have to be in the kernel's order"
+        self._kernel = kernel
+        self._grid = (*grid, 1, 1)[:3]
+        self._windows = tuple(windows)
+        self._rest = (*scalars, *constants.values())
+        self._options = options
+        self._run: Callable[..., Any] | None = None
+
+    @property
+    def compiled(self) -> bool:
+        return self._run is not None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        count = len(self._windows)
+        args = [
+            x if x is None or window is None else window(x)
+            for x, window in zip(tensors, self._windows, strict=False)
+        ]
+        if self._run is not None:
+            self._run(*args, *tensors[count:], *self._rest)
+            return
+        made = self._kernel[self._grid](*args, *tensors[count:], *self._rest, **self._options)
+        if made is not None:  # an interpreter makes nothing
+            self._run = made[self._grid]
+
+
+Sizes = TypeVar("Sizes")
+
+
+class Pass(Protocol):
+    """One direction of a kind of call."""
+
+    launches: Sequence[Launch]
+
+    def __call__(self, *tensors: Tensor | None) -> Any: ...
+
+
+_kept: dict[Hashable, Pass] = {}
+_MOST = 1024
+"""Kinds of calls that are kept: a program with more has lengths of every size, and little to gain."""
+
+
+def run(
+    what: str,
+    tensors: Sequence[Tensor | None],
+    options: tuple[Any, ...],
+    make: Callable[[Sequence[Any], Sizes], Pass],
+    fitting: Callable[[Callable[[Sizes], Any]], Any],
+) -> Any:
+    """Calls the pass `what` with `tensors`: the one that was kept for this kind of call, else one that `make(tensors,
+    sizes)` makes. `fitting` calls what it is given with block sizes, with others where those do not fit the GPU."""
+    kind = _kind(what, tensors, options)
+    made = _kept.get(kind)
+    if made is None:
+        tensors = [_dense(x) for x in tensors]
+        kind = _kind(what, tensors, options)
+        made = _kept.get(kind)
+    if made is not None:
+        return made(*tensors)
+
+    def attempt(sizes: Sizes) -> Any:
+        made = make(tensors, sizes)
+        result = made(*tensors)
+        # where nothing was compiled there is nothing to keep
+        if kind is not None and all(launch.compiled for launch in made.launches):
+            if len(_kept) >= _MOST:
+                _kept.clear()
+            _kept[kind] = made
+        return result
+
+    return fitting(attempt)
+
+
+def forget() -> None:
+    """Block sizes are to be chosen anew."""
+    _kept.clear()
+
+
+def _kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
+    """What launches depend on besides the addresses; None where one of those is no multiple of 16, which the code for
+    others takes for granted."""
+    address = 0
+    found: list[Hashable] = [what, options]
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        else:
+            address |= x.data_ptr()
+            found.append((x.dtype, x.shape, x.stride(), x.device))
+    return None if address % 16 else tuple(found)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """x itself if its `flat_rows` is a view with a dense last axis, else a copy that has one."""
+    if x is None or x.dim() < 4:
+        return x
+    flat = flat_rows(x)
+    return x if flat.data_ptr() == x.data_ptr() and flat.stride(2) == 1 else x.contiguous()
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """[.., rows, heads, D] → [batch, rows, heads * D]: a view wherever the strides allow it."""
+    return x.reshape(math.prod(x.shape[:-3]), x.shape[-3], x.shape[-2] * x.shape[-1])

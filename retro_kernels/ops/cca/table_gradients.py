@@ -1,0 +1,512 @@
+r"""Gradients of the position tables and biases of block attention, from what the main backward kernel writes down.
+
+    d rel_bias[g] = Σ shear(dS)[·, g]            partials per program
+    d rel_key     = scale · shear(dS)ᵀ (q + v)   a kernel over the stored, neighbour-summed dS
+    d position_bias = scale · d rel_bias · rel_key
+    d content_bias  = Σ_rows dQ − d position_bias
+
+Two small kernels sum the partials in a fixed order: one by distance, one for the two biases. Where dS would take much
+memory, blocks are worked on in a few slices, and dS waits in the memory of dK that is not written yet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from retro_kernels.ops.cca import launch, tiles
+from retro_kernels.ops.cca.tiles import _query_tile, _shear
+
+REL_SLICE = 64
+"""Distance columns of one program of the kernel for rel_key, which keeps nothing else."""
+
+REL_PROGRAMS = 264
+"""At most so many programs of that kernel, where the tiles allow it: two for each multiprocessor of an H100, which is
+what its registers hold. Each writes a partial sum of its own."""
+
+OWN_DS = 2**21
+"""Values of dS that get memory of their own; what is more waits in the memory of dK for the kernel for rel_key."""
+
+
+@triton.jit(do_not_specialize=["first_tile", "first_block", "last_block", "per_split"])
+def _cca_bwd_rel_kernel(
+    query,
+    p_ds,
+    p_partial,
+    p_columns,
+    p_position_bias,
+    stride_qs,
+    stride_qn,
+    num_rows,
+    num_heads,
+    per_seq,
+    first_tile,
+    first_block,
+    last_block,
+    per_split,
+    SHIFT: tl.constexpr,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    WS: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
+    NEED_COLUMNS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    FLAT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """shear(dS)ᵀ (q + v) for WS distance columns of one head and one tile, over a fixed share of the blocks from
+    first_block to last_block, added to what earlier launches found; with NEED_COLUMNS also the sums of shear(dS) over
+    the rows."""
+    ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
+    KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
+    SLICES: tl.constexpr = W // WS
+    pid = tl.program_id(0)
+    i_slice = pid % SLICES
+    i_key_tile = pid // SLICES % KEY_TILES
+    i_row_tile = pid // (SLICES * KEY_TILES) % ROW_TILES
+    i_head = pid // (SLICES * KEY_TILES * ROW_TILES) % num_heads
+    i_split = pid // (SLICES * KEY_TILES * ROW_TILES) // num_heads
+    a = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    o_i = i_row_tile * BM
+
+    acc = tl.zeros([WS, BD], tl.float32)
+    if NEED_COLUMNS:
+        if KEYS_FIRST:
+            total = tl.zeros([WS, BM], tl.float32)
+        else:
+            total = tl.zeros([BM, WS], tl.float32)
+    begin = first_block + i_split * per_split
+    for i_block in tl.range(begin, tl.minimum(last_block, begin + per_split)):
+        o_row = i_block % per_seq * TQ + SHIFT + o_i
+        m_row = (o_i + a < TQ) & (o_row + a < num_rows)
+        b_q = _query_tile(
+            query,
+            p_position_bias,
+            i_block // per_seq,
+            o_row,
+            i_head * D,
+            stride_qs,
+            stride_qn,
+            num_rows,
+            m_row,
+            BM,
+            BD,
+            D,
+            HAS_POSITION,
+            False,
+        )  # [BM, BD]
+        i_tile = (tl.cast(i_block - first_block, tl.int64) * ROW_TILES + i_row_tile) * num_heads + i_head
+        p_tile = p_ds + (i_tile * KEY_TILES + i_key_tile + first_tile) * (BM * BN)
+        if KEYS_FIRST:
+            ds = tl.load(p_tile + n[:, None] * BM + a[None, :]).to(tl.float32)  # [BN, BM]
+        else:
+            ds = tl.load(p_tile + a[:, None] * BN + n[None, :]).to(tl.float32)  # [BM, BN]
+        by_distance = _shear(ds, i_slice * WS, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT)
+        if NEED_COLUMNS:
+            total += by_distance
+        by_distance = by_distance.to(b_q.dtype)
+        if not KEYS_FIRST:
+            by_distance = tl.trans(by_distance)
+        acc = tl.dot(by_distance, b_q, acc, input_precision=PRECISION)  # [WS, BD]
+    later = first_block > 0
+    m_d = (o_d < D)[None, :]
+    p_acc = p_partial + (pid.to(tl.int64) * WS + tl.arange(0, WS))[:, None] * D + o_d[None, :]
+    tl.store(p_acc, acc + tl.load(p_acc, mask=m_d & later, other=0.0), mask=m_d)
+    if NEED_COLUMNS:
+        if KEYS_FIRST:
+            columns = tl.sum(total, 1)
+        else:
+            columns = tl.sum(total, 0)
+        p_sum = p_columns + pid.to(tl.int64) * WS + tl.arange(0, WS)
+        tl.store(p_sum, columns + tl.load(p_sum, mask=tl.full([WS], 1, tl.int1) & later, other=0.0))
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _cca_bwd_columns_kernel(
+    rel_key,
+    p_partial,
+    p_columns,
+    p_grad_rel,
+    p_grad_bias,
+    p_share,
+    num_heads,
+    stride_split,
+    stride_row_tile,
+    stride_head,
+    stride_key_tile,
+    scale,
+    splits,
+    TQ: tl.constexpr,
+    TK: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    W: tl.constexpr,
+    BC: tl.constexpr,
+    BS: tl.constexpr,
+    NEED_REL: tl.constexpr,
+    NEED_COLUMNS: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    NEED_SHARE: tl.constexpr,
+):
+    """Gradients of BC distance columns of one head, from what `splits` parts of the blocks found in the windows of the
+    tiles, which overlap.
+
+    p_partial: shear(dS)ᵀ (q + v) [splits, H, row tiles, key tiles, W, D]. p_columns: sums of shear(dS) over the rows
+    [.., W]. p_share [H, programs, D]: Σ d rel_bias · rel_key over these columns.
+    """
+    ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
+    KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
+    i_tile = tl.program_id(0)
+    i_head = tl.program_id(1)
+    g = i_tile * BC + tl.arange(0, BC)
+    s = tl.arange(0, BS)
+    o_d = tl.arange(0, BD)
+    m_column = g < TQ + TK - 1
+    m_rel = m_column[:, None] & (o_d < D)[None, :]
+    grad_rel = tl.zeros([BC, BD], tl.float32)
+    columns = tl.zeros([BC], tl.float32)
+    for i_row_tile in range(ROW_TILES):
+        for i_key_tile in range(KEY_TILES):
+            t = g - i_row_tile * BM + (i_key_tile + 1) * BN - TK
+            inside = m_column & (t >= 0) & (t < W)
+            for o_s in tl.range(0, splits, BS):
+                i_split = (o_s + s).to(tl.int64)
+                real = (o_s + s < splits)[:, None] & inside[None, :]
+                if NEED_REL:
+                    i_window = (
+                        (i_split * num_heads + i_head) * ROW_TILES + i_row_tile
+                    ) * KEY_TILES + i_key_tile
+                    p = (p_partial + (i_window[:, None] * W + t[None, :]) * D)[:, :, None] + o_d[
+                        None, None, :
+                    ]
+                    found = tl.load(p, mask=real[:, :, None] & (o_d < D)[None, None, :], other=0.0)
+                    grad_rel += tl.sum(found, 0)
+                if NEED_COLUMNS:
+                    p = p_columns + i_head * stride_head + i_row_tile * stride_row_tile
+                    p += i_key_tile * stride_key_tile
+                    p = p + i_split[:, None] * stride_split + t[None, :]
+                    columns += tl.sum(tl.load(p, mask=real, other=0.0), 0)
+    at = (i_head * (TQ + TK - 1) + g)[:, None] * D + o_d[None, :]
+    if NEED_REL:
+        tl.store(p_grad_rel + at, (grad_rel * scale).to(p_grad_rel.dtype.element_ty), mask=m_rel)
+    if NEED_BIAS:
+        p = p_grad_bias + i_head * (TQ + TK - 1) + g
+        tl.store(p, columns.to(p_grad_bias.dtype.element_ty), mask=m_column)
+    if NEED_SHARE:
+        rel = tl.load(rel_key + at, mask=m_rel, other=0.0).to(tl.float32)
+        p = p_share + (i_head * tl.num_programs(0) + i_tile) * D + o_d
+        tl.store(p, tl.sum(columns[:, None] * rel, 0), mask=o_d < D)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _cca_bwd_biases_kernel(
+    p_share,
+    p_rows,
+    p_grad_content,
+    p_grad_position,
+    num_heads,
+    shares,
+    scale,
+    rows,
+    D: tl.constexpr,
+    BC: tl.constexpr,
+    BR: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
+    NEED_CONTENT: tl.constexpr,
+    NEED_POSITION: tl.constexpr,
+):
+    """Gradients of BC columns of one head's two biases: of the position's from the shares of the distance columns, of
+    the content's from the sums of dQ [rows, H, D] over each program's rows, less that."""
+    i_head = tl.program_id(1)
+    o_d = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = tl.arange(0, BR)
+    m_d = o_d < D
+    position = tl.zeros([BC], tl.float32)
+    if HAS_SHARE:
+        for o_r in tl.range(0, shares, BR):
+            p = p_share + (i_head * shares + o_r + r)[:, None] * D + o_d[None, :]
+            position += tl.sum(tl.load(p, mask=(o_r + r < shares)[:, None] & m_d[None, :], other=0.0), 0)
+        position *= scale
+    if NEED_POSITION:
+        tl.store(p_grad_position + i_head * D + o_d, position.to(p_grad_position.dtype.element_ty), mask=m_d)
+    if NEED_CONTENT:
+        content = tl.zeros([BC], tl.float32)
+        for o_r in tl.range(0, rows, BR):
+            p = p_rows + ((o_r + r).to(tl.int64) * num_heads + i_head)[:, None] * D + o_d[None, :]
+            content += tl.sum(tl.load(p, mask=(o_r + r < rows)[:, None] & m_d[None, :], other=0.0), 0)
+        content -= position
+        tl.store(p_grad_content + i_head * D + o_d, content.to(p_grad_content.dtype.element_ty), mask=m_d)
+
+
+class Needs(NamedTuple):
+    """Which gradients of tables are wanted, and what they take."""
+
+    rel: bool
+    content: bool
+    position: bool
+    bias: bool
+    columns: bool
+    """sums of dS by distance"""
+
+    @staticmethod
+    def of(
+        needs: tuple[bool, ...],
+        rel_key: Tensor | None,
+        content_bias: Tensor | None,
+        position_bias: Tensor | None,
+        rel_bias: Tensor | None,
+    ) -> Needs:
+        tables = (rel_key, content_bias, position_bias, rel_bias)
+        rel, content, position, bias = (need and x is not None for need, x in zip(needs, tables, strict=True))
+        return Needs(rel, content, position, bias, bias or position or (content and rel_key is not None))
+
+
+class Slice(NamedTuple):
+    """Blocks that are worked on together where dS is kept."""
+
+    first: int
+    last: int
+    tile: int | None
+    """Where their dS go: from this tile on in the memory of dK, which later blocks are to fill; None: in its own."""
+
+
+def slices(blocks: int, tiles_each: int, tile_size: int, keys_each: int) -> list[Slice]:
+    """Cuts the blocks so that what is kept of dS for the gradient of rel_key needs little memory of its own.
+
+    A block's dS take `tiles_each` tiles of `tile_size` values, its dK `keys_each` values. While they are more than
+    OWN_DS together, the dS of as many blocks as fit there lie in the dK of those that are not yet reached.
+    """
+    found, first = [], 0
+    while (blocks - first) * tiles_each * tile_size > OWN_DS:
+        last = first + (blocks - first) * keys_each // (keys_each + tiles_each * tile_size)
+        tile = -(-last * keys_each // tile_size)
+        while last > first and (tile + (last - first) * tiles_each) * tile_size > blocks * keys_each:
+            last -= 1
+            tile = -(-last * keys_each // tile_size)
+        if last == first:
+            break
+        found.append(Slice(first, last, tile))
+        first = last
+    return [*found, Slice(first, blocks, None)]
+
+
+class Scratch(NamedTuple):
+    """What the kernels leave to each other, beside the gradients."""
+
+    ds: Tensor | None
+    """[tiles, BM, BN] of the slice that has memory of its own"""
+    columns: Tensor | None
+    """sums of shear(dS) over the rows: by program [P, row tiles, H, key tiles, W], or by split [.., H, row tiles,
+    key tiles, W]"""
+    rows: Tensor | None
+    """sums of dQ over the rows of each program: [programs, D]"""
+    partial: Tensor | None
+    """shear(dS)ᵀ (q + v): [splits, H, row tiles, key tiles, W, D]"""
+
+
+class TableGradients:
+    """The launches that follow the main kernel, for one kind of call.
+
+    q: the query's rows [S, N, H * D]. keys_each: values of a block's dK. has_position: there is a position bias.
+    """
+
+    def __init__(
+        self,
+        need: Needs,
+        q: Tensor,
+        g: tiles.Geometry,
+        config: tiles.Config,
+        *,
+        block: int,
+        shift: int,
+        num_keys: int,
+        scale: float,
+        flat: bool,
+        keys_each: int,
+        has_rel: bool,
+        has_position: bool,
+    ) -> None:
+        self.need = need
+        self._dtype, self._g = q.dtype, g
+        self._key_tiles = triton.cdiv(num_keys, config.keys)
+        self.column_window = triton.next_power_of_2(g.rows + config.keys - 1)
+        self._window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
+        self.by_program = need.columns and not need.rel
+        """the main kernel makes the sums by distance; else the one for rel_key does"""
+        self._programs_each = g.row_tiles * g.num_heads
+        self._tile = {"TQ": block, "TK": num_keys, "D": g.head_dim}
+        self._blocks = {"BD": g.padded_dim, "BM": g.rows, "BN": config.keys}
+        self._scale = scale
+
+        self.slices = [Slice(0, g.blocks, None)]
+        self._splits = g.blocks
+        self._rel: list[launch.Launch] = []
+        if need.rel:
+            tiles_each = self._programs_each * self._key_tiles
+            self.slices = slices(g.blocks, tiles_each, g.rows * config.keys, keys_each)
+            self._rel = self._rel_launches(q, config, shift, flat, has_position)
+        columns = block + num_keys - 1
+        each = 8 if need.rel else 16
+        self._share_shape: tuple[int, ...] | None = None
+        if (need.position or need.content) and has_rel:
+            self._share_shape = (g.num_heads, triton.cdiv(columns, each), g.head_dim)
+        self._sums = self._sums_launch(each, columns) if need.rel or need.columns else None
+        self._biases = self._biases_launch() if need.position or need.content else None
+        self.launches = [*self._rel, *(x for x in (self._sums, self._biases) if x is not None)]
+
+    def _rel_launches(
+        self, q: Tensor, config: tiles.Config, shift: int, flat: bool, has_position: bool
+    ) -> list[launch.Launch]:
+        g = self._g
+        fp32 = self._dtype == torch.float32
+        columns_each = min(REL_SLICE, tiles.FP32_ROWS) if fp32 else REL_SLICE
+        parts = self._programs_each * self._key_tiles * (self._window // columns_each)
+        # depends on shapes alone, so that the order of the sum, and with it every bit, is the same in every run
+        self._splits = max(1, min(triton.cdiv(g.blocks, 4), REL_PROGRAMS // parts))
+        warps, stages = _rel_blocks(tiles.architecture(q.device), self._dtype, g, config.keys)
+        return [
+            launch.Launch(
+                _cca_bwd_rel_kernel,
+                (self._splits * parts,),
+                (),
+                (
+                    *q.stride()[:2],
+                    g.num_rows,
+                    g.num_heads,
+                    g.per_seq,
+                    part.tile or 0,
+                    part.first,
+                    part.last,
+                    triton.cdiv(part.last - part.first, self._splits),
+                ),
+                {
+                    "SHIFT": shift,
+                    **self._tile,
+                    **self._blocks,
+                    "W": self._window,
+                    "WS": columns_each,
+                    "HAS_POSITION": has_position,
+                    "NEED_COLUMNS": self.need.columns,
+                    "KEYS_FIRST": config.keys_first,
+                    "FLAT": flat,
+                    "PRECISION": tiles.precision(self._dtype),
+                },
+                num_warps=warps,
+                num_stages=stages,
+            )
+            for part in self.slices
+        ]
+
+    def _sums_launch(self, each: int, columns: int) -> launch.Launch:
+        g, rel = self._g, self.need.rel
+        window = self._window if rel else self.column_window
+        steps = self._key_tiles * window
+        # of the sums by distance: from split to split, row tile to row tile, head to head
+        strides = (
+            (self._programs_each * steps, steps, g.row_tiles * steps)
+            if rel
+            else (self._programs_each * steps, g.num_heads * steps, steps)
+        )
+        return launch.Launch(
+            _cca_bwd_columns_kernel,
+            (triton.cdiv(columns, each), g.num_heads),
+            (),
+            (g.num_heads, *strides, window, self._scale, self._splits),
+            {
+                **self._tile,
+                **self._blocks,
+                "W": window,
+                "BC": each,
+                "BS": 4 if rel else 64,
+                "NEED_REL": rel,
+                "NEED_COLUMNS": self.need.columns,
+                "NEED_BIAS": self.need.bias,
+                "NEED_SHARE": self._share_shape is not None,
+            },
+            num_warps=4,
+        )
+
+    def _biases_launch(self) -> launch.Launch:
+        g, columns_each = self._g, 16
+        shares = 0 if self._share_shape is None else self._share_shape[1]
+        return launch.Launch(
+            _cca_bwd_biases_kernel,
+            (triton.cdiv(g.head_dim, columns_each), g.num_heads),
+            (),
+            (g.num_heads, shares, self._scale, g.blocks * g.row_tiles),
+            {
+                "D": g.head_dim,
+                "BC": columns_each,
+                "BR": 128,
+                "HAS_SHARE": self._share_shape is not None,
+                "NEED_CONTENT": self.need.content,
+                "NEED_POSITION": self.need.position,
+            },
+            num_warps=4,
+        )
+
+    def scratch(self, like: Tensor) -> Scratch:
+        g, need = self._g, self.need
+        ds = columns = rows = partial = None
+        if need.rel:
+            kept = (g.blocks - self.slices[-1].first) * self._programs_each * self._key_tiles
+            ds = like.new_empty((kept, g.rows, self._blocks["BN"]))
+            shape = (self._splits, g.num_heads, g.row_tiles, self._key_tiles, self._window)
+            partial = like.new_empty((*shape, g.head_dim), dtype=torch.float32)
+            columns = like.new_empty(shape, dtype=torch.float32) if need.columns else None
+        elif need.columns:
+            shape = (g.blocks, g.row_tiles, g.num_heads, self._key_tiles, self.column_window)
+            columns = like.new_empty(shape, dtype=torch.float32)
+        if need.content:
+            rows = like.new_empty((g.blocks * self._programs_each, g.head_dim), dtype=torch.float32)
+        return Scratch(ds, columns, rows, partial)
+
+    def add(
+        self, i_slice: int, query: Tensor, ds: Tensor | None, scratch: Scratch, position_bias: Tensor | None
+    ) -> None:
+        """After the main kernel's launch for a slice."""
+        if self._rel:
+            self._rel[i_slice](query, ds, scratch.partial, scratch.columns, position_bias)
+
+    def finish(
+        self, scratch: Scratch, tables: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of rel_key, content_bias, position_bias and rel_bias, which `tables` are."""
+        grad_rel, grad_content, grad_position, grad_bias = (
+            x.new_empty(x.shape) if needed and x is not None else None
+            for needed, x in zip(self.need, tables, strict=False)
+        )
+        share = None
+        if self._share_shape is not None and tables[0] is not None:
+            share = tables[0].new_empty(self._share_shape, dtype=torch.float32)
+        if self._sums is not None:
+            self._sums(tables[0], scratch.partial, scratch.columns, grad_rel, grad_bias, share)
+        if self._biases is not None:
+            self._biases(share, scratch.rows, grad_content, grad_position)
+        return grad_rel, grad_content, grad_position, grad_bias
+
+
+def _rel_blocks(arch: int, dtype: torch.dtype, g: tiles.Geometry, keys: int) -> tuple[int, int]:
+    """Warps and stages of the kernel for rel_key.
+
+    On sm_90 as measured there. On sm_80 the tiles to come take registers, and 128 rows of 128 dimensions would spill in
+    the loop; two stages of 256 dimensions in fp32 exceed what any GPU has.
+    """
+    wide = g.padded_dim > 64
+    if tiles.hopper(arch) and dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
+        return 4, 3
+    tight = (arch < 90 and wide and g.rows >= 128) or (dtype == torch.float32 and g.padded_dim > 128)
+    return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2

@@ -1,0 +1,277 @@
+"""What a call allocates and launches, and what is kept of it for calls of its kind."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from retro_kernels.ops.cca import backward, launch, table_gradients, tiles
+from retro_kernels.ops.cca.tiles import Config
+
+TABLES = ("rel_key", "content_bias", "position_bias", "rel_bias")
+
+
+@pytest.fixture(autouse=True)
+def own_passes(monkeypatch):
+    monkeypatch.setattr(launch, "_kept", {})
+
+
+class Kernel:
+    """Stands for a Triton kernel of two tensors, a scalar and a constant: it notes how it is called."""
+
+    arg_names = ("a", "b", "scalar", "CONSTANT")
+
+    def __init__(self):
+        self.compilations, self.calls = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.compilations.append((grid, args, options))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.calls.append((grid, args, {}))
+
+
+def described(args):
+    return [
+        (x.base.data_ptr(), x.shape, x.strides, x.block_shape, x.padding) if hasattr(x, "block_shape") else x
+        for x in args
+    ]
+
+
+def test_later_launches_are_told_what_the_first_was():
+    """In the order of the kernel's signature, whoever passes them on; windows are into the tensors of each call."""
+    kernel = Kernel()
+    first, second = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4, 16)
+    window = launch.Window(launch.flat_rows(first), 2, 64, True)
+    once = launch.Launch(kernel, (7,), (window,), (0.5,), {"CONSTANT": 3}, num_warps=4)
+    assert not once.compiled
+    for x in (first, second, second):
+        once(x, None)
+    assert once.compiled and len(kernel.compilations) == 1 and len(kernel.calls) == 2
+    (grid, given, options), (grid_later, later, _) = kernel.compilations[0], kernel.calls[0]
+    assert grid == grid_later == (7, 1, 1) and options == {"num_warps": 4}
+    assert described(given)[1:] == described(later)[1:] == [None, 0.5, 3]
+    layout = ([2, 3, 64], [192, 64, 1], [1, 2, 64], "zero")
+    assert described(given)[0] == (first.data_ptr(), *layout)
+    assert described(later)[0] == (second.data_ptr(), *layout)
+
+
+def test_a_pass_serves_its_kind_of_calls_only():
+    """Another type, shape, layout, option or missing tensor is another kind; addresses are not, but their alignment."""
+    made, kernel = [], Kernel()
+
+    class Recording:
+        def __init__(self, a, b):
+            self.launches = [launch.Launch(kernel, (1,), (), (0.5,), {"CONSTANT": 3})]
+            made.append((a, b))
+
+        def __call__(self, a, b):
+            self.launches[0](a, b)
+            return a
+
+    def call(a, b=None, option=1, what="forward"):
+        return launch.run(
+            what,
+            (a, b),
+            (option,),
+            lambda x, config: Recording(*x),
+            lambda attempt: attempt(Config(16, 4, 1)),
+        )
+
+    x, other = torch.randn(8, 16), torch.randn(8, 16)
+    assert call(x) is x and call(other) is other and len(made) == 1
+    store = torch.randn(8 * 16 + 1)
+    misaligned = store[1:].view(8, 16)
+    kinds = [(x.half(),), (x[:4],), (x.T,), (x, other), (x, None, 2), (x, None, 1, "backward")]
+    for _ in range(2):
+        for arguments in kinds:
+            call(*arguments)
+    assert len(made) == 1 + len(kinds)
+    for _ in range(2):
+        call(misaligned)
+    assert len(made) == 3 + len(kinds)  # whatever code there is took the alignment for granted
+    launch.forget()
+    call(x)
+    assert len(made) == 4 + len(kinds)
+
+
+def test_what_cannot_be_walked_by_strides_is_copied():
+    seen = []
+
+    class Recording:
+        launches = ()
+
+        def __call__(self, *tensors):
+            seen.extend(tensors)
+
+    x = torch.randn(2, 5, 3, 16)
+    strided, dense = x.transpose(1, 2).contiguous().transpose(1, 2), x[:, :, :, :]
+    spread = torch.randn(1, 1, 1, 1).expand(2, 5, 3, 16)
+    launch.run("forward", (strided, dense, spread, None), (), lambda *_: Recording(), lambda f: f(None))
+    assert seen[0].data_ptr() != strided.data_ptr() and torch.equal(seen[0], strided)
+    assert seen[1].data_ptr() == dense.data_ptr()
+    assert seen[2].is_contiguous() and torch.equal(seen[2], spread) and seen[3] is None
+
+
+@pytest.mark.parametrize("_", range(200))
+def test_slices_keep_ds_where_nothing_is_yet(seed, monkeypatch, _):
+    """Every block is in one slice; dS lie in the dK of later blocks, or need little memory of their own."""
+    draw = random.Random(seed + _)
+    blocks, tiles_each = draw.randint(1, 300), draw.randint(1, 40)
+    tile_size, keys_each = 16 * draw.randint(1, 64), 16 * draw.randint(1, 4000)
+    monkeypatch.setattr(table_gradients, "OWN_DS", draw.choice([0, 10_000, 10**6]))
+    slices = table_gradients.slices(blocks, tiles_each, tile_size, keys_each)
+    assert [x.first for x in slices] == [0, *(x.last for x in slices[:-1])] and slices[-1].last == blocks
+    *lent, own = slices
+    for x in lent:
+        assert x.first < x.last and x.tile * tile_size >= x.last * keys_each
+        assert (x.tile + (x.last - x.first) * tiles_each) * tile_size <= blocks * keys_each
+    assert own.tile is None
+    rest = own.last - own.first
+    assert (
+        rest * tiles_each * tile_size <= table_gradients.OWN_DS
+        or (rest - 1) * keys_each < (1 + tiles_each) * tile_size
+    )
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations and the bytes that they allocate."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.storages = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function).removeprefix("aten."))
+        result = function(*args, **(kwargs or {}))
+        if "empty" in self.names[-1]:
+            self.storages[id(result.untyped_storage())] = result
+        return result
+
+    def bytes(self, device):
+        return sum(x.untyped_storage().nbytes() for x in self.storages.values() if x.device.type == device)
+
+
+def launched(monkeypatch, kernels, run):
+    """What `run` launches and does besides, with kernels that do nothing."""
+
+    def note(self, *tensors):
+        kernels.append(self._kernel.fn.__name__)
+
+    monkeypatch.setattr(launch.Launch, "__call__", note)
+    with Operations() as operations:
+        result = run()
+    return result, operations
+
+
+@pytest.mark.parametrize(
+    ("tables", "expected"),
+    [
+        ((), ["bwd"]),
+        (("rel_bias",), ["bwd", "bwd_columns"]),
+        (("content_bias",), ["bwd", "bwd_biases"]),
+        (("rel_key",), ["bwd", "bwd_rel", "bwd_columns"]),
+        (TABLES, ["bwd", "bwd_rel", "bwd_columns", "bwd_biases"]),
+    ],
+)
+def test_a_backward_pass_is_a_few_launches(monkeypatch, tables, expected):
+    """Each costs a GPU some microseconds and the processor tens: no operation of PyTorch is among them."""
+    meta = {"device": "meta"}
+    query, key = torch.empty(2, 8 * 16, 2, 16, **meta), torch.empty(16, 2, 32, 2, 16, **meta)
+    shapes = {"rel_key": (2, 47, 16), "content_bias": (2, 16), "position_bias": (2, 16), "rel_bias": (2, 47)}
+    terms = [torch.empty(shapes[name], **meta) if name in tables else None for name in shapes]
+    kernels = []
+    arguments = (query, query, torch.empty(16, 2, 16, **meta), query, key, key, *terms, None, None)
+    _, operations = launched(
+        monkeypatch, kernels, lambda: backward.backward(*arguments, 16, 15, 1, 0.25, 0.0, (True,) * 4)
+    )
+    assert kernels == [f"_cca_{name}_kernel" for name in expected]
+    assert {x.partition(".")[0] for x in operations.names} <= {"new_empty", "empty", "view", "detach"}
+
+
+@pytest.mark.parametrize("neighbours", [2, 10])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("positions", ["bias", "relative"])
+def test_memory_beyond_the_gradients_is_two_percent(monkeypatch, positions, head_dim, neighbours):
+    """Of inputs, outputs and gradients, for 256 chunks of 64 tokens and neighbours of 128, 16 heads, in bf16."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: 90)
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    query = torch.empty(8, 2048, 16, head_dim, **meta)
+    key, value = (torch.empty(256, neighbours, 128, 16, head_dim, **meta) for _ in "kv")
+    tables = [
+        torch.empty(16, 191, head_dim, **meta),
+        *(torch.empty(16, head_dim, **meta) for _ in "uv"),
+        None,
+    ]
+    if positions == "bias":
+        tables = [None, None, None, torch.empty(16, 191, device="meta")]
+    lse = torch.empty(256, 16, 64, device="meta")
+    given = (query, query, lse, query, key, value, *tables, None, None)
+    kernels = []
+    grads, operations = launched(
+        monkeypatch,
+        kernels,
+        lambda: backward.backward(*given, 64, 63, 1, head_dim**-0.5, 0.0, (True,) * 4),
+    )
+
+    def size(tensors):
+        return sum(math.prod(x.shape) * x.element_size() for x in tensors if x is not None)
+
+    # layouts are worked out on tensors without memory, which count here too: those of the query and of the keys
+    layouts = size([query, key])
+    beyond = operations.bytes("meta") - layouts - size(grads)
+    everything = size(
+        [query, query, query, lse, key, value, *tables, *grads]
+    )  # grad_out, out and query are three
+    assert 0 <= beyond <= 0.02 * everything, (beyond, everything)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tables", [("rel_bias",), TABLES])
+def test_kept_passes_compute_the_same_on_the_gpu(seed, tables):
+    """To the bit, for other values at other addresses, and where an address is less aligned than before."""
+    from retro_kernels.ops.cca import forward
+
+    def draw(*shape, offset=0):
+        x = torch.randn(math.prod(shape) + offset, device="cuda").to(torch.bfloat16)
+        return x[offset:].view(shape)
+
+    shapes = {
+        "rel_key": (4, 191, 64),
+        "content_bias": (4, 64),
+        "position_bias": (4, 64),
+        "rel_bias": (4, 191),
+    }
+    terms = [draw(*shapes[name]) if name in tables else None for name in shapes]
+    last = (None, None, 64, 63, 1, 0.125, 0.0)
+    before = None
+    for offset in (0, 0, 1, 0):
+        query, key, value = (draw(*x, offset=offset) for x in ((2, 300, 4, 64), *[(8, 2, 128, 4, 64)] * 2))
+        results = []
+        for _ in range(2):
+            launch.forget()
+            for _ in range(2):
+                out, lse = forward.forward(query, key, value, *terms, *last)
+                given = (query, out, lse, query, key, value, *terms, *last)
+                results.append((out, *backward.backward(*given)))
+        for other in results[1:]:
+            for x, y in zip(results[0], other, strict=True):
+                assert (x is None and y is None) or torch.equal(x, y)
+        assert before is None or not torch.equal(before, results[0][0])
+        before = results[0][0]
+    assert launch._kept
