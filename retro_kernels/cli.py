@@ -439,7 +439,11 @@ def _add_neighbours(parser: _Parser) -> None:
 def _add_dedup(parser: _Parser) -> None:
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="training text")
     parser.add_argument("--against", required=True, nargs="+", metavar="PATH", help="evaluation text")
-    parser.add_argument("--out", metavar="JSONL", help="write the training documents that are no copies")
+    parser.add_argument(
+        "--out",
+        metavar="JSONL",
+        help="write the training documents that are no copies; interrupted, the same command goes on",
+    )
     parser.add_argument(
         "--threshold",
         type=_number(float, above=0, high=1),

@@ -11,12 +11,19 @@ made of them.
 Shuffled: every chunk gets the neighbours of a chunk of another document. A model that does as well with them does not
 use what was retrieved. Filtered: bpb(α) over the chunks that share at most a part α of their length, in one run of
 tokens, with any of their ten nearest neighbours and their continuations (section 2.6).
+
+What is done is kept in the run's folder until all of it is: neighbours of 256 chunks, or losses of one batch, at a
+time. The same call goes on from there, and its result is that of one that was never interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +34,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import __version__
 from .config import InputError
 from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import TokenDocuments, tokenise
 from .nn import RetroFitted
 from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
-from .runs import Run, autocast, dtype_name, load_run, note, pick_device, pick_dtype, progress_bar
+from .runs import Run, autocast, dtype_name, load_run, note, pick_device, pick_dtype, progress_bar, taken_up
 
 if TYPE_CHECKING:
     from .retrieval import Retriever
+    from .retrieval.writing import Journal
 
 LEAKAGE_NEIGHBOURS = 10
 MODES = ("off", "on", "shuffled")
@@ -94,10 +103,15 @@ def evaluate(
     the shuffle, and of the retriever "random". dtype: fp32 or bf16; "auto" is fp32 on a CPU, since models differ by
     less than bf16 rounds, and bf16 on a GPU that multiplies in it. plot: a PNG with the filtered curve.
 
+    Interrupted, the same call goes on. What is done lies in a file `eval-….partial` of the run's folder, named by all
+    that decides the result, and gone with the last of it; that of other weights is deleted. Nothing is kept where the
+    folder cannot be written, and of a retriever or `found` that was handed over.
+
     Returns bits_per_byte {off, on, shuffled} (off alone without neighbours), filtered {α: bpb} of RETRO
     on and filtered_off, better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than
     that), bytes, words, tokens, documents, chunks, num_neighbours, retriever, dtype, tokens_per_second.
-    Raises InputError where nothing can be read, set and model do not fit, or what was asked for cannot be done.
+    Raises InputError where nothing can be read, set and model do not fit, what was asked for cannot be done, or another
+    process is at the same evaluation.
     """
     where = pick_device(device)
     if plot is not None:
@@ -134,35 +148,68 @@ def evaluate(
         if warning:
             note(warning)
     corpus = tokenise(documents, tokenizer, size)
-    if opened is not None:
-        found = find_neighbours(corpus, opened, k, seed, progress)
-
-    modes = ["off"]
-    if found is not None and model.config.cca_layers:
-        modes += ["on"] if found.shuffled is None else ["on", "shuffled"]
-        if found.shuffled is None:
-            note("There is only one chunk, so neighbours cannot be shuffled: that control is left out.")
-        elif corpus.num_documents == 1:
-            note(
-                "There is only one document, so neighbours are shuffled among its chunks: those are about the same "
-                "things, and the control says less than one among documents."
-            )
     arithmetic = pick_dtype("fp32" if dtype == "auto" and where.type == "cpu" else dtype, where)
-    scorer = _Scorer(loaded, corpus, window, stride, batch_size, arithmetic)
-    bits = {}
-    with progress_bar(len(modes) * scorer.tokens_read, "evaluating", "token", show=progress) as bar:
-        for mode in modes:
-            bits[mode] = scorer.bits(mode, found, bar)
-        seconds = bar.format_dict["elapsed"]
-    result = _report(loaded, corpus, found, bits) | {
-        "num_neighbours": k if "on" in bits else 0,
-        "retriever": None if opened is None else opened.name,
+    about = {
+        "corpus": corpus.fingerprint(),
+        "num_neighbours": k,
+        "seed": seed,
+        "window": window,
+        "stride": stride,
+        "batch_size": batch_size,
         "dtype": dtype_name(arithmetic),
-        "tokens_per_second": scorer.tokens_read * len(modes) / max(seconds, 1e-9),
+        "device": where.type,
     }
-    if plot is not None:
-        draw(result, plot)
+    keep = found is None and (opened is None or opened is not set)
+    with _kept(loaded, opened, about) if keep else contextlib.nullcontext() as kept:
+        if opened is not None:
+            found = find_neighbours(corpus, opened, k, seed, progress, kept)
+        modes = ["off"]
+        if found is not None and model.config.cca_layers:
+            modes += ["on"] if found.shuffled is None else ["on", "shuffled"]
+            if found.shuffled is None:
+                note("There is only one chunk, so neighbours cannot be shuffled: that control is left out.")
+            elif corpus.num_documents == 1:
+                note(
+                    "There is only one document, so neighbours are shuffled among its chunks: those are about the same "
+                    "things, and the control says less than one among documents."
+                )
+        scorer = _Scorer(loaded, corpus, window, stride, batch_size, arithmetic, kept)
+        with progress_bar(len(modes) * scorer.tokens_read, "evaluating", "token", show=progress) as bar:
+            bits = {mode: scorer.bits(mode, found, bar) for mode in modes}
+        result = _report(loaded, corpus, found, bits) | {
+            "num_neighbours": k if "on" in bits else 0,
+            "retriever": None if opened is None else opened.name,
+            "dtype": dtype_name(arithmetic),
+            "tokens_per_second": scorer.tokens_read * len(modes) / max(scorer.seconds, 1e-9),
+        }
+        if plot is not None:
+            draw(result, plot)
     return result
+
+
+@contextlib.contextmanager
+def _kept(run: Run, retriever: Retriever | None, about: dict[str, Any]) -> Iterator[Journal]:
+    """The journal of the evaluation that `run`, `retriever` and `about` decide; see `evaluate`."""
+    from .retrieval.neighbours import set_fingerprint
+    from .retrieval.writing import journal
+
+    weights = run.fingerprint()
+    about = {**about, "version": __version__, "weights": weights}
+    if retriever is not None:
+        about |= {"set": set_fingerprint(retriever.store), "retriever": retriever.name}
+    text = json.dumps(about, sort_keys=True)
+    mine = f"eval-{weights[:8]}-"
+    path = run.folder / f"{mine}{hashlib.sha256(text.encode()).hexdigest()[:12]}.partial"
+    if not os.access(run.folder, os.W_OK | os.X_OK):
+        note(f"{run.folder} cannot be written: interrupted, this evaluation will have to begin again.")
+        with journal(None, text, "") as kept:
+            yield kept
+        return
+    for old in run.folder.glob("eval-*.partial"):
+        if not old.name.startswith(mine):  # of weights that are no more
+            old.unlink(missing_ok=True)
+    with journal(path, text, f"Another process is at the same evaluation of {run.folder}.") as kept:
+        yield kept
 
 
 def _check_plot(path: Path) -> None:
@@ -218,11 +265,20 @@ def open_set(
     return retriever
 
 
-def find_neighbours(corpus: TokenDocuments, retriever: Retriever, k: int, seed: int, progress: bool) -> Found:
+def find_neighbours(
+    corpus: TokenDocuments,
+    retriever: Retriever,
+    k: int,
+    seed: int,
+    progress: bool,
+    kept: Journal | None = None,
+) -> Found:
     """Neighbours of every chunk, never of the chunk's own document, and how much of the chunk they hold word
-    for word."""
+    for word. kept: has what an earlier call found."""
     from .retrieval.leakage import overlap
+    from .retrieval.writing import Journal
 
+    kept = kept or Journal()
     owner = corpus.of_chunks()
     ids = retriever.find_documents(corpus.hashes).numpy()[owner]
     chunks = torch.from_numpy(corpus.chunks.astype(np.int64))
@@ -231,12 +287,18 @@ def find_neighbours(corpus: TokenDocuments, retriever: Retriever, k: int, seed: 
     with progress_bar(len(chunks), "retrieving", "chunk", show=progress) as bar:
         for start in range(0, len(chunks), 256):
             rows = chunks[start : start + 256]
-            own = torch.from_numpy(ids[start : start + 256, None])
-            near = retriever(rows, num_neighbours=fetch, exclude_documents=own).to("cpu")
-            tokens, lengths = near.tokens[:, 0], near.lengths[:, 0]
-            r = overlap(rows, tokens[:, :LEAKAGE_NEIGHBOURS], value_lengths=lengths[:, :LEAKAGE_NEIGHBOURS])
-            parts.append((tokens[:, :k].int(), lengths[:, :k].int(), r))
-            bar.update(len(rows))
+            if part := kept.take():
+                taken_up(bar, len(rows))
+            else:
+                own = torch.from_numpy(ids[start : start + 256, None])
+                near = retriever(rows, num_neighbours=fetch, exclude_documents=own).to("cpu")
+                assert near.ids is not None
+                lengths = near.lengths[:, 0, :LEAKAGE_NEIGHBOURS]
+                r = overlap(rows, near.tokens[:, 0, :LEAKAGE_NEIGHBOURS], value_lengths=lengths)
+                part = kept.add({"ids": near.ids[:, 0, :k].numpy(), "overlap": r.numpy()})
+                bar.update(len(rows))
+            tokens, lengths = retriever.gather(torch.from_numpy(part["ids"]))
+            parts.append((tokens.int(), lengths.int(), torch.from_numpy(part["overlap"])))
     tokens, lengths, r = (torch.cat(column) for column in zip(*parts, strict=True))
     order = derangement(owner, seed)
     return Found(tokens, lengths, r, None if order is None else torch.from_numpy(order))
@@ -283,8 +345,21 @@ class _Scorer:
     """Negative log-likelihoods in bits of every token of every document."""
 
     def __init__(
-        self, run: Run, corpus: TokenDocuments, window: int, stride: int, batch_size: int, dtype: torch.dtype
+        self,
+        run: Run,
+        corpus: TokenDocuments,
+        window: int,
+        stride: int,
+        batch_size: int,
+        dtype: torch.dtype,
+        kept: Journal | None,
     ) -> None:
+        """kept: has what an earlier call computed, mode by mode, batch by batch."""
+        from .retrieval.writing import Journal
+
+        self.kept = kept or Journal()
+        self.seconds = 0.0
+        """What the forward passes took, those of an earlier call included."""
         self.model, self.corpus, self.dtype = run.model.eval(), corpus, dtype
         self.device = next(run.model.parameters()).device
         self.size = run.model.config.chunk_size
@@ -305,28 +380,41 @@ class _Scorer:
         first = self.corpus.chunks[self.corpus.starts[:-1], 0].astype(np.int64)
         flat[self.corpus.starts[:-1] * self.size] = self._first_token()[first]
         for batch in self.batches:
-            stop = max(w.stop - w.start for w in batch)
-            tokens = torch.zeros(len(batch), -(-stop // self.size) * self.size, dtype=torch.int64)
-            targets = torch.zeros(len(batch), stop, dtype=torch.int64)
-            for row, w in enumerate(batch):
-                text = torch.from_numpy(self._text(w).astype(np.int64))
-                tokens[row, : w.stop - w.start] = text[: w.stop - w.start]
-                targets[row, : len(text) - 1] = text[1:]
-            neighbours = (
-                None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
-            )
-            with autocast(self.device, self.dtype):
-                logits = self.model(tokens.to(self.device), neighbours)[:, :stop]
-            loss = F.cross_entropy(
-                logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="none"
-            )
-            loss = (loss.double() / np.log(2)).view(targets.shape).cpu().numpy()
-            for row, w in enumerate(batch):
+            if part := self.kept.take():
+                taken_up(bar, sum(w.stop - w.start for w in batch))
+            else:
+                part = self.kept.add(self._scored(batch, mode, found))
+                bar.update(sum(w.stop - w.start for w in batch))
+            self.seconds += float(part["seconds"][0])
+            scored = part["nats"].astype(np.float64) / np.log(2)
+            done = 0
+            for w in batch:
                 base = int(self.corpus.starts[w.document]) * self.size
-                count = len(self._text(w)) - 1  # tokens start + 1 … start + count have been predicted
-                flat[base + w.scored + 1 : base + w.start + count + 1] = loss[row, w.scored - w.start : count]
-                bar.update(w.stop - w.start)
+                count = w.start + len(self._text(w)) - 1 - w.scored
+                flat[base + w.scored + 1 : base + w.scored + 1 + count] = scored[done : done + count]
+                done += count
         return result
+
+    def _scored(self, batch: list[Window], mode: str, found: Found | None) -> dict[str, np.ndarray]:
+        """`nats` float32 of the tokens that each window scores, one window after another, and `seconds` float64 [1]."""
+        begun = time.perf_counter()
+        stop = max(w.stop - w.start for w in batch)
+        tokens = torch.zeros(len(batch), -(-stop // self.size) * self.size, dtype=torch.int64)
+        targets = torch.zeros(len(batch), stop, dtype=torch.int64)
+        for row, w in enumerate(batch):
+            text = torch.from_numpy(self._text(w).astype(np.int64))
+            tokens[row, : w.stop - w.start] = text[: w.stop - w.start]
+            targets[row, : len(text) - 1] = text[1:]
+        neighbours = None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
+        with autocast(self.device, self.dtype):
+            logits = self.model(tokens.to(self.device), neighbours)[:, :stop]
+        loss = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="none"
+        )
+        nats = loss.view(targets.shape).cpu().numpy()
+        # tokens start + 1 … start + len(text) − 1 have been predicted
+        rows = [nats[i, w.scored - w.start : len(self._text(w)) - 1] for i, w in enumerate(batch)]
+        return {"nats": np.concatenate(rows), "seconds": np.array([time.perf_counter() - begun])}
 
     def _text(self, w: Window) -> np.ndarray:
         """The window's tokens and the one after it, where the document has one."""

@@ -6,6 +6,7 @@
     RUN/train.json                       how it was trained (TrainConfig) and what was found: arithmetic, fingerprints
     RUN/metrics.jsonl                    one JSON object every few steps
     RUN/checkpoint-00001000/             weights, optimiser, RNG at one moment; the newest is kept
+    RUN/eval-….partial                   an evaluation that was interrupted (evaluate.py)
 
 A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser
 always belong together. `model.safetensors` beside it is a hard link to the same bytes where the file system has such.
@@ -14,6 +15,7 @@ always belong together. `model.safetensors` beside it is a hard link to the same
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -56,6 +58,15 @@ class Run:
     @property
     def num_neighbours(self) -> int:
         return int(self.settings["config"]["num_neighbours"])
+
+    def fingerprint(self) -> str:
+        """Hash of tokenizer, configuration and weights as they are in memory, those of a pretrained model included."""
+        about = f"{self.tokenizer.fingerprint} {self.model.config}"
+        digest = hashlib.blake2b(about.encode(), digest_size=16)
+        for name, value in self.model.state_dict().items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def load_run(
@@ -196,6 +207,14 @@ def progress_bar(total: int, description: str, unit: str, *, show: bool = True, 
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.05,
     )
+
+
+def taken_up(bar: tqdm, count: int) -> None:
+    """`count` of the total were done in an earlier call: they say nothing of the rate, and so of the time left."""
+    if not bar.disable:
+        bar.initial += count
+        bar.last_print_n += count
+        bar.n += count
 
 
 def note(message: str) -> None:

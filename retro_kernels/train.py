@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_overrides, preset
 from .data.corpus import Document, ReadReport, read_documents
-from .data.packing import IGNORE, Packed, TokenDocuments, tokenise
+from .data.packing import IGNORE, Packed, tokenise
 from .data.tokenizer import Tokenizer
 from .nn import Retro, RetroFitted
 from .nn.retrofit import load_base, longest_sequence
@@ -123,7 +123,7 @@ def train(
         "dtype": dtype_name(pick_dtype(config.dtype, device)),
         "device": device.type,
         "tokenizer": tokenizer.fingerprint,
-        "corpus": _fingerprint(corpus),
+        "corpus": corpus.fingerprint(),
         "set": None if retriever is None else _set_fingerprint(retriever),
         "documents": corpus.num_documents,
         "bytes": int(corpus.num_bytes.sum()),
@@ -655,10 +655,6 @@ def _set_fingerprint(retriever: Retriever) -> str:
     from .retrieval.neighbours import set_fingerprint
 
     return set_fingerprint(retriever.store)
-
-
-def _fingerprint(corpus: TokenDocuments) -> str:
-    return hashlib.sha256(corpus.hashes.tobytes() + corpus.chunks.shape[1].to_bytes(4, "little")).hexdigest()
 
 
 def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:

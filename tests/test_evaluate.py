@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from retro_kernels.evaluate import derangement, evaluate, find_neighbours, table
 from retro_kernels.generate import generate
 from retro_kernels.nn import Retro
 from retro_kernels.retrieval import Retriever
+from retro_kernels.retrieval.writing import Journal, locked
 from retro_kernels.runs import load_run, pick_dtype
 
 
@@ -155,6 +160,166 @@ def test_plain_decoder_and_single_document(world: World, capfd: pytest.CaptureFi
     several = evaluate(world.run, documents=[Document("a", text)], device="cpu", progress=False)
     assert several["chunks"] > 1 and list(several["bits_per_byte"]) == ["off", "on", "shuffled"]
     assert "only one document" in capfd.readouterr().err
+
+
+def scored(world: World, **options: Any) -> dict[str, Any]:
+    """An evaluation of many small parts, without what was measured of it."""
+    settings: dict[str, Any] = {"batch_size": 4, "device": "cpu", "progress": False, **options}
+    result = evaluate(settings.pop("run", world.run), [settings.pop("data", world.held_out)], **settings)
+    assert result.pop("tokens_per_second") > 0
+    return result
+
+
+def left(run: Path) -> list[Path]:
+    return sorted(run.glob("eval-*.partial"))
+
+
+def interrupted(world: World, monkeypatch: pytest.MonkeyPatch, parts: int, **options: Any) -> Path:
+    """The file that an evaluation leaves which was interrupted after so many parts."""
+    add, before = Journal.add, left(options.get("run", world.run))
+
+    def last(journal: Journal, part: dict[str, np.ndarray], *key: str) -> dict[str, np.ndarray]:
+        nonlocal parts
+        parts -= bool(part)
+        add(journal, part, *key)
+        if parts == 0:
+            raise KeyboardInterrupt
+        return part
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", last)
+        with pytest.raises(KeyboardInterrupt) as said:
+            scored(world, **options)
+    (path,) = set(left(options.get("run", world.run))) - set(before)
+    assert f"is kept in {path}: the same command goes on" in str(said.value)
+    return path
+
+
+def test_interrupted_at_any_moment_the_result_is_the_same(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call does one part more: neighbours, then the batches of all three modes; none is done twice."""
+    expected, calls, forward = scored(world), 0, Retro.forward
+    assert not left(world.run)
+
+    def stopped(model: Retro, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal calls, budget
+        if tokens.shape[1] > 1:  # not a document's first token
+            if budget == 0:
+                raise KeyboardInterrupt
+            calls, budget = calls + 1, budget - 1
+        return forward(model, tokens, *rest)
+
+    monkeypatch.setattr(Retro, "forward", stopped)
+    interruptions = 0
+    while True:
+        budget = 1
+        try:
+            result = scored(world)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+            assert len(left(world.run)) == 1
+    assert result == expected and not left(world.run)
+    budget, whole = -1, calls
+    assert scored(world) == expected
+    assert interruptions == whole - 1 > 5 and calls == 2 * whole
+
+
+def test_neighbours_are_not_searched_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = scored(world, num_neighbours=3)  # of ten that are found
+    interrupted(world, monkeypatch, 1, num_neighbours=3)
+    monkeypatch.setattr(Retriever, "__call__", None)
+    assert scored(world, num_neighbours=3) == expected and not left(world.run)
+
+
+def test_another_evaluation_takes_nothing_up(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "held-out"
+    shutil.copytree(world.run, run)
+    shutil.copytree(world.held_out, data)
+    first = interrupted(world, monkeypatch, 5, run=run, data=data)
+    content = first.read_bytes()
+    options: list[dict[str, Any]] = [
+        {"num_neighbours": 3},
+        {"batch_size": 3},
+        {"window": 3 * CHUNK},
+        {"stride": CHUNK},
+        {"seed": 1},
+        {"retriever": "random"},
+        {"dtype": "bf16"},
+        {"data": world.train},
+    ]
+    for option in options:
+        assert interrupted(world, monkeypatch, 2, **{"run": run, "data": data, **option}) != first
+    assert len(left(run)) == 1 + len(options)
+    for option in options[:3]:  # each goes on by itself
+        assert scored(world, **{"run": run, "data": data, **option}) == scored(world, **option)
+    assert len(left(run)) == 1 + len(options[3:])
+    for path in {*left(run)} - {first}:
+        path.unlink()
+    assert left(run) == [first] and first.read_bytes() == content
+
+    text = (data / "held-out-1.txt").read_text()
+    (data / "held-out-1.txt").write_text(text.replace("a", "e", 1))
+    changed = scored(world, run=run, data=data)
+    assert left(run) == [first] and changed == scored(world, data=data)
+    (data / "held-out-1.txt").write_text(text)
+    damaged = bytearray(content)
+    damaged[len(content) * 2 // 3] ^= 16
+    first.write_bytes(damaged)
+    assert scored(world, run=run, data=data) == scored(world) and not left(run)
+
+    first.write_bytes(content)
+    model = load_run(run)
+    with torch.no_grad():
+        model.model.get_parameter("norm.weight").mul_(1.5)
+    assert scored(world, run=model, data=data) != scored(world)
+    assert not left(run)  # what was kept of other weights can never be taken up
+
+
+def test_a_run_that_cannot_be_written(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    expected = scored(world)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr("retro_kernels.retrieval.writing.locked", None)
+    assert scored(world) == expected
+    assert "interrupted, this evaluation will have to begin again" in capfd.readouterr().err
+
+
+def test_kill_9(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A process in the middle of writing a part; the same command, and one that another process gives meanwhile."""
+    code = (
+        "import os, signal, sys\n"
+        "from retro_kernels import cli, runs\n"
+        "from retro_kernels.retrieval.writing import Journal\n"
+        "runs.cpu_has_bf16 = lambda: False\n"
+        "add, parts = Journal.add, []\n"
+        "def killed(journal, part, *key):\n"
+        "    parts.append(part)\n"
+        "    if len(parts) == 6:\n"
+        "        add(journal, part, *key)\n"
+        "        journal._file.truncate(journal._file.tell() - 9)\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return add(journal, part, *key)\n"
+        "Journal.add = killed\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    words = ["eval", "--run", world.run, "--data", world.held_out, "--batch-size", 4]
+    words += ["--device", "cpu", "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL and done.stdout == "", done.stderr
+    (path,) = left(world.run)
+    with locked(path, ""):
+        assert run(*words) == 2
+        assert "Another process is at the same evaluation" in capfd.readouterr().err
+    before = path.stat().st_size
+    assert before > 0 and run(*words) == 0
+    result = json.loads(capfd.readouterr().out)
+    result.pop("tokens_per_second")
+    assert result == scored(world) and not left(world.run)
 
 
 def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

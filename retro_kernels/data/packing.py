@@ -7,6 +7,7 @@ document or of several. S sequences, N tokens in each.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,11 @@ class TokenDocuments:
     @property
     def num_documents(self) -> int:
         return len(self.titles)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the texts and the size of a chunk; of the tokenizer it says nothing."""
+        size = self.chunks.shape[1].to_bytes(4, "little")
+        return hashlib.sha256(self.hashes.tobytes() + size).hexdigest()
 
     def of_chunks(self) -> np.ndarray:
         """int64 [C]: the document of each chunk."""

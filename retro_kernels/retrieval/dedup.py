@@ -7,6 +7,8 @@ Bands only propose; what is proposed is decided by the sets of hashes themselves
 with probability (1 − Jʳ)ᵇ, so both follow from the threshold: of the pairs that just reach it at most 1 % are missed.
 At 0.8 that takes 16 × 6, which misses 0.0005 % at 0.9; at 0.5 it takes 35 × 3. The usual 8 × 16 would miss 80 % at 0.8.
 
+What was compared is kept beside the result in `<out>.partial`, by the documents' content, until all is done.
+
 For chunks inside documents use `leakage.containment`: a Jaccard index does not see copies shifted by six tokens.
 """
 
@@ -26,7 +28,8 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, read_documents
+from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
+from retro_kernels.retrieval.writing import Journal, journal
 
 N = 13
 THRESHOLD = 0.8
@@ -36,6 +39,7 @@ _LOWEST = 0.01  # 459 permutations, each a band
 _WORD = re.compile(r"\w+")
 _SLAB = 1 << 10  # hashes permuted at a time: 128 × 1 Ki × 8 B stays in the cache
 _SEED = 20_211_208
+_PART = 4 << 20  # characters compared between two savings: a second's work
 
 
 class _Words:
@@ -140,14 +144,19 @@ class DuplicateFinder:
         self._grams: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = {}
         self._sizes: list[int] = []
+        digest = hashlib.blake2b(repr((n, threshold, self._minhash.a.tolist())).encode(), digest_size=16)
         for document in documents:
             grams = self._hashes(document.text)
+            digest.update(len(grams).to_bytes(8, "little"))
+            digest.update(grams.data)
             if len(grams):
                 for band in self._keys(grams):
                     self._buckets.setdefault(band, []).append(len(self._grams))
             self._titles.append(document.title)
             self._grams.append(grams)
         self._sizes = sorted(map(len, self._grams))
+        self.fingerprint = digest.hexdigest()
+        """Of whatever decides which document is found, and with which Jaccard index."""
 
     def __len__(self) -> int:
         return len(self._titles)
@@ -162,23 +171,58 @@ class DuplicateFinder:
     def find(self, text: str) -> tuple[str, float] | None:
         """(title, Jaccard index) of the evaluation document that the text resembles most, if it reaches the
         threshold."""
+        place, index = self._find(text)
+        return None if place < 0 else (self._titles[place], index)
+
+    def _find(self, text: str) -> tuple[int, float]:
+        """As `find`, with the document's place; (−1, 0) where there is none."""
         grams = self._hashes(text)
         # a set cannot resemble one of a very different size: |a ∩ b| / |a ∪ b| ≤ smaller / larger
         smallest = bisect.bisect_left(self._sizes, self.threshold * len(grams))
         if not len(grams) or smallest == len(self) or self.threshold * self._sizes[smallest] > len(grams):
-            return None
+            return -1, 0.0
         proposed = {i for band in self._keys(grams) for i in self._buckets.get(band, ())}
         best = max(((jaccard(grams, self._grams[i]), -i) for i in proposed), default=(0.0, 0))
-        return (self._titles[-best[1]], best[0]) if best[0] >= self.threshold else None
+        return (-best[1], best[0]) if best[0] >= self.threshold else (-1, 0.0)
+
+    def compare(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
+        """For each document "place" int64 [n], that of the evaluation document which it copies, −1 for none, and
+        "jaccard" float64 [n]."""
+        places, indices = zip(*(self._find(document.text) for document in documents), strict=True)
+        return {"place": np.array(places, np.int64), "jaccard": np.array(indices, np.float64)}
+
+    def title(self, place: int) -> str:
+        return self._titles[place]
 
 
 def find_copies(
-    documents: Iterable[Document], finder: DuplicateFinder
+    documents: Iterable[Document], finder: DuplicateFinder, kept: Journal | None = None
 ) -> Iterator[tuple[Document, Copy | None]]:
-    """Each training document, and what it copies or None."""
-    for index, document in enumerate(documents):
-        found = finder.find(document.text)
-        yield document, None if found is None else Copy(document.title, found[0], round(found[1], 4), index)
+    """Each training document, and what it copies or None. kept: what was compared before, taken where the text is the
+    same."""
+    kept = kept or Journal()
+    index = 0
+    for part in _parts(documents):
+        key = " ".join(str(document_hash(document.text)) for document in part)
+        found = kept.take(key) or kept.add(finder.compare(part), key)
+        for document, place, j in zip(part, found["place"].tolist(), found["jaccard"].tolist(), strict=True):
+            copy = None if place < 0 else Copy(document.title, finder.title(place), round(j, 4), index)
+            yield document, copy
+            index += 1
+
+
+def _parts(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Some documents at a time, `_PART` characters or a bit more."""
+    part: list[Document] = []
+    size = 0
+    for document in documents:
+        part.append(document)
+        size += len(document.text)
+        if size >= _PART:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -196,16 +240,18 @@ def deduplicate(
     """Finds the training documents in `data` that copy an evaluation document in `against` (`retro-kernels dedup`).
 
     data, against: paths as `read_documents` takes them.  out: a `.jsonl` that gets the training documents which are no
-    copies, whole or not at all.
+    copies, whole or not at all. Interrupted, the same call goes on, as far as `data` is what it was; without `out` it
+    begins again.
     Returns {"documents", "against", "copies": [{"title", "against", "jaccard", "index"}, …], "kept", "threshold",
     "n", "skipped"}.
-    Raises InputError for paths that do not exist, no evaluation document, or a bad threshold. Memory is bounded by the
-    evaluation text.
+    Raises InputError for paths that do not exist, no evaluation document, a bad threshold, or an `out` that another
+    process is writing. Memory is bounded by the evaluation text, 4 Mi characters and one document.
     """
     from tqdm import tqdm
 
     report, report_against = ReadReport(), ReadReport()
     documents = read_documents(data, report=report)
+    out = None if out is None else Path(out)
     show = {"disable": None if progress else True, "unit": " documents", "mininterval": 0.5}
     finder = DuplicateFinder(
         tqdm(read_documents(against, report=report_against), desc="evaluation text", **show),
@@ -217,8 +263,12 @@ def deduplicate(
             "dedup: there is no evaluation document to compare with: every file was empty, unreadable or left out."
         )
     copies: list[Copy] = []
-    with _writer(out) as write:
-        for document, copy in find_copies(tqdm(documents, desc="training text", **show), finder):
+    partial = None if out is None else out.with_name(out.name + ".partial")
+    with (
+        journal(partial, finder.fingerprint, f"Another process is writing {out}. Wait for it.") as kept,
+        _writer(out) as write,
+    ):
+        for document, copy in find_copies(tqdm(documents, desc="training text", **show), finder, kept):
             if copy is not None:
                 copies.append(copy)
             else:
@@ -235,15 +285,17 @@ def deduplicate(
 
 
 class _writer:
-    """Writes documents to a `.jsonl` that appears under its name when all are there. None: nowhere."""
+    """Writes documents to a `.jsonl` that appears under its name when all are there. None: nowhere.
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self.path = None if path is None else Path(path)
+    Under the lock of the journal: what a kill −9 left under the other name is written over."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
 
     def __enter__(self) -> Any:
         if self.path is None:
             return lambda document: None
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        self._temporary = self.path.with_name(f"{self.path.name}.tmp")
         self._file = open(self._temporary, "w", encoding="utf-8")
         return lambda document: self._file.write(
             json.dumps({"title": document.title, "text": document.text}, ensure_ascii=False) + "\n"

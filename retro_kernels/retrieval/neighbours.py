@@ -23,8 +23,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from retro_kernels.retrieval.search import (
     unfilled,
 )
 from retro_kernels.retrieval.store import ChunkStore
-from retro_kernels.retrieval.writing import locked
+from retro_kernels.retrieval.writing import journal
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval.retriever import Retriever
@@ -288,7 +288,7 @@ def precompute(
     per_chunk: S, neighbours kept for each chunk: more than are used, so that other documents can be dropped.
     progress: is told how many chunks were done, those of an interrupted run included.
 
-    Interrupted, the next call with the same arguments goes on (finished blocks lie in `out`.partial); where `out` has
+    Interrupted, the next call with the same arguments goes on (what is done lies in `out`.partial); where `out` has
     been made from the same input already, nothing is done. Memory: some 50 bytes a chunk; on the disk, until `out` is
     whole, three times its size. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
     InputError for a retriever that re-ranks.
@@ -322,78 +322,67 @@ def precompute(
             old = NeighbourFile.open(out)
             if {name: old.metadata.get(name) for name in metadata} == metadata:
                 return {**result, "rows": old.num_rows, "done_before": True}
-    partial = out.with_name(out.name + ".partial")
-    with _partial_folder(partial, metadata):
-        blocks: list[Path] = []
-        keys = np.zeros((2, len(chunks)), dtype=np.int64)
-        for start in range(0, len(chunks), _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            blocks.append(partial / f"{len(blocks):08d}.safetensors")
-            keys[:, rows] = _block(retriever, chunks[rows], documents[rows], per_chunk, blocks[-1])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, len(chunks), _BLOCK)]
+    keys = np.zeros((2, len(chunks)), dtype=np.int64)
+    for rows in blocks:
+        found = _hashes(_tokens(chunks[rows]), torch.from_numpy(documents[rows].copy()))
+        keys[:, rows] = torch.stack(found).numpy()
+    kept = _distinct(keys)
+    place = np.full(len(chunks), -1)
+    place[kept] = np.arange(len(kept))
+    partial, busy = out.with_name(out.name + ".partial"), f"Another process is making {out} now."
+    with journal(partial, json.dumps(metadata, sort_keys=True), busy) as done:
+        ids = _mapped(out.parent, np.int64, (len(kept), per_chunk))
+        distances = _mapped(out.parent, np.float32, (len(kept), per_chunk))
+        for rows in blocks:
+            block = done.take() or done.add(_searched(retriever, chunks[rows], documents[rows], per_chunk))
+            here = place[rows]
+            ids[here[here >= 0]] = block["ids"][here >= 0]
+            distances[here[here >= 0]] = block["distances"][here >= 0]
             if progress:
-                progress(len(chunks[rows]))
-        arrays = _merged(blocks, keys, per_chunk, partial)
+                progress(len(here))
+        columns = {"hashes": keys[0, kept], "checks": keys[1, kept], "ids": ids, "distances": distances}
+        arrays = {name: torch.from_numpy(array) for name, array in columns.items()}
         _save(arrays, out, {**metadata, "checksum": _checksum(arrays)})
-        shutil.rmtree(partial, ignore_errors=True)
-    return {**result, "rows": len(arrays["ids"]), "done_before": False}
+    return {**result, "rows": len(kept), "done_before": False}
 
 
-def _block(
-    retriever: Retriever, chunks: np.ndarray, documents: np.ndarray, per_chunk: int, path: Path
-) -> np.ndarray:
-    """Sees to it that the block is in its file; its hashes and checks, int64 [2, n]."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    with contextlib.suppress(FileNotFoundError, SafetensorError):
-        found = load_file(path)
-        return np.stack([found["hashes"].numpy(), found["checks"].numpy()])
-    queries, own = torch.from_numpy(chunks.astype(np.int64)), torch.from_numpy(documents.copy())
-    hashes, checks = _hashes(queries, own)
-    distances, ids = retriever.search(queries, per_chunk, own[:, None], keep_copies=True)
-    arrays = {
-        "hashes": hashes,
-        "checks": checks,
-        "ids": ids.cpu().contiguous(),
-        "distances": distances.cpu().contiguous(),
-    }
-    _save(arrays, path, {})
-    return np.stack([hashes.numpy(), checks.numpy()])
+def _tokens(chunks: np.ndarray) -> Tensor:
+    return torch.from_numpy(chunks.astype(np.int64))
 
 
-def _merged(blocks: list[Path], keys: np.ndarray, per_chunk: int, folder: Path) -> dict[str, Tensor]:
-    """The rows of all blocks sorted by hash, each once; what is long of them lies in files of `folder`."""
-    from safetensors.torch import load_file
+def _searched(
+    retriever: Retriever, chunks: np.ndarray, documents: np.ndarray, per_chunk: int
+) -> dict[str, np.ndarray]:
+    """ids int64 [n, S] and distances float32 [n, S]."""
+    own = torch.from_numpy(documents.copy())[:, None]
+    distances, ids = retriever.search(_tokens(chunks), per_chunk, own, keep_copies=True)
+    return {"ids": ids.cpu().numpy(), "distances": distances.cpu().numpy()}
 
+
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    """Which columns of `keys` [2, n] to keep, int64, in the order of their hashes: of equal ones the first, since a
+    chunk may stand in a document twice."""
     order = np.lexsort((keys[1], keys[0]))
     first = np.zeros(len(order), dtype=bool)
     first[:1] = True
     for key in keys:
         first[1:] |= key[order[1:]] != key[order[:-1]]
-    kept = order[first]  # a chunk may stand in a document twice
-    place = np.full(len(order), -1)
-    place[kept] = np.arange(len(kept))
-    ids = _mapped(folder / "ids", np.int64, (len(kept), per_chunk))
-    distances = _mapped(folder / "distances", np.float32, (len(kept), per_chunk))
-    start = 0
-    for path in blocks:
-        block = load_file(path)
-        rows = place[start : start + len(block["ids"])]
-        ids[rows[rows >= 0]] = block["ids"].numpy()[rows >= 0]
-        distances[rows[rows >= 0]] = block["distances"].numpy()[rows >= 0]
-        start += len(rows)
-    arrays = {"hashes": keys[0, kept], "checks": keys[1, kept], "ids": ids, "distances": distances}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return order[first]
 
 
-def _mapped(path: Path, dtype: Any, shape: tuple[int, int]) -> np.ndarray:
-    """A new file of zeros as an array that is written through. The zeros are written: a hole that finds the disk full
-    later kills the process."""
+def _mapped(folder: Path, dtype: Any, shape: tuple[int, int]) -> np.ndarray:
+    """An array of zeros in a file of `folder` that has no name and goes with the process. The zeros are written: a hole
+    that finds the disk full later kills the process."""
+    if not shape[0]:
+        return np.zeros(shape, dtype)
     row = np.zeros(shape[1], dtype=dtype).tobytes()
-    with open(path, "wb") as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         for start in range(0, shape[0], _BLOCK):
             file.write(row * min(_BLOCK, shape[0] - start))
-    return np.memmap(path, dtype, "r+", shape=shape) if shape[0] else np.zeros(shape, dtype)
+        file.flush()
+        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def _input_hash(chunks: np.ndarray, documents: np.ndarray) -> str:
@@ -422,17 +411,3 @@ def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _partial_folder(folder: Path, metadata: dict[str, str]) -> Iterator[None]:
-    """The folder of finished blocks, locked while in use (the lock ends with the process); other input's blocks go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock", f"Another process is making {folder.with_suffix('')} now."):
-        described = folder / "input.json"
-        wanted = json.dumps(metadata, sort_keys=True)
-        if not described.exists() or described.read_text() != wanted:
-            for block in folder.glob("*.safetensors*"):
-                block.unlink()
-            described.write_text(wanted)  # half of it is just not equal
-        yield

@@ -1,21 +1,26 @@
-"""Files that grow, survive a kill −9, and appear under their names only when whole: what `build` writes with.
+"""Files that grow, survive a kill −9, and appear under their names only when whole: what long jobs write with.
 
-Nothing here knows what a retrieval set is, but for `ChunkWriter`, which keeps the growing files of one in step.
+Nothing here knows what a retrieval set is, but for `ChunkWriter`, which keeps the growing files of one in step. A job
+whose parts are not yet its result (neighbours, evaluation, de-duplication) keeps them in a `Journal`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load as unpacked
+from safetensors.numpy import save as packed
 
 from retro_kernels.config import InputError
 from retro_kernels.data.tokenizer import Tokenizer
@@ -128,6 +133,117 @@ def load_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
+
+
+class Journal:
+    """The parts of a long job that are done, for the same job to take up after a kill −9. `journal` opens one.
+
+        for item in items:
+            part = journal.take() or journal.add(work(item))
+
+    A part is named arrays. Parts come in the same order whenever the job runs; each is in the file, with a checksum, as
+    soon as it was added (a power cut, and nothing less, may cost the last half minute's). From the first on that is
+    damaged, or has another key, they are made again. Without a file nothing is kept.
+    """
+
+    _BEGINNING = b"retro_kernels journal 1\n"
+    _HEAD = struct.Struct("<Q16s")  # bytes of the part; checksum of key and part
+
+    def __init__(self, file: Any = None, about: str = "") -> None:
+        """file: open for reading and writing, unbuffered, so that a full disk is found out in `add`.  about: the key of
+        a first, empty part: what all others depend on. InputError for a file that is no journal."""
+        self._file = file
+        self._ahead = file is not None
+        """Whether there may be parts that were not taken yet."""
+        if file is None:
+            return
+        found = file.read(len(self._BEGINNING))
+        if not self._BEGINNING.startswith(found):
+            raise InputError(
+                f"{file.name} is where this job keeps what is done, but it holds something else. Move it away, delete "
+                "it if it is not needed, or choose another name for the result."
+            )
+        self._write(self._BEGINNING[len(found) :])
+        if self.take(about) is None:
+            self.add({}, about)
+        self._first = file.tell()
+
+    def take(self, key: str = "") -> dict[str, np.ndarray] | None:
+        """The next part, if it was made for `key`; None where it is yet to be made."""
+        if not self._ahead:
+            return None
+        start = self._file.tell()
+        content = self._read(key)
+        if content is None:
+            self._ahead = False
+            self._file.truncate(start)
+            self._file.seek(start)
+            return None
+        return unpacked(content)
+
+    def add(self, part: dict[str, np.ndarray], key: str = "") -> dict[str, np.ndarray]:
+        """Keeps the part that `take` did not have, and returns it. OSError where it cannot be written."""
+        if self._file is not None:
+            content = packed({name: np.ascontiguousarray(values) for name, values in part.items()})
+            self._write(self._HEAD.pack(len(content), self._checksum(key, content)) + content)
+        return part
+
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            kept = f"What was done before is kept in {self._file.name}: run the same command again."
+            raise OSError(error.errno, f"{error.strerror}. {kept}") from error
+
+    def has_parts(self) -> bool:
+        """Whether there is anything to take up later, be it of an earlier call."""
+        return os.fstat(self._file.fileno()).st_size > self._first
+
+    def _read(self, key: str) -> bytes | None:
+        """The next part, if all of it is there as it was written."""
+        head = self._file.read(self._HEAD.size)
+        if len(head) < self._HEAD.size:
+            return None
+        size, checksum = self._HEAD.unpack(head)
+        if size > os.fstat(self._file.fileno()).st_size - self._file.tell():  # nor would a damaged number fit
+            return None
+        content = self._file.read(size)
+        return content if self._checksum(key, content) == checksum else None
+
+    @staticmethod
+    def _checksum(key: str, content: bytes) -> bytes:
+        digest = hashlib.blake2b(key.encode() + b"\0", digest_size=16)
+        digest.update(content)
+        return digest.digest()
+
+
+@contextlib.contextmanager
+def journal(path: Path | None, about: str, busy: str) -> Iterator[Journal]:
+    """The journal in the file `path`, of one process at a time: InputError(busy) for another. None: nothing is kept.
+
+    about: text on whatever the parts depend on. A journal about something else is begun anew; a file that is no journal
+    is left as it is: InputError.
+    The file is deleted at the end, so the result must be written before that; it stays after an exception, if a part
+    was done. Ctrl-C then says where, and that the same command goes on.
+    """
+    if path is None:
+        yield Journal()
+        return
+    with locked(path, busy), open(path, "r+b", buffering=0) as file:
+        kept = Journal(file, about)
+        try:
+            yield kept
+        except BaseException as stopped:
+            if not kept.has_parts():
+                path.unlink(missing_ok=True)
+            elif type(stopped) is KeyboardInterrupt and not stopped.args:
+                raise KeyboardInterrupt(
+                    f"Interrupted. What is done is kept in {path}: the same command goes on from there."
+                ) from None
+            raise
+        path.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

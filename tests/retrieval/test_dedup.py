@@ -137,7 +137,9 @@ def test_files_in_and_out(seed: int, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["kept.jsonl", "test.txt", "train.jsonl"]
 
 
-def test_a_full_disk_leaves_nothing(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_only_what_goes_on(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Full(io.RawIOBase):
         def writable(self) -> bool:
             return True
@@ -149,14 +151,113 @@ def test_a_full_disk_leaves_nothing(seed: int, tmp_path: Path, monkeypatch: pyte
         Path(path).touch()
         return io.TextIOWrapper(io.BufferedWriter(Full(), 1 << 20), encoding="utf-8")
 
-    (tmp_path / "train.txt").write_text(" ".join(words(100)))
-    (tmp_path / "test.txt").write_text(" ".join(words(100)))
-    monkeypatch.setattr("retro_kernels.retrieval.dedup.open", full_disk, raising=False)
-    with pytest.raises(OSError, match="No space left"):
-        deduplicate(
-            tmp_path / "train.txt", tmp_path / "test.txt", out=tmp_path / "kept.jsonl", progress=False
-        )
-    assert sorted(os.listdir(tmp_path)) == ["test.txt", "train.txt"]
+    data, test, out = (tmp_path / name for name in ("train.txt", "test.txt", "kept.jsonl"))
+    data.write_text(" ".join(words(100)))
+    test.write_text(" ".join(words(100)))
+    with monkeypatch.context() as patch:
+        patch.setattr("retro_kernels.retrieval.dedup.open", full_disk, raising=False)
+        with pytest.raises(OSError, match="No space left"):
+            deduplicate(data, test, out=out, progress=False)
+    assert sorted(os.listdir(tmp_path)) == ["kept.jsonl.partial", "test.txt", "train.txt"]
+    monkeypatch.setattr(DuplicateFinder, "compare", None)
+    assert deduplicate(data, test, out=out, progress=False)["kept"] == 1
+    assert sorted(os.listdir(tmp_path)) == ["kept.jsonl", "test.txt", "train.txt"]
+
+
+@pytest.fixture
+def planted(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(training text, evaluation text): two of twelve documents are copies, and two are compared at a time."""
+    monkeypatch.setattr("retro_kernels.retrieval.dedup._PART", 700)
+    texts = [" ".join(words(100, 5000)) for _ in range(12)]
+    test, train = tmp_path / "test.jsonl", tmp_path / "train.jsonl"
+    for path, chosen in ((test, [3, 8]), (train, range(12))):
+        lines = [json.dumps({"title": f"{path.stem} {i}", "text": texts[i]}) + "\n" for i in chosen]
+        path.write_text("".join(lines))
+    return train, test
+
+
+def test_interrupted_at_any_moment_the_result_is_the_same(
+    planted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = planted
+    expected = deduplicate(train, test, out=tmp_path / "whole.jsonl", progress=False)
+    assert [copy["index"] for copy in expected["copies"]] == [3, 8]
+    out, compare = tmp_path / "kept.jsonl", DuplicateFinder.compare
+    compared: list[str] = []
+    interrupted = 0
+
+    def one_more(finder: DuplicateFinder, part: list[Document]) -> dict[str, np.ndarray]:
+        if compared and not stop:
+            raise KeyboardInterrupt
+        compared.extend(document.title for document in part)
+        stop.clear()
+        return compare(finder, part)
+
+    while True:  # each call does one part more
+        stop = [True]
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(DuplicateFinder, "compare", one_more)
+                result = deduplicate(train, test, out=out, progress=False)
+            break
+        except KeyboardInterrupt as said:
+            interrupted += 1
+            assert f"is kept in {out}.partial: the same command goes on" in str(said)
+            assert not out.exists() and not (tmp_path / "kept.jsonl.tmp").exists()
+            (tmp_path / "kept.jsonl.tmp").write_text("what a kill −9 leaves")
+    assert interrupted == 5 and compared == [f"train {i}" for i in range(12)]
+    assert result == expected and out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["kept.jsonl", "test.jsonl", "train.jsonl", "whole.jsonl"]
+
+
+@pytest.mark.parametrize("change", ["a document", "one more", "evaluation text", "threshold", "damage"])
+def test_what_changed_since_is_compared_again(
+    planted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    train, test = planted
+    out, compare = tmp_path / "kept.jsonl", DuplicateFinder.compare
+    compared: list[str] = []
+
+    def watched(finder: DuplicateFinder, part: list[Document]) -> dict[str, np.ndarray]:
+        if len(compared) == limit:
+            raise KeyboardInterrupt
+        compared.extend(document.title for document in part)
+        return compare(finder, part)
+
+    monkeypatch.setattr(DuplicateFinder, "compare", watched)
+    limit = 10  # documents 10 and 11 are left
+    with pytest.raises(KeyboardInterrupt):
+        deduplicate(train, test, out=out, progress=False)
+    threshold, again = 0.8, range(12)
+    match change:
+        case "a document":  # 9 becomes a copy of 3
+            lines = train.read_text().splitlines(keepends=True)
+            lines[9] = lines[3].replace("train 3", "train 9")
+            train.write_text("".join(lines))
+            again = range(8, 12)
+        case "one more":
+            with train.open("a") as file:
+                file.write(json.dumps({"title": "train 12", "text": " ".join(words(100))}) + "\n")
+            again = range(10, 13)
+        case "evaluation text":
+            test.write_text(test.read_text().splitlines()[1])
+        case "threshold":
+            threshold = 0.9
+        case "damage":
+            partial = tmp_path / "kept.jsonl.partial"
+            content = bytearray(partial.read_bytes())
+            content[len(content) * 7 // 10] ^= 1
+            partial.write_bytes(content)
+            again = range(6, 12)
+    compared.clear()
+    limit = -1
+    result = deduplicate(train, test, out=out, threshold=threshold, progress=False)
+    assert compared == [f"train {i}" for i in again]
+    assert result == deduplicate(
+        train, test, out=tmp_path / "whole.jsonl", threshold=threshold, progress=False
+    )
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["kept.jsonl", "test.jsonl", "train.jsonl", "whole.jsonl"]
 
 
 def test_bad_input(seed: int, tmp_path: Path) -> None:
