@@ -181,6 +181,11 @@ def main(argv: list[str] | None = None) -> int:
                 process.kill()
                 status = 130
         rows, ceilings = collect(rows_file)
+    if status == 5:  # pytest's "nothing collected"
+        print(
+            f"no case matches{f' -k {args.k!r}' if args.k else ''} {' '.join(args.files)}".rstrip(),
+            file=sys.stderr,
+        )
     if not any("median_s" in row for row in rows):
         return status or 1
     if args.conditions:

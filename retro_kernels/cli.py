@@ -700,7 +700,9 @@ def _bench(args: argparse.Namespace) -> None:
         *(["--quick"] if args.quick else []),
     ]
     if status := subprocess.run(command).returncode:
-        raise InputError(f"a benchmark failed (exit status {status}).")
+        raise InputError(
+            "no benchmark matches." if status == 5 else f"a benchmark failed (exit status {status})."
+        )
 
 
 if __name__ == "__main__":

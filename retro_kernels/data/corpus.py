@@ -79,7 +79,8 @@ def read_documents(
     include, exclude: shell patterns (`*.py`, `tests`, `docs/*.md`) for files inside folders, matched against the name
         and the path relative to the folder; an excluded folder is not entered. Hidden files and `__pycache__` are left
         out.
-    leave_out: folders that are not entered where they lie inside `paths`, such as the one that is being written.
+    leave_out: folders that are not entered and files that are not read where they lie in a folder of `paths`, such as
+        what is being written.
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
 
     Left out and counted: what cannot be read or unpacked, is not UTF-8, is empty or white space, is larger than 1 GiB,
@@ -109,9 +110,14 @@ class _Wanted:
     leave_out: frozenset[str]
 
     def enters(self, folder: os.DirEntry[str]) -> bool:
-        if folder.name in _SKIPPED_DIRECTORIES:
-            return False
-        return not self.leave_out or os.path.realpath(folder.path) not in self.leave_out
+        return folder.name not in _SKIPPED_DIRECTORIES and not self._left_out(folder)
+
+    def reads(self, file: os.DirEntry[str], relative: str) -> bool:
+        wanted = not self.include or _matches(relative, file.name, self.include)
+        return wanted and not self._left_out(file)
+
+    def _left_out(self, entry: os.DirEntry[str]) -> bool:
+        return bool(self.leave_out) and os.path.realpath(entry.path) in self.leave_out
 
 
 def _read(paths: list[str], wanted: _Wanted, given: ReadReport | None) -> Iterator[Document]:
@@ -150,7 +156,7 @@ def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Itera
         if entry.is_dir(follow_symlinks=False):
             if wanted.enters(entry):
                 yield from _walk(root, relative, wanted, report)
-        elif entry.is_file() and (not wanted.include or _matches(relative, entry.name, wanted.include)):
+        elif entry.is_file() and wanted.reads(entry, relative):
             yield relative
 
 

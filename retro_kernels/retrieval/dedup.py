@@ -240,18 +240,22 @@ def deduplicate(
     """Finds the training documents in `data` that copy an evaluation document in `against` (`retro-kernels dedup`).
 
     data, against: paths as `read_documents` takes them.  out: a `.jsonl` that gets the training documents which are no
-    copies, whole or not at all. Interrupted, the same call goes on, as far as `data` is what it was; without `out` it
-    begins again.
+    copies, whole or not at all; it is no part of a folder in `data`. Interrupted, the same call goes on, as far as
+    `data` is what it was; without `out` it begins again.
     Returns {"documents", "against", "copies": [{"title", "against", "jaccard", "index"}, …], "kept", "threshold",
     "n", "skipped"}.
-    Raises InputError for paths that do not exist, no evaluation document, a bad threshold, or an `out` that another
-    process is writing. Memory is bounded by the evaluation text, 4 Mi characters and one document.
+    Raises InputError for paths that do not exist, no evaluation document, a bad threshold, or an `out` of another name,
+    in no folder, or that another process is writing. Memory is bounded by the evaluation text, 4 Mi characters and one
+    document.
     """
     from tqdm import tqdm
 
     report, report_against = ReadReport(), ReadReport()
-    documents = read_documents(data, report=report)
     out = None if out is None else Path(out)
+    own = [] if out is None else [out, *(out.with_name(out.name + end) for end in (".partial", ".tmp"))]
+    if out is not None:
+        _check_out(out)
+    documents = read_documents(data, report=report, leave_out=own)
     show = {"disable": None if progress else True, "unit": " documents", "mininterval": 0.5}
     finder = DuplicateFinder(
         tqdm(read_documents(against, report=report_against), desc="evaluation text", **show),
@@ -263,9 +267,10 @@ def deduplicate(
             "dedup: there is no evaluation document to compare with: every file was empty, unreadable or left out."
         )
     copies: list[Copy] = []
-    partial = None if out is None else out.with_name(out.name + ".partial")
     with (
-        journal(partial, finder.fingerprint, f"Another process is writing {out}. Wait for it.") as kept,
+        journal(
+            own[1] if own else None, finder.fingerprint, f"Another process is writing {out}. Wait for it."
+        ) as kept,
         _writer(out) as write,
     ):
         for document, copy in find_copies(tqdm(documents, desc="training text", **show), finder, kept):
@@ -284,6 +289,15 @@ def deduplicate(
     }
 
 
+def _check_out(out: Path) -> None:
+    if out.suffix.lower() != ".jsonl" or out.is_dir():
+        raise InputError(
+            f"dedup: out is {out}; it has to be a file with a name that ends in .jsonl, which is what is written there."
+        )
+    if not out.parent.is_dir():
+        raise InputError(f"dedup: out is {out}, but there is no folder {out.parent}. Make it first.")
+
+
 class _writer:
     """Writes documents to a `.jsonl` that appears under its name when all are there. None: nowhere.
 
@@ -295,7 +309,7 @@ class _writer:
     def __enter__(self) -> Any:
         if self.path is None:
             return lambda document: None
-        self._temporary = self.path.with_name(f"{self.path.name}.tmp")
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
         self._file = open(self._temporary, "w", encoding="utf-8")
         return lambda document: self._file.write(
             json.dumps({"title": document.title, "text": document.text}, ensure_ascii=False) + "\n"

@@ -307,3 +307,34 @@ def test_the_ap_edition_of_college_physics_is_found_and_other_textbooks_are_not(
     assert {name for name, copy in found.items() if copy} == {"college-physics-2e"}
     copy = found["college-physics-2e"]
     assert copy is not None and copy.against == ap.title and 0.9 < copy.jaccard < 1.0
+
+
+def test_the_result_is_no_part_of_the_text(tmp_path: Path) -> None:
+    """Written into the folder that is read, and once more over itself."""
+    train, test = tmp_path / "train", tmp_path / "test.txt"
+    train.mkdir()
+    words = [" ".join(f"w{i}x{j}" for j in range(40)) for i in range(3)]
+    for i, text in enumerate(words):
+        (train / f"{i}.txt").write_text(text)
+    test.write_text(words[1])
+    for _ in range(2):
+        found = deduplicate(train, test, out=train / "clean.jsonl", progress=False)
+        assert (found["documents"], found["kept"], found["skipped"]) == (3, 2, {})
+    lines = (train / "clean.jsonl").read_text().splitlines()
+    assert [json.loads(line)["title"] for line in lines] == ["0.txt", "2.txt"]
+    assert deduplicate(train, test, progress=False)["documents"] == 3 + 2  # else it is text like any other
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("clean.jsonl.gz", "ends in .jsonl"),
+        ("clean.txt", "ends in .jsonl"),
+        ("none/clean.jsonl", "there is no folder .*none. Make it first"),
+    ],
+)
+def test_bad_names_are_refused_before_anything_is_read(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(InputError, match=message):
+        deduplicate(tmp_path / "missing", tmp_path / "a.txt", out=tmp_path / name, progress=False)
+    assert [x.name for x in tmp_path.iterdir()] == ["a.txt"]
