@@ -228,6 +228,12 @@ class ChunkedCrossAttention(nn.Module):
                 f"ChunkedCrossAttention: chunk_size is {chunk_size} and neighbour_len {neighbour_len}; "
                 "both must be at least 1."
             )
+        if backend not in (None, "triton", "torch", "reference"):
+            raise ValueError(
+                f'ChunkedCrossAttention: backend is {backend!r}; choose "triton", "torch", "reference" or None.'
+            )
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"ChunkedCrossAttention: dropout is {dropout}; it must be in [0, 1].")
         self.dim, self.encoder_dim = dim, encoder_dim
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, kv_heads
         self.chunk_size, self.neighbour_len, self.position, self.backend = (

@@ -564,6 +564,11 @@ def test_bad_arguments_say_what_to_do(seed):
         call = {"query": query, "key": key, "value": value, "chunk_size": M, **changes}
         with pytest.raises(error, match=message):
             chunked_cross_attention(**call)
+    blocks = torch.randn(4, M, 2, D), *(torch.randn(2, 1, R, 2, D) for _ in "kv")
+    with pytest.raises(TypeError, match="key_repeat is 2.0; it has to be an integer"):
+        block_attention(*blocks, key_repeat=2.0)
+    with pytest.raises(ValueError, match="key_repeat is 0; it has to be at least 1"):
+        block_attention(*blocks, key_repeat=0)
 
 
 @pytest.mark.parametrize("backend", ("reference", *BACKENDS))

@@ -23,7 +23,7 @@ from torch import Tensor
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register
 from retro_kernels.ops.cca.op import (
-    _check_chunk_size,
+    _check_count,
     _check_float,
     _check_lengths,
     _check_table,
@@ -661,7 +661,7 @@ def _check(
         )
     batch, tokens, heads, head_dim = query.shape
     neighbour_len, width = states.shape[3:]
-    _check_chunk_size(name, chunk_size)
+    _check_count(name, "chunk_size", chunk_size)
     if states.shape[:2] != (batch, tokens // chunk_size):
         raise ValueError(
             f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has one of "

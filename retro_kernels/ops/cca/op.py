@@ -276,7 +276,7 @@ def chunked_cross_attention(
     _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
     batch, num_tokens, num_heads, _ = query.shape
     key_batch, num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim = key.shape
-    _check_chunk_size(name, chunk_size)
+    _check_count(name, "chunk_size", chunk_size)
     if key_batch != batch:
         raise ValueError(f"{name}: key has a batch of {key_batch}, but query has one of {batch}.")
     if num_chunks != num_tokens // chunk_size:
@@ -352,8 +352,7 @@ def block_attention(
     """
     name = "block_attention"
     _check_ranks(name, query, key, value, 5, "[G, J, TK, Hkv, D]")
-    if key_repeat < 1:
-        raise ValueError(f"{name}: key_repeat is {key_repeat}; it has to be at least 1.")
+    _check_count(name, "key_repeat", key_repeat)
     if query.shape[0] != key.shape[0] * key_repeat:
         raise ValueError(
             f"{name}: query has {query.shape[0]:,} blocks, but key has {key.shape[0]:,} groups and key_repeat is "
@@ -504,11 +503,11 @@ def _check_float(name: str, label: str, tensor: Tensor) -> None:
         )
 
 
-def _check_chunk_size(name: str, chunk_size: int) -> None:
-    if not isinstance(chunk_size, (int, torch.SymInt)):
-        raise TypeError(f"{name}: chunk_size is {chunk_size!r}; it has to be an integer.")
-    if chunk_size < 1:
-        raise ValueError(f"{name}: chunk_size is {chunk_size}; it has to be at least 1.")
+def _check_count(name: str, label: str, count: int) -> None:
+    if not isinstance(count, (int, torch.SymInt)) or isinstance(count, bool):
+        raise TypeError(f"{name}: {label} is {count!r}; it has to be an integer.")
+    if count < 1:
+        raise ValueError(f"{name}: {label} is {count}; it has to be at least 1.")
 
 
 def _checked_scale(name: str, scale: float | None, head_dim: int) -> float:
