@@ -433,9 +433,11 @@ def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
 def figures(variant: Variant) -> dict[str, dict[str, Any]]:
     """Of every kernel that the variant launches."""
     found = {}
-    for launch in {
-        launch.kernel: launch for launch in reversed(launches(variant))
-    }.values():  # one of equal ones
+    calls = launches(variant)
+    first = {
+        launch.kernel: launch for launch in reversed(calls)
+    }  # of those for several slices, which are alike
+    for launch in (launch for launch in calls if launch is first[launch.kernel]):
         sass, usage, more = compile_launch(launch, variant.arch)
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
         kernel = launch.kernel.fn.__name__
