@@ -232,7 +232,7 @@ def _column_sums(
     A warp reads eight rows of four distances at a time, without a conflict of banks; a thread adds up its rows, and
     eight threads their sums.
     """
-    SIDE: tl.constexpr = min(W, 4 * WARPS)
+    SIDE: tl.constexpr = W if W < 4 * WARPS else 4 * WARPS
     if KEYS_FIRST:
         flat = tl.permute(tl.reshape(x, (X, BM // 8, 8)), (1, 0, 2))
     else:
@@ -287,7 +287,7 @@ def _position_tile(
     The query is loaded again rather than kept, since its biased copy would take registers through the hot loop.
     """
     COLUMNS: tl.constexpr = TQ + TK - 1
-    W: tl.constexpr = 2 * max(BM, BN)
+    W: tl.constexpr = 2 * (BM if BM > BN else BN)  # in Triton 3.5 max() makes no constant
     DW: tl.constexpr = BD // PANELS
     if HAS_REL:
         q_col = i_head * D
