@@ -287,7 +287,7 @@ def _position_tile(
     The query is loaded again rather than kept, since its biased copy would take registers through the hot loop.
     """
     COLUMNS: tl.constexpr = TQ + TK - 1
-    W: tl.constexpr = 2 * (BM if BM > BN else BN)  # in Triton 3.5 max() makes no constant
+    W: tl.constexpr = 2 * (BM if BM > BN else BN)  # no call of max, which makes no constant in Triton 3.5
     DW: tl.constexpr = BD // PANELS
     if HAS_REL:
         q_col = i_head * D
