@@ -119,17 +119,17 @@ def _cca_bwd_rel_kernel(
         if not KEYS_FIRST:
             by_distance = tl.trans(by_distance)
         acc = tl.dot(by_distance, b_q, acc, input_precision=PRECISION)  # [WS, BD]
-    later = first_block > 0
+    later = tl.zeros([WS], tl.int32) + first_block > 0
     m_d = (o_d < D)[None, :]
     p_acc = p_partial + (pid.to(tl.int64) * WS + tl.arange(0, WS))[:, None] * D + o_d[None, :]
-    tl.store(p_acc, acc + tl.load(p_acc, mask=m_d & later, other=0.0), mask=m_d)
+    tl.store(p_acc, acc + tl.load(p_acc, mask=m_d & later[:, None], other=0.0), mask=m_d)
     if NEED_COLUMNS:
         if KEYS_FIRST:
             columns = tl.sum(total, 1)
         else:
             columns = tl.sum(total, 0)
         p_sum = p_columns + pid.to(tl.int64) * WS + tl.arange(0, WS)
-        tl.store(p_sum, columns + tl.load(p_sum, mask=tl.full([WS], 1, tl.int1) & later, other=0.0))
+        tl.store(p_sum, columns + tl.load(p_sum, mask=later, other=0.0))
 
 
 @triton.jit(do_not_specialize=["splits"])
