@@ -207,6 +207,12 @@ def _add_device(
     parser.add_argument("--device", default=default, metavar="D", help=help)
 
 
+def _add_dtype(parser: _Parser, auto: str) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help=f"arithmetic; auto: {auto}"
+    )
+
+
 def _add_retriever(
     parser: _Parser, default: str | None = None, names: str = "dense, bm25, random, dense+bm25, dense+edit, …"
 ) -> None:
@@ -375,12 +381,7 @@ def _add_eval(parser: _Parser) -> None:
     )
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="arithmetic; auto: fp32 on a CPU, bf16 on a GPU that multiplies in it",
-    )
+    _add_dtype(parser, "fp32 on a CPU, bf16 on a GPU that multiplies in it")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -413,6 +414,7 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument(
         "--show-neighbours", action="store_true", help="print what was retrieved for each chunk"
     )
+    _add_dtype(parser, "bf16 where the device multiplies in it")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -612,7 +614,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from .generate import check_sampling, generate, show_chunks
 
-    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)
+    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
     shown: list[str] = []
@@ -634,6 +636,7 @@ def _generate(args: argparse.Namespace) -> None:
         retriever=args.retriever,
         ignore_end=args.ignore_end,
         device=args.device,
+        dtype=args.dtype,
         on_text=None if args.json else show,
     )
     if args.json:

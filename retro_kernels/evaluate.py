@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError
+from .config import InputError, check_seed
 from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import TokenDocuments, tokenise
 from .nn import RetroFitted
@@ -99,6 +99,7 @@ def evaluate(
     that), bytes, words, tokens, documents, chunks, num_neighbours, retriever, dtype, tokens_per_second.
     Raises InputError where nothing can be read, set and model do not fit, or what was asked for cannot be done.
     """
+    check_seed("eval", seed)
     where = pick_device(device)
     if plot is not None:
         _check_plot(Path(plot))

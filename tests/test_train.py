@@ -600,8 +600,23 @@ def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None
         ({"set": "s", "tokenizer": "t"}, "not both"),
         ({"data": ()}, "no data"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": "0.1"}, "learning_rate is '0.1'"),
+        ({"steps": True}, "steps is True"),
+        ({"warmup": 2.5}, "warmup is 2.5"),
+        ({"seed": -1}, "seed is -1; it must be an integer from 0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"seed": 1.0}, "seed is 1.0"),
     ],
 )
 def test_settings_out_of_range(fields: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said.replace("(", r"\(")):
         TrainConfig(**{"data": ("x",), "out": "y", **fields})  # type: ignore[arg-type]
+
+
+def test_one_path_alone_is_one_path() -> None:
+    """Not its characters; and paths of any kind, in settings that are JSON."""
+    assert TrainConfig(data="./", out="x").data == ("./",)  # type: ignore[arg-type]
+    config = TrainConfig(data=Path("a"), out=Path("b"), set=Path("c"), model="dim=32")  # type: ignore[arg-type]
+    assert (config.data, config.out, config.set, config.model) == (("a",), "b", "c", ("dim=32",))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig(data=(Path("a"), "b"), out="x").data == ("a", "b")  # type: ignore[arg-type]
