@@ -648,17 +648,14 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _neighbours(args: argparse.Namespace) -> None:
-    from .data.corpus import ReadReport, read_documents
-    from .data.packing import tokenise
     from .retrieval import Retriever
+    from .retrieval.build import reader_of
     from .retrieval.neighbours import precompute
-    from .runs import note, pick_device, progress_bar
+    from .runs import Text, pick_device, progress_bar
 
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
-    report = ReadReport()
-    corpus = tokenise(read_documents(args.data, report=report), retriever.tokenizer, retriever.chunk_size)
-    if warning := report.warning():
-        note(warning)
+    text = Text(reader_of(args.data, (), (), ()), "neighbours: there is no text to find any of")
+    corpus = text.tokenise(retriever.tokenizer, retriever.chunk_size)
     documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
     with progress_bar(len(corpus.chunks), "searching", "chunk") as bar:
         result = precompute(

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_overrides, preset
-from .data.corpus import Document, ReadReport, read_documents
-from .data.packing import IGNORE, Packed, TokenDocuments, tokenise
-from .data.tokenizer import Tokenizer
+from .data.corpus import Document
+from .data.packing import IGNORE, Packed, TokenDocuments
+from .data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from .nn import Retro, RetroFitted
 from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, read_config
@@ -37,6 +37,7 @@ from .runs import (
     SETTINGS,
     TOKENIZER,
     Interrupted,
+    Text,
     autocast,
     checkpoints,
     dtype_name,
@@ -83,6 +84,11 @@ def train(
     """
     folder = Path(config.out)
     _check_writable(folder)
+    if documents is None and os.path.realpath(folder) in map(os.path.realpath, config.data):
+        raise InputError(
+            f"train: out is {folder}, and so is data. What is written there would be read as text when the run is "
+            "continued: give a folder in it, or another one."
+        )
     saved = checkpoints(folder)
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
@@ -95,29 +101,27 @@ def train(
 
     device = pick_device(config.device)
     retriever = _open_set(config, device)
-    from_caller = documents is not None
-    if documents is None:
-        documents = _read(config)
-    tokenizer = _tokenizer(config, retriever, documents, bool(saved))
+    text = _text(config, documents, progress)
+    tokenizer = _tokenizer(config, retriever, text, bool(saved))
     if retriever is not None and _is_pretrained(config.retrofit):
         model_config, chunk_size = None, retriever.chunk_size
     else:
         model_config = _model_config(config, tokenizer, retriever)
         chunk_size = model_config.chunk_size
-    corpus = tokenise(documents, tokenizer, chunk_size)
-    packed = Packed(
-        corpus,
-        config.sequence_length,
-        config.seed,
-        None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
-    )
-
     torch.manual_seed(config.seed)
     model: Retro | RetroFitted
     if model_config is not None:
         model = _new_model(config, model_config).to(device)
     else:
         model = _fitted(config, tokenizer, chunk_size).to(device)
+    # after all that can be refused has been: hours, where there is much text
+    corpus = text.tokenise(tokenizer, chunk_size)
+    packed = Packed(
+        corpus,
+        config.sequence_length,
+        config.seed,
+        None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
+    )
     settings = {
         "config": config.to_dict(),
         "dtype": dtype_name(pick_dtype(config.dtype, device)),
@@ -140,7 +144,7 @@ def train(
             config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
         )
     except Interrupted as stopped:
-        if from_caller:  # the documents are the caller's, and so is the way to go on
+        if documents is not None:  # they are the caller's, and so is the way to go on
             raise
         raise Interrupted(f"{stopped} Continue with: {_resume_command(config)}") from None
 
@@ -623,20 +627,19 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
     return retriever
 
 
-def _read(config: TrainConfig) -> list[Document]:
-    report = ReadReport()
-    documents = list(read_documents(config.data, report=report))
-    warning = report.warning()
-    if not documents:
-        raise InputError(f"train: there is no text to train on. {warning or 'No file was found.'}")
-    if warning:
-        note(warning)
-    return documents
+def _text(config: TrainConfig, documents: list[Document] | None, progress: bool) -> Text:
+    """`documents`, or those of `config.data`, where neither this run nor another is text."""
+    from .retrieval.build import reader_of
+
+    reader = (
+        (lambda report: iter(documents))
+        if documents is not None
+        else reader_of(config.data, (), (), (config.out,))
+    )
+    return Text(reader, "train: there is no text to train on", show=progress)
 
 
-def _tokenizer(
-    config: TrainConfig, retriever: Retriever | None, documents: list[Document], resumed: bool
-) -> Tokenizer:
+def _tokenizer(config: TrainConfig, retriever: Retriever | None, text: Text, resumed: bool) -> Tokenizer:
     if retriever is not None or config.tokenizer:
         found = retriever.tokenizer if retriever is not None else Tokenizer(str(config.tokenizer))
         if config.vocab_size not in (None, found.vocab_size):
@@ -648,7 +651,10 @@ def _tokenizer(
     path = Path(config.out) / TOKENIZER
     if resumed:
         return Tokenizer(path)
-    return Tokenizer.train((document.text for document in documents), path, config.vocab_size)
+    check_vocab_size(config.vocab_size)
+    sampler = TextSampler()
+    text.survey(sampler)
+    return Tokenizer.train_on_sample(sampler, path, config.vocab_size)
 
 
 def _set_fingerprint(retriever: Retriever) -> str:

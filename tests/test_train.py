@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +274,83 @@ def test_interrupted_with_documents_of_the_callers(
     with pytest.raises(Interrupted) as stopped:
         train(config, documents=[Document("a", "lomi ka " * 200)], progress=False)
     assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
+
+
+@pytest.mark.parametrize("tokenizer", ["given", "trained"])
+def test_text_is_read_as_a_stream(
+    world: World,
+    tmp_path: Path,
+    tokenizer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A document is gone when the next is read, none is left when steps run, and a bar knows the end."""
+    from retro_kernels.data import corpus
+    from retro_kernels.retrieval import build
+
+    alive: weakref.WeakSet[Watched] = weakref.WeakSet()
+    most = [0]
+
+    class Watched(Document):
+        __slots__ = ("__weakref__",)
+
+        def __hash__(self) -> int:
+            return id(self)
+
+    def watching(*args: Any, **options: Any) -> Iterator[Document]:
+        for document in corpus.read_documents(*args, **options):
+            made = Watched(document.title, document.text)
+            alive.add(made)
+            most[0] = max(most[0], len(alive))
+            yield made
+
+    monkeypatch.setattr(build, "read_documents", watching)
+    step: list[int] = []
+    forward = Retro.forward
+
+    def watched(*args: Any) -> torch.Tensor:
+        step.append(len(alive))
+        return forward(*args)
+
+    monkeypatch.setattr(Retro, "forward", watched)
+    words = ["--data", world.train, "--out", tmp_path / "r", "--steps", 1, *PLAIN]
+    words[4:4] = (
+        ["--tokenizer", world.set / "tokenizer.model"] if tokenizer == "given" else ["--vocab-size", 400]
+    )
+    assert run("train", *words) == 0
+    assert 1 <= most[0] <= 2 and step == [0]
+    assert re.search(r"tokenising: 100%.*character/s", capfd.readouterr().err)
+
+
+def test_a_run_inside_its_data(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither it nor another run nor a set is text: it can be continued, whatever the others have done meanwhile."""
+    shutil.copytree(world.train, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(world.set, tmp_path / "sets" / "s")
+    words = ["train", "--data", tmp_path, "--set", tmp_path / "sets" / "s", "--steps", 4, *MODEL]
+    assert run(*words, "--out", tmp_path / "a", "--stop-after", 2) == 0
+    assert run(*words, "--out", tmp_path / "runs" / "b", "--stop-after", 2) == 0
+    assert run("train", "--data", tmp_path, "--out", tmp_path / "a", "--resume") == 0
+    documents = json.loads((tmp_path / "a" / "train.json").read_text())["documents"]
+    assert documents == len(list(world.train.iterdir()))
+    capfd.readouterr()
+    assert run(*words, "--out", tmp_path) == 2
+    assert f"out is {tmp_path}, and so is data" in capfd.readouterr().err
+
+
+def test_documents_without_text(world: World, tmp_path: Path) -> None:
+    """Of a caller's are left out, wherever they stand; nothing but such is refused in words."""
+    settings: dict[str, Any] = {"data": ("x",), "preset": "retro_tiny", "sequence_length": SEQUENCE}
+    settings |= {"steps": 1, "model": tuple(PLAIN[PLAIN.index("--model") + 1 :]), "device": "cpu"}
+    settings["tokenizer"] = str(world.set / "tokenizer.model")
+    none, text = Document("a", ""), Document("b", "lomi ka " * 200)
+    for name, documents in (("with", [none, text, none]), ("without", [text])):
+        train(TrainConfig(out=str(tmp_path / name), **settings), documents=documents, progress=False)
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    with pytest.raises(InputError, match="no text to train on"):
+        train(TrainConfig(out=str(tmp_path / "no"), **settings), documents=[none], progress=False)
+    del settings["tokenizer"]
+    with pytest.raises(InputError, match="no text to train on"):
+        train(TrainConfig(out=str(tmp_path / "no"), **settings), documents=[none], progress=False)
 
 
 @pytest.mark.parametrize(
