@@ -116,24 +116,30 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: dict[str, Any]) -> None:
-    """Weights and `state` (tensors and plain values only) as the newest checkpoint; older ones go afterwards."""
+    """Weights and `state` (tensors and plain values only) as the newest checkpoint; older ones go when it is on the
+    disk, so that a power cut too leaves one."""
+    from .retrieval.writing import link_or_copy, sync_folder
+
     final = folder / f"checkpoint-{step:08d}"
     staged = folder / f"{final.name}.tmp-{os.getpid()}"
     try:
         model.save_pretrained(staged)
         torch.save(state, staged / STATE)
+        for path in (*staged.rglob("*"), staged):
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staged, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     for name in ("config.json", "model.safetensors"):
         copy = folder / f"{name}.tmp-{os.getpid()}"
-        copy.unlink(missing_ok=True)
-        try:
-            os.link(final / name, copy)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(final / name, copy)
+        link_or_copy(final / name, copy)
         os.replace(copy, folder / name)
+    sync_folder(folder)
     for old, path in checkpoints(folder):
         if old != step:
             shutil.rmtree(path, ignore_errors=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_overrides, preset
 from .data.corpus import Document
 from .data.packing import IGNORE, Packed, TokenDocuments
-from .data.tokenizer import TextSampler, Tokenizer, check_vocab_size
+from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_size
 from .nn import Retro, RetroFitted
 from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, read_config
@@ -98,6 +98,11 @@ def train(
         )
     if saved:
         _check_same(config, TrainConfig.from_dict(read_settings(folder)["config"]), folder)
+        if config.steps < saved[-1][0]:
+            raise InputError(
+                f"train: steps is {config.steps:,}, but the checkpoint in {folder} is of step {saved[-1][0]:,}. "
+                "Ask for at least as many, or give another --out."
+            )
 
     device = pick_device(config.device)
     retriever = _open_set(config, device)
@@ -283,8 +288,9 @@ class _Trainer:
         tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
         log = _Log(self.folder / METRICS, tokens_per_step)
         first = self.step
-        if first >= until and "summary" in self.settings:  # a finished run that is "resumed"
-            return self.settings["summary"]
+        summary = self.settings.get("summary")
+        if first >= until and summary and summary["steps"] == first:  # a finished run that is "resumed"
+            return summary
         self.model.train()
         with (
             interruptible() as asked,
@@ -476,7 +482,7 @@ def _cut_metrics(path: Path, step: int) -> None:
     """Forgets the lines after `step`: those steps are done again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        _write_whole(path, "".join(line + "\n" for line in lines).encode())
 
 
 def _step_of(line: str) -> float:
@@ -531,9 +537,14 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
     for name in ("preset", "unfreeze", "copy", "compile"):
         if getattr(config, name):
             raise InputError(f"retrofit: {name} is not possible where {folder} is a model of transformers.")
-    files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
-    prints = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    if tokenizer.fingerprint not in prints:
+    files = [folder / name for name in ("tokenizer.json", TOKENIZER) if (folder / name).is_file()]
+    if not files:
+        save = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise InputError(
+            f"retrofit: {folder} has no tokenizer.json, with which its set is to be built. Write it in Python: "
+            f"from transformers import AutoTokenizer; {save}"
+        )
+    if tokenizer.fingerprint not in [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]:
         raise InputError(
             f"retrofit: {folder} has another tokenizer than {config.set}. Build the set with --tokenizer {files[0]}."
         )

@@ -276,6 +276,79 @@ def test_interrupted_with_documents_of_the_callers(
     assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
 
 
+def test_the_new_checkpoint_is_on_the_disk_before_the_old_one_goes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r"
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", *PLAIN]
+    assert run("train", *words, "--out", out, "--steps", 4, "--stop-after", 2) == 0
+    synced: set[int] = set()  # inode numbers
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def removing(path: Path, **options: Any) -> None:
+        if Path(path).name == "checkpoint-00000002":
+            new = out / "checkpoint-00000004"
+            missing = [p for p in (out, new, *new.iterdir()) if p.stat().st_ino not in synced]
+            assert not missing and len(list(new.iterdir())) == 3
+            removed.append(path)
+        rmtree(path, **options)
+
+    removed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    assert run("train", "--data", world.train, "--out", out, "--resume") == 0
+    assert len(removed) == 1
+
+
+def test_metrics_are_whole_at_any_moment(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of steps that are done again are left out of another file, which takes the name when it is whole."""
+    out = tmp_path / "r"
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", "--log-every", 1, *PLAIN]
+    assert run("train", *words, "--out", out, "--steps", 4, "--stop-after", 2) == 0
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 1')
+    before = (out / "metrics.jsonl").read_bytes()
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(target).name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        assert run("train", "--data", world.train, "--out", out, "--resume") == 2
+    assert (out / "metrics.jsonl").read_bytes() == before and not list(out.glob("*.tmp-*"))
+    assert run("train", "--data", world.train, "--out", out, "--resume") == 0
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4]
+
+
+def test_fewer_steps_than_are_done(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r"
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", *PLAIN]
+    assert run("train", *words, "--out", out, "--steps", 2) == 0
+    again = ["train", "--data", world.train, "--out", out, "--resume", "--json"]
+    assert run(*again, "--steps", 6, "--stop-after", 2) == 0
+    before = (out / "train.json").read_bytes()
+    capfd.readouterr()
+    assert run(*again, "--steps", 3) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and "steps is 3, but the checkpoint in" in said.err and "is of step 4" in said.err
+    assert (out / "train.json").read_bytes() == before
+    # cut off while it was to go on: the summary in train.json is of an earlier end
+    settings = json.loads(before)
+    settings["summary"]["steps"] = 2
+    (out / "train.json").write_text(json.dumps(settings))
+    assert run(*again, "--steps", 4) == 0
+    assert json.loads(capfd.readouterr().out)["steps"] == 4
+
+
 @pytest.mark.parametrize("tokenizer", ["given", "trained"])
 def test_text_is_read_as_a_stream(
     world: World,
