@@ -572,11 +572,11 @@ def _train(args: argparse.Namespace) -> None:
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
     config = TrainConfig(**given)
-    from .runs import SETTINGS, read_settings
+    from .runs import SETTINGS, resumed
     from .train import train
 
     if args.resume and (Path(config.out) / SETTINGS).exists():
-        config = TrainConfig.from_dict({**read_settings(Path(config.out))["config"], **given})
+        config = TrainConfig.from_dict(resumed(Path(config.out), given))
     summary = train(config, resume=args.resume, stop_after=args.stop_after)
     if args.json:
         _print_json(summary)

@@ -270,6 +270,10 @@ def retro_small(**overrides: Any) -> RetroConfig:
     return preset("retro_small", **overrides)
 
 
+PLACES = ("data", "out", "set", "tokenizer", "retrofit", "neighbours")
+"""Fields of TrainConfig that are paths; `data` is several."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. `set=None` trains the plain decoder.
@@ -346,7 +350,7 @@ class TrainConfig:
             given = getattr(self, name)
             alone = isinstance(given, (str, os.PathLike))  # a str would be taken for its characters
             object.__setattr__(self, name, tuple(map(os.fspath, (given,) if alone else given)))
-        for name in ("out", "set", "neighbours", "tokenizer", "retrofit"):
+        for name in PLACES[1:]:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for name in (
@@ -397,6 +401,14 @@ class TrainConfig:
     @property
     def warmup_steps(self) -> int:
         return min(self.steps // 20, 750) if self.warmup is None else self.warmup
+
+    def absolute(self) -> TrainConfig:
+        """With paths that name the same places in any directory; stdin ("-") stays."""
+        changes: dict[str, Any] = {
+            name: os.path.abspath(getattr(self, name)) for name in PLACES[1:] if getattr(self, name)
+        }
+        data = tuple(path if path == "-" else os.path.abspath(path) for path in self.data)
+        return dataclasses.replace(self, data=data, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -105,6 +105,78 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
 
 
+def places(path: str, config: dict[str, Any], folder: Path) -> list[str]:
+    """Where `path`, out of the configuration in the train.json of the run in `folder`, may be now, absolute.
+
+    Where it was; and as it lay relative to the run, for both may have been moved, or copied, together. That comes first
+    for a relative path, as earlier versions noted them: in what directory they were meant, nobody knows.
+    """
+    out, found = config.get("out"), [os.path.abspath(path)]
+    if out and os.path.isabs(out) == os.path.isabs(path):
+        beside = os.path.abspath(os.path.join(folder, os.path.relpath(path, out)))
+        found.insert(len(found) if os.path.isabs(path) else 0, beside)
+    return found
+
+
+def set_of(settings: dict[str, Any], folder: Path) -> str | None:
+    """The retrieval set that the run in `folder` with this train.json was trained with; None for a plain decoder.
+
+    The first of its `places` that holds the same set. One that was changed since in the very place is taken, which is
+    said; InputError where it was another's place, or where there is none.
+    """
+    given = settings["config"]["set"]
+    if given is None:
+        return None
+    there, same = _sets(settings, folder)
+    if same is not None:
+        return same
+    told = f"The model was trained with the retrieval set {given}"
+    if given in there:
+        note(f"{told}, which has been changed since. It is used as it is now; --set names another.")
+        return given
+    if there:
+        raise InputError(
+            f"{told}. What is in {there[0]} is another one, or has been changed since. Name the one to use with --set."
+        )
+    raise InputError(f"{told}, which is not there. Name one with --set.")
+
+
+def _sets(settings: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
+    """The places of the run's set that are there, and the first that holds the same set."""
+    config = settings["config"]
+    there = [path for path in places(config["set"], config, folder) if os.path.isdir(path)]
+    # runs of earlier versions do not know of their set
+    same = (path for path in there if settings.get("set") in (None, _fingerprint(path)))
+    return there, next(same, None)
+
+
+def _fingerprint(path: str) -> str:
+    from .retrieval.neighbours import manifest_fingerprint
+    from .retrieval.store import read_manifest
+
+    try:
+        return manifest_fingerprint(read_manifest(Path(path)))
+    except InputError:  # said in full when it is opened
+        return "none"
+
+
+def resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with which the run in `folder` goes on: its own, with paths that are there now, and `given`."""
+    settings = read_settings(folder)
+    config = dict(settings["config"])
+
+    def now(path: str) -> str:
+        return next(filter(os.path.exists, places(path, config, folder)), path)
+
+    changes: dict[str, Any] = {
+        name: now(config[name]) for name in ("tokenizer", "retrofit", "neighbours") if config.get(name)
+    }
+    if config["set"] is not None:
+        there, same = _sets(settings, folder)
+        changes["set"] = same or next(iter(there), config["set"])
+    return {**config, **changes, **given}
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     _write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_overrides, preset
+from .config import DEFAULT_PRESET, PLACES, InputError, RetroConfig, TrainConfig, parse_overrides, preset
 from .data.corpus import Document
 from .data.packing import IGNORE, Packed, TokenDocuments
 from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_size
@@ -47,6 +47,7 @@ from .runs import (
     note,
     pick_device,
     pick_dtype,
+    places,
     progress_bar,
     read_settings,
     save_checkpoint,
@@ -97,7 +98,7 @@ def train(
             f"{folder} holds a training run already. Continue it with --resume, or give another --out."
         )
     if saved:
-        _check_same(config, TrainConfig.from_dict(read_settings(folder)["config"]), folder)
+        _check_same(config, read_settings(folder)["config"], folder)
         if config.steps < saved[-1][0]:
             raise InputError(
                 f"train: steps is {config.steps:,}, but the checkpoint in {folder} is of step {saved[-1][0]:,}. "
@@ -128,7 +129,7 @@ def train(
         None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
     )
     settings = {
-        "config": config.to_dict(),
+        "config": config.absolute().to_dict(),
         "dtype": dtype_name(pick_dtype(config.dtype, device)),
         "device": device.type,
         "tokenizer": tokenizer.fingerprint,
@@ -678,17 +679,16 @@ def _fingerprint(corpus: TokenDocuments) -> str:
     return hashlib.sha256(corpus.hashes.tobytes() + corpus.chunks.shape[1].to_bytes(4, "little")).hexdigest()
 
 
-def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
-    old, new = before.to_dict(), config.to_dict()
-    for name in (
-        "data",
-        "set",
-        "tokenizer",
-        "retrofit",
-        "neighbours",
-    ):  # the same place may be spelt in two ways
-        old[name], new[name] = _absolute(old[name]), _absolute(new[name])
-    different = [name for name in old if name not in _FREE and old[name] != new[name]]
+def _check_same(config: TrainConfig, stored: dict[str, Any], folder: Path) -> None:
+    """InputError where more than what is free differs from what `stored`, out of train.json, says."""
+    before = TrainConfig.from_dict(stored)
+    different = [
+        name
+        for name in before.to_dict()
+        if name not in _FREE
+        and getattr(before, name) != getattr(config, name)
+        and not (name in PLACES and _may_be_same(_paths(before, name), _paths(config, name), stored, folder))
+    ]
     if different:
         shown = ", ".join(
             f"{name} was {getattr(before, name)!r} and is now {getattr(config, name)!r}" for name in different
@@ -696,10 +696,25 @@ def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
         raise InputError(f"{folder} cannot be continued: {shown}. Give the same options, or another --out.")
 
 
-def _absolute(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_absolute(entry) for entry in value]
-    return str(Path(value).resolve()) if value and value != "-" else value
+def _paths(config: TrainConfig, name: str) -> tuple[str, ...]:
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def _may_be_same(old: tuple[str, ...], new: tuple[str, ...], stored: dict[str, Any], folder: Path) -> bool:
+    """The same place may be spelt in two ways, or have moved. Fingerprints tell whether it holds the same."""
+    if len(old) != len(new):
+        return False
+    for before, now in zip(old, new, strict=True):
+        if "-" in (before, now):
+            if before != now:
+                return False
+            continue
+        found = places(before, stored, folder)
+        gone = not any(map(os.path.exists, found))
+        if not gone and os.path.realpath(now) not in map(os.path.realpath, found):
+            return False
+    return True
 
 
 def _resume_command(config: TrainConfig) -> str:

@@ -508,6 +508,98 @@ def test_a_changed_retrieval_set_is_noticed(
     assert run(*words, "--resume", "--stop-after", 1) == 0 and checkpoints(out)[-1][0] == 3
 
 
+def project(root: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with text, a set and a run of it, all named relative to it."""
+    shutil.copytree(world.train, root / "corpus")
+    shutil.copytree(world.set, root / "sets" / "mine")
+    with monkeypatch.context() as patch:
+        patch.chdir(root)
+        words = ["--data", "corpus", "--set", "sets/mine", "--out", "runs/r", "--steps", 4]
+        assert run("train", *words, "--stop-after", 2, *MODEL) == 0
+    return root
+
+
+def as_earlier_versions_were(folder: Path) -> None:
+    """Paths in train.json as they were given, relative to a directory that is not noted."""
+    settings = json.loads((folder / "train.json").read_text())
+    settings["config"] |= {"data": ["corpus"], "set": "sets/mine", "out": "runs/r"}
+    (folder / "train.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_finds_its_set_from_any_directory(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    earlier: bool,
+    moved: bool,
+) -> None:
+    """In place or moved together, and never a stranger that has its name where the command runs."""
+    root = project(tmp_path / "a", world, monkeypatch)
+    if earlier:
+        as_earlier_versions_were(root / "runs" / "r")
+    if moved:
+        root = root.rename(tmp_path / "b")
+    elsewhere = tmp_path / "elsewhere"
+    words = ["--vocab-size", 300, "--embedder", "hashing:32", "--chunk-size", CHUNK]
+    assert run("index", world.held_out, "--out", elsewhere / "sets" / "mine", *words) == 0
+    monkeypatch.chdir(elsewhere)
+    capfd.readouterr()
+    asked = ["--run", "../" + root.name + "/runs/r", "--device", "cpu", "--json"]
+    assert run("generate", "lomi kater suneka " * 6, *asked, "--max-tokens", 1) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["chunks"][0]["neighbours"] and "changed" not in err
+    assert run("eval", *asked, "--data", world.held_out) == 0
+    corpus = f"../{root.name}/corpus"
+    assert run("train", "--data", corpus, "--out", asked[1], "--resume", "--steps", 5) == 0
+    stored = json.loads((root / "runs" / "r" / "train.json").read_text())["config"]
+    assert stored["set"] == str(root / "sets" / "mine") and stored["data"] == [str(root / "corpus")]
+
+
+def test_a_set_that_is_another_now(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = project(tmp_path / "a", world, monkeypatch)
+    words = ["generate", "lomi kater suneka " * 6, "--run", root / "runs" / "r"]
+    words += ["--max-tokens", 1, "--device", "cpu"]
+    appended = ["--append", "--embedder", "hashing:64"]
+    assert run("index", world.held_out, "--out", root / "sets" / "mine", *appended) == 0
+    capfd.readouterr()
+    assert run(*words) == 0  # it is the place: with more in it, as one may want
+    err = capfd.readouterr().err
+    assert f"{root / 'sets' / 'mine'}, which has been changed since. It is used as it is now" in err
+    assert run(*words, "--set", root / "sets" / "mine") == 0
+    assert "changed" not in capfd.readouterr().err
+    root = root.rename(tmp_path / "b")
+    words[3] = root / "runs" / "r"
+    assert run(*words) == 2  # beside the run lies something, which may be anything
+    err = capfd.readouterr().err
+    assert "is another one, or has been changed since" in err and "--set" in err
+    assert len(err.splitlines()) == 1
+    as_earlier_versions_were(root / "runs" / "r")
+    monkeypatch.chdir(root)
+    assert run(*words) == 2
+    assert "is another one, or has been changed since" in capfd.readouterr().err
+    shutil.rmtree(root / "sets")
+    assert run(*words) == 2
+    assert "sets/mine, which is not there. Name one with --set" in capfd.readouterr().err
+
+
+def test_data_that_has_moved(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To any place: what is in it decides."""
+    root = project(tmp_path / "a", world, monkeypatch)
+    (root / "corpus").rename(tmp_path / "text")
+    words = ["train", "--out", root / "runs" / "r", "--resume", "--data"]
+    capfd.readouterr()
+    assert run(*words, world.held_out) == 2
+    assert "The data changed" in capfd.readouterr().err
+    assert run(*words, tmp_path / "text") == 0
+
+
 @pytest.mark.parametrize(
     "words, said",
     [

@@ -264,11 +264,14 @@ def _fill_live(
 def set_fingerprint(store: ChunkStore) -> str:
     """SHA-256 over what decides a set's neighbours: tokenizer, embedder, kind and search setting of the index, and the
     checksums of the files. How fast or how good the index was measured to be is left out."""
-    parts: dict[str, Any] = {name: store.manifest[name] for name in ("tokenizer", "embedder", "files")}
+    return manifest_fingerprint(store.manifest)
+
+
+def manifest_fingerprint(manifest: dict[str, Any]) -> str:
+    """`set_fingerprint` of the set with that manifest."""
+    parts: dict[str, Any] = {name: manifest[name] for name in ("tokenizer", "embedder", "files")}
     # "search" is absent from some exact indexes and "" in others, which have nothing to set
-    parts["index"] = {
-        name: store.manifest["index"].get(name) or "" for name in ("factory", "metric", "search")
-    }
+    parts["index"] = {name: manifest["index"].get(name) or "" for name in ("factory", "metric", "search")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
