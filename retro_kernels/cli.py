@@ -581,11 +581,13 @@ def _train(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(summary)
         return
+    from_file = summary.get("neighbours_from_file")  # not in the summaries of earlier versions
     print(
         f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, "
         f"{summary['parameters']:,} parameters, "
         f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
         f"waiting for {'neighbours' if config.set else 'data'}"
+        + ("" if from_file is None else f", {from_file:.1%} of the neighbours from {config.neighbours}")
         if summary["seconds"]
         else f"{summary['run']}: nothing left to do at step {summary['steps']:,}"
     )

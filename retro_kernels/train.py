@@ -61,6 +61,9 @@ if TYPE_CHECKING:
 # What may differ when a run is resumed: none of it changes what is computed, but `steps`, which is announced.
 _FREE = {"out", "steps", "device", "save_every", "log_every"}
 LESSONS_END = 0.8  # of the steps; the rest are for learning how far real neighbours are to be trusted
+LEAST_FROM_FILE = (
+    0.05  # of the chunks: a file of neighbours with fewer was made for another text that shares a few
+)
 FINAL_RATE = 0.1  # of the highest learning rate, at the end of the cosine
 
 
@@ -80,7 +83,8 @@ def train(
 
     Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share
     (the part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of
-    them, before the clock starts), parameters, dtype.
+    them, before the clock starts), neighbours_from_file (the share of the chunks whose neighbours the file
+    `config.neighbours` had, the others were searched for; None without one), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
     folder = Path(config.out)
@@ -128,6 +132,8 @@ def train(
         config.seed,
         None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
     )
+    if retriever is not None and config.neighbours:
+        _check_file(config.neighbours, retriever, corpus)
     settings = {
         "config": config.absolute().to_dict(),
         "dtype": dtype_name(pick_dtype(config.dtype, device)),
@@ -408,9 +414,16 @@ class _Trainer:
             "tokens_per_second": tokens / log.seconds if log.seconds else None,
             "stall_share": log.total_stalled / log.seconds if log.seconds else None,
             "first_wait_seconds": log.first_wait,
+            "neighbours_from_file": self._from_file(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": self.settings["dtype"],
         }
+
+    def _from_file(self) -> float | None:
+        if self.retriever is None or not self.config.neighbours:
+            return None
+        stats = self.retriever.stats
+        return stats.reused / max(1, stats.queries - stats.padding)
 
 
 class _Log:
@@ -637,6 +650,23 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
     )
     retriever.check_num_neighbours(config.num_neighbours)
     return retriever
+
+
+def _check_file(file: str, retriever: Retriever, corpus: TokenDocuments) -> None:
+    """Whether the file of neighbours is of this text: what it does not have is searched for, which it was to spare."""
+    from .retrieval.neighbours import share_in_file
+
+    documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
+    share = share_in_file(retriever, corpus.chunks, documents)
+    assert share is not None
+    told = f"{file} holds the neighbours of {share:.1%} of the chunks of this text"
+    if share < LEAST_FROM_FILE:
+        raise InputError(
+            f"train: {told}, so it was made for another. Make one for this text (retro-kernels neighbours --data …), "
+            "or leave --neighbours out."
+        )
+    if share < 1:
+        note(f"{told}. For the others they are searched for in the step.")
 
 
 def _text(config: TrainConfig, documents: list[Document] | None, progress: bool) -> Text:

@@ -699,9 +699,39 @@ def test_precomputed_neighbours_train_the_same(
     # Equally near chunks may change places when one query or many are compared: the same loss, not the same bits.
     (_, live), (_, file_loss) = losses(tmp_path / "live")[-1], losses(tmp_path / "file")[-1]
     assert live == pytest.approx(file_loss, rel=1e-3)
-    capfd.readouterr()
+    summaries = [
+        json.loads((tmp_path / name / "train.json").read_text())["summary"] for name in ("live", "file")
+    ]
+    assert [summary["neighbours_from_file"] for summary in summaries] == [None, 1.0]
+    assert f"100.0% of the neighbours from {file}" in capfd.readouterr().out
     assert run("train", "--out", tmp_path / "no", *options, "--neighbours", world.set / "manifest.json") == 2
     assert "manifest.json" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("retriever", ["dense", "dense+run"])
+def test_precomputed_neighbours_of_another_text(
+    world: World, tmp_path: Path, retriever: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Are refused, and said to be so many where some are of this text."""
+    file = tmp_path / "neighbours.safetensors"
+    kept = ["neighbours", "--set", world.set, "--out", file, "--device", "cpu", "--per-chunk", 70]
+    words = ["train", "--data", world.train, "--set", world.set, "--retriever", retriever, "--steps", 16]
+    words += ["--neighbours", file, "--out", tmp_path / "r"]
+    assert run(*kept, "--data", world.held_out) == 0
+    capfd.readouterr()
+    assert run(*words, *MODEL) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"neighbours.safetensors holds the neighbours of [0-4]\.\d% of the chunks of this text", last
+    )
+    assert not (tmp_path / "r").exists()
+    file.unlink()
+    assert run(*kept, "--data", *sorted(world.train.iterdir())[:4]) == 0
+    capfd.readouterr()
+    assert run(*words, "--json", *MODEL) == 0
+    out, err = capfd.readouterr()
+    said = re.search(r"holds the neighbours of ([\d.]+)% of the chunks", err)
+    assert said and 10 < float(said[1]) < 90 and 0 < json.loads(out)["neighbours_from_file"] < 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])
