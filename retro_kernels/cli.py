@@ -207,6 +207,12 @@ def _add_device(
     parser.add_argument("--device", default=default, metavar="D", help=help)
 
 
+def _add_dtype(parser: _Parser, auto: str) -> None:
+    parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help=f"arithmetic; auto: {auto}"
+    )
+
+
 def _add_retriever(
     parser: _Parser, default: str | None = None, names: str = "dense, bm25, random, dense+bm25, dense+edit, …"
 ) -> None:
@@ -375,12 +381,7 @@ def _add_eval(parser: _Parser) -> None:
     )
     parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="arithmetic; auto: fp32 on a CPU, bf16 on a GPU that multiplies in it",
-    )
+    _add_dtype(parser, "fp32 on a CPU, bf16 on a GPU that multiplies in it")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -413,6 +414,7 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument(
         "--show-neighbours", action="store_true", help="print what was retrieved for each chunk"
     )
+    _add_dtype(parser, "bf16 where the device multiplies in it")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -574,20 +576,22 @@ def _train(args: argparse.Namespace) -> None:
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
     config = TrainConfig(**given)
-    from .runs import SETTINGS, read_settings
+    from .runs import SETTINGS, resumed
     from .train import train
 
     if args.resume and (Path(config.out) / SETTINGS).exists():
-        config = TrainConfig.from_dict({**read_settings(Path(config.out))["config"], **given})
+        config = TrainConfig.from_dict(resumed(Path(config.out), given))
     summary = train(config, resume=args.resume, stop_after=args.stop_after)
     if args.json:
         _print_json(summary)
         return
+    from_file = summary.get("neighbours_from_file")  # not in the summaries of earlier versions
     print(
         f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, "
         f"{summary['parameters']:,} parameters, "
         f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
         f"waiting for {'neighbours' if config.set else 'data'}"
+        + ("" if from_file is None else f", {from_file:.1%} of the neighbours from {config.neighbours}")
         if summary["seconds"]
         else f"{summary['run']}: nothing left to do at step {summary['steps']:,}"
     )
@@ -616,7 +620,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from .generate import check_sampling, generate, show_chunks
 
-    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p)
+    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
 
     shown: list[str] = []
@@ -638,6 +642,7 @@ def _generate(args: argparse.Namespace) -> None:
         retriever=args.retriever,
         ignore_end=args.ignore_end,
         device=args.device,
+        dtype=args.dtype,
         on_text=None if args.json else show,
     )
     if args.json:
@@ -649,17 +654,14 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _neighbours(args: argparse.Namespace) -> None:
-    from .data.corpus import ReadReport, read_documents
-    from .data.packing import tokenise
     from .retrieval import Retriever
+    from .retrieval.build import reader_of
     from .retrieval.neighbours import precompute
-    from .runs import note, pick_device, progress_bar
+    from .runs import Text, pick_device, progress_bar
 
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
-    report = ReadReport()
-    corpus = tokenise(read_documents(args.data, report=report), retriever.tokenizer, retriever.chunk_size)
-    if warning := report.warning():
-        note(warning)
+    text = Text(reader_of(args.data, (), (), ()), "neighbours: there is no text to find any of")
+    corpus = text.tokenise(retriever.tokenizer, retriever.chunk_size)
     documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
     with progress_bar(len(corpus.chunks), "searching", "chunk") as bar:
         result = precompute(

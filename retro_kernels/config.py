@@ -7,12 +7,39 @@ Sizes and presets: Borgeaud et al. 2021 (arXiv 2112.04426), Tables 2 and 10.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+MAX_SEED = 2**63 - 1
+"""torch's generators take no larger one."""
 
 
 class InputError(ValueError):
     """Something a user gave cannot be used. The message says what was given, what is allowed and what to do."""
+
+
+def _is_integer(value: Any) -> bool:
+    """True and False are none: whoever writes dim=True means something else."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def check_count(verb: str, name: str, value: Any) -> None:
+    """InputError for anything but an integer of at least 1."""
+    if not _is_integer(value) or value < 1:
+        raise InputError(f"{verb}: {name} is {value!r}; it must be an integer of at least 1.")
+
+
+def check_seed(verb: str, seed: Any) -> None:
+    """InputError for what no random generator can begin with."""
+    if not _is_integer(seed) or not 0 <= seed <= MAX_SEED:
+        raise InputError(f"{verb}: seed is {seed!r}; it must be an integer from 0 to {MAX_SEED:,}.")
 
 
 @dataclass(frozen=True)
@@ -57,8 +84,14 @@ class RetroConfig:
     """Token that pads a document's last chunk and ends the document."""
 
     def __post_init__(self) -> None:
-        for name in ("cca_layers", "encoder_cross_layers"):  # JSON gives lists
-            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        for name in ("cca_layers", "encoder_cross_layers"):
+            given = getattr(self, name)
+            layers = tuple(given) if isinstance(given, Iterable) else (None,)  # JSON gives lists
+            if not all(map(_is_integer, layers)):
+                raise InputError(
+                    f"RetroConfig: {name} is {given!r}; it must be layer numbers, integers, such as (6, 9, 12)."
+                )
+            object.__setattr__(self, name, tuple(sorted(layers)))
         for name in (
             "vocab_size",
             "dim",
@@ -74,16 +107,22 @@ class RetroConfig:
             "chunk_size",
             "neighbour_len",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"RetroConfig: {name} is {value!r}; it must be an integer of at least 1.")
-        for name, layers in (("cca_layers", self.num_layers), ("encoder_cross_layers", self.encoder_layers)):
+            check_count("RetroConfig", name, getattr(self, name))
+        for name, most in (("cca_layers", self.num_layers), ("encoder_cross_layers", self.encoder_layers)):
             given = getattr(self, name)
-            if any(not 1 <= p <= layers for p in given) or len(set(given)) != len(given):
+            if any(not 1 <= p <= most for p in given) or len(set(given)) != len(given):
                 raise InputError(
                     f"RetroConfig: {name} is {given}; layer numbers are 1-based, "
-                    f"distinct, and at most {layers} here."
+                    f"distinct, and at most {most} here."
                 )
+        for name in (
+            "tie_embeddings",
+            "share_encoder_embedding",
+            "normalise_conditioning",
+            "normalise_encoder_output",
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"RetroConfig: {name} is {getattr(self, name)!r}; it must be True or False.")
         for name, allowed in (
             ("self_attention", ("relative", "rotary")),
             ("cca_position", ("relative", "bias", "none")),
@@ -94,16 +133,20 @@ class RetroConfig:
                 )
         if self.self_attention == "rotary" and self.head_dim % 2:
             raise InputError(f"RetroConfig: rotary positions need an even head_dim, not {self.head_dim}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"RetroConfig: dropout is {self.dropout}; it must lie in [0, 1).")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"RetroConfig: dropout is {self.dropout!r}; it must lie in [0, 1).")
+        if not _is_number(self.norm_eps) or self.norm_eps <= 0.0:
+            raise InputError(
+                f"RetroConfig: norm_eps is {self.norm_eps!r}; it must be a finite number above 0, such as 1e-06."
+            )
         if self.share_encoder_embedding and self.dim != self.encoder_dim:
             raise InputError(
                 f"RetroConfig: share_encoder_embedding needs dim == encoder_dim, "
                 f"not {self.dim} and {self.encoder_dim}."
             )
-        if not 0 <= self.pad_id < self.vocab_size:
+        if not _is_integer(self.pad_id) or not 0 <= self.pad_id < self.vocab_size:
             raise InputError(
-                f"RetroConfig: pad_id is {self.pad_id}; the vocabulary has {self.vocab_size} entries."
+                f"RetroConfig: pad_id is {self.pad_id!r}; the vocabulary has {self.vocab_size} entries."
             )
 
     def replace(self, **changes: Any) -> RetroConfig:
@@ -227,6 +270,10 @@ def retro_small(**overrides: Any) -> RetroConfig:
     return preset("retro_small", **overrides)
 
 
+PLACES = ("data", "out", "set", "tokenizer", "retrofit", "neighbours")
+"""Fields of TrainConfig that are paths; `data` is several."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. `set=None` trains the plain decoder.
@@ -300,7 +347,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("data", "model"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            alone = isinstance(given, (str, os.PathLike))  # a str would be taken for its characters
+            object.__setattr__(self, name, tuple(map(os.fspath, (given,) if alone else given)))
+        for name in PLACES[1:]:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         for name in (
             "steps",
             "batch_size",
@@ -310,23 +362,17 @@ class TrainConfig:
             "save_every",
             "log_every",
         ):
+            check_count("train", name, getattr(self, name))
+        check_seed("train", self.seed)
+        if self.warmup is not None and (not _is_integer(self.warmup) or self.warmup < 0):
+            raise InputError(f"train: warmup is {self.warmup!r}; it must be an integer of at least 0.")
+        for name in ("learning_rate", "weight_decay", "clip", "copy", "added_rate"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"train: {name} is {value!r}; it must be an integer of at least 1.")
-        for name, low in (
-            ("learning_rate", 0.0),
-            ("weight_decay", 0.0),
-            ("clip", 0.0),
-            ("warmup", 0),
-            ("copy", 0.0),
-            ("added_rate", 0.0),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value < float("inf"):
-                raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least {low}.")
-        if not 0.0 <= self.lessons <= 1.0:
+            if not _is_number(value) or value < 0.0:
+                raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least 0.")
+        if not _is_number(self.lessons) or not 0.0 <= self.lessons <= 1.0:
             raise InputError(f"train: lessons is {self.lessons!r}; it is a share, 0 to 1.")
-        if not isinstance(self.first_step, int) or not 0 <= self.first_step < self.steps:
+        if not _is_integer(self.first_step) or not 0 <= self.first_step < self.steps:
             raise InputError(
                 f"train: first_step is {self.first_step!r}; it must be an integer from 0 and less than the "
                 f"{self.steps:,} steps."
@@ -355,6 +401,14 @@ class TrainConfig:
     @property
     def warmup_steps(self) -> int:
         return min(self.steps // 20, 750) if self.warmup is None else self.warmup
+
+    def absolute(self) -> TrainConfig:
+        """With paths that name the same places in any directory; stdin ("-") stays."""
+        changes: dict[str, Any] = {
+            name: os.path.abspath(getattr(self, name)) for name in PLACES[1:] if getattr(self, name)
+        }
+        data = tuple(path if path == "-" else os.path.abspath(path) for path in self.data)
+        return dataclasses.replace(self, data=data, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

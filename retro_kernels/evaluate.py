@@ -35,13 +35,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .config import InputError
+from .config import InputError, check_seed
 from .data.corpus import Document, ReadReport, read_documents
 from .data.packing import TokenDocuments, tokenise
 from .nn import RetroFitted
 from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
-from .runs import Run, autocast, dtype_name, load_run, note, pick_device, pick_dtype, progress_bar, taken_up
+from .runs import (
+    Run,
+    autocast,
+    dtype_name,
+    load_run,
+    note,
+    pick_device,
+    pick_dtype,
+    progress_bar,
+    set_of,
+    taken_up,
+)
 
 if TYPE_CHECKING:
     from .retrieval import Retriever
@@ -95,7 +106,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `data` (files, folders), or `documents`, with the model in the folder `run`.
 
-    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with; a plain
+    set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with, where it
+    was or, moved together with the run, as it lay beside it; one changed in place is used, and said to be. A plain
     decoder uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
     found: neighbours from `find_neighbours` for the same documents and K, instead of searching.
     num_neighbours: K, default as in training. retriever: how they are found, a name as in `Retriever.from_pretrained`,
@@ -113,6 +125,7 @@ def evaluate(
     Raises InputError where nothing can be read, set and model do not fit, what was asked for cannot be done, or another
     process is at the same evaluation.
     """
+    check_seed("eval", seed)
     where = pick_device(device)
     if plot is not None:
         _check_plot(Path(plot))
@@ -243,14 +256,8 @@ def open_set(
             f"The retriever {name!r} was asked for, but the one handed over is {given.name!r}. Give the set's folder."
         )
     name = name or run.settings["config"].get("retriever", "dense")
-    if given is None:
-        given = run.settings["config"]["set"]
-        if given is None:
-            return None
-        if not Path(given).is_dir():
-            raise InputError(
-                f"The model was trained with the retrieval set {given}, which is not there. Name one with --set."
-            )
+    if given is None and (given := set_of(run.settings, run.folder)) is None:
+        return None
     retriever = (
         given
         if isinstance(given, Retriever)

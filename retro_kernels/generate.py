@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError
+from .config import InputError, check_count, check_seed
 from .data.tokenizer import Tokenizer
 from .evaluate import check_plain, open_set
 from .ops import NeighbourBatch
@@ -71,13 +71,14 @@ def generate(
     set, num_neighbours, retriever: as in `evaluate`; a plain decoder takes none. temperature: 0 takes the
     likeliest token. top_k, top_p: sample from the k likeliest, from the likeliest that together have probability p.
     seed: the same seed gives the same text on the same device. ignore_end: go on where the model would end the
-    document. on_text: is handed every piece of text, the prompt left out, as soon as it stands.
+    document. dtype: fp32 or bf16; "auto" is bf16 where the device multiplies in it. on_text: is handed every piece of
+    text, the prompt left out, as soon as it stands.
 
     Returns prompt, text (what was added), tokens, ended (whether the document ended), tokens_per_second,
     retrieval_seconds, and chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
     Raises InputError for settings out of range, or where set and model do not fit.
     """
-    check_sampling(max_tokens, temperature, top_k, top_p)
+    check_sampling(max_tokens, temperature, top_k, top_p, seed)
     where = pick_device(device)
     loaded = run if isinstance(run, Run) else load_run(run, where)
     loaded.model.to(where).eval()
@@ -87,8 +88,7 @@ def generate(
     else:
         check_plain("generate", loaded, {"--set": set, "-k": num_neighbours, "--retriever": retriever})
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
-    if k < 1:
-        raise InputError(f"generate: the number of neighbours is {k}; it must be at least 1.")
+    check_count("generate", "the number of neighbours", k)
     if opened is not None:
         opened.check_num_neighbours(k)
     reader = _Reader(loaded, opened, k, pick_dtype(dtype, where))
@@ -124,13 +124,15 @@ def generate(
     }
 
 
-def check_sampling(max_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_tokens < 1:
-        raise InputError(f"generate: max_tokens is {max_tokens}; it must be at least 1.")
+def check_sampling(
+    max_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
+) -> None:
+    check_count("generate", "max_tokens", max_tokens)
+    check_seed("generate", seed)
     if not 0.0 <= temperature < float("inf"):
         raise InputError(f"generate: temperature is {temperature}; it must be 0 or more.")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"generate: top_k is {top_k}; it must be at least 1.")
+    if top_k is not None:
+        check_count("generate", "top_k", top_k)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"generate: top_p is {top_p}; it must lie above 0 and be at most 1.")
 
@@ -141,7 +143,10 @@ def sample(
     """One token id by logits [V]. top_p keeps the smallest set of likeliest tokens with that probability or more."""
     if temperature == 0:
         return int(logits.argmax())
-    logits, order = (logits.float() / temperature).sort(descending=True, stable=True)
+    # seen from the likeliest, and by no number that float32 does not have: nothing becomes infinite, or 0 / 0
+    logits = logits.float() - logits.max()
+    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
+    logits, order = logits.sort(descending=True, stable=True)
     if top_k is not None:
         logits, order = logits[:top_k], order[:top_k]
     probabilities = logits.softmax(-1)

@@ -1,4 +1,5 @@
-"""A training run as a folder, and what every script needs around a model: device, arithmetic, progress, interruption.
+"""A training run as a folder, and what every script needs around a model: text, device, arithmetic, progress,
+interruption.
 
     RUN/config.json, model.safetensors   the newest weights, as `Retro.from_pretrained` reads them (`RetroFitted`: those
                                          added to a pretrained model)
@@ -22,7 +23,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ import torch
 from tqdm import tqdm
 
 from .config import InputError
-from .data.tokenizer import Tokenizer, _write_whole
+from .data.corpus import Document, ReadReport
+from .data.packing import TokenDocuments, tokenise
+from .data.tokenizer import TextSampler, Tokenizer, _write_whole
 from .nn import Retro, RetroFitted
 from .ops._backend import cpu_has_bf16
 
@@ -113,6 +116,78 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
 
 
+def places(path: str, config: dict[str, Any], folder: Path) -> list[str]:
+    """Where `path`, out of the configuration in the train.json of the run in `folder`, may be now, absolute.
+
+    Where it was; and as it lay relative to the run, for both may have been moved, or copied, together. That comes first
+    for a relative path, as earlier versions noted them: in what directory they were meant, nobody knows.
+    """
+    out, found = config.get("out"), [os.path.abspath(path)]
+    if out and os.path.isabs(out) == os.path.isabs(path):
+        beside = os.path.abspath(os.path.join(folder, os.path.relpath(path, out)))
+        found.insert(len(found) if os.path.isabs(path) else 0, beside)
+    return found
+
+
+def set_of(settings: dict[str, Any], folder: Path) -> str | None:
+    """The retrieval set that the run in `folder` with this train.json was trained with; None for a plain decoder.
+
+    The first of its `places` that holds the same set. One that was changed since in the very place is taken, which is
+    said; InputError where it was another's place, or where there is none.
+    """
+    given = settings["config"]["set"]
+    if given is None:
+        return None
+    there, same = _sets(settings, folder)
+    if same is not None:
+        return same
+    told = f"The model was trained with the retrieval set {given}"
+    if given in there:
+        note(f"{told}, which has been changed since. It is used as it is now; --set names another.")
+        return given
+    if there:
+        raise InputError(
+            f"{told}. What is in {there[0]} is another one, or has been changed since. Name the one to use with --set."
+        )
+    raise InputError(f"{told}, which is not there. Name one with --set.")
+
+
+def _sets(settings: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
+    """The places of the run's set that are there, and the first that holds the same set."""
+    config = settings["config"]
+    there = [path for path in places(config["set"], config, folder) if os.path.isdir(path)]
+    # runs of earlier versions do not know of their set
+    same = (path for path in there if settings.get("set") in (None, _fingerprint(path)))
+    return there, next(same, None)
+
+
+def _fingerprint(path: str) -> str:
+    from .retrieval.neighbours import manifest_fingerprint
+    from .retrieval.store import read_manifest
+
+    try:
+        return manifest_fingerprint(read_manifest(Path(path)))
+    except InputError:  # said in full when it is opened
+        return "none"
+
+
+def resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with which the run in `folder` goes on: its own, with paths that are there now, and `given`."""
+    settings = read_settings(folder)
+    config = dict(settings["config"])
+
+    def now(path: str) -> str:
+        return next(filter(os.path.exists, places(path, config, folder)), path)
+
+    changes: dict[str, Any] = {
+        name: now(config[name]) for name in ("tokenizer", "retrofit", "neighbours") if config.get(name)
+    }
+    if config["set"] is not None:
+        there, same = _sets(settings, folder)
+        changes["set"] = same or next(iter(there), config["set"])
+    return {**config, **changes, **given}
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     _write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
@@ -124,24 +199,30 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: dict[str, Any]) -> None:
-    """Weights and `state` (tensors and plain values only) as the newest checkpoint; older ones go afterwards."""
+    """Weights and `state` (tensors and plain values only) as the newest checkpoint; older ones go when it is on the
+    disk, so that a power cut too leaves one."""
+    from .retrieval.writing import link_or_copy, sync_folder
+
     final = folder / f"checkpoint-{step:08d}"
     staged = folder / f"{final.name}.tmp-{os.getpid()}"
     try:
         model.save_pretrained(staged)
         torch.save(state, staged / STATE)
+        for path in (*staged.rglob("*"), staged):
+            if path.is_dir():
+                sync_folder(path)
+            else:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staged, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     for name in ("config.json", "model.safetensors"):
         copy = folder / f"{name}.tmp-{os.getpid()}"
-        copy.unlink(missing_ok=True)
-        try:
-            os.link(final / name, copy)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(final / name, copy)
+        link_or_copy(final / name, copy)
         os.replace(copy, folder / name)
+    sync_folder(folder)
     for old, path in checkpoints(folder):
         if old != step:
             shutil.rmtree(path, ignore_errors=True)
@@ -194,18 +275,59 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def progress_bar(total: int, description: str, unit: str, *, show: bool = True, initial: int = 0) -> tqdm:
-    """On standard error, redrawn seldom where that is a file."""
+class Text:
+    """Documents that are read anew whenever they are needed, under a progress bar, and never all held at once."""
+
+    def __init__(
+        self, reader: Callable[[ReadReport], Iterator[Document]], nothing: str, *, show: bool = True
+    ) -> None:
+        """reader: see `retrieval.build.reader_of`. nothing: begins the message where there is no text."""
+        self._reader, self._nothing, self._show = reader, nothing, show
+        self._characters: int | None = None
+
+    def survey(self, sampler: TextSampler | None = None) -> None:
+        """Reads everything once, to know how much there is, and says what is left out. sampler: is given the texts.
+        InputError where there is none."""
+        report, characters = ReadReport(), 0
+        with progress_bar(None, "reading", "document", show=self._show) as bar:
+            for document in self._reader(report):
+                characters += len(document.text)
+                if sampler is not None:
+                    sampler.add(document.text)
+                bar.update()
+        warning = report.warning()
+        if not characters:
+            raise InputError(f"{self._nothing}. {warning or 'No file with text was found.'}")
+        if warning:
+            note(warning)
+        self._characters = characters
+
+    def tokenise(self, tokenizer: Tokenizer, chunk_size: int) -> TokenDocuments:
+        """See `data.packing.tokenise`."""
+        if self._characters is None:
+            self.survey()
+        with progress_bar(self._characters, "tokenising", "character", show=self._show) as bar:
+            return tokenise(self._reader(ReadReport()), tokenizer, chunk_size, bar.update)
+
+
+def progress_bar(
+    total: int | None, description: str, unit: str, *, show: bool = True, initial: int = 0
+) -> tqdm:
+    """On standard error, redrawn seldom where that is a file. Without a total it leaves nothing behind."""
     return tqdm(
         total=total,
         desc=description,
-        unit=unit,
+        unit=" " + unit if unit == "character" else unit,
+        unit_scale=unit == "character",  # of which there are billions
         initial=initial,
         disable=not show,
         file=sys.stderr,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,
         smoothing=0.05,
+        leave=total is not None,
+        # what is found wrong at once shall be the only line of a log
+        delay=1 if total is None and not sys.stderr.isatty() else 0,
     )
 
 

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import DEFAULT_PRESET, InputError, RetroConfig, TrainConfig, parse_overrides, preset
-from .data.corpus import Document, ReadReport, read_documents
-from .data.packing import IGNORE, Packed, tokenise
-from .data.tokenizer import Tokenizer
+from .config import DEFAULT_PRESET, PLACES, InputError, RetroConfig, TrainConfig, parse_overrides, preset
+from .data.corpus import Document
+from .data.packing import IGNORE, Packed, TokenDocuments
+from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_size
 from .nn import Retro, RetroFitted
 from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, read_config
@@ -37,6 +37,7 @@ from .runs import (
     SETTINGS,
     TOKENIZER,
     Interrupted,
+    Text,
     autocast,
     checkpoints,
     dtype_name,
@@ -46,6 +47,7 @@ from .runs import (
     note,
     pick_device,
     pick_dtype,
+    places,
     progress_bar,
     read_settings,
     save_checkpoint,
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
 # What may differ when a run is resumed: none of it changes what is computed, but `steps`, which is announced.
 _FREE = {"out", "steps", "device", "save_every", "log_every"}
 LESSONS_END = 0.8  # of the steps; the rest are for learning how far real neighbours are to be trusted
+LEAST_FROM_FILE = (
+    0.05  # of the chunks: a file of neighbours with fewer was made for another text that shares a few
+)
 FINAL_RATE = 0.1  # of the highest learning rate, at the end of the cosine
 
 
@@ -78,11 +83,17 @@ def train(
 
     Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share
     (the part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of
-    them, before the clock starts), parameters, dtype.
+    them, before the clock starts), neighbours_from_file (the share of the chunks whose neighbours the file
+    `config.neighbours` had, the others were searched for; None without one), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
     folder = Path(config.out)
     _check_writable(folder)
+    if documents is None and os.path.realpath(folder) in map(os.path.realpath, config.data):
+        raise InputError(
+            f"train: out is {folder}, and so is data. What is written there would be read as text when the run is "
+            "continued: give a folder in it, or another one."
+        )
     saved = checkpoints(folder)
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
@@ -91,35 +102,40 @@ def train(
             f"{folder} holds a training run already. Continue it with --resume, or give another --out."
         )
     if saved:
-        _check_same(config, TrainConfig.from_dict(read_settings(folder)["config"]), folder)
+        _check_same(config, read_settings(folder)["config"], folder)
+        if config.steps < saved[-1][0]:
+            raise InputError(
+                f"train: steps is {config.steps:,}, but the checkpoint in {folder} is of step {saved[-1][0]:,}. "
+                "Ask for at least as many, or give another --out."
+            )
 
     device = pick_device(config.device)
     retriever = _open_set(config, device)
-    from_caller = documents is not None
-    if documents is None:
-        documents = _read(config)
-    tokenizer = _tokenizer(config, retriever, documents, bool(saved))
+    text = _text(config, documents, progress)
+    tokenizer = _tokenizer(config, retriever, text, bool(saved))
     if retriever is not None and _is_pretrained(config.retrofit):
         model_config, chunk_size = None, retriever.chunk_size
     else:
         model_config = _model_config(config, tokenizer, retriever)
         chunk_size = model_config.chunk_size
-    corpus = tokenise(documents, tokenizer, chunk_size)
-    packed = Packed(
-        corpus,
-        config.sequence_length,
-        config.seed,
-        None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
-    )
-
     torch.manual_seed(config.seed)
     model: Retro | RetroFitted
     if model_config is not None:
         model = _new_model(config, model_config).to(device)
     else:
         model = _fitted(config, tokenizer, chunk_size).to(device)
+    # after all that can be refused has been: hours, where there is much text
+    corpus = text.tokenise(tokenizer, chunk_size)
+    packed = Packed(
+        corpus,
+        config.sequence_length,
+        config.seed,
+        None if retriever is None else lambda hashes: retriever.find_documents(hashes).numpy(),
+    )
+    if retriever is not None and config.neighbours:
+        _check_file(config.neighbours, retriever, corpus)
     settings = {
-        "config": config.to_dict(),
+        "config": config.absolute().to_dict(),
         "dtype": dtype_name(pick_dtype(config.dtype, device)),
         "device": device.type,
         "tokenizer": tokenizer.fingerprint,
@@ -140,7 +156,7 @@ def train(
             config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
         )
     except Interrupted as stopped:
-        if from_caller:  # the documents are the caller's, and so is the way to go on
+        if documents is not None:  # they are the caller's, and so is the way to go on
             raise
         raise Interrupted(f"{stopped} Continue with: {_resume_command(config)}") from None
 
@@ -279,8 +295,9 @@ class _Trainer:
         tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
         log = _Log(self.folder / METRICS, tokens_per_step)
         first = self.step
-        if first >= until and "summary" in self.settings:  # a finished run that is "resumed"
-            return self.settings["summary"]
+        summary = self.settings.get("summary")
+        if first >= until and summary and summary["steps"] == first:  # a finished run that is "resumed"
+            return summary
         self.model.train()
         with (
             interruptible() as asked,
@@ -397,9 +414,16 @@ class _Trainer:
             "tokens_per_second": tokens / log.seconds if log.seconds else None,
             "stall_share": log.total_stalled / log.seconds if log.seconds else None,
             "first_wait_seconds": log.first_wait,
+            "neighbours_from_file": self._from_file(),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": self.settings["dtype"],
         }
+
+    def _from_file(self) -> float | None:
+        if self.retriever is None or not self.config.neighbours:
+            return None
+        stats = self.retriever.stats
+        return stats.reused / max(1, stats.queries - stats.padding)
 
 
 class _Log:
@@ -472,7 +496,7 @@ def _cut_metrics(path: Path, step: int) -> None:
     """Forgets the lines after `step`: those steps are done again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        _write_whole(path, "".join(line + "\n" for line in lines).encode())
 
 
 def _step_of(line: str) -> float:
@@ -527,9 +551,14 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
     for name in ("preset", "unfreeze", "copy", "compile"):
         if getattr(config, name):
             raise InputError(f"retrofit: {name} is not possible where {folder} is a model of transformers.")
-    files = [folder / name for name in ("tokenizer.json", TOKENIZER)]
-    prints = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
-    if tokenizer.fingerprint not in prints:
+    files = [folder / name for name in ("tokenizer.json", TOKENIZER) if (folder / name).is_file()]
+    if not files:
+        save = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        raise InputError(
+            f"retrofit: {folder} has no tokenizer.json, with which its set is to be built. Write it in Python: "
+            f"from transformers import AutoTokenizer; {save}"
+        )
+    if tokenizer.fingerprint not in [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]:
         raise InputError(
             f"retrofit: {folder} has another tokenizer than {config.set}. Build the set with --tokenizer {files[0]}."
         )
@@ -623,20 +652,36 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
     return retriever
 
 
-def _read(config: TrainConfig) -> list[Document]:
-    report = ReadReport()
-    documents = list(read_documents(config.data, report=report))
-    warning = report.warning()
-    if not documents:
-        raise InputError(f"train: there is no text to train on. {warning or 'No file was found.'}")
-    if warning:
-        note(warning)
-    return documents
+def _check_file(file: str, retriever: Retriever, corpus: TokenDocuments) -> None:
+    """Whether the file of neighbours is of this text: what it does not have is searched for, which it was to spare."""
+    from .retrieval.neighbours import share_in_file
+
+    documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
+    share = share_in_file(retriever, corpus.chunks, documents)
+    assert share is not None
+    told = f"{file} holds the neighbours of {share:.1%} of the chunks of this text"
+    if share < LEAST_FROM_FILE:
+        raise InputError(
+            f"train: {told}, so it was made for another. Make one for this text (retro-kernels neighbours --data …), "
+            "or leave --neighbours out."
+        )
+    if share < 1:
+        note(f"{told}. For the others they are searched for in the step.")
 
 
-def _tokenizer(
-    config: TrainConfig, retriever: Retriever | None, documents: list[Document], resumed: bool
-) -> Tokenizer:
+def _text(config: TrainConfig, documents: list[Document] | None, progress: bool) -> Text:
+    """`documents`, or those of `config.data`, where neither this run nor another is text."""
+    from .retrieval.build import reader_of
+
+    reader = (
+        (lambda report: iter(documents))
+        if documents is not None
+        else reader_of(config.data, (), (), (config.out,))
+    )
+    return Text(reader, "train: there is no text to train on", show=progress)
+
+
+def _tokenizer(config: TrainConfig, retriever: Retriever | None, text: Text, resumed: bool) -> Tokenizer:
     if retriever is not None or config.tokenizer:
         found = retriever.tokenizer if retriever is not None else Tokenizer(str(config.tokenizer))
         if config.vocab_size not in (None, found.vocab_size):
@@ -648,7 +693,10 @@ def _tokenizer(
     path = Path(config.out) / TOKENIZER
     if resumed:
         return Tokenizer(path)
-    return Tokenizer.train((document.text for document in documents), path, config.vocab_size)
+    check_vocab_size(config.vocab_size)
+    sampler = TextSampler()
+    text.survey(sampler)
+    return Tokenizer.train_on_sample(sampler, path, config.vocab_size)
 
 
 def _set_fingerprint(retriever: Retriever) -> str:
@@ -657,17 +705,16 @@ def _set_fingerprint(retriever: Retriever) -> str:
     return set_fingerprint(retriever.store)
 
 
-def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
-    old, new = before.to_dict(), config.to_dict()
-    for name in (
-        "data",
-        "set",
-        "tokenizer",
-        "retrofit",
-        "neighbours",
-    ):  # the same place may be spelt in two ways
-        old[name], new[name] = _absolute(old[name]), _absolute(new[name])
-    different = [name for name in old if name not in _FREE and old[name] != new[name]]
+def _check_same(config: TrainConfig, stored: dict[str, Any], folder: Path) -> None:
+    """InputError where more than what is free differs from what `stored`, out of train.json, says."""
+    before = TrainConfig.from_dict(stored)
+    different = [
+        name
+        for name in before.to_dict()
+        if name not in _FREE
+        and getattr(before, name) != getattr(config, name)
+        and not (name in PLACES and _may_be_same(_paths(before, name), _paths(config, name), stored, folder))
+    ]
     if different:
         shown = ", ".join(
             f"{name} was {getattr(before, name)!r} and is now {getattr(config, name)!r}" for name in different
@@ -675,10 +722,25 @@ def _check_same(config: TrainConfig, before: TrainConfig, folder: Path) -> None:
         raise InputError(f"{folder} cannot be continued: {shown}. Give the same options, or another --out.")
 
 
-def _absolute(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_absolute(entry) for entry in value]
-    return str(Path(value).resolve()) if value and value != "-" else value
+def _paths(config: TrainConfig, name: str) -> tuple[str, ...]:
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def _may_be_same(old: tuple[str, ...], new: tuple[str, ...], stored: dict[str, Any], folder: Path) -> bool:
+    """The same place may be spelt in two ways, or have moved. Fingerprints tell whether it holds the same."""
+    if len(old) != len(new):
+        return False
+    for before, now in zip(old, new, strict=True):
+        if "-" in (before, now):
+            if before != now:
+                return False
+            continue
+        found = places(before, stored, folder)
+        gone = not any(map(os.path.exists, found))
+        if not gone and os.path.realpath(now) not in map(os.path.realpath, found):
+            return False
+    return True
 
 
 def _resume_command(config: TrainConfig) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from small import World, run
 
+import retro_kernels
 from retro_kernels import cli
 
 
@@ -24,6 +25,13 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--num-neighbours" in done.stdout and done.stderr == ""
+
+
+def test_module_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "retro_kernels", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == f"retro-kernels {retro_kernels.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +64,8 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["generate", "x", "--run", "/nowhere"], "/nowhere is no training run"),
         (["generate", "x", "--run", "/nowhere", "--top-p", "2"], "'2' is not a number above 0 and at most 1"),
         (["generate", "x", "--run", "/nowhere", "--temperature", "nan"], "'nan' is not a number"),
+        (["generate", "x", "--run", "/nowhere", "--seed", "9" * 23], "it must be an integer from 0 to"),
+        (["eval", "--run", "/nowhere", "--data", "x", "--seed", "9" * 23], "it must be an integer from 0 to"),
         (["index", "/nowhere", "--out", "{tmp}/s"], "/nowhere does not exist"),
         (["index", "{tmp}", "--out", "{tmp}/s", "--part", "1-4"], "--part is '1-4'"),
         (["index", "{tmp}/empty.txt", "--out", "{tmp}/s", "--embedder", "hashing"], "empty"),

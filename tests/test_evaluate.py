@@ -322,6 +322,17 @@ def test_kill_9(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert result == scored(world) and not left(world.run)
 
 
+def test_documents_without_text_are_left_out(world: World) -> None:
+    none, text = Document("a", ""), Document("b", "lomi ka " * 40)
+    results = [
+        evaluate(world.run, documents=documents, device="cpu", progress=False)
+        for documents in ([text, none], [none, text], [text])
+    ]
+    for result in results:
+        result.pop("tokens_per_second")
+    assert results[0] == results[1] == results[2] and results[0]["documents"] == 1
+
+
 def test_json_table_and_plot(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     words = [
@@ -397,5 +408,7 @@ def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
     for name, value in asked.items():  # a plain decoder without a set
         with pytest.raises(InputError, match="means nothing without neighbours"):
             evaluate(world.plain, [world.held_out], **{name: value}, device="cpu", progress=False)
+    with pytest.raises(InputError, match="no document with text"):
+        evaluate(world.run, documents=[Document("a", "")], device="cpu", progress=False)
     with pytest.raises(InputError, match="no training run"):
         evaluate(tmp_path, [world.held_out], device="cpu", progress=False)

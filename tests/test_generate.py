@@ -99,6 +99,7 @@ def test_sampling_keeps_what_it_should(seed: int) -> None:
     assert set(drawn(top_k=2)) == {1, 3}
     assert set(drawn(top_p=0.6)) == {1, 3} and set(drawn(top_p=0.7)) == {1, 3, 4}
     assert set(drawn()) == {0, 1, 2, 3, 4}
+    assert set(drawn(temperature=1e-40)) == set(drawn(temperature=1e-300)) == {1}
     assert abs(drawn()[1] / 400 - 0.4) < 0.15
     assert drawn(temperature=0.25)[1] > 300
 
@@ -135,6 +136,23 @@ def test_command_line(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     assert all(near["title"].startswith("train-") for near in neighbours)
 
 
+def test_arithmetic_that_was_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[torch.dtype] = []
+    autocast = module.autocast
+
+    def watched(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+        seen.append(dtype)
+        return autocast(device, dtype)
+
+    monkeypatch.setattr(module, "autocast", watched)
+    words = ["generate", "lomi", "--run", world.run, "--max-tokens", 2, "--device", "cpu"]
+    assert run(*words) == 0 and set(seen) == {torch.float32}
+    seen.clear()
+    assert run(*words, "--dtype", "bf16") == 0 and set(seen) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("words", [["--set", "{set}"], ["-k", 2], ["--retriever", "bm25"]])
 def test_a_plain_decoder_takes_no_neighbours(
     world: World, words: list[object], capfd: pytest.CaptureFixture[str]
@@ -150,6 +168,9 @@ def test_a_plain_decoder_takes_no_neighbours(
     "options",
     [
         {"max_tokens": 0},
+        {"max_tokens": 2.5},
+        {"seed": -1},
+        {"seed": 99999999999999999999999},
         {"temperature": -1.0},
         {"top_k": 0},
         {"top_p": 0.0},

@@ -155,7 +155,14 @@ def test_what_does_not_fit(
         assert train(world, fitted[0], pretrained, tmp_path / "r", "--steps", 2, *words) == 2
         assert message in capsys.readouterr().err
     assert train(world, world.set, pretrained, tmp_path / "r", "--steps", 2) == 2
-    assert "has another tokenizer" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has another tokenizer" in said and f"--tokenizer {pretrained / 'tokenizer.json'}" in said
+    bare = tmp_path / "bare"
+    shutil.copytree(pretrained, bare, ignore=shutil.ignore_patterns("tokenizer.json"))
+    assert train(world, fitted[0], bare, tmp_path / "r", "--steps", 2) == 2
+    said = capsys.readouterr().err
+    assert f"{bare} has no tokenizer.json" in said
+    assert f"AutoTokenizer.from_pretrained('{bare}').save_pretrained('{bare}')" in said
     assert not (tmp_path / "r" / "model.safetensors").exists()
     with pytest.raises(
         InputError, match="window is 128; the pretrained model was made for at most 127 tokens"

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +276,156 @@ def test_interrupted_with_documents_of_the_callers(
     assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
 
 
+def test_the_new_checkpoint_is_on_the_disk_before_the_old_one_goes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r"
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", *PLAIN]
+    assert run("train", *words, "--out", out, "--steps", 4, "--stop-after", 2) == 0
+    synced: set[int] = set()  # inode numbers
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def syncing(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def removing(path: Path, **options: Any) -> None:
+        if Path(path).name == "checkpoint-00000002":
+            new = out / "checkpoint-00000004"
+            missing = [p for p in (out, new, *new.iterdir()) if p.stat().st_ino not in synced]
+            assert not missing and len(list(new.iterdir())) == 3
+            removed.append(path)
+        rmtree(path, **options)
+
+    removed: list[Path] = []
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    assert run("train", "--data", world.train, "--out", out, "--resume") == 0
+    assert len(removed) == 1
+
+
+def test_metrics_are_whole_at_any_moment(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines of steps that are done again are left out of another file, which takes the name when it is whole."""
+    out = tmp_path / "r"
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", "--log-every", 1, *PLAIN]
+    assert run("train", *words, "--out", out, "--steps", 4, "--stop-after", 2) == 0
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 1')
+    before = (out / "metrics.jsonl").read_bytes()
+
+    def failing(source: Any, target: Any) -> None:
+        if Path(target).name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        assert run("train", "--data", world.train, "--out", out, "--resume") == 2
+    assert (out / "metrics.jsonl").read_bytes() == before and not list(out.glob("*.tmp-*"))
+    assert run("train", "--data", world.train, "--out", out, "--resume") == 0
+    assert [step for step, _ in losses(out)] == [1, 2, 3, 4]
+
+
+def test_fewer_steps_than_are_done(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "r"
+    words = ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", *PLAIN]
+    assert run("train", *words, "--out", out, "--steps", 2) == 0
+    again = ["train", "--data", world.train, "--out", out, "--resume", "--json"]
+    assert run(*again, "--steps", 6, "--stop-after", 2) == 0
+    before = (out / "train.json").read_bytes()
+    capfd.readouterr()
+    assert run(*again, "--steps", 3) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and "steps is 3, but the checkpoint in" in said.err and "is of step 4" in said.err
+    assert (out / "train.json").read_bytes() == before
+    # cut off while it was to go on: the summary in train.json is of an earlier end
+    settings = json.loads(before)
+    settings["summary"]["steps"] = 2
+    (out / "train.json").write_text(json.dumps(settings))
+    assert run(*again, "--steps", 4) == 0
+    assert json.loads(capfd.readouterr().out)["steps"] == 4
+
+
+@pytest.mark.parametrize("tokenizer", ["given", "trained"])
+def test_text_is_read_as_a_stream(
+    world: World,
+    tmp_path: Path,
+    tokenizer: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A document is gone when the next is read, none is left when steps run, and a bar knows the end."""
+    from retro_kernels.data import corpus
+    from retro_kernels.retrieval import build
+
+    alive: weakref.WeakSet[Watched] = weakref.WeakSet()
+    most = [0]
+
+    class Watched(Document):
+        __slots__ = ("__weakref__",)
+
+        def __hash__(self) -> int:
+            return id(self)
+
+    def watching(*args: Any, **options: Any) -> Iterator[Document]:
+        for document in corpus.read_documents(*args, **options):
+            made = Watched(document.title, document.text)
+            alive.add(made)
+            most[0] = max(most[0], len(alive))
+            yield made
+
+    monkeypatch.setattr(build, "read_documents", watching)
+    step: list[int] = []
+    forward = Retro.forward
+
+    def watched(*args: Any) -> torch.Tensor:
+        step.append(len(alive))
+        return forward(*args)
+
+    monkeypatch.setattr(Retro, "forward", watched)
+    words = ["--data", world.train, "--out", tmp_path / "r", "--steps", 1, *PLAIN]
+    words[4:4] = (
+        ["--tokenizer", world.set / "tokenizer.model"] if tokenizer == "given" else ["--vocab-size", 400]
+    )
+    assert run("train", *words) == 0
+    assert 1 <= most[0] <= 2 and step == [0]
+    assert re.search(r"tokenising: 100%.*character/s", capfd.readouterr().err)
+
+
+def test_a_run_inside_its_data(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither it nor another run nor a set is text: it can be continued, whatever the others have done meanwhile."""
+    shutil.copytree(world.train, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(world.set, tmp_path / "sets" / "s")
+    words = ["train", "--data", tmp_path, "--set", tmp_path / "sets" / "s", "--steps", 4, *MODEL]
+    assert run(*words, "--out", tmp_path / "a", "--stop-after", 2) == 0
+    assert run(*words, "--out", tmp_path / "runs" / "b", "--stop-after", 2) == 0
+    assert run("train", "--data", tmp_path, "--out", tmp_path / "a", "--resume") == 0
+    documents = json.loads((tmp_path / "a" / "train.json").read_text())["documents"]
+    assert documents == len(list(world.train.iterdir()))
+    capfd.readouterr()
+    assert run(*words, "--out", tmp_path) == 2
+    assert f"out is {tmp_path}, and so is data" in capfd.readouterr().err
+
+
+def test_documents_without_text(world: World, tmp_path: Path) -> None:
+    """Of a caller's are left out, wherever they stand; nothing but such is refused in words."""
+    settings: dict[str, Any] = {"data": ("x",), "preset": "retro_tiny", "sequence_length": SEQUENCE}
+    settings |= {"steps": 1, "model": tuple(PLAIN[PLAIN.index("--model") + 1 :]), "device": "cpu"}
+    settings["tokenizer"] = str(world.set / "tokenizer.model")
+    none, text = Document("a", ""), Document("b", "lomi ka " * 200)
+    for name, documents in (("with", [none, text, none]), ("without", [text])):
+        train(TrainConfig(out=str(tmp_path / name), **settings), documents=documents, progress=False)
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    with pytest.raises(InputError, match="no text to train on"):
+        train(TrainConfig(out=str(tmp_path / "no"), **settings), documents=[none], progress=False)
+    del settings["tokenizer"]
+    with pytest.raises(InputError, match="no text to train on"):
+        train(TrainConfig(out=str(tmp_path / "no"), **settings), documents=[none], progress=False)
+
+
 @pytest.mark.parametrize(
     "moment, goes_on_from",
     [
@@ -353,6 +506,98 @@ def test_a_changed_retrieval_set_is_noticed(
     del settings["set"]  # as runs of earlier versions are
     (out / "train.json").write_text(json.dumps(settings))
     assert run(*words, "--resume", "--stop-after", 1) == 0 and checkpoints(out)[-1][0] == 3
+
+
+def project(root: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with text, a set and a run of it, all named relative to it."""
+    shutil.copytree(world.train, root / "corpus")
+    shutil.copytree(world.set, root / "sets" / "mine")
+    with monkeypatch.context() as patch:
+        patch.chdir(root)
+        words = ["--data", "corpus", "--set", "sets/mine", "--out", "runs/r", "--steps", 4]
+        assert run("train", *words, "--stop-after", 2, *MODEL) == 0
+    return root
+
+
+def as_earlier_versions_were(folder: Path) -> None:
+    """Paths in train.json as they were given, relative to a directory that is not noted."""
+    settings = json.loads((folder / "train.json").read_text())
+    settings["config"] |= {"data": ["corpus"], "set": "sets/mine", "out": "runs/r"}
+    (folder / "train.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_finds_its_set_from_any_directory(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    earlier: bool,
+    moved: bool,
+) -> None:
+    """In place or moved together, and never a stranger that has its name where the command runs."""
+    root = project(tmp_path / "a", world, monkeypatch)
+    if earlier:
+        as_earlier_versions_were(root / "runs" / "r")
+    if moved:
+        root = root.rename(tmp_path / "b")
+    elsewhere = tmp_path / "elsewhere"
+    words = ["--vocab-size", 300, "--embedder", "hashing:32", "--chunk-size", CHUNK]
+    assert run("index", world.held_out, "--out", elsewhere / "sets" / "mine", *words) == 0
+    monkeypatch.chdir(elsewhere)
+    capfd.readouterr()
+    asked = ["--run", "../" + root.name + "/runs/r", "--device", "cpu", "--json"]
+    assert run("generate", "lomi kater suneka " * 6, *asked, "--max-tokens", 1) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["chunks"][0]["neighbours"] and "changed" not in err
+    assert run("eval", *asked, "--data", world.held_out) == 0
+    corpus = f"../{root.name}/corpus"
+    assert run("train", "--data", corpus, "--out", asked[1], "--resume", "--steps", 5) == 0
+    stored = json.loads((root / "runs" / "r" / "train.json").read_text())["config"]
+    assert stored["set"] == str(root / "sets" / "mine") and stored["data"] == [str(root / "corpus")]
+
+
+def test_a_set_that_is_another_now(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = project(tmp_path / "a", world, monkeypatch)
+    words = ["generate", "lomi kater suneka " * 6, "--run", root / "runs" / "r"]
+    words += ["--max-tokens", 1, "--device", "cpu"]
+    appended = ["--append", "--embedder", "hashing:64"]
+    assert run("index", world.held_out, "--out", root / "sets" / "mine", *appended) == 0
+    capfd.readouterr()
+    assert run(*words) == 0  # it is the place: with more in it, as one may want
+    err = capfd.readouterr().err
+    assert f"{root / 'sets' / 'mine'}, which has been changed since. It is used as it is now" in err
+    assert run(*words, "--set", root / "sets" / "mine") == 0
+    assert "changed" not in capfd.readouterr().err
+    root = root.rename(tmp_path / "b")
+    words[3] = root / "runs" / "r"
+    assert run(*words) == 2  # beside the run lies something, which may be anything
+    err = capfd.readouterr().err
+    assert "is another one, or has been changed since" in err and "--set" in err
+    assert len(err.splitlines()) == 1
+    as_earlier_versions_were(root / "runs" / "r")
+    monkeypatch.chdir(root)
+    assert run(*words) == 2
+    assert "is another one, or has been changed since" in capfd.readouterr().err
+    shutil.rmtree(root / "sets")
+    assert run(*words) == 2
+    assert "sets/mine, which is not there. Name one with --set" in capfd.readouterr().err
+
+
+def test_data_that_has_moved(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """To any place: what is in it decides."""
+    root = project(tmp_path / "a", world, monkeypatch)
+    (root / "corpus").rename(tmp_path / "text")
+    words = ["train", "--out", root / "runs" / "r", "--resume", "--data"]
+    capfd.readouterr()
+    assert run(*words, world.held_out) == 2
+    assert "The data changed" in capfd.readouterr().err
+    assert run(*words, tmp_path / "text") == 0
 
 
 @pytest.mark.parametrize(
@@ -454,9 +699,39 @@ def test_precomputed_neighbours_train_the_same(
     # Equally near chunks may change places when one query or many are compared: the same loss, not the same bits.
     (_, live), (_, file_loss) = losses(tmp_path / "live")[-1], losses(tmp_path / "file")[-1]
     assert live == pytest.approx(file_loss, rel=1e-3)
-    capfd.readouterr()
+    summaries = [
+        json.loads((tmp_path / name / "train.json").read_text())["summary"] for name in ("live", "file")
+    ]
+    assert [summary["neighbours_from_file"] for summary in summaries] == [None, 1.0]
+    assert f"100.0% of the neighbours from {file}" in capfd.readouterr().out
     assert run("train", "--out", tmp_path / "no", *options, "--neighbours", world.set / "manifest.json") == 2
     assert "manifest.json" in capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("retriever", ["dense", "dense+run"])
+def test_precomputed_neighbours_of_another_text(
+    world: World, tmp_path: Path, retriever: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Are refused, and said to be so many where some are of this text."""
+    file = tmp_path / "neighbours.safetensors"
+    kept = ["neighbours", "--set", world.set, "--out", file, "--device", "cpu", "--per-chunk", 70]
+    words = ["train", "--data", world.train, "--set", world.set, "--retriever", retriever, "--steps", 16]
+    words += ["--neighbours", file, "--out", tmp_path / "r"]
+    assert run(*kept, "--data", world.held_out) == 0
+    capfd.readouterr()
+    assert run(*words, *MODEL) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"neighbours.safetensors holds the neighbours of [0-4]\.\d% of the chunks of this text", last
+    )
+    assert not (tmp_path / "r").exists()
+    file.unlink()
+    assert run(*kept, "--data", *sorted(world.train.iterdir())[:4]) == 0
+    capfd.readouterr()
+    assert run(*words, "--json", *MODEL) == 0
+    out, err = capfd.readouterr()
+    said = re.search(r"holds the neighbours of ([\d.]+)% of the chunks", err)
+    assert said and 10 < float(said[1]) < 90 and 0 < json.loads(out)["neighbours_from_file"] < 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -600,8 +875,23 @@ def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None
         ({"set": "s", "tokenizer": "t"}, "not both"),
         ({"data": ()}, "no data"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": "0.1"}, "learning_rate is '0.1'"),
+        ({"steps": True}, "steps is True"),
+        ({"warmup": 2.5}, "warmup is 2.5"),
+        ({"seed": -1}, "seed is -1; it must be an integer from 0"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"seed": 1.0}, "seed is 1.0"),
     ],
 )
 def test_settings_out_of_range(fields: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said.replace("(", r"\(")):
         TrainConfig(**{"data": ("x",), "out": "y", **fields})  # type: ignore[arg-type]
+
+
+def test_one_path_alone_is_one_path() -> None:
+    """Not its characters; and paths of any kind, in settings that are JSON."""
+    assert TrainConfig(data="./", out="x").data == ("./",)  # type: ignore[arg-type]
+    config = TrainConfig(data=Path("a"), out=Path("b"), set=Path("c"), model="dim=32")  # type: ignore[arg-type]
+    assert (config.data, config.out, config.set, config.model) == (("a",), "b", "c", ("dim=32",))
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert TrainConfig(data=(Path("a"), "b"), out="x").data == ("a", "b")  # type: ignore[arg-type]

@@ -30,6 +30,8 @@ _SNIFF_BYTES = 8192
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 _SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
+_OWN_FOLDERS = (("train.json", "tokenizer.model"), ("manifest.json", "chunks.npy"))
+"""A training run and a retrieval set, by files in them: no text of the user's, and it changes with every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ def read_documents(
     paths: files, folders and `"-"` for stdin (UTF-8 text, one document). A `.jsonl` holds one JSON object a line with
         `text`, and `title` or `id` for its title; any other file is one document.
     include, exclude: shell patterns (`*.py`, `tests`, `docs/*.md`) for files inside folders, matched against the name
-        and the path relative to the folder; an excluded folder is not entered. Hidden files and `__pycache__` are left
-        out.
+        and the path relative to the folder; an excluded folder is not entered. Hidden files, `__pycache__`, and the
+        folders of training runs and retrieval sets are left out.
     leave_out: folders that are not entered and files that are not read where they lie in a folder of `paths`, such as
         what is being written.
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
@@ -110,7 +112,11 @@ class _Wanted:
     leave_out: frozenset[str]
 
     def enters(self, folder: os.DirEntry[str]) -> bool:
-        return folder.name not in _SKIPPED_DIRECTORIES and not self._left_out(folder)
+        if folder.name in _SKIPPED_DIRECTORIES or any(
+            all(os.path.isfile(os.path.join(folder.path, name)) for name in names) for names in _OWN_FOLDERS
+        ):
+            return False
+        return not self._left_out(folder)
 
     def reads(self, file: os.DirEntry[str], relative: str) -> bool:
         wanted = not self.include or _matches(relative, file.name, self.include)

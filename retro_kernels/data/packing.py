@@ -56,25 +56,40 @@ class TokenDocuments:
         return flat[: np.count_nonzero(flat)]  # encoding never gives 0
 
 
-def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, chunk_size: int) -> TokenDocuments:
-    """Encodes and cuts all documents. Raises InputError where there is none."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
-    parts, titles, hashes, lengths, num_bytes, num_words = [], [], [], [], [], []
+def tokenise(
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    chunk_size: int,
+    progress: Callable[[int], object] | None = None,
+) -> TokenDocuments:
+    """Encodes and cuts all documents; those without text are left out, for they have no chunk.
+
+    documents: taken one by one, and none is kept. progress: is told the characters of each when it is done.
+    Raises InputError where there is no text.
+    """
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    # it grows in place, where joining arrays at the end would take all of the memory twice
+    grown = bytearray()
+    titles, hashes, lengths, num_bytes, num_words = [], [], [], [], []
     for document in documents:
         tokens = tokenizer.encode_array(document.text)
+        if progress is not None:
+            progress(len(document.text))
+        if not len(tokens):
+            continue
         chunks = np.zeros((-(-len(tokens) // chunk_size), chunk_size), dtype)
         chunks.reshape(-1)[: len(tokens)] = tokens
-        parts.append(chunks)
+        grown += chunks.tobytes()
         lengths.append(len(chunks))
         titles.append(document.title)
         hashes.append(document_hash(document.text))
         num_bytes.append(len(document.text.encode()))
         num_words.append(len(document.text.split()))
-    if not parts:
-        raise InputError("There is no document to read: every file was empty, unreadable or left out.")
+    if not titles:
+        raise InputError("There is no document with text: every one was empty, unreadable or left out.")
     starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     return TokenDocuments(
-        np.concatenate(parts),
+        np.frombuffer(grown, dtype).reshape(-1, chunk_size),
         starts,
         np.array(hashes, np.int64),
         titles,

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "retro_kernels neighbours", "1"
 _BLOCK = 4096  # chunks searched, and saved, at a time
+_SAMPLE = 1 << 16  # chunks that are looked up to know how far a file goes
 _CHECK_SEED = 0x5DEECE66D
 _ARRAYS = {"hashes": "I64", "checks": "I64", "ids": "I64", "distances": "F32"}
 
@@ -264,12 +265,27 @@ def _fill_live(
 def set_fingerprint(store: ChunkStore) -> str:
     """SHA-256 over what decides a set's neighbours: tokenizer, embedder, kind and search setting of the index, and the
     checksums of the files. How fast or how good the index was measured to be is left out."""
-    parts: dict[str, Any] = {name: store.manifest[name] for name in ("tokenizer", "embedder", "files")}
+    return manifest_fingerprint(store.manifest)
+
+
+def manifest_fingerprint(manifest: dict[str, Any]) -> str:
+    """`set_fingerprint` of the set with that manifest."""
+    parts: dict[str, Any] = {name: manifest[name] for name in ("tokenizer", "embedder", "files")}
     # "search" is absent from some exact indexes and "" in others, which have nothing to set
-    parts["index"] = {
-        name: store.manifest["index"].get(name) or "" for name in ("factory", "metric", "search")
-    }
+    parts["index"] = {name: manifest["index"].get(name) or "" for name in ("factory", "metric", "search")}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def share_in_file(retriever: Retriever, chunks: np.ndarray, documents: np.ndarray) -> float | None:
+    """Of chunks [n, M] of the set's documents int64 [n] (as for `precompute`) the share that the retriever's file of
+    neighbours has; of many chunks, that of a sample spread over them. None where the retriever has no file."""
+    searcher = retriever.searcher.inner if isinstance(retriever.searcher, Reranker) else retriever.searcher
+    if not isinstance(searcher, PrecomputedSearcher):
+        return None
+    sample = np.linspace(0, len(chunks) - 1, min(len(chunks), _SAMPLE)).astype(np.int64)
+    queries = torch.from_numpy(chunks[sample].astype(np.int64)).to(searcher.device)
+    exclude = torch.from_numpy(documents[sample, None]).to(searcher.device)
+    return (searcher.table.rows(queries, exclude) >= 0).double().mean().item()
 
 
 def precompute(

@@ -187,3 +187,18 @@ def test_folders_that_are_left_out(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "in")
     found, _ = read(tmp_path / "link", leave_out=[tmp_path / "in" / "a" / "b", tmp_path / "in" / "nowhere"])
     assert found == [("a/c/text.txt", "a/c"), ("d/text.txt", "d")]
+
+
+def test_runs_and_retrieval_sets_are_no_text(tmp_path):
+    """Unless they are what was named."""
+    for folder, names in (
+        ("run", ["train.json", "tokenizer.model"]),
+        ("set", ["manifest.json", "chunks.npy"]),
+    ):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "in" / folder / name).write_text(name)
+    (tmp_path / "in" / "mine").mkdir()
+    (tmp_path / "in" / "mine" / "manifest.json").write_text("{}")
+    assert read(tmp_path / "in")[0] == [("mine/manifest.json", "{}")]
+    assert [title for title, _ in read(tmp_path / "in" / "run")[0]] == ["tokenizer.model", "train.json"]

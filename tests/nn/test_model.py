@@ -26,6 +26,26 @@ def test_a_presets_other_depth_has_its_own_layers_of_attention() -> None:
 
 
 @pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"dim": True}, "dim is True"),
+        ({"norm_eps": -1}, "norm_eps is -1"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"dropout": "0.1"}, "dropout is '0.1'"),
+        ({"cca_layers": (6.0,)}, r"cca_layers is \(6.0,\); it must be layer numbers"),
+        ({"cca_layers": "6"}, "cca_layers is '6'"),
+        ({"cca_layers": 6}, "cca_layers is 6;"),
+        ({"encoder_cross_layers": (True,)}, "encoder_cross_layers is"),
+        ({"tie_embeddings": "no"}, "tie_embeddings is 'no'; it must be True or False"),
+        ({"pad_id": 0.5}, "pad_id is 0.5"),
+    ],
+)
+def test_fields_out_of_range(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        RetroConfig(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     "name, millions, plain",
     [
         ("retro_172m", 172, 132),
