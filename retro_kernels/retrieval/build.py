@@ -40,9 +40,17 @@ from tqdm import tqdm
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
+from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, describe_embedder, embedder_in_words
-from retro_kernels.retrieval.index import EXACT, Index, check_factory, choose_factory, require_faiss
+from retro_kernels.retrieval.index import (
+    EXACT,
+    Index,
+    check_factory,
+    check_recall,
+    choose_factory,
+    require_faiss,
+)
 from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
@@ -101,7 +109,7 @@ def build_retrieval_set(
         that reaches `recall`@10 is stored. Where `out` differs in these alone, only its index is made again.
     trained_index: a retrieval set with the same embedder, whose trained index is taken, emptied and filled; its kind is
         `index` then, and none is trained. Sets with one trained index are merged by joining their inverted lists.
-    device: of the embedder and of the index's training, default CPU.
+    device: of the embedder and of the index's training, default CPU; "auto" is a GPU where there is one.
     chunk_size: M, tokens in a chunk; a neighbour is 2M long.
     part: (i, n) takes every n-th document from the i-th on: n processes build n sets, to be merged. Needs a tokenizer.
     overwrite: replaces a set made from other input, and drops unfinished work on other input. Else that is an error.
@@ -119,6 +127,8 @@ def build_retrieval_set(
     if vocab_size is not None and tokenizer is not None:
         raise InputError("Give a tokenizer, or the vocab_size of one to be trained, not both.")
     check_vocab_size(vocab_size)
+    check_recall(recall)
+    device = pick_device(device or "cpu")
     if not 1 <= chunk_size <= 65_536:
         raise InputError(f"chunk_size is {chunk_size}; 1 to 65,536 tokens can be had (the paper has 64).")
     if shard_chunks < 1:

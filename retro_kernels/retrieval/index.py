@@ -113,6 +113,12 @@ def check_factory(factory: str | None, dim: int) -> None:
         _empty_index(factory, dim)
 
 
+def check_recall(recall: float) -> None:
+    """InputError where `Index.tune` could not even try; to be known before hours go into the vectors, too."""
+    if not 0.0 < recall <= 1.0:
+        raise InputError(f"recall is {recall}; above 0 and up to 1 can be asked.")
+
+
 class _Searcher(Protocol):
     """One way to search. `search` writes ids −1 where there are fewer than k vectors."""
 
@@ -371,8 +377,7 @@ class Index:
         Returns what `measure` does, with "search" (the setting), "target" and "reached": where no setting reaches the
         target, the best one is taken.
         """
-        if not 0.0 < recall <= 1.0:
-            raise InputError(f"Index.tune: recall is {recall}; above 0 and up to 1 can be asked.")
+        check_recall(recall)
         truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
         best: dict[str, Any] | None = None
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash
+from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
     APPEND,
@@ -34,7 +35,7 @@ from retro_kernels.retrieval.build import (
     say,
 )
 from retro_kernels.retrieval.embedder import TextEmbedder, embedder_in_words, load_described
-from retro_kernels.retrieval.index import EXACT, Index
+from retro_kernels.retrieval.index import EXACT, Index, check_recall
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, load_json, save_json
 
@@ -76,6 +77,8 @@ def _merge(
     """overwrite: the set `builder.out`.  drop: other unfinished work on it."""
     if not sets:
         raise InputError("merge: no retrieval sets were given.")
+    check_recall(recall)
+    device = pick_device(device or "cpu")
     builder.recover()
     stores = [ChunkStore.open(path) for path in sets]
     _check_mergeable(stores)
@@ -127,6 +130,7 @@ def append_to_retrieval_set(
     `<path>.append`, is taken up after an interruption; one of other documents is an error, or dropped with `overwrite`.
     Where the set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
     """
+    device = pick_device(device or "cpu")
     target = Path(path)
     whole = Builder(target, SHARD_CHUNKS, progress)
     whole.recover()
@@ -197,6 +201,8 @@ def tune_retrieval_set(
 
     Raises InputError where there is no such set, where it is being built anew, or was replaced meanwhile.
     """
+    check_recall(recall)
+    device = pick_device(device or "cpu")
     builder = Builder(Path(path), SHARD_CHUNKS, progress=False)
     builder.recover()
     store = ChunkStore.open(path)

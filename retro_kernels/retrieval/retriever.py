@@ -13,6 +13,7 @@ Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neigh
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError
-from retro_kernels.ops._backend import numbered
+from retro_kernels.ops._backend import numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
 from retro_kernels.retrieval.bm25 import BM25Searcher
@@ -55,7 +56,7 @@ RETRIEVERS = (
     "bm25",
     "random",
     *(f"dense+{by}" for by in MEASURES),
-    *(f"bm25+{by}" for by in MEASURES),
+    *(f"bm25+{by}" for by in MEASURES if by != "bm25"),
 )
 
 
@@ -128,7 +129,8 @@ class Retriever:
     ) -> Retriever:
         """Opens the retrieval set in the folder `path`.
 
-        device: where the index, the filter and, if they fit, tokens and keys are; None: the CPU.
+        device: where the index, the filter and, if they fit, tokens and keys are; None: the CPU, "auto": a GPU where
+            there is one.
         index_device: where the index alone is. None: on `device`; where that is a GPU on which this index, or this
             FAISS, cannot run, on the CPU, which a warning says.
         retriever: "dense" (embeddings), "bm25", "random" (the control), or with a re-ranking "+bm25", "+edit", "+run"
@@ -153,9 +155,10 @@ class Retriever:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
         if metric not in ("l2", "inner product"):
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
+        device = numbered(pick_device(device or "cpu"))
+        index_device = None if index_device is None else pick_device(index_device)
         store = ChunkStore.open(path, verify=verify)
         store.check_document_ids()
-        device = numbered(device)
         stats = Stats()
         documents = DocumentTable(store.document_ids, store.num_documents, device)
         device_store = _device_store(store, device)
@@ -273,9 +276,10 @@ class Retriever:
         Returns tokens int64 [B, L, K, 2M], lengths, ids and distances [B, L, K] on the device of tokens where that is a
         GPU, else on the retriever's. Missing neighbours: length 0, id −1, distance +inf. A chunk wholly of padding
         has none.
-        Raises ValueError for shapes that do not fit, InputError for a token id beyond the vocabulary.
+        Raises TypeError for what is no tensor, ValueError for shapes and dtypes that do not fit, InputError for a token
+        id beyond the vocabulary.
         """
-        self._check(tokens, num_neighbours, exclude_documents)
+        num_neighbours = self._check(tokens, num_neighbours, exclude_documents)
         m = self.chunk_size
         b, chunks = tokens.shape[0], tokens.shape[1] // m
         queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
@@ -295,15 +299,18 @@ class Retriever:
             found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape)
         )
 
-    def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> int:
+        """k as an int of Python's."""
+        _check_tensor("tokens", tokens, "[B, N]")
+        if exclude is not None:
+            _check_tensor("exclude_documents", exclude, "[B, E]")
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(
                 f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
             )
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InputError(f"Retriever: num_neighbours is {k!r}; it must be an integer of at least 1.")
+        k = _count("Retriever: num_neighbours", k)
         if exclude is None:
-            return
+            return k
         if (
             exclude.dim() != 2
             or exclude.shape[0] != tokens.shape[0]
@@ -318,6 +325,7 @@ class Retriever:
                 f"Retriever: exclude_documents is on {exclude.device}, tokens on {tokens.device}; "
                 "move one of them."
             )
+        return k
 
     def search(
         self, queries: Tensor, k: int, exclude: Tensor | None = None, *, keep_copies: bool = False
@@ -359,7 +367,13 @@ class Retriever:
         return gather_neighbours(source.chunks, ids, continuation=source.continuation)
 
     def documents(self, ids: Tensor) -> Tensor:
-        """The document id of each chunk id, −1 for −1; any shape."""
+        """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have. On a
+        GPU it is waited for: an index beyond the end would be the end of the process there."""
+        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.num_chunks:
+            low, high = int(ids.min()), int(ids.max())
+            raise InputError(
+                f"There is no chunk {low if low < -1 else high}: the set has chunks 0 to {self.num_chunks - 1:,}."
+            )
         return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
 
     def titles(self, document_ids: Any) -> list[str]:
@@ -375,6 +389,7 @@ class Retriever:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
         lists."""
         texts = [text] if isinstance(text, str) else list(text)
+        k = _count("search_text: k", k)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
@@ -382,8 +397,6 @@ class Retriever:
         queries = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded])
         queries = queries.reshape(len(texts), width)
         with self._lock, torch.no_grad():
-            if k < 1:
-                raise InputError(f"search_text: k is {k}; it must be at least 1.")
             distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
         hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
         return hits[0] if isinstance(text, str) else hits
@@ -419,6 +432,25 @@ class Retriever:
         """`for batch, neighbours in retriever.prefetch(loader)`: the neighbours of each batch, retrieved while the step
         before it runs. See `prefetch.Prefetcher`."""
         return Prefetcher(self, loader, num_neighbours=num_neighbours, depth=depth, inputs=inputs)
+
+
+def _check_tensor(name: str, given: Any, shape: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"Retriever: {name} must be a tensor of integers {shape}, not {type(given).__name__}. Make it one with "
+            "torch.as_tensor."
+        )
+
+
+def _count(name: str, given: Any) -> int:
+    """An integer of at least 1, of Python's or numpy's; else InputError."""
+    try:
+        number = 0 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{name} is {given!r}; it must be an integer of at least 1.")
+    return number
 
 
 def _search_without_copies(
