@@ -35,7 +35,7 @@ from retro_kernels.retrieval.build import (
     say,
 )
 from retro_kernels.retrieval.embedder import TextEmbedder, embedder_in_words, load_described
-from retro_kernels.retrieval.index import EXACT, Index, check_recall
+from retro_kernels.retrieval.index import EXACT, Index, check_factory, check_recall
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, load_json, save_json
 
@@ -82,6 +82,7 @@ def _merge(
     builder.recover()
     stores = [ChunkStore.open(path) for path in sets]
     _check_mergeable(stores)
+    check_factory(index, stores[0].manifest["embedder"]["dim"])
     builder.check_target(overwrite)
     corpus, kept = _survey_sets(stores)
     first = stores[0].manifest

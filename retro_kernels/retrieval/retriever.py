@@ -369,12 +369,15 @@ class Retriever:
     def documents(self, ids: Tensor) -> Tensor:
         """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have. On a
         GPU it is waited for: an index beyond the end would be the end of the process there."""
+        self._check_chunk_ids(ids)
+        return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
+
+    def _check_chunk_ids(self, ids: Tensor) -> None:
         if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.num_chunks:
             low, high = int(ids.min()), int(ids.max())
             raise InputError(
                 f"There is no chunk {low if low < -1 else high}: the set has chunks 0 to {self.num_chunks - 1:,}."
             )
-        return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
 
     def titles(self, document_ids: Any) -> list[str]:
         """The title of each document id, "" for −1, flat."""

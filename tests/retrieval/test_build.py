@@ -219,6 +219,7 @@ def test_unreadable_documents_are_counted(tmp_path, capsys):
         (dict(part=(0, 2)), "one tokenizer"),
         (dict(embedder="/nowhere"), "no folder with a BERT"),
         (dict(index="Nonsense"), "knows no index"),
+        (dict(index="IDMap,Flat"), "IDMap,Flat cannot be used"),
     ],
 )
 def test_arguments_that_do_not_work(tmp_path, options, message):
