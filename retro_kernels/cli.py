@@ -431,7 +431,7 @@ def _add_neighbours(parser: _Parser) -> None:
         help="neighbours kept of each chunk, more "
         "than are used, for other documents to be dropped (default: %(default)s)",
     )
-    _add_retriever(parser, "dense", "dense, bm25 or random")
+    _add_retriever(parser, "dense", "dense, bm25, bm25:tokens or random")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -557,6 +557,14 @@ def _search(args: argparse.Namespace) -> None:
     count = min(5, retriever.num_chunks) if args.k is None else args.k
     retriever.check_num_neighbours(count)
     hits = retriever.search_text(args.text, count)
+    if not hits:
+        shared = {"bm25": "word", "bm25:tokens": "token"}.get(args.retriever.partition("+")[0])
+        why = (
+            f": no chunk shares a {shared} with the text. --retriever dense finds by meaning"
+            if shared
+            else ""
+        )
+        _complain(f"{PROG} search", f"no neighbour{why}")
     if args.json:
         _print_json({"text": args.text, "neighbours": [hit.to_dict() for hit in hits]})
         return

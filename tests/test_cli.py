@@ -194,6 +194,20 @@ def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
 
 
+def test_a_search_that_finds_nothing_says_so(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bm25s")
+    words = ["search", "xylophone", "--set", world.set, "--device", "cpu"]
+    assert run(*words, "--retriever", "bm25") == 0
+    assert capfd.readouterr() == (
+        "",
+        "retro-kernels search: no neighbour: no chunk shares a word with the text. "
+        "--retriever dense finds by meaning\n",
+    )
+    assert run(*words, "--retriever", "bm25+edit", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["neighbours"] == [] and "no chunk shares a word" in err
+
+
 def test_another_index_and_recall_from_the_command_line(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

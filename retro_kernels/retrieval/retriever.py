@@ -55,8 +55,9 @@ RETRIEVERS = (
     "dense",
     "bm25",
     "random",
+    "bm25:tokens",
     *(f"dense+{by}" for by in MEASURES),
-    *(f"bm25+{by}" for by in MEASURES if by != "bm25"),
+    *(f"{source}+{by}" for source in ("bm25", "bm25:tokens") for by in MEASURES if by != "bm25"),
 )
 
 
@@ -133,8 +134,8 @@ class Retriever:
             there is one.
         index_device: where the index alone is. None: on `device`; where that is a GPU on which this index, or this
             FAISS, cannot run, on the CPU, which a warning says.
-        retriever: "dense" (embeddings), "bm25", "random" (the control), or with a re-ranking "+bm25", "+edit", "+run"
-            of `rerank_fetch` candidates.
+        retriever: "dense" (embeddings), "bm25" (shared words), "bm25:tokens" (shared tokens), "random" (the control),
+            or with a re-ranking "+bm25" (by shared tokens), "+edit", "+run" of `rerank_fetch` candidates.
         embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
             object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
         query_embedder: another encoder for queries, as `embedder` (of DPR's two, `Embedder.from_pretrained(…,
@@ -184,8 +185,9 @@ class Retriever:
                 embed_unknown=embed_unknown,
                 inner_product=product,
             )
-        elif source == "bm25":
-            searcher = BM25Searcher(store, stats=stats)
+        elif source.startswith("bm25"):
+            analyser: Any = "tokens" if source == "bm25:tokens" else "words"
+            searcher = BM25Searcher(store, analyser=analyser, stats=stats)
         else:
             searcher = RandomSearcher(documents, seed)
             candidates += f", seed {seed}"
