@@ -65,6 +65,17 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             ["index", "{tmp}/empty.txt", "--out", "{tmp}/s", "--embedder", "hashing", "--index", "Bogus,3"],
             "Without --index one is chosen by size",
         ),
+        *(
+            (
+                [verb, *words, "{tmp}/empty.txt", "{tmp}/latin.txt"],
+                "latin.txt cannot be read: not UTF-8 (byte 3)",
+            )
+            for verb, words in {
+                "index": ["--embedder", "hashing", "--out", "{tmp}/s"],
+                "train": ["--out", "{tmp}/y", "--data"],
+                "dedup": ["--against", "{tmp}/empty.txt", "--out", "{tmp}/y", "--data"],
+            }.items()
+        ),
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/y"], "there is no text to train on"),
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/empty.txt"], "is a file; a run is a folder"),
         (["eval", "--run", "x", "--data", "y", "--device", "gpu"], "device is 'gpu'"),
@@ -106,6 +117,7 @@ def test_one_line_for_what_cannot_be_used(
     words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     if "wide=3" in words:
         (tmp_path / "a.txt").write_text("some text to train on, and more of it\n" * 40)
         words = [*words, "--vocab-size", "300"]
