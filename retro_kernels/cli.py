@@ -268,7 +268,7 @@ def _add_index(parser: _Parser) -> None:
         nargs="?",
         const=0.95,
         metavar="RECALL",
-        help="find the fastest search setting with this recall@10 (default: 0.95)",
+        help="find the fastest search setting with this recall@10 (default: 0.95); exit status 2 where none has it",
     )
     parser.add_argument(
         "--include", action="append", default=[], metavar="PATTERN", help="only such files of folders"
@@ -530,14 +530,17 @@ def _index(args: argparse.Namespace) -> None:
             **reading,
             **recall,
         )
-    if args.json:
-        _print_json(manifest)
-        return
     index = manifest["index"]
-    print(
+    _print_json(manifest) if args.json else print(
         f"{args.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, "
         f"index {index['factory']}, recall@{index['k']} {index['recall']:.3f}"
     )
+    if args.tune is not None and not index["reached"]:
+        raise InputError(
+            f"the set {args.out} is whole and kept, but no search setting of its index {index['factory']} reaches "
+            f"--tune {args.tune}: recall@{index['k']} is {index['recall']:.4f}. Give an --index that finds more (Flat "
+            "finds all), or ask for less; nothing is embedded again."
+        )
 
 
 def _part(text: str | None) -> tuple[int, int] | None:

@@ -240,10 +240,31 @@ def test_another_index_and_recall_from_the_command_line(
     assert found["files"]["embeddings.npy"] == first["files"]["embeddings.npy"]
     with monkeypatch.context() as patch:
         patch.setattr(Index, "train", None)
-        found = manifest("--index", "IVF4,SQfp16", "--tune", 1.0)
-    assert found["index"]["target"] == 1.0
+        found = manifest("--index", "IVF4,SQfp16", "--tune", 0.9)
+    assert found["index"]["target"] == 0.9
     assert manifest()["index"]["factory"] == "Flat"
     assert (tmp_path / "s" / "embeddings.npy").stat().st_ino == inode
+
+
+def test_a_recall_that_is_missed_is_not_done(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["index", world.train, "--out", tmp_path / "s", "--tokenizer", world.set / "tokenizer.model"]
+    words += ["--embedder", "hashing:64", "--chunk-size", 16, "--index", "PQ1x4fs"]
+    for again in range(2):  # the second time there is nothing to do, and it is missed all the same
+        assert run(*words, "--tune", 0.99, "--json") == 2
+        out, err = capfd.readouterr()
+        found = json.loads(out)["index"]
+        assert found["recall"] < 0.99 and not found["reached"], again
+        assert err.splitlines()[-1].startswith(
+            f"retro-kernels index: the set {tmp_path / 's'} is whole and kept"
+        )
+        assert f"reaches --tune 0.99: recall@10 is {found['recall']:.4f}" in err
+    assert run("search", "lomi", "--set", tmp_path / "s", "--device", "cpu") == 0
+    assert run(*words) == 0  # without --tune it is not asked for
+    assert run(*words, "--tune", 0.01) == 0
+    more = ["index", world.held_out, "--out", tmp_path / "s", "--append"]
+    assert run(*more, "--tune", 0.99) == 2 and run(*more) == 0
 
 
 def test_device_of_index_is_the_cpu_by_default(capsys: pytest.CaptureFixture[str]) -> None:

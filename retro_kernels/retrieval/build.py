@@ -106,7 +106,8 @@ def build_retrieval_set(
     embedder_dtype: "float32" or "bfloat16", in which a BERT computes; None: what is fast on `device`. Vectors of one
         are not those of the other: parts that are built on several machines are to have the same.
     index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
-        that reaches `recall`@10 is stored. Where `out` differs in these alone, only its index is made again.
+        that reaches `recall`@10 is stored. Where none does, the one that finds most is, which a remark says, and
+        `reached` under `index` in the manifest. Where `out` differs in these alone, only its index is made again.
     trained_index: a retrieval set with the same embedder, whose trained index is taken, emptied and filled; its kind is
         `index` then, and none is trained. Sets with one trained index are merged by joining their inverted lists.
     device: of the embedder and of the index's training, default CPU; "auto" is a GPU where there is one.
@@ -781,18 +782,29 @@ class Builder:
             self.seconds["index"] = 0.0
             return {**described, **measure_exact(vectors, recall, device=device), "build_seconds": 0.0}
         index = self._filled_index(vectors, factory, device, start)
-        with self.bar(f"tuning the index {factory}", None, ""):
-            measured = index.tune(vectors, recall)
-        if not measured["reached"]:
-            self.say(
-                f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished."
-            )
-            if by_size and len(vectors) <= _EXACT_FALLBACK:
-                self.say("These vectors do not suit it; the exact index is taken.")
-                return self._index(vectors, EXACT, recall, device, None)
+        measured = self.tune(index, vectors, recall)
+        if not measured["reached"] and by_size and len(vectors) <= _EXACT_FALLBACK:
+            self.say("These vectors do not suit it; the exact index is taken.")
+            return self._index(vectors, EXACT, recall, device, None)
         if trained := self._index_note().get("trained"):
             described["trained"] = trained
         return {**described, **measured, "build_seconds": self.seconds["index"]}
+
+    def tune(self, index: Index, vectors: np.ndarray, recall: float, k: int = 10) -> dict[str, Any]:
+        """See `Index.tune`. It is shown what is tried, and said where the best is not enough."""
+        with self.bar(f"tuning the index {index.factory}", None, "settings") as bar:
+
+            def tried(result: dict[str, Any]) -> None:
+                found = f"{result['search']} finds {result['recall']:.3f} of the {result['k']} nearest"
+                bar.set_postfix_str(found, refresh=False)
+                bar.update()
+
+            measured = index.tune(vectors, recall, k=k, progress=tried)
+        if not measured["reached"]:
+            self.say(
+                f"index {index.factory}: recall@{measured['k']} is {measured['recall']:.4f}, {recall} was wished."
+            )
+        return measured
 
     def _filled_index(self, vectors: np.ndarray, factory: str, device: Any, start: Start | None) -> Index:
         """The index of all vectors, also in its file. Trained, and filled, it is saved: neither is done again."""

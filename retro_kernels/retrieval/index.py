@@ -422,9 +422,11 @@ class Index:
         k: int = 10,
         num_queries: int | None = None,
         seed: int = 0,
+        progress: Callable[[dict[str, Any]], object] | None = None,
     ) -> dict[str, Any]:
         """Sets the fastest search parameters (nprobe, efSearch, refinement) that reach `recall`@k, by measurement.
 
+        progress: is told of each setting that was tried, as what is returned.
         Returns what `measure` does, with "search" (the setting), "target" and "reached": where no setting reaches the
         target, the best one is taken.
         """
@@ -438,6 +440,8 @@ class Index:
             self.configure(setting)
             result = {**truth.measure(self), "search": setting}
             result["reached"] = result["recall"] >= recall
+            if progress is not None:
+                progress(result)
             if best is None or _better(result, best):
                 best = result
             return result["reached"]

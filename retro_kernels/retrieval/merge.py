@@ -196,22 +196,28 @@ def _drop_merged(addition: Path, known: set[int] | None) -> None:
 
 
 def tune_retrieval_set(
-    path: str | os.PathLike[str], recall: float = 0.95, *, k: int = 10, device: Any = None
+    path: str | os.PathLike[str],
+    recall: float = 0.95,
+    *,
+    k: int = 10,
+    device: Any = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest.
 
+    Where none reaches it, the one that finds most is stored; see `build_retrieval_set`.
     Raises InputError where there is no such set, where it is being built anew, or was replaced meanwhile.
     """
     check_recall(recall)
     device = pick_device(device or "cpu")
-    builder = Builder(Path(path), SHARD_CHUNKS, progress=False)
+    builder = Builder(Path(path), SHARD_CHUNKS, progress)
     builder.recover()
     store = ChunkStore.open(path)
     with builder.held():
         if store.manifest["index"]["factory"] == EXACT:
             measured = measure_exact(store.embeddings, recall, k=k, device=device)
         else:
-            measured = Index.open(store, device=device).tune(store.embeddings, recall, k=k)
+            measured = builder.tune(Index.open(store, device=device), store.embeddings, recall, k)
         if files.read_manifest(store.path) != store.manifest:
             raise InputError(f"{store.path} was replaced while it was being tuned. Run the command again.")
         manifest = {**store.manifest, "index": {**store.manifest["index"], **measured}}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from retrieval.corpora import build, contents, documents, tiny_bert
+from tqdm import tqdm
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
@@ -633,3 +634,22 @@ def test_another_model_in_the_place_of_the_embedder_is_noticed(bert, model, tmp_
     tiny_bert(tmp_path / "bert", seed=4)
     with pytest.raises(InputError, match="built with the embedder bert .* was loaded"):
         append_to_retrieval_set(out, CORPUS, progress=False)
+
+
+def test_what_is_tried_in_tuning_is_shown(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=0.3)
+    assert capsys.readouterr().err == ""
+    tune_retrieval_set(out, 1.0, progress=False)
+    assert capsys.readouterr().err == ""
+
+    class Eager(tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "mininterval": 0, "delay": 0})
+
+    monkeypatch.setattr(build_module, "tqdm", Eager)
+    tune_retrieval_set(out, 1.0)
+    shown = capsys.readouterr().err
+    assert re.search(
+        r"tuning the index IVF8,Flat: \d+ settings \[.*nprobe=\d+ finds \d\.\d+ of the 10 nearest", shown
+    )
