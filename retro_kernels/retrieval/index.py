@@ -151,8 +151,8 @@ def _why_not_l2(index: Any) -> str | None:
     while isinstance(outer, faiss.IndexRefine):
         outer = faiss.downcast_index(outer.refine_index)
     deciding = _nested(outer)
-    if any(isinstance(part, faiss.IndexLSH) for part in deciding):
-        return "LSH counts differing bits, which are no squared L2 distances. Refine it (LSH,RFlat), or take another"
+    if any(isinstance(part, (faiss.IndexLSH, faiss.IndexIVFSpectralHash)) for part in deciding):
+        return "it counts differing bits, which are no squared L2 distances. Refine it (…,RFlat), or take another"
     chains = [part.chain for part in deciding if isinstance(part, faiss.IndexPreTransform)]
     for step in (
         faiss.downcast_VectorTransform(chain.at(i)) for chain in chains for i in range(chain.size())

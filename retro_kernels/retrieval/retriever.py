@@ -127,6 +127,7 @@ class Retriever:
         rerank_fetch: int = 64,
         seed: int = 0,
         verify: str = "auto",
+        progress: bool = True,
     ) -> Retriever:
         """Opens the retrieval set in the folder `path`.
 
@@ -148,6 +149,7 @@ class Retriever:
         drop_copies: leave out neighbours which, with continuation, hold this share or more of the chunk's 13-grams.
         embed_unknown: False gives chunks that are not in the set no neighbours, and never loads the embedder.
         seed: of the "random" retriever.  verify: as in `ChunkStore.open`.
+        progress: bars on standard error while the index of BM25 is made, where it takes more than a moment.
 
         InputError where there is no set, it is damaged, the embedder is not the one it was built with, or the index
         cannot run on index_device (ImportError: FAISS is missing, or has no GPUs).
@@ -187,7 +189,7 @@ class Retriever:
             )
         elif source.startswith("bm25"):
             analyser: Any = "tokens" if source == "bm25:tokens" else "words"
-            searcher = BM25Searcher(store, analyser=analyser, stats=stats)
+            searcher = BM25Searcher(store, analyser=analyser, stats=stats, progress=progress)
         else:
             searcher = RandomSearcher(documents, seed)
             candidates += f", seed {seed}"
@@ -375,8 +377,8 @@ class Retriever:
         return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
 
     def _check_chunk_ids(self, ids: Tensor) -> None:
-        if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < self.num_chunks:
-            low, high = int(ids.min()), int(ids.max())
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
+        if not -1 <= low <= high < self.num_chunks:
             raise InputError(
                 f"There is no chunk {low if low < -1 else high}: the set has chunks 0 to {self.num_chunks - 1:,}."
             )

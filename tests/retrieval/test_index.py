@@ -249,7 +249,7 @@ def test_factories_that_do_not_work(factory, message):
     "factory, why",
     [
         *((factory, "Leave IDMap out") for factory in ("IDMap,Flat", "IDMap2,HNSW32", "IDMap,IVF64,Flat")),
-        *((factory, "LSH counts differing bits") for factory in ("LSH", "ITQ16,LSH")),
+        *((factory, "it counts differing bits") for factory in ("LSH", "ITQ16,LSH", "IVF4,ITQ16,SH1.2")),
         *((factory, "it normalises vectors") for factory in ("L2norm,Flat", "L2norm,SQ8", "ITQ16,Flat")),
         ("PCAW16,Flat", "take PCA or PCAR"),
         ("SQ8_direct", "not near the squared L2 distances"),
