@@ -274,7 +274,7 @@ def _add_index(parser: _Parser) -> None:
         nargs="?",
         const=0.95,
         metavar="RECALL",
-        help="find the fastest search setting with this recall@10 (default: 0.95)",
+        help="find the fastest search setting with this recall@10 (default: 0.95); exit status 2 where none has it",
     )
     parser.add_argument(
         "--include", action="append", default=[], metavar="PATTERN", help="only such files of folders"
@@ -433,7 +433,7 @@ def _add_neighbours(parser: _Parser) -> None:
         help="neighbours kept of each chunk, more "
         "than are used, for other documents to be dropped (default: %(default)s)",
     )
-    _add_retriever(parser, "dense", "dense, bm25 or random")
+    _add_retriever(parser, "dense", "dense, bm25, bm25:tokens or random")
     _add_device(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -536,14 +536,17 @@ def _index(args: argparse.Namespace) -> None:
             **reading,
             **recall,
         )
-    if args.json:
-        _print_json(manifest)
-        return
     index = manifest["index"]
-    print(
+    _print_json(manifest) if args.json else print(
         f"{args.out}: {manifest['num_chunks']:,} chunks of {manifest['num_documents']:,} documents, "
         f"index {index['factory']}, recall@{index['k']} {index['recall']:.3f}"
     )
+    if args.tune is not None and not index["reached"]:
+        raise InputError(
+            f"the set {args.out} is whole and kept, but no search setting of its index {index['factory']} reaches "
+            f"--tune {args.tune}: recall@{index['k']} is {index['recall']:.4f}. Give an --index that finds more (Flat "
+            "finds all), or ask for less; nothing is embedded again."
+        )
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -563,6 +566,14 @@ def _search(args: argparse.Namespace) -> None:
     count = min(5, retriever.num_chunks) if args.k is None else args.k
     retriever.check_num_neighbours(count)
     hits = retriever.search_text(args.text, count)
+    if not hits:
+        shared = {"bm25": "word", "bm25:tokens": "token"}.get(args.retriever.partition("+")[0])
+        why = (
+            f": no chunk shares a {shared} with the text. --retriever dense finds by meaning"
+            if shared
+            else ""
+        )
+        _complain(f"{PROG} search", f"no neighbour{why}")
     if args.json:
         _print_json({"text": args.text, "neighbours": [hit.to_dict() for hit in hits]})
         return

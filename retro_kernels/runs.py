@@ -37,6 +37,7 @@ from .data.packing import TokenDocuments, tokenise
 from .data.tokenizer import TextSampler, Tokenizer, _write_whole
 from .nn import Retro, RetroFitted
 from .ops._backend import cpu_has_bf16
+from .ops._backend import pick_device as pick_device
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
 
@@ -237,23 +238,6 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise InputError(
             f"{checkpoint / STATE} cannot be read ({reason}). Remove {checkpoint} and start again."
         ) from None
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """`"auto"` is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device is {name!r}; give auto, cpu, cuda or cuda:0, cuda:1, ….") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device is {name!r}, but this torch ({torch.__version__}) sees no GPU. Use --device cpu."
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs.")
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

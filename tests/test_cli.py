@@ -75,6 +75,17 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             ["index", "{tmp}/empty.txt", "--out", "{tmp}/s", "--embedder", "hashing", "--index", "Bogus,3"],
             "Without --index one is chosen by size",
         ),
+        *(
+            (
+                [verb, *words, "{tmp}/empty.txt", "{tmp}/latin.txt"],
+                "latin.txt cannot be read: not UTF-8 (byte 3)",
+            )
+            for verb, words in {
+                "index": ["--embedder", "hashing", "--out", "{tmp}/s"],
+                "train": ["--out", "{tmp}/y", "--data"],
+                "dedup": ["--against", "{tmp}/empty.txt", "--out", "{tmp}/y", "--data"],
+            }.items()
+        ),
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/y"], "there is no text to train on"),
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/empty.txt"], "is a file; a run is a folder"),
         (["eval", "--run", "x", "--data", "y", "--device", "gpu"], "device is 'gpu'"),
@@ -116,6 +127,7 @@ def test_one_line_for_what_cannot_be_used(
     words: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     if "wide=3" in words:
         (tmp_path / "a.txt").write_text("some text to train on, and more of it\n" * 40)
         words = [*words, "--vocab-size", "300"]
@@ -204,6 +216,20 @@ def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFix
     assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
 
 
+def test_a_search_that_finds_nothing_says_so(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bm25s")
+    words = ["search", "xylophone", "--set", world.set, "--device", "cpu"]
+    assert run(*words, "--retriever", "bm25") == 0
+    assert capfd.readouterr() == (
+        "",
+        "retro-kernels search: no neighbour: no chunk shares a word with the text. "
+        "--retriever dense finds by meaning\n",
+    )
+    assert run(*words, "--retriever", "bm25+edit", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out)["neighbours"] == [] and "no chunk shares a word" in err
+
+
 def test_another_index_and_recall_from_the_command_line(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,10 +250,31 @@ def test_another_index_and_recall_from_the_command_line(
     assert found["files"]["embeddings.npy"] == first["files"]["embeddings.npy"]
     with monkeypatch.context() as patch:
         patch.setattr(Index, "train", None)
-        found = manifest("--index", "IVF4,SQfp16", "--tune", 1.0)
-    assert found["index"]["target"] == 1.0
+        found = manifest("--index", "IVF4,SQfp16", "--tune", 0.9)
+    assert found["index"]["target"] == 0.9
     assert manifest()["index"]["factory"] == "Flat"
     assert (tmp_path / "s" / "embeddings.npy").stat().st_ino == inode
+
+
+def test_a_recall_that_is_missed_is_not_done(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["index", world.train, "--out", tmp_path / "s", "--tokenizer", world.set / "tokenizer.model"]
+    words += ["--embedder", "hashing:64", "--chunk-size", 16, "--index", "PQ1x4fs"]
+    for again in range(2):  # the second time there is nothing to do, and it is missed all the same
+        assert run(*words, "--tune", 0.99, "--json") == 2
+        out, err = capfd.readouterr()
+        found = json.loads(out)["index"]
+        assert found["recall"] < 0.99 and not found["reached"], again
+        assert err.splitlines()[-1].startswith(
+            f"retro-kernels index: the set {tmp_path / 's'} is whole and kept"
+        )
+        assert f"reaches --tune 0.99: recall@10 is {found['recall']:.4f}" in err
+    assert run("search", "lomi", "--set", tmp_path / "s", "--device", "cpu") == 0
+    assert run(*words) == 0  # without --tune it is not asked for
+    assert run(*words, "--tune", 0.01) == 0
+    more = ["index", world.held_out, "--out", tmp_path / "s", "--append"]
+    assert run(*more, "--tune", 0.99) == 2 and run(*more) == 0
 
 
 def test_device_of_index_is_the_cpu_by_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """Documents out of files: folders of text or source, `.txt`, `.jsonl`, either of them as `.gz` or `.xz`, and stdin.
 
 The order is the same wherever the files are the same, so document numbers mean something. What cannot be read as text
-is counted, reported once and left out; a path that does not exist is an error.
+inside a folder, or in a line, is counted, reported once and left out; a file that was named is wanted, so that it does
+not exist, or cannot be read, is an error.
 """
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import gzip
 import hashlib
@@ -28,7 +30,9 @@ MAX_DOCUMENT_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
 _SNIFF_BYTES = 8192
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_NOT_UNPACKED = {".bz2", ".zst", ".zstd", ".lz4", ".br", ".lzma", ".zip", ".7z", ".tar", ".tgz", ".txz"}
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+_BROKEN_OFF, _EMPTY = "unreadable", "empty"
 _SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
 _OWN_FOLDERS = (("train.json", "tokenizer.model"), ("manifest.json", "chunks.npy"))
 """A training run and a retrieval set, by files in them: no text of the user's, and it changes with every step."""
@@ -85,9 +89,11 @@ def read_documents(
         what is being written.
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
 
-    Left out and counted: what cannot be read or unpacked, is not UTF-8, is empty or white space, is larger than 1 GiB,
-    or is no JSON object with a text; in folders also binary files (a NUL in the first 8 KiB).
-    Raises InputError, before anything is read, for a path that does not exist and for no path at all.
+    Left out and counted: lines of a `.jsonl`, and files inside folders, that cannot be read or unpacked, are not UTF-8,
+    are larger than 1 GiB, or no JSON object with a text; in folders also binary files (a NUL in the first 8 KiB); and
+    whatever is empty or white space.
+    Raises InputError, before anything is read, for a path that does not exist, for no path at all, and for a file in
+    `paths` whose first bytes cannot be read; while reading, for one that shows later that it cannot be.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -99,6 +105,8 @@ def read_documents(
             raise InputError(
                 f"{path} does not exist. Give a text file, a .jsonl, a folder of such, or - for stdin."
             )
+        if os.path.isfile(path):
+            _check_beginning(Path(path))
     wanted = _Wanted(include, exclude, frozenset(map(os.path.realpath, leave_out)))
     return _read(checked, wanted, report)
 
@@ -137,15 +145,56 @@ def _read(paths: list[str], wanted: _Wanted, given: ReadReport | None) -> Iterat
         _log.warning(warning)
 
 
+def _check_beginning(path: Path) -> None:
+    """InputError at once, and not after hours with the paths before it, for a file that was named and begins wrong."""
+    if _suffix(path) in _NOT_UNPACKED:
+        raise _unreadable(str(path), f"{_suffix(path)} is not unpacked here; .gz and .xz are")
+    try:
+        with _open(path) as file:
+            head = file.read(_SNIFF_BYTES)
+        if not _is_json_lines(path):
+            # a letter may be cut in two where the file goes on
+            codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _SNIFF_BYTES)
+    except UnicodeDecodeError as error:
+        raise _unreadable(str(path), f"not UTF-8 (byte {error.start:,})") from None
+    except _READ_ERRORS as error:
+        raise _unreadable(str(path), getattr(error, "strerror", None) or str(error)) from None
+
+
+def _unreadable(path: str, why: str) -> InputError:
+    return InputError(
+        f"{path} cannot be read: {why}. Give it as UTF-8 text, or leave it out (of a folder, such a file is left out)."
+    )
+
+
+def _read_named(
+    path: str, read: Callable[[ReadReport], Iterator[Document]], report: ReadReport
+) -> Iterator[Document]:
+    """What `read` finds in a file that was named; InputError where nothing of it can be read, or not all of it."""
+    own, found = ReadReport(), False
+    for document in read(own):
+        found = True
+        yield document
+    wrong = [reason for reason in own.skipped if reason == _BROKEN_OFF or (reason != _EMPTY and not found)]
+    if wrong:
+        raise _unreadable(path, f"{wrong[0]} ({own.examples[wrong[0]]})")
+    report.skipped.update(own.skipped)
+    report.examples = own.examples | report.examples
+
+
 def _read_path(path: str, wanted: _Wanted, report: ReadReport) -> Iterator[Document]:
     if path == "-":
-        yield from _one_document(sys.stdin.buffer, "stdin", "stdin", report)
+        yield from _read_named(
+            "stdin", lambda own: _one_document(sys.stdin.buffer, "stdin", "stdin", own), report
+        )
     elif os.path.isdir(path):
         root = Path(path)
         for relative in _walk(root, "", wanted, report):
             yield from _read_file(root / relative, relative, report, in_folder=True)
     else:
-        yield from _read_file(Path(path), Path(path).name, report, in_folder=False)
+        yield from _read_named(
+            path, lambda own: _read_file(Path(path), Path(path).name, own, in_folder=False), report
+        )
 
 
 def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Iterator[str]:
@@ -153,7 +202,9 @@ def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Itera
     try:
         entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
     except OSError as error:
-        report.skip("unreadable", f"{root / folder}: {error.strerror}")
+        if not folder:  # it was named
+            raise _unreadable(str(root), str(error.strerror)) from None
+        report.skip(_BROKEN_OFF, f"{root / folder}: {error.strerror}")
         return
     for entry in entries:
         relative = f"{folder}/{entry.name}" if folder else entry.name
@@ -172,12 +223,26 @@ def _matches(relative: str, name: str, patterns: Sequence[str]) -> bool:
     )
 
 
+def _suffix(path: Path) -> str:
+    """Of what is in a file when it is unpacked."""
+    return (Path(path.stem) if path.suffix.lower() in _COMPRESSED else path).suffix.lower()
+
+
+def _is_json_lines(path: Path) -> bool:
+    return _suffix(path) in (".jsonl", ".ndjson")
+
+
+def _open(path: Path) -> Any:
+    return _COMPRESSED.get(path.suffix.lower(), open)(path, "rb")
+
+
 def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -> Iterator[Document]:
-    opener = _COMPRESSED.get(path.suffix.lower())
-    inner = Path(path.stem) if opener else path
+    if _suffix(path) in _NOT_UNPACKED:
+        report.skip("packed in a way that is not read (.gz and .xz are)", str(path))
+        return
     try:
-        with opener(path, "rb") if opener else open(path, "rb") as file:
-            if inner.suffix.lower() in (".jsonl", ".ndjson"):
+        with _open(path) as file:
+            if _is_json_lines(path):
                 yield from _json_lines(file, str(path), report)
             elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
                 report.skip("binary", str(path))
@@ -186,7 +251,7 @@ def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -
                     file.seek(0)
                 yield from _one_document(file, title, str(path), report)
     except _READ_ERRORS as error:
-        report.skip("unreadable", f"{path}: {getattr(error, 'strerror', None) or error}")
+        report.skip(_BROKEN_OFF, f"{path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadReport) -> Iterator[Document]:
@@ -202,7 +267,7 @@ def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadRep
     if text.strip():
         yield Document(title, text)
     else:
-        report.skip("empty", where)
+        report.skip(_EMPTY, where)
 
 
 def _json_lines(file: IO[bytes] | Any, where: str, report: ReadReport) -> Iterator[Document]:
@@ -233,9 +298,10 @@ def _json_document(line: bytes, place: str, report: ReadReport) -> Iterator[Docu
         report.skip('without a "text" in the JSON', place)
         return
     if not text.strip():
-        report.skip("empty", place)
+        report.skip(_EMPTY, place)
         return
-    title = entry.get("title") or entry.get("id") or place
+    names = (entry.get(key) for key in ("title", "id"))
+    title = next((name for name in names if name is not None and name != ""), place)  # 0 is one
     yield Document(str(title).encode(errors="replace").decode(), text)
 
 

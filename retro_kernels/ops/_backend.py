@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch.autograd import forward_ad
 
+from retro_kernels.config import InputError
+
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 """Triton decides when a kernel is defined whether it is compiled or interpreted, so this is read once as well."""
 
@@ -65,6 +67,23 @@ def limit_threads(count: int) -> None:
         _C.limit_threads(count)
     if faiss := sys.modules.get("faiss"):  # it may bring an OpenMP of its own
         faiss.omp_set_num_threads(count)
+
+
+def pick_device(name: torch.device | str = "auto") -> torch.device:
+    """`"auto"` is the first GPU, or the CPU where there is none. InputError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device is {name!r}; give auto, cpu, cuda or cuda:0, cuda:1, ….") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {str(name)!r}, but this torch ({torch.__version__}) sees no GPU. Use cpu (--device cpu)."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {str(name)!r}, but there are {torch.cuda.device_count()} GPUs.")
+    return device
 
 
 def numbered(device: torch.device | str | None) -> torch.device:

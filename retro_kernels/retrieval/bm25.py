@@ -1,5 +1,5 @@
-"""BM25: neighbours by shared words, with the library bm25s; and the same weights to re-rank dense candidates
-(rerank.py).
+"""BM25: neighbours by shared words, or by shared tokens, with the library bm25s; and the weights of shared tokens, to
+re-rank dense candidates (rerank.py), for which no index is needed.
 
 At test time BM25 in place of dense retrieval lowers RETRO's perplexity further (Doostmohammadi et al. 2023,
 2305.16243).
@@ -7,17 +7,65 @@ At test time BM25 in place of dense retrieval lowers RETRO's perplexity further 
 
 from __future__ import annotations
 
+import re
+import sys
+import unicodedata
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from retro_kernels.config import InputError
 from retro_kernels.retrieval.search import Stats, unfilled
 from retro_kernels.retrieval.store import ChunkStore
 
 _BLOCK = 1 << 14
+_SLOW = 1 << 15  # chunks of which an index takes some seconds
+
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
+    "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
+    "\u1000-\u103f\u1050-\u109f"  # Burmese
+    "\u1780-\u17d3\u17d7\u17dc\u17dd"  # Khmer
+    "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u312f\u31f0-\u31ff\uff66-\uff9f"  # kana, bopomofo
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+"""Letters and vowel signs of scripts that put nothing between words."""
+
+
+@lru_cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What is a piece of a text, and which pieces are of scripts without spaces."""
+    # \w has letters and digits, but not the vowel signs and accents that stand on letters (of Hindi, say). Beyond 16
+    # bits there are but a few of dead scripts, with which re would look for a character in a list, four times as slow.
+    marks = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
+    letter, run = rf"[^\W{_UNSPACED}]", f"[{_UNSPACED}]+"
+    return re.compile(f"{run}|{letter}+(?:[{marks}]+{letter}*)*"), re.compile(run)
+
+
+def terms(text: str) -> list[str]:
+    """The words of a text in lower case. Where a script puts no space between words, each letter, and each pair of
+    neighbouring ones, stands for a word, as in Lucene's analysers of Chinese and Japanese."""
+    text = text.lower()
+    if text.isascii():
+        return _ASCII.findall(text)
+    pieces, unspaced = _patterns()
+    if not unspaced.search(text):
+        return pieces.findall(text)
+    found: list[str] = []
+    for piece in pieces.findall(text):
+        if unspaced.match(piece):
+            found += piece
+            found += map("".join, zip(piece, piece[1:], strict=False))
+        else:
+            found.append(piece)
+    return found
+
+
+_ASCII = re.compile(r"\w+")
 
 
 class BM25Searcher:
@@ -34,45 +82,56 @@ class BM25Searcher:
         k1: float = 0.9,
         b: float = 0.4,
         stats: Stats | None = None,
+        progress: bool = True,
     ) -> None:
-        """analyser: "words" scores lower-case words of the text, "tokens" the tokenizer's ids as they are."""
+        """analyser: "words" scores the words of the text (`terms`), "tokens" the tokenizer's ids as they are.
+        progress: bars on standard error, where it takes long."""
         if analyser not in ("words", "tokens"):
             raise InputError(f'BM25Searcher: analyser is {analyser!r}; "words" or "tokens" can be had.')
         self.store, self.analyser, self.stats = store, analyser, stats or Stats()
-        self._bm25s = _library()
-        self._index = self._bm25s.BM25(k1=k1, b=b, method="lucene")
-        self._index.index(self._corpus(), create_empty_token=False, show_progress=False)
+        bm25s = _library()
+        self._vocabulary: dict[str, int] = {}
+        if analyser == "tokens":
+            self._vocabulary = {str(i): i for i in range(store.tokenizer.vocab_size)}
+        progress = progress and store.num_chunks >= _SLOW
+        ids = self._corpus(progress)
+        self._index = None
+        if any(ids):  # bm25s divides by the mean length
+            self._index = bm25s.BM25(k1=k1, b=b, method="lucene")
+            corpus = bm25s.tokenization.Tokenized(ids=ids, vocab=self._vocabulary)
+            self._index.index(corpus, create_empty_token=False, show_progress=progress)
 
-    def _corpus(self) -> Any:
-        store = self.store
-        if self.analyser == "tokens":
-            ids = [[t for t in row if t] for row in np.asarray(store.chunks).tolist()]
-            vocabulary = {str(i): i for i in range(store.tokenizer.vocab_size)}
-            return self._bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary)
-        texts: list[str] = []
-        for start in range(0, store.num_chunks, _BLOCK):
-            rows = [[t for t in row if t] for row in store.chunks[start : start + _BLOCK].tolist()]
-            texts += store.tokenizer.decode_batch(rows)
-        return self._bm25s.tokenize(texts, stopwords=None, show_progress=False)
+    def _corpus(self, progress: bool) -> list[list[int]]:
+        """The terms of every chunk; "words" are numbered as they come."""
+        ids: list[list[int]] = []
+        number, show = self._vocabulary, {"unit": " chunks", "file": sys.stderr, "dynamic_ncols": True}
+        with tqdm(total=self.store.num_chunks, desc="reading for BM25", disable=not progress, **show) as bar:
+            for start in range(0, self.store.num_chunks, _BLOCK):
+                rows = _without_pads(self.store.chunks[start : start + _BLOCK])
+                if self.analyser == "words":
+                    texts = self.store.tokenizer.decode_batch(rows)
+                    rows = [[number.setdefault(term, len(number)) for term in terms(text)] for text in texts]
+                ids += rows
+                bar.update(len(rows))
+        return ids
 
     def _terms(self, queries: Tensor) -> list[list[int]]:
-        rows = [[t for t in row if t] for row in queries.tolist()]
+        rows = _without_pads(queries)
         if self.analyser == "tokens":
             return rows
-        words = self._bm25s.tokenize(
-            self.store.tokenizer.decode_batch(rows), stopwords=None, return_ids=False, show_progress=False
-        )
-        return [self._index.get_tokens_ids(terms) for terms in words]
+        number = self._vocabulary
+        texts = self.store.tokenizer.decode_batch(rows)
+        return [[number[term] for term in terms(text) if term in number] for text in texts]
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `search.Searcher.search`. Results are on the host."""
         distances, ids = unfilled(queries.shape[0], k)
         excluded = [[]] * queries.shape[0] if exclude is None else exclude.tolist()
         with self.stats.time("search"):
-            for row, terms in enumerate(self._terms(queries)):
-                if not terms:
+            for row, ids_of_terms in enumerate(self._terms(queries)):
+                if not ids_of_terms or self._index is None:
                     continue
-                scores = np.array(self._index.get_scores_from_ids(terms), dtype=np.float32)
+                scores = np.array(self._index.get_scores_from_ids(ids_of_terms), dtype=np.float32)
                 for document in excluded[row]:
                     if document >= 0:
                         chunks = self.store.document_chunks(document)
@@ -81,6 +140,10 @@ class BM25Searcher:
                 ids[row, : len(best)] = torch.from_numpy(best)
                 distances[row, : len(best)] = torch.from_numpy(-scores[best])
         return distances, ids
+
+
+def _without_pads(rows: Any) -> list[list[int]]:
+    return [[t for t in row if t] for row in rows.tolist()]
 
 
 def _top(scores: np.ndarray, k: int) -> np.ndarray:
@@ -101,7 +164,8 @@ def _library() -> Any:
 
 
 class TermWeights:
-    """BM25 statistics of a set's chunks by token id, and the score of a few candidates for each query."""
+    """BM25 statistics of a set's chunks by token id, and the score of a few candidates for each query: those of
+    `BM25Searcher` with the analyser "tokens"."""
 
     def __init__(self, store: ChunkStore, k1: float = 0.9, b: float = 0.4, pad_id: int = 0) -> None:
         self.k1, self.b, self.pad_id = k1, b, pad_id

@@ -40,9 +40,17 @@ from tqdm import tqdm
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
+from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, describe_embedder, embedder_in_words
-from retro_kernels.retrieval.index import EXACT, Index, check_factory, choose_factory, require_faiss
+from retro_kernels.retrieval.index import (
+    EXACT,
+    Index,
+    check_factory,
+    check_recall,
+    choose_factory,
+    require_faiss,
+)
 from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
@@ -98,10 +106,11 @@ def build_retrieval_set(
     embedder_dtype: "float32" or "bfloat16", in which a BERT computes; None: what is fast on `device`. Vectors of one
         are not those of the other: parts that are built on several machines are to have the same.
     index: a FAISS factory string; None: by size (`choose_factory`). Where it can be tuned, the fastest search setting
-        that reaches `recall`@10 is stored. Where `out` differs in these alone, only its index is made again.
+        that reaches `recall`@10 is stored. Where none does, the one that finds most is, which a remark says, and
+        `reached` under `index` in the manifest. Where `out` differs in these alone, only its index is made again.
     trained_index: a retrieval set with the same embedder, whose trained index is taken, emptied and filled; its kind is
         `index` then, and none is trained. Sets with one trained index are merged by joining their inverted lists.
-    device: of the embedder and of the index's training, default CPU.
+    device: of the embedder and of the index's training, default CPU; "auto" is a GPU where there is one.
     chunk_size: M, tokens in a chunk; a neighbour is 2M long.
     part: (i, n) takes every n-th document from the i-th on: n processes build n sets, to be merged. Needs a tokenizer.
     overwrite: replaces a set made from other input, and drops unfinished work on other input. Else that is an error.
@@ -119,6 +128,8 @@ def build_retrieval_set(
     if vocab_size is not None and tokenizer is not None:
         raise InputError("Give a tokenizer, or the vocab_size of one to be trained, not both.")
     check_vocab_size(vocab_size)
+    check_recall(recall)
+    device = pick_device(device or "cpu")
     if not 1 <= chunk_size <= 65_536:
         raise InputError(f"chunk_size is {chunk_size}; 1 to 65,536 tokens can be had (the paper has 64).")
     if shard_chunks < 1:
@@ -771,18 +782,29 @@ class Builder:
             self.seconds["index"] = 0.0
             return {**described, **measure_exact(vectors, recall, device=device), "build_seconds": 0.0}
         index = self._filled_index(vectors, factory, device, start)
-        with self.bar(f"tuning the index {factory}", None, ""):
-            measured = index.tune(vectors, recall)
-        if not measured["reached"]:
-            self.say(
-                f"index {factory}: recall@{measured['k']} is {measured['recall']:.3f}, {recall} was wished."
-            )
-            if by_size and len(vectors) <= _EXACT_FALLBACK:
-                self.say("These vectors do not suit it; the exact index is taken.")
-                return self._index(vectors, EXACT, recall, device, None)
+        measured = self.tune(index, vectors, recall)
+        if not measured["reached"] and by_size and len(vectors) <= _EXACT_FALLBACK:
+            self.say("These vectors do not suit it; the exact index is taken.")
+            return self._index(vectors, EXACT, recall, device, None)
         if trained := self._index_note().get("trained"):
             described["trained"] = trained
         return {**described, **measured, "build_seconds": self.seconds["index"]}
+
+    def tune(self, index: Index, vectors: np.ndarray, recall: float, k: int = 10) -> dict[str, Any]:
+        """See `Index.tune`. It is shown what is tried, and said where the best is not enough."""
+        with self.bar(f"tuning the index {index.factory}", None, "settings") as bar:
+
+            def tried(result: dict[str, Any]) -> None:
+                found = f"{result['search']} finds {result['recall']:.3f} of the {result['k']} nearest"
+                bar.set_postfix_str(found, refresh=False)
+                bar.update()
+
+            measured = index.tune(vectors, recall, k=k, progress=tried)
+        if not measured["reached"]:
+            self.say(
+                f"index {index.factory}: recall@{measured['k']} is {measured['recall']:.4f}, {recall} was wished."
+            )
+        return measured
 
     def _filled_index(self, vectors: np.ndarray, factory: str, device: Any, start: Start | None) -> Index:
         """The index of all vectors, also in its file. Trained, and filled, it is saved: neither is done again."""

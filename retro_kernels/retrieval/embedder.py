@@ -188,13 +188,13 @@ class Embedder:
 
         Raises ImportError with the command to run where a package is missing, InputError where there is no such model.
         """
-        import torch
+        from retro_kernels.ops._backend import pick_device
 
         if pooling not in ("mean", "cls"):
             raise InputError(f'Embedder: pooling is {pooling!r}; "mean" or "cls" can be had.')
         transformers = _transformers()
         source, name = _locate(name_or_path)
-        device = torch.device("cpu" if device is None else device)
+        device = pick_device(device or "cpu")
         dtype = _default_dtype(device) if dtype is None else dtype
         with _silenced(transformers):
             try:

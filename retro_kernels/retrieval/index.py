@@ -108,9 +108,66 @@ def choose_factory(n: int, dim: int, device: Any = None) -> str:
 
 
 def check_factory(factory: str | None, dim: int) -> None:
-    """InputError where FAISS makes no such index; to be known before hours go into the vectors for it."""
-    if factory not in (None, EXACT, "CAGRA"):
-        _empty_index(factory, dim)
+    """InputError where FAISS makes no such index, or none of vectors by squared L2; to be known before hours go into
+    the vectors for it.
+
+    What can be filled untrained is tried with a few random vectors; of the rest it is looked at what it consists of.
+    """
+    if factory in (None, EXACT, "CAGRA"):
+        return
+    index = _empty_index(factory, dim)
+    if why := _why_not_l2(index):
+        raise InputError(f"The index {factory} cannot be used: {why}.")
+    if not index.is_trained:
+        return
+    vectors = np.random.default_rng(0).standard_normal((_TRIED, dim)).astype(np.float32)
+    vectors /= np.sqrt(dim)  # about as long as an embedder's, and not all of one length
+    searcher = _FaissSearcher(index, torch.device("cpu"))
+    queries = torch.from_numpy(vectors[:16] * 1.5)
+    searcher.add(vectors)
+    with _refusals(f"The index {factory} cannot be searched"):
+        distances, ids = searcher.search(queries, 8)
+    found = torch.from_numpy(vectors)[ids.clamp(min=0)]
+    exact = (found - queries.unsqueeze(1)).square().sum(-1)
+    if not bool((ids >= 0).all()) or float(((distances - exact).abs() / exact).median()) > 0.2:
+        raise InputError(
+            f"The index {factory} cannot be used: what it returns is not near the squared L2 distances of the vectors. "
+            f"{_BY_SIZE}"
+        )
+
+
+_TRIED = 256
+"""Vectors with which an index is tried; FAISS makes some graphs of at least 100."""
+
+
+def _why_not_l2(index: Any) -> str | None:
+    """Why this FAISS index cannot be filled with vectors and searched by squared L2; None where nothing speaks against
+    it."""
+    faiss = require_faiss()
+    if any(type(part).__name__.startswith("IndexIDMap") for part in _nested(index)):
+        return "IDMap keeps ids of its own, and a chunk's id is its place. Leave IDMap out"
+    # where candidates are refined, the distances are those of the index that refines
+    outer = faiss.downcast_index(index)
+    while isinstance(outer, faiss.IndexRefine):
+        outer = faiss.downcast_index(outer.refine_index)
+    deciding = _nested(outer)
+    if any(isinstance(part, (faiss.IndexLSH, faiss.IndexIVFSpectralHash)) for part in deciding):
+        return "it counts differing bits, which are no squared L2 distances. Refine it (…,RFlat), or take another"
+    chains = [part.chain for part in deciding if isinstance(part, faiss.IndexPreTransform)]
+    for step in (
+        faiss.downcast_VectorTransform(chain.at(i)) for chain in chains for i in range(chain.size())
+    ):
+        if isinstance(step, (faiss.NormalizationTransform, faiss.ITQTransform)):
+            return "it normalises vectors, so its distances are not the squared L2 distances of what it was given"
+        if isinstance(step, faiss.PCAMatrix) and step.eigen_power:
+            return "it whitens vectors (PCAW), so its distances are not squared L2 ones; take PCA or PCAR"
+    return None
+
+
+def check_recall(recall: float) -> None:
+    """InputError where `Index.tune` could not even try; to be known before hours go into the vectors, too."""
+    if not 0.0 < recall <= 1.0:
+        raise InputError(f"recall is {recall}; above 0 and up to 1 can be asked.")
 
 
 class _Searcher(Protocol):
@@ -365,14 +422,15 @@ class Index:
         k: int = 10,
         num_queries: int | None = None,
         seed: int = 0,
+        progress: Callable[[dict[str, Any]], object] | None = None,
     ) -> dict[str, Any]:
         """Sets the fastest search parameters (nprobe, efSearch, refinement) that reach `recall`@k, by measurement.
 
+        progress: is told of each setting that was tried, as what is returned.
         Returns what `measure` does, with "search" (the setting), "target" and "reached": where no setting reaches the
         target, the best one is taken.
         """
-        if not 0.0 < recall <= 1.0:
-            raise InputError(f"Index.tune: recall is {recall}; above 0 and up to 1 can be asked.")
+        check_recall(recall)
         truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
         best: dict[str, Any] | None = None
 
@@ -382,6 +440,8 @@ class Index:
             self.configure(setting)
             result = {**truth.measure(self), "search": setting}
             result["reached"] = result["recall"] >= recall
+            if progress is not None:
+                progress(result)
             if best is None or _better(result, best):
                 best = result
             return result["reached"]
@@ -571,12 +631,8 @@ class _FaissSearcher:
         index = _empty_index(factory, dim)
         searcher = cls.on_device(index, factory, device)
         if not index.is_trained:
-            try:
+            with _refusals(f"The index {factory} cannot be trained on so few vectors"):
                 searcher.index.train(sample())
-            except RuntimeError as error:
-                raise InputError(
-                    f"The index {factory} cannot be trained on so few vectors: {_reason(error)}. {_BY_SIZE}"
-                ) from None
         return searcher
 
     @classmethod
@@ -630,10 +686,14 @@ class _FaissSearcher:
 
     def add(self, vectors: np.ndarray) -> None:
         if self.device.type != "cuda":
-            self.index.add(np.array(vectors, dtype=np.float32, order="C"))
+            with _refusals(f"These vectors cannot be added to {type(self.index).__name__}"):
+                self.index.add(np.array(vectors, dtype=np.float32, order="C"))
             return
         block = torch.from_numpy(np.array(vectors)).to(self.device).float()  # fp16 on the way, widened there
-        with self._on_stream() as faiss:
+        with (
+            self._on_stream() as faiss,
+            _refusals(f"These vectors cannot be added to {type(self.index).__name__}"),
+        ):
             self.index.add_c(len(block), faiss.cast_integer_to_float_ptr(block.data_ptr()))
 
     @contextlib.contextmanager
@@ -852,12 +912,17 @@ _BY_SIZE = "Without --index one is chosen by size."
 
 def _empty_index(factory: str | None, dim: int) -> Any:
     faiss = require_faiss()
-    try:
+    with _refusals(f"FAISS knows no index {factory!r} of {dim} dimensions"):
         return faiss.index_factory(dim, factory, faiss.METRIC_L2)
+
+
+@contextlib.contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """FAISS's RuntimeErrors as InputErrors: `what`, and the reason."""
+    try:
+        yield
     except RuntimeError as error:
-        raise InputError(
-            f"FAISS knows no index {factory!r} of {dim} dimensions: {_reason(error)}. {_BY_SIZE}"
-        ) from None
+        raise InputError(f"{what}: {_reason(error)}. {_BY_SIZE}") from None
 
 
 def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> np.ndarray:

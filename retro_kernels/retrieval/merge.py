@@ -17,6 +17,7 @@ import numpy as np
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash
+from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
     APPEND,
@@ -34,7 +35,7 @@ from retro_kernels.retrieval.build import (
     say,
 )
 from retro_kernels.retrieval.embedder import TextEmbedder, embedder_in_words, load_described
-from retro_kernels.retrieval.index import EXACT, Index
+from retro_kernels.retrieval.index import EXACT, Index, check_factory, check_recall
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, load_json, save_json
 
@@ -76,9 +77,12 @@ def _merge(
     """overwrite: the set `builder.out`.  drop: other unfinished work on it."""
     if not sets:
         raise InputError("merge: no retrieval sets were given.")
+    check_recall(recall)
+    device = pick_device(device or "cpu")
     builder.recover()
     stores = [ChunkStore.open(path) for path in sets]
     _check_mergeable(stores)
+    check_factory(index, stores[0].manifest["embedder"]["dim"])
     builder.check_target(overwrite)
     corpus, kept = _survey_sets(stores)
     first = stores[0].manifest
@@ -127,6 +131,7 @@ def append_to_retrieval_set(
     `<path>.append`, is taken up after an interruption; one of other documents is an error, or dropped with `overwrite`.
     Where the set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
     """
+    device = pick_device(device or "cpu")
     target = Path(path)
     whole = Builder(target, SHARD_CHUNKS, progress)
     whole.recover()
@@ -191,20 +196,28 @@ def _drop_merged(addition: Path, known: set[int] | None) -> None:
 
 
 def tune_retrieval_set(
-    path: str | os.PathLike[str], recall: float = 0.95, *, k: int = 10, device: Any = None
+    path: str | os.PathLike[str],
+    recall: float = 0.95,
+    *,
+    k: int = 10,
+    device: Any = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Finds the fastest search setting of a set's index reaching `recall`@k, and stores it; returns the manifest.
 
+    Where none reaches it, the one that finds most is stored; see `build_retrieval_set`.
     Raises InputError where there is no such set, where it is being built anew, or was replaced meanwhile.
     """
-    builder = Builder(Path(path), SHARD_CHUNKS, progress=False)
+    check_recall(recall)
+    device = pick_device(device or "cpu")
+    builder = Builder(Path(path), SHARD_CHUNKS, progress)
     builder.recover()
     store = ChunkStore.open(path)
     with builder.held():
         if store.manifest["index"]["factory"] == EXACT:
             measured = measure_exact(store.embeddings, recall, k=k, device=device)
         else:
-            measured = Index.open(store, device=device).tune(store.embeddings, recall, k=k)
+            measured = builder.tune(Index.open(store, device=device), store.embeddings, recall, k)
         if files.read_manifest(store.path) != store.manifest:
             raise InputError(f"{store.path} was replaced while it was being tuned. Run the command again.")
         manifest = {**store.manifest, "index": {**store.manifest["index"], **measured}}

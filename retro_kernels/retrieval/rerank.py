@@ -1,4 +1,5 @@
-"""A second look at a searcher's candidates: by BM25, by edit distance or by the longest common run of tokens.
+"""A second look at a searcher's candidates: by BM25 of the tokenizer's ids, by edit distance or by the longest
+common run of tokens.
 
 Edit distance as in Gu et al. 2018 (1705.07267): a shortlist, then the normalised distance D / max(lengths); BM25 over
 dense candidates as in Doostmohammadi et al. 2023 (2305.16243). Shapes as in search.py; F candidates of R tokens.
@@ -30,8 +31,8 @@ class Reranker:
     def __init__(
         self, inner: Searcher, store: ChunkStore, by: str, *, fetch: int = 64, stats: Stats | None = None
     ) -> None:
-        """by: "bm25" (distance −score), "edit" (edit distance over the longer length, 0..1), "run" (1 − longest common
-        run over the query's length)."""
+        """by: "bm25" (of tokens, distance −score), "edit" (edit distance over the longer length, 0..1), "run" (1 −
+        longest common run over the query's length)."""
         if by not in MEASURES:
             raise InputError(f"Reranker: the measure is {by!r}; it must be one of {', '.join(MEASURES)}.")
         if fetch < 1:

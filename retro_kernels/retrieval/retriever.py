@@ -13,6 +13,7 @@ Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neigh
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import re
 import threading
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError
-from retro_kernels.ops._backend import numbered
+from retro_kernels.ops._backend import numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
 from retro_kernels.retrieval.bm25 import BM25Searcher
@@ -54,8 +55,9 @@ RETRIEVERS = (
     "dense",
     "bm25",
     "random",
+    "bm25:tokens",
     *(f"dense+{by}" for by in MEASURES),
-    *(f"bm25+{by}" for by in MEASURES),
+    *(f"{source}+{by}" for source in ("bm25", "bm25:tokens") for by in MEASURES if by != "bm25"),
 )
 
 
@@ -125,14 +127,16 @@ class Retriever:
         rerank_fetch: int = 64,
         seed: int = 0,
         verify: str = "auto",
+        progress: bool = True,
     ) -> Retriever:
         """Opens the retrieval set in the folder `path`.
 
-        device: where the index, the filter and, if they fit, tokens and keys are; None: the CPU.
+        device: where the index, the filter and, if they fit, tokens and keys are; None: the CPU, "auto": a GPU where
+            there is one.
         index_device: where the index alone is. None: on `device`; where that is a GPU on which this index, or this
             FAISS, cannot run, on the CPU, which a warning says.
-        retriever: "dense" (embeddings), "bm25", "random" (the control), or with a re-ranking "+bm25", "+edit", "+run"
-            of `rerank_fetch` candidates.
+        retriever: "dense" (embeddings), "bm25" (shared words), "bm25:tokens" (shared tokens), "random" (the control),
+            or with a re-ranking "+bm25" (by shared tokens), "+edit", "+run" of `rerank_fetch` candidates.
         embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
             object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
         query_embedder: another encoder for queries, as `embedder` (of DPR's two, `Embedder.from_pretrained(…,
@@ -145,6 +149,7 @@ class Retriever:
         drop_copies: leave out neighbours which, with continuation, hold this share or more of the chunk's 13-grams.
         embed_unknown: False gives chunks that are not in the set no neighbours, and never loads the embedder.
         seed: of the "random" retriever.  verify: as in `ChunkStore.open`.
+        progress: bars on standard error while the index of BM25 is made, where it takes more than a moment.
 
         InputError where there is no set, it is damaged, the embedder is not the one it was built with, or the index
         cannot run on index_device (ImportError: FAISS is missing, or has no GPUs).
@@ -153,9 +158,10 @@ class Retriever:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
         if metric not in ("l2", "inner product"):
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
+        device = numbered(pick_device(device or "cpu"))
+        index_device = None if index_device is None else pick_device(index_device)
         store = ChunkStore.open(path, verify=verify)
         store.check_document_ids()
-        device = numbered(device)
         stats = Stats()
         documents = DocumentTable(store.document_ids, store.num_documents, device)
         device_store = _device_store(store, device)
@@ -181,8 +187,9 @@ class Retriever:
                 embed_unknown=embed_unknown,
                 inner_product=product,
             )
-        elif source == "bm25":
-            searcher = BM25Searcher(store, stats=stats)
+        elif source.startswith("bm25"):
+            analyser: Any = "tokens" if source == "bm25:tokens" else "words"
+            searcher = BM25Searcher(store, analyser=analyser, stats=stats, progress=progress)
         else:
             searcher = RandomSearcher(documents, seed)
             candidates += f", seed {seed}"
@@ -273,9 +280,10 @@ class Retriever:
         Returns tokens int64 [B, L, K, 2M], lengths, ids and distances [B, L, K] on the device of tokens where that is a
         GPU, else on the retriever's. Missing neighbours: length 0, id −1, distance +inf. A chunk wholly of padding
         has none.
-        Raises ValueError for shapes that do not fit, InputError for a token id beyond the vocabulary.
+        Raises TypeError for what is no tensor, ValueError for shapes and dtypes that do not fit, InputError for a token
+        id beyond the vocabulary.
         """
-        self._check(tokens, num_neighbours, exclude_documents)
+        num_neighbours = self._check(tokens, num_neighbours, exclude_documents)
         m = self.chunk_size
         b, chunks = tokens.shape[0], tokens.shape[1] // m
         queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
@@ -295,15 +303,18 @@ class Retriever:
             found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape)
         )
 
-    def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> int:
+        """k as an int of Python's."""
+        _check_tensor("tokens", tokens, "[B, N]")
+        if exclude is not None:
+            _check_tensor("exclude_documents", exclude, "[B, E]")
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             raise ValueError(
                 f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
             )
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InputError(f"Retriever: num_neighbours is {k!r}; it must be an integer of at least 1.")
+        k = _count("Retriever: num_neighbours", k)
         if exclude is None:
-            return
+            return k
         if (
             exclude.dim() != 2
             or exclude.shape[0] != tokens.shape[0]
@@ -318,6 +329,7 @@ class Retriever:
                 f"Retriever: exclude_documents is on {exclude.device}, tokens on {tokens.device}; "
                 "move one of them."
             )
+        return k
 
     def search(
         self, queries: Tensor, k: int, exclude: Tensor | None = None, *, keep_copies: bool = False
@@ -359,8 +371,17 @@ class Retriever:
         return gather_neighbours(source.chunks, ids, continuation=source.continuation)
 
     def documents(self, ids: Tensor) -> Tensor:
-        """The document id of each chunk id, −1 for −1; any shape."""
+        """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have. On a
+        GPU it is waited for: an index beyond the end would be the end of the process there."""
+        self._check_chunk_ids(ids)
         return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
+
+    def _check_chunk_ids(self, ids: Tensor) -> None:
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
+        if not -1 <= low <= high < self.num_chunks:
+            raise InputError(
+                f"There is no chunk {low if low < -1 else high}: the set has chunks 0 to {self.num_chunks - 1:,}."
+            )
 
     def titles(self, document_ids: Any) -> list[str]:
         """The title of each document id, "" for −1, flat."""
@@ -375,6 +396,7 @@ class Retriever:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
         lists."""
         texts = [text] if isinstance(text, str) else list(text)
+        k = _count("search_text: k", k)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
@@ -382,8 +404,6 @@ class Retriever:
         queries = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded])
         queries = queries.reshape(len(texts), width)
         with self._lock, torch.no_grad():
-            if k < 1:
-                raise InputError(f"search_text: k is {k}; it must be at least 1.")
             distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
         hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
         return hits[0] if isinstance(text, str) else hits
@@ -419,6 +439,25 @@ class Retriever:
         """`for batch, neighbours in retriever.prefetch(loader)`: the neighbours of each batch, retrieved while the step
         before it runs. See `prefetch.Prefetcher`."""
         return Prefetcher(self, loader, num_neighbours=num_neighbours, depth=depth, inputs=inputs)
+
+
+def _check_tensor(name: str, given: Any, shape: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"Retriever: {name} must be a tensor of integers {shape}, not {type(given).__name__}. Make it one with "
+            "torch.as_tensor."
+        )
+
+
+def _count(name: str, given: Any) -> int:
+    """An integer of at least 1, of Python's or numpy's; else InputError."""
+    try:
+        number = 0 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{name} is {given!r}; it must be an integer of at least 1.")
+    return number
 
 
 def _search_without_copies(

@@ -389,7 +389,8 @@ class RandomSearcher:
         documents = self.documents
         queries = to_device(queries, documents.document_ids.device)
         exclude = None if exclude is None else to_device(exclude, queries.device)
-        hashes = mixed(row_hashes(queries) + self.seed)
+        # a pad adds nothing to the sum that is hashed, so how long the other queries are does not matter
+        hashes = mixed(row_hashes(queries.masked_fill(queries == 0, -1)) + self.seed)
         start = hashes.remainder(max(documents.num_chunks, 1))
         stride = self._strides[mixed(hashes).remainder(self._strides.numel())]
 
@@ -417,7 +418,8 @@ def mixed(x: Tensor) -> Tensor:
 
 
 def row_hashes(tokens: Tensor, seed: int = 0) -> Tensor:
-    """int64 [n]: the bits of `store.hash_chunks`, on any device; another hash for another seed. tokens: [n, M]."""
+    """int64 [n]: the bits of `store.hash_chunks`, on any device; another hash for another seed. tokens: [n, M]; −1 for
+    a place that does not count."""
     places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     multipliers = mixed(places * _wrap(0x9E3779B97F4A7C15) + seed) | 1
     return mixed(((tokens.to(torch.int64) + 1) * multipliers).sum(1))

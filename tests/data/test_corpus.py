@@ -12,7 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents, split_documents
+from retro_kernels.data.corpus import (
+    _SNIFF_BYTES,
+    Document,
+    ReadReport,
+    document_hash,
+    read_documents,
+    split_documents,
+)
 
 
 def read(paths, **options):
@@ -65,7 +72,7 @@ def test_patterns(folder):
 
 
 def test_compressed_and_json_lines(tmp_path):
-    lines = [{"text": "one", "title": "One"}, {"text": "two", "id": 2}, {"text": "three"}]
+    lines = [{"text": "one", "title": "One"}, {"text": "two", "title": "", "id": 0}, {"text": "three"}]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode() + b"\n"
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
@@ -73,7 +80,7 @@ def test_compressed_and_json_lines(tmp_path):
     (tmp_path / "d.txt.xz").write_bytes(lzma.compress("plain \u2581".encode()))
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
         documents, _ = read(tmp_path / name)
-        assert documents == [("One", "one"), ("2", "two"), (f"{tmp_path / name}, line 3", "three")]
+        assert documents == [("One", "one"), ("0", "two"), (f"{tmp_path / name}, line 3", "three")]
     assert read([tmp_path / "d.txt.xz"])[0] == [("d.txt.xz", "plain \u2581")]
     assert len(read(tmp_path)[0]) == 10
 
@@ -125,6 +132,69 @@ def test_what_is_no_text_is_counted(tmp_path, caplog):
     assert "latin.txt, byte 3" in report.warning() and "Documents left out: 15" in report.warning()
     assert len(list(read_documents(tmp_path))) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "left out: 15" in caplog.text
+
+
+LATER = 3 * _SNIFF_BYTES
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 3\)"),
+        ("a.gz", b"no gzip at all", "Not a gzipped file"),
+        ("a.txt.xz", lzma.compress(b"\xff"), "not UTF-8"),
+        ("a.jsonl.xz", b"no xz", "Input format not supported"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd", ".zst is not unpacked here; .gz and .xz are"),
+        ("a.jsonl.bz2", b"BZh9", ".bz2 is not unpacked here"),
+        ("a.tar.gz", gzip.compress(b"text"), ".tar is not unpacked here"),
+    ],
+)
+def test_a_named_file_that_cannot_be_read_is_refused_at_once(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("good")
+    with pytest.raises(InputError, match=f"{name} cannot be read.*{why}.*leave it out"):
+        read_documents([tmp_path / "good.txt", tmp_path / name])
+    documents, report = read([tmp_path])  # as part of a folder it is left out
+    assert documents == [("good.txt", "good")] and report.skipped.total() == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, why",
+    [
+        ("a.txt", b"a" * LATER + b"\xff", rf"not UTF-8 \(.*byte {LATER:,}\)"),
+        ("a.txt.gz", gzip.compress(os.urandom(LATER).hex().encode())[:-20], "unreadable"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * LATER)[:-20], "unreadable"),
+        ("a.jsonl", b"one\ntwo\n", r"not JSON \(.*line 1\)"),
+    ],
+)
+def test_a_named_file_that_turns_out_unreadable_is_an_error(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    documents = read_documents([tmp_path / name])
+    with pytest.raises(InputError, match=f"{name} cannot be read: {why}"):
+        list(documents)
+    read([tmp_path])
+
+
+def test_lines_and_emptiness_of_a_named_file_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "c.txt").write_text("a" + "\u00e9" * LATER)  # a letter is cut in two where the beginning ends
+    assert read(tmp_path / "c.txt")[0] == [("c.txt", "a" + "\u00e9" * LATER)]
+    (tmp_path / "a.jsonl").write_text('one\n{"text": "good"}\n{"text": " "}\n')
+    (tmp_path / "b.txt").write_text("")
+    documents, report = read([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    assert [text for _, text in documents] == ["good"] and report.skipped == {"not JSON": 1, "empty": 2}
+    assert "a.jsonl, line 1" in report.warning() and report.documents == 1
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"\xff")))
+    with pytest.raises(InputError, match="stdin cannot be read: not UTF-8"):
+        read("-")
+
+
+def test_a_named_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+        read(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

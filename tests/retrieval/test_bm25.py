@@ -7,17 +7,18 @@ import lzma
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
+from retrieval.sets import BagEmbedder, M, MemoryStore, NumberTokenizer, dense, make_documents
 from torch import Tensor
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
 from retro_kernels.data.tokenizer import Tokenizer
-from retro_kernels.retrieval.bm25 import BM25Searcher, TermWeights
+from retro_kernels.retrieval.bm25 import BM25Searcher, TermWeights, terms
 from retro_kernels.retrieval.build import build_retrieval_set
 from retro_kernels.retrieval.rerank import Reranker, edit_distance, normalised_edit_distance
 from retro_kernels.retrieval.retriever import Retriever
@@ -48,11 +49,9 @@ def scores(store: MemoryStore, query: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("analyser", ["tokens", "words"])
 def test_bm25_is_the_formula_and_excludes_documents(store: MemoryStore, analyser: str) -> None:
-    queries = torch.randint(10, 60, (6, M))  # two digits: bm25s drops words of one letter
+    queries = torch.randint(1, 60, (6, M))
     queries[0, 3:] = 0
     exclude = torch.randint(-1, 40, (6, 3))
-    if analyser == "words":
-        store = MemoryStore([[t + 10 for t in document] for document in make_documents(40)], BagEmbedder())
     distances, ids = BM25Searcher(store, analyser=analyser).search(queries, 7, exclude)
     for row in range(6):
         truth = scores(store, queries[row])
@@ -99,6 +98,73 @@ def test_term_weights_are_the_formula(store: MemoryStore) -> None:
         np.testing.assert_allclose(
             got[row].numpy(), scores(store, queries[row])[candidates[row].numpy()], rtol=1e-4, atol=1e-5
         )
+
+
+def test_reranking_has_the_weights_of_shared_tokens(store: MemoryStore) -> None:
+    queries = torch.from_numpy(store.chunks[:5].astype(np.int64))
+    distances, ids = BM25Searcher(store, analyser="tokens").search(queries, 6)
+    values = torch.from_numpy(store.chunks[ids.clamp(min=0).numpy()].astype(np.int64))
+    ratio = (TermWeights(store).scores(queries, values) / -distances)[ids >= 0]
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("C or R, a_b; don't", ["c", "or", "r", "a_b", "don", "t"]),
+        ("Übergrößen – naïve", ["übergrößen", "naïve"]),
+        ("猫の耳 v2、犬", ["猫", "の", "耳", "猫の", "の耳", "v2", "犬"]),
+        ("लेकिन हिन्दी में।", ["लेकिन", "हिन्दी", "में"]),
+        ("ไปบ้าน", ["ไ", "ป", "บ", "้", "า", "น", "ไป", "ปบ", "บ้", "้า", "าน"]),
+        ("학교에 갔다", ["학교에", "갔다"]),
+        ("→ ⇒ 🙂 --", []),
+    ],
+)
+def test_words_of_every_script(text: str, found: list[str]) -> None:
+    assert terms(text) == found
+
+
+def test_text_without_spaces_is_found(tmp_path: Path) -> None:
+    texts = [
+        "神经网络使用交叉注意力来预测下一个词。检索到的邻居被编码器读取。",
+        "这只猫在垫子上睡觉。明天会下雨吗？我们去公园散步。",
+        "彼は毎朝コーヒーを飲みながら新聞を読みます。",
+    ]
+    documents = [Document(str(i), text) for i, text in enumerate(texts)]
+    build_retrieval_set(documents, tmp_path / "set", embedder="hashing:64", progress=False)
+    for kind in ("bm25", "bm25:tokens", "bm25+run", "bm25:tokens+edit"):
+        retriever = Retriever.from_pretrained(tmp_path / "set", retriever=kind)
+        assert retriever.name == kind and retriever.candidates == kind.partition("+")[0]
+        of_words = [("交叉注意力来预测", "0"), ("猫在睡觉", "1"), ("コーヒーを", "2")]
+        for query, title in zip(texts, "012", strict=True) if "tokens" in kind else of_words:
+            assert retriever.search_text(query, k=1)[0].title == title, (kind, query)
+    retriever = Retriever.from_pretrained(tmp_path / "set", retriever="bm25")
+    assert retriever.search_text("猫", k=3)[0].title == "1" and retriever.search_text("nowhere") == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_set_without_any_word_finds_nothing() -> None:
+    class Symbols(NumberTokenizer):
+        def decode(self, ids: Any) -> str:
+            return "→ " * len(ids)
+
+    store = MemoryStore(make_documents(5), BagEmbedder())
+    store.tokenizer = Symbols()  # type: ignore[assignment]
+    distances, ids = BM25Searcher(store).search(torch.ones(2, M, dtype=torch.int64), 3)
+    assert (ids == -1).all() and distances.isinf().all()
+
+
+def test_making_the_index_shows_how_far_it_is(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    BM25Searcher(store)
+    assert capfd.readouterr() == ("", "")  # a moment
+    monkeypatch.setattr("retro_kernels.retrieval.bm25._SLOW", 10)
+    BM25Searcher(store, progress=False)
+    assert capfd.readouterr() == ("", "")
+    BM25Searcher(store)
+    out, err = capfd.readouterr()
+    assert out == "" and "reading for BM25: 100%" in err and f"/{store.num_chunks} [" in err
 
 
 def slow_edit_distance(a: list[int], b: list[int]) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from retrieval.corpora import build, contents, documents, tiny_bert
+from tqdm import tqdm
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document
@@ -213,16 +214,19 @@ def test_unreadable_documents_are_counted(tmp_path, capsys):
         (dict(vocab_size=100_000), "at most .* entries"),
         (dict(chunk_size=0), "chunk_size is 0"),
         (dict(shard_chunks=0), "shard_chunks is 0"),
+        (dict(recall=2), "recall is 2; above 0"),
+        (dict(device="gpu"), "device is 'gpu'"),
         (dict(part=(2, 2)), "part is"),
         (dict(part=(0, 2)), "one tokenizer"),
         (dict(embedder="/nowhere"), "no folder with a BERT"),
         (dict(index="Nonsense"), "knows no index"),
+        (dict(index="IDMap,Flat"), "IDMap,Flat cannot be used"),
     ],
 )
 def test_arguments_that_do_not_work(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         build(CORPUS, tmp_path / "set", **options)
-    assert not (tmp_path / "set").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_tokenizer_and_a_size_contradict(tmp_path, model):
@@ -630,3 +634,22 @@ def test_another_model_in_the_place_of_the_embedder_is_noticed(bert, model, tmp_
     tiny_bert(tmp_path / "bert", seed=4)
     with pytest.raises(InputError, match="built with the embedder bert .* was loaded"):
         append_to_retrieval_set(out, CORPUS, progress=False)
+
+
+def test_what_is_tried_in_tuning_is_shown(model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "set"
+    build(CORPUS, out, tokenizer=model, index="IVF8,Flat", recall=0.3)
+    assert capsys.readouterr().err == ""
+    tune_retrieval_set(out, 1.0, progress=False)
+    assert capsys.readouterr().err == ""
+
+    class Eager(tqdm):
+        def __init__(self, **options):
+            super().__init__(**{**options, "mininterval": 0, "delay": 0})
+
+    monkeypatch.setattr(build_module, "tqdm", Eager)
+    tune_retrieval_set(out, 1.0)
+    shown = capsys.readouterr().err
+    assert re.search(
+        r"tuning the index IVF8,Flat: \d+ settings \[.*nprobe=\d+ finds \d\.\d+ of the 10 nearest", shown
+    )

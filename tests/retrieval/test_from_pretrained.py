@@ -198,7 +198,29 @@ def test_queries_may_have_an_encoder_of_their_own(folder: Path) -> None:
 
 
 def test_unknown_kinds_and_missing_sets(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="dense, bm25, random"):
-        Retriever.from_pretrained(folder, retriever="dpr")
+    for name in ("dpr", "bm25+bm25"):  # of which the second would sort by what it was sorted by
+        with pytest.raises(InputError, match="dense, bm25"):
+            Retriever.from_pretrained(folder, retriever=name)
     with pytest.raises(InputError, match="No retrieval set"):
         Retriever.from_pretrained(tmp_path)
+
+
+def test_devices_are_those_of_every_other_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("auto", "cpu", None):
+        assert Retriever.from_pretrained(folder, device=device).device == torch.device("cpu")
+    for device, said in (("cuda", "sees no GPU"), ("gpu", "give auto, cpu, cuda")):
+        with pytest.raises(InputError, match=said):
+            Retriever.from_pretrained(folder, device=device)
+        with pytest.raises(InputError, match=said):
+            Retriever.from_pretrained(folder, index_device=device)
+        with pytest.raises(InputError, match=said):
+            build_retrieval_set([Document("a", "b")], folder / "never", device=device)
+
+
+def test_random_neighbours_do_not_depend_on_the_other_queries(folder: Path) -> None:
+    retriever = Retriever.from_pretrained(folder, retriever="random")
+    texts = [WORDS[0], " ".join(WORDS[:9]), " ".join(WORDS * 3)]
+    together = retriever.search_text(texts, 5)
+    assert together == [retriever.search_text(text, 5) for text in texts]
+    assert len({tuple(hit.chunk for hit in hits) for hits in together}) == 3

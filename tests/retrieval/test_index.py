@@ -16,6 +16,7 @@ from retro_kernels.retrieval import index as index_module
 from retro_kernels.retrieval.index import (
     GroundTruth,
     Index,
+    check_factory,
     choose_factory,
     exact_search,
     faiss_status,
@@ -242,6 +243,39 @@ def test_wrong_queries(queries, k, message):
 def test_factories_that_do_not_work(factory, message):
     with pytest.raises(InputError, match=message):
         Index.build(clustered(0, 50), factory)
+
+
+@pytest.mark.parametrize(
+    "factory, why",
+    [
+        *((factory, "Leave IDMap out") for factory in ("IDMap,Flat", "IDMap2,HNSW32", "IDMap,IVF64,Flat")),
+        *((factory, "it counts differing bits") for factory in ("LSH", "ITQ16,LSH", "IVF4,ITQ16,SH1.2")),
+        *((factory, "it normalises vectors") for factory in ("L2norm,Flat", "L2norm,SQ8", "ITQ16,Flat")),
+        ("PCAW16,Flat", "take PCA or PCAR"),
+        ("SQ8_direct", "not near the squared L2 distances"),
+    ],
+)
+def test_factories_that_are_none_of_vectors_by_squared_l2(factory, why):
+    with pytest.raises(InputError, match=f"The index {factory} cannot be used: .*{why}"):
+        check_factory(factory, 32)
+
+
+@pytest.mark.parametrize(
+    "factory", [*FACTORIES, "PCAW16,Flat,RFlat", "LSH,RFlat", "NSG16,Flat", "Pad64,Flat"]
+)
+def test_factories_that_work_are_let_through(factory, seed):
+    check_factory(factory, 32)
+    vectors = clustered(seed)
+    index = Index.build(vectors, factory)
+    distances, ids = index.search(vectors[:50], 3)
+    exact = torch.from_numpy(((vectors[ids.clamp(min=0)] - vectors[:50, None]).astype("f4") ** 2).sum(-1))
+    typical = float(((vectors[:50] - vectors[50:100]).astype("f4") ** 2).sum(-1).mean())
+    assert float((distances - exact)[ids >= 0].abs().median()) < 0.25 * typical
+
+
+def test_what_faiss_refuses_while_it_is_filled_is_bad_input():
+    with pytest.raises(InputError, match="These vectors cannot be added to IndexNSG.*Without --index"):
+        Index.build(clustered(0, 50), "NSG16,Flat")
 
 
 def test_settings_that_do_not_exist(seed):

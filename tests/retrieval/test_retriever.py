@@ -289,6 +289,10 @@ def test_documents_titles_and_hashes(seed: int) -> None:
     ids = torch.tensor([[0, -1], [store.num_chunks - 1, -1]])
     assert retriever.documents(ids).tolist() == [[0, -1], [8, -1]]
     assert retriever.titles(retriever.documents(ids)) == ["document 0", "", "document 8", ""]
+    for bad in (-2, store.num_chunks):
+        with pytest.raises(InputError, match=f"no chunk {bad}: the set has chunks 0 to"):
+            retriever.documents(torch.tensor([0, bad, -1]))
+    assert retriever.documents(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
     assert retriever.find_documents([7, 2007, 8]).tolist() == [0, 2, -1]
     assert (retriever.num_chunks, retriever.num_documents) == (store.num_chunks, 9)
 
@@ -299,9 +303,19 @@ def test_bad_input(seed: int) -> None:
     for bad in (tokens[0], tokens.float(), tokens.bool()):
         with pytest.raises(ValueError, match=r"integers \[B, N\]"):
             retriever(bad)
-    for k in (0, -1, 2.0, True):
+    for bad in (tokens.tolist(), tokens.numpy()):
+        with pytest.raises(TypeError, match=r"tokens must be a tensor .*as_tensor"):
+            retriever(bad)
+        with pytest.raises(TypeError, match="exclude_documents must be a tensor"):
+            retriever(tokens, exclude_documents=bad)
+    for k in (0, -1, 2.0, True, "2", None):
         with pytest.raises(InputError, match="num_neighbours"):
             retriever(tokens, num_neighbours=k)
+        with pytest.raises(InputError, match="search_text: k is"):
+            retriever.search_text("1 2", k)
+    for k in (np.int64(2), np.uint8(2), torch.tensor(2)):
+        assert torch.equal(retriever(tokens, num_neighbours=k).ids, retriever(tokens).ids)
+        assert retriever.search_text("1 2", k) == retriever.search_text("1 2")
     for bad in (torch.zeros(2), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(2, 1)):
         with pytest.raises(ValueError, match="exclude_documents"):
             retriever(tokens, exclude_documents=bad)
