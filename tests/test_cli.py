@@ -83,7 +83,7 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             for verb, words in {
                 "index": ["--embedder", "hashing", "--out", "{tmp}/s"],
                 "train": ["--out", "{tmp}/y", "--data"],
-                "dedup": ["--against", "{tmp}/empty.txt", "--out", "{tmp}/y", "--data"],
+                "dedup": ["--against", "{tmp}/empty.txt", "--out", "{tmp}/y.jsonl", "--data"],
             }.items()
         ),
         (["train", "--data", "{tmp}/empty.txt", "--out", "{tmp}/y"], "there is no text to train on"),
