@@ -128,7 +128,7 @@ def _cca_decode_kernel(
     m_row = o_r < T * group
     o_bt = i_b * T + o_r // group
     o_h = i_kv * group + o_r % group
-    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1).to(tl.int32)
+    o_a = tl.where(m_row, tl.load(p_rows + o_bt, mask=m_row, other=0).to(tl.int32), -1)
     o_flat = o_bt.to(tl.int64) * H + o_h
     o_d = tl.arange(0, BD)
     m_d = o_d < D
@@ -208,7 +208,7 @@ def _cca_absorbed_decode_kernel(
     m_row = o_r < T * H
     o_bt = i_b * T + o_r // H
     o_h = o_r % H
-    o_a = tl.load(p_rows + o_bt, mask=m_row, other=-1).to(tl.int32)
+    o_a = tl.where(m_row, tl.load(p_rows + o_bt, mask=m_row, other=0).to(tl.int32), -1)
     o_flat = i_b64 * T * H + o_r
     p_qr = p_q + o_flat[:, None] * E
     o_w0 = tl.arange(0, W0)
