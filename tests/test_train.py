@@ -653,7 +653,10 @@ def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.Capture
     words = ["train", *common, "--steps", 4, "--log-every", 1, "--neighbours", file]
     capfd.readouterr()
     assert run(*words, "--out", tmp_path / "no", *MODEL) == 2
-    assert "holds the neighbours of the retriever 'bm25', not of 'dense'" in capfd.readouterr().err
+    assert (
+        "holds the neighbours of the retriever 'bm25, words of the second kind', not of 'dense'"
+        in capfd.readouterr().err
+    )
     assert run(*words, "--out", out, "--retriever", "bm25", "--stop-after", 2, *MODEL) == 0
     assert (
         run("neighbours", *common, "--out", tmp_path / "x", "--retriever", "bm25+run", "--device", "cpu") == 2

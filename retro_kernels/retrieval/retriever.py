@@ -190,9 +190,11 @@ class Retriever:
         elif source.startswith("bm25"):
             analyser: Any = "tokens" if source == "bm25:tokens" else "words"
             searcher = BM25Searcher(store, analyser=analyser, stats=stats, progress=progress)
+            if analyser == "words":
+                candidates += ", words of the second kind"  # those of before are found no more
         else:
             searcher = RandomSearcher(documents, seed)
-            candidates += f", seed {seed}"
+            candidates += f", seed {seed}, without padding"  # which chose others before
         needed = min(rerank_fetch, store.num_chunks) if measure else 1
         if neighbours is not None:
             from retro_kernels.retrieval.neighbours import NeighbourFile, PrecomputedSearcher

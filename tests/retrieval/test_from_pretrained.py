@@ -84,7 +84,7 @@ def test_the_file_of_neighbours_and_the_cache_change_nothing(folder: Path, tmp_p
             got = retriever(tokens, exclude_documents=own)
             assert torch.equal(got.ids, want.ids) and torch.equal(got.tokens, want.tokens)
         assert retriever.stats.reused > 0
-    with pytest.raises(InputError, match="'dense', not of 'bm25'"):
+    with pytest.raises(InputError, match="'dense', not of 'bm25, words of the second kind'"):
         Retriever.from_pretrained(folder, retriever="bm25", neighbours=tmp_path / "near")
 
 
