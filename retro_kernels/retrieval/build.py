@@ -288,7 +288,7 @@ def _work_folder(name: str) -> str:
 def reader_of(
     paths: Source, include: Sequence[str], exclude: Sequence[str], leave_out: Sequence[str]
 ) -> Reader:
-    """A function that reads the documents; it can be called again, stdin included."""
+    """A function that reads the documents; it can be called again, stdin and pipes included."""
     if not isinstance(paths, (str, os.PathLike)):
         paths = list(paths)  # type: ignore[assignment]
         if paths and all(isinstance(path, Document) for path in paths):
@@ -296,23 +296,29 @@ def reader_of(
     entries: Any = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     options: Any = {"include": include, "exclude": exclude, "leave_out": leave_out}
     read_documents(entries, **options)  # checks the paths, reads nothing
-    if "-" not in entries:
+    if not any(map(_once, entries)):
         return lambda report: read_documents(entries, **options, report=report)
-    piped: list[Document] = []
-    piped_report = ReadReport()
+    kept: dict[Any, tuple[list[Document], ReadReport]] = {}
 
     def read(report: ReadReport) -> Iterator[Document]:
         for entry in entries:
-            if entry != "-":
+            if not _once(entry):
                 yield from read_documents(entry, **options, report=report)
                 continue
-            if not piped and not piped_report.skipped:
-                piped.extend(read_documents("-", report=piped_report))
-            report.skipped.update(piped_report.skipped)
-            report.examples.update(piped_report.examples)
-            yield from _count(piped, report)
+            if entry not in kept:
+                own = ReadReport()
+                kept[entry] = list(read_documents(entry, report=own)), own
+            documents, own = kept[entry]
+            report.skipped.update(own.skipped)
+            report.examples.update(own.examples)
+            yield from _count(documents, report)
 
     return read
+
+
+def _once(path: str | os.PathLike[str]) -> bool:
+    """Whether it can be read but once: stdin, or a pipe."""
+    return path == "-" or not (os.path.isfile(path) or os.path.isdir(path))
 
 
 def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:

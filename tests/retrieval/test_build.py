@@ -4,8 +4,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import sys
+import threading
 import tracemalloc
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from retrieval.corpora import build, contents, documents, tiny_bert
 from tqdm import tqdm
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document
+from retro_kernels.data.corpus import Document, ReadReport
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
 from retro_kernels.retrieval import embedder as embedder_module
@@ -167,6 +169,19 @@ def test_copies_are_kept_once_and_counted(model, tmp_path, whole):
     manifest = build(doubled, tmp_path / "set", tokenizer=model)
     assert manifest["corpus"]["duplicates"] == 5 and manifest["num_documents"] == 20
     np.testing.assert_array_equal(ChunkStore.open(tmp_path / "set").chunks, ChunkStore.open(whole).chunks)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    """Whoever reads the text twice gets the same: of a pipe, as of stdin, it is kept."""
+    pipe, file = tmp_path / "pipe", tmp_path / "a.txt"
+    os.mkfifo(pipe)
+    file.write_text("more text")
+    writer = threading.Thread(target=pipe.write_text, args=("piped text",), daemon=True)
+    writer.start()
+    reader = build_module.reader_of([pipe, file], (), (), ())
+    found = [[(d.title, d.text) for d in reader(ReadReport())] for _ in range(2)]
+    assert found[0] == found[1] == [("pipe", "piped text"), ("a.txt", "more text")]
+    writer.join()
 
 
 def test_stdin_is_read_once(tmp_path, monkeypatch, model):
