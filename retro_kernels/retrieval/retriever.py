@@ -12,6 +12,7 @@ Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neigh
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import os
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, check_count
 from retro_kernels.ops._backend import numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
@@ -314,7 +315,7 @@ class Retriever:
             raise ValueError(
                 f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
             )
-        k = _count("Retriever: num_neighbours", k)
+        k = _count("Retriever", "num_neighbours", k)
         if exclude is None:
             return k
         if (
@@ -398,7 +399,7 @@ class Retriever:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
         lists."""
         texts = [text] if isinstance(text, str) else list(text)
-        k = _count("search_text: k", k)
+        k = _count("search_text", "k", k)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
@@ -451,15 +452,13 @@ def _check_tensor(name: str, given: Any, shape: str) -> None:
         )
 
 
-def _count(name: str, given: Any) -> int:
+def _count(verb: str, name: str, given: Any) -> int:
     """An integer of at least 1, of Python's or numpy's; else InputError."""
-    try:
-        number = 0 if isinstance(given, bool) else operator.index(given)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise InputError(f"{name} is {given!r}; it must be an integer of at least 1.")
-    return number
+    count = given
+    with contextlib.suppress(TypeError):
+        count = given if isinstance(given, bool) else operator.index(given)
+    check_count(verb, name, count)
+    return count
 
 
 def _search_without_copies(

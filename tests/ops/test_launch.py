@@ -131,6 +131,9 @@ def test_what_cannot_be_walked_by_strides_is_copied():
     assert seen[0].data_ptr() != strided.data_ptr() and torch.equal(seen[0], strided)
     assert seen[1].data_ptr() == dense.data_ptr()
     assert seen[2].is_contiguous() and torch.equal(seen[2], spread) and seen[3] is None
+    table = torch.randn(16, 3).T
+    launch.run("forward", (dense, table), (), lambda *_: Recording(), lambda f: f(None))
+    assert seen[5].is_contiguous() and torch.equal(seen[5], table)
 
 
 @pytest.mark.parametrize("_", range(200))

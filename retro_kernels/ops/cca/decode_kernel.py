@@ -390,19 +390,20 @@ class _Decode:
         tiles: int,
         scalars: tuple[int | float, ...],
         constants: dict[str, Any],
-        flags: dict[str, bool],
         sizes: dict[str, int],
     ) -> None:
-        sizes = dict(sizes)
-        parts = splits(programs, tiles, slots(query.device, sizes.pop("resident")))
+        parts = splits(programs, tiles, slots(query.device, sizes["resident"]))
         width = query.shape[-1]
         rows = query.numel() // width
-        blocks = {name: sizes.pop(name) for name in (*kernel.arg_names,) if name in sizes}
-        constants = {**constants, **blocks, "SPLITS": parts, **flags, "PRECISION": precision(query.dtype)}
-        order = [name for name in kernel.arg_names if name in constants]
+        given = {**constants, **sizes, "SPLITS": parts, "PRECISION": precision(query.dtype)}
         self.launches = [
             launch.Launch(
-                kernel, (programs * parts,), (), scalars, {name: constants[name] for name in order}, **sizes
+                kernel,
+                (programs * parts,),
+                (),
+                scalars,
+                {name: given[name] for name in kernel.arg_names if name in given},
+                num_warps=sizes["num_warps"],
             )
         ]
         self._parts_shape = (rows, parts, width)
@@ -443,9 +444,6 @@ def decode_triton(
     scale: float,
 ) -> Tensor:  # [B, T, H, D]
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    rows, rel, content_bias, rel_bias, lengths = (
-        None if x is None else x.contiguous() for x in (rows, rel, content_bias, rel_bias, lengths)
-    )
     batch, tokens, heads, head_dim = query.shape
     _, neighbours, neighbour_len, kv_heads, _ = key.shape
     if query.numel() == 0 or key.numel() == 0:
@@ -460,8 +458,9 @@ def decode_triton(
             batch * kv_heads * triton.cdiv(of_group, sizes["BQ"]),
             neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
             (scale * math.log2(math.e), batch, tokens, heads, kv_heads, neighbours, columns),
-            {"R": neighbour_len, "D": head_dim},
             {
+                "R": neighbour_len,
+                "D": head_dim,
                 "HAS_REL": rel is not None,
                 "HAS_U": content_bias is not None,
                 "HAS_BIAS": rel_bias is not None,
@@ -488,9 +487,6 @@ def absorbed_decode_triton(
     scale: float,
 ) -> Tensor:  # [B, T, H, E]
     absorbed, states = absorbed.contiguous(), states.contiguous()
-    rows, rel, rel_bias, lengths = (
-        None if x is None else x.contiguous() for x in (rows, rel, rel_bias, lengths)
-    )
     batch, tokens, heads, width = absorbed.shape
     _, neighbours, neighbour_len, _ = states.shape
     if absorbed.numel() == 0 or states.numel() == 0:
@@ -504,8 +500,9 @@ def absorbed_decode_triton(
             batch * triton.cdiv(tokens * heads, sizes["BQ"]),
             neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
             (scale * math.log2(math.e), batch, tokens, heads, neighbours, columns),
-            {"R": neighbour_len, "E": width},
             {
+                "R": neighbour_len,
+                "E": width,
                 "HAS_REL": rel is not None,
                 "HAS_BIAS": rel_bias is not None,
                 "HAS_LENGTHS": lengths is not None,

@@ -2,7 +2,7 @@
 
 A training step makes the same calls over and over, and Python takes longer to work one out (block sizes, strides, and
 in Triton the machine code that fits the types and alignment of the arguments) than to make it. A pass is an object that
-has done so: it holds the launches of its kernels, and its call allocates and launches, no more.
+has done so: it holds the launches of its kernels, and its call allocates and launches.
 """
 
 from __future__ import annotations
@@ -145,11 +145,16 @@ def _kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...])
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
-    """x itself if its `flat_rows` is a view with a dense last axis, else a copy that has one."""
-    if x is None or x.dim() < 4:
-        return x
+    """x itself, or a copy where a kernel could not walk it: its `flat_rows` has to be a view with a dense last axis,
+    and what has fewer dimensions has to lie in one piece."""
+    if x is None:
+        return None
+    if x.dim() < 4:
+        return x.contiguous()
     flat = flat_rows(x)
-    return x if flat.data_ptr() == x.data_ptr() and flat.stride(2) == 1 else x.contiguous()
+    if flat.data_ptr() != x.data_ptr():
+        return flat.view(x.shape)
+    return x if flat.stride(2) == 1 else x.contiguous()
 
 
 def flat_rows(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 r"""Gradients of the position tables and biases of block attention, from what the main backward kernel writes down.
 
-    d rel_bias[g] = Σ shear(dS)[·, g]            partials per program
+    d rel_bias[g] = Σ shear(dS)[·, g]            partials by program, or by split
     d rel_key     = scale · shear(dS)ᵀ (q + v)   a kernel over the stored, neighbour-summed dS
     d position_bias = scale · d rel_bias · rel_key
     d content_bias  = Σ_rows dQ − d position_bias
@@ -176,8 +176,10 @@ def _cca_bwd_columns_kernel(
     o_d = tl.arange(0, BD)
     m_column = g < TQ + TK - 1
     m_rel = m_column[:, None] & (o_d < D)[None, :]
-    grad_rel = tl.zeros([BC, BD], tl.float32)
-    columns = tl.zeros([BC], tl.float32)
+    # a thread adds up what it loads; the threads of a split meet once, at the end
+    if NEED_REL:
+        grad_rel = tl.zeros([BS, BC, BD], tl.float32)
+    columns = tl.zeros([BS, BC], tl.float32)
     for i_row_tile in range(ROW_TILES):
         for i_key_tile in range(KEY_TILES):
             t = g - i_row_tile * BM + (i_key_tile + 1) * BN - TK
@@ -193,15 +195,16 @@ def _cca_bwd_columns_kernel(
                         None, None, :
                     ]
                     found = tl.load(p, mask=real[:, :, None] & (o_d < D)[None, None, :], other=0.0)
-                    grad_rel += tl.sum(found, 0)
+                    grad_rel += found
                 if NEED_COLUMNS:
                     p = p_columns + i_head * stride_head + i_row_tile * stride_row_tile
                     p += i_key_tile * stride_key_tile
                     p = p + i_split[:, None] * stride_split + t[None, :]
-                    columns += tl.sum(tl.load(p, mask=real, other=0.0), 0)
+                    columns += tl.load(p, mask=real, other=0.0)
+    columns = tl.sum(columns, 0)  # [BC]
     at = (i_head * (TQ + TK - 1) + g)[:, None] * D + o_d[None, :]
     if NEED_REL:
-        tl.store(p_grad_rel + at, (grad_rel * scale).to(p_grad_rel.dtype.element_ty), mask=m_rel)
+        tl.store(p_grad_rel + at, (tl.sum(grad_rel, 0) * scale).to(p_grad_rel.dtype.element_ty), mask=m_rel)
     if NEED_BIAS:
         p = p_grad_bias + i_head * (TQ + TK - 1) + g
         tl.store(p, columns.to(p_grad_bias.dtype.element_ty), mask=m_column)
@@ -234,20 +237,20 @@ def _cca_bwd_biases_kernel(
     o_d = tl.program_id(0) * BC + tl.arange(0, BC)
     r = tl.arange(0, BR)
     m_d = o_d < D
-    position = tl.zeros([BC], tl.float32)
+    position = tl.zeros([BR, BC], tl.float32)
     if HAS_SHARE:
         for o_r in tl.range(0, shares, BR):
             p = p_share + (i_head * shares + o_r + r)[:, None] * D + o_d[None, :]
-            position += tl.sum(tl.load(p, mask=(o_r + r < shares)[:, None] & m_d[None, :], other=0.0), 0)
-        position *= scale
+            position += tl.load(p, mask=(o_r + r < shares)[:, None] & m_d[None, :], other=0.0)
+    position = tl.sum(position, 0) * scale  # [BC]
     if NEED_POSITION:
         tl.store(p_grad_position + i_head * D + o_d, position.to(p_grad_position.dtype.element_ty), mask=m_d)
     if NEED_CONTENT:
-        content = tl.zeros([BC], tl.float32)
+        content = tl.zeros([BR, BC], tl.float32)
         for o_r in tl.range(0, rows, BR):
             p = p_rows + ((o_r + r).to(tl.int64) * num_heads + i_head)[:, None] * D + o_d[None, :]
-            content += tl.sum(tl.load(p, mask=(o_r + r < rows)[:, None] & m_d[None, :], other=0.0), 0)
-        content -= position
+            content += tl.load(p, mask=(o_r + r < rows)[:, None] & m_d[None, :], other=0.0)
+        content = tl.sum(content, 0) - position  # [BC]
         tl.store(p_grad_content + i_head * D + o_d, content.to(p_grad_content.dtype.element_ty), mask=m_d)
 
 
@@ -307,7 +310,7 @@ class Scratch(NamedTuple):
     """What the kernels leave to each other, beside the gradients."""
 
     ds: Tensor | None
-    """[tiles, BM, BN] of the slice that has memory of its own"""
+    """[tiles, BM, BN] of the slice that has memory of its own; with keys first [tiles, BN, BM]"""
     columns: Tensor | None
     """sums of shear(dS) over the rows: by program [P, row tiles, H, key tiles, W], or by split [.., H, row tiles,
     key tiles, W]"""

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from retro_kernels.ops.cca import launch, tiles
+from retro_kernels.ops.cca.launch import Sizes
 from retro_kernels.ops.cca.tiles import Config
 
 FORMAT = 2
@@ -83,23 +84,20 @@ def smaller(problem: Problem, config: Config, error: OutOfResources) -> Config:
     return found
 
 
-def fitting(problem: Problem, config: Config | None, launch: Callable[[Config], Any]) -> Any:
-    """`launch(config)`; where no `config` is given, with the block sizes chosen here, or with those that fit."""
+def fitting(problem: Problem, config: Config | None, attempt: Callable[[Config], Any]) -> Any:
+    """`attempt(config)`; where no `config` is given, with the block sizes chosen here, or with those that fit."""
     if config is not None:
-        return launch(config)
-    return until_it_fits(block_sizes(problem), launch, functools.partial(smaller, problem))
-
-
-Sizes = TypeVar("Sizes")
+        return attempt(config)
+    return until_it_fits(block_sizes(problem), attempt, functools.partial(smaller, problem))
 
 
 def until_it_fits(
-    sizes: Sizes, launch: Callable[[Sizes], Any], smaller: Callable[[Sizes, OutOfResources], Sizes]
+    sizes: Sizes, attempt: Callable[[Sizes], Any], smaller: Callable[[Sizes, OutOfResources], Sizes]
 ) -> Any:
-    """`launch` with `sizes`, or with what `smaller` makes of them for as long as they do not fit the GPU."""
+    """`attempt` with `sizes`, or with what `smaller` makes of them for as long as they do not fit the GPU."""
     while True:
         try:
-            return launch(sizes)
+            return attempt(sizes)
         except OutOfResources as error:
             sizes = smaller(sizes, error)
 
