@@ -213,10 +213,11 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
                 empty(batch, K, R, heads, dim),
                 empty(batch, K, R, heads, dim),
                 empty(batch, 1, dtype=int32),
-                empty(heads, batch, M + R - 1),
+                empty(heads, batch, M + R),
                 empty(heads, dim),
                 None,
                 empty(batch, K, dtype=int32),
+                M + R - 1,
                 dim**-0.5,
             )
         elif variant.part == "absorbed" and mode == "decode":
@@ -226,9 +227,10 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
                 empty(batch, 1, heads, dim),
                 empty(batch, K, R, dim),
                 empty(batch, 1, dtype=int32),
-                empty(heads, batch, M + R - 1),
+                empty(heads, batch, M + R),
                 None,
                 empty(batch, K, dtype=int32),
+                M + R - 1,
                 0.125,
             )
         elif variant.part == "absorbed":

@@ -48,6 +48,19 @@ retro::Gradients gradients(uintptr_t grad_out, uintptr_t out, uintptr_t table_ro
           at<float>(grad_position), parts, wide};
 }
 
+#ifdef RETRO_WITH_CUDA
+retro::AbsorbedDecode absorbed_decode(float scale_log2, int batch, int tokens, int heads, int width, int neighbours,
+                                      int keys, int columns, int rel_stride, int splits, int row_bytes, int length_bytes,
+                                      int bias_bytes, bool half) {
+  retro::AbsorbedDecode d{};
+  d.scale_log2 = scale_log2;
+  d.batch = batch, d.tokens = tokens, d.heads = heads, d.width = width;
+  d.neighbours = neighbours, d.keys = keys, d.columns = columns, d.rel_stride = rel_stride, d.splits = splits;
+  d.row_bytes = row_bytes, d.length_bytes = length_bytes, d.bias_bytes = bias_bytes, d.half = half;
+  return d;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -93,6 +106,21 @@ PYBIND11_MODULE(_C, m) {
         retro::gather_neighbours_cuda(g, host_tokens, host_continuation, stream);
       },
       "gather"_a, "host_tokens"_a, "host_continuation"_a, "stream"_a);
+  py::class_<retro::AbsorbedDecode>(m, "AbsorbedDecode")
+      .def(py::init(&absorbed_decode), py::kw_only(), "scale_log2"_a, "batch"_a, "tokens"_a, "heads"_a, "width"_a,
+           "neighbours"_a, "keys"_a, "columns"_a, "rel_stride"_a, "splits"_a, "row_bytes"_a, "length_bytes"_a, "bias_bytes"_a,
+           "half"_a);
+  m.def("absorbed_decode_rows", &retro::absorbed_decode_rows, "of_sequence"_a);
+  m.def("absorbed_decode_fits", &retro::absorbed_decode_fits, "width"_a);
+  m.def(
+      "absorbed_decode_cuda",
+      [](retro::AbsorbedDecode d, std::array<uintptr_t, 8> to, uintptr_t stream) {
+        py::gil_scoped_release nogil;
+        d.query = at<void>(to[0]), d.states = at<void>(to[1]), d.rows = at<void>(to[2]), d.rel = at<void>(to[3]);
+        d.rel_bias = at<void>(to[4]), d.lengths = at<void>(to[5]), d.out = at<void>(to[6]), d.lse = at<float>(to[7]);
+        retro::absorbed_decode_cuda(d, stream);
+      },
+      "decode"_a, "addresses"_a, "stream"_a);
 #else
   m.attr("cuda") = false;
 #endif

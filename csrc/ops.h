@@ -82,6 +82,30 @@ void attend_backward_cpu(const Attention& a, const Gradients& g, int threads);
 // All of it in memory that the GPU reaches; `host_tokens`, `host_continuation`: pinned host memory, read in place.
 // An id outside -1 .. C-1 gives a row of pads, since throwing would need a synchronisation.
 void gather_neighbours_cuda(Gather g, bool host_tokens, bool host_continuation, uintptr_t stream);
+
+// One new token or a few of every sequence against encoder states that are keys and values at once. Everything lies in
+// one piece, in fp16 (`half`) or bf16; `splits` programs share the neighbours of a row, and each leaves a part of its own.
+struct AbsorbedDecode {
+  const void* query;     // [B, T, H, E]
+  const void* states;    // [B, K, R, E]
+  const void* rows;      // integers of `row_bytes` [B, T]: rows of attending chunks, -1 where there is none
+  const void* rel;       // [H, B·T, rel_stride] logits by distance, not scaled, or null
+  const void* rel_bias;  // [H, G] float32 (`bias_bytes` 4) or as the query, or null
+  const void* lengths;   // integers of `length_bytes` [B, K], or null
+  void* out;             // [B, T, H, E] as the query, or with splits float32 [B, T, H, splits, E]
+  float* lse;            // with splits [B, T, H, splits], in units of log 2
+  float scale_log2;
+  int batch, tokens, heads, width, neighbours, keys, columns, rel_stride, splits;
+  int row_bytes, length_bytes, bias_bytes;  // 4 or 8; 2 or 4
+  bool half;
+};
+
+// Query rows of a sequence that one program takes.
+constexpr int absorbed_decode_rows(int of_sequence) { return of_sequence <= 16 ? 16 : 32; }
+
+// Whether states so wide can be taken on the current GPU.
+bool absorbed_decode_fits(int width);
+void absorbed_decode_cuda(const AbsorbedDecode& d, uintptr_t stream);
 #endif
 
 }  // namespace retro

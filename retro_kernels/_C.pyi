@@ -74,3 +74,27 @@ def attend_cpu_works() -> bool: ...
 def limit_threads(threads: int) -> bool: ...
 def attend_cpu(attention: Attention, threads: int) -> None: ...
 def attend_backward_cpu(attention: Attention, gradients: Gradients, threads: int) -> None: ...
+
+class AbsorbedDecode:
+    def __init__(
+        self,
+        *,
+        scale_log2: float,
+        batch: int,
+        tokens: int,
+        heads: int,
+        width: int,
+        neighbours: int,
+        keys: int,
+        columns: int,
+        rel_stride: int,
+        splits: int,
+        row_bytes: int,
+        length_bytes: int,
+        bias_bytes: int,
+        half: bool,
+    ) -> None: ...
+
+def absorbed_decode_rows(of_sequence: int) -> int: ...
+def absorbed_decode_fits(width: int) -> bool: ...
+def absorbed_decode_cuda(decode: AbsorbedDecode, addresses: Sequence[int], stream: int) -> None: ...

@@ -48,7 +48,7 @@ def make(
     rows = torch.randint(0, M, (B, T), device=DEVICE)
     rows[0, 0] = -1
     lengths = torch.randint(1, R + 1, (B, K), device=DEVICE)
-    lengths[0, 0] = 0
+    lengths[:1, :1] = 0
     return tensors | {"rows": rows, "neighbour_lengths": lengths}
 
 
@@ -251,12 +251,13 @@ def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
 
 @needs_triton
 def test_splits_fill_the_last_wave() -> None:
-    from retro_kernels.ops.cca.decode_kernel import splits
+    from retro_kernels.ops.cca.launch import splits
 
     for programs in (1, 3, 64, 132, 133, 5000):
         for tiles in (1, 4, 20, 80):
             parts = splits(programs, tiles, 132)
             assert 1 <= parts <= tiles and (parts - 1) * -(-tiles // parts) < tiles  # none is empty
+    assert splits(1, 80, 132, 3) == 3 and splits(7, 0, 132) == 1
     assert splits(5000, 80, 132) <= 2 and splits(1, 80, 132) >= 20 and splits(64, 80, 132) in (2, 4)
 
 
@@ -275,6 +276,69 @@ def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
     assert_accurate(ours, plain, exact)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("written", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "neighbours", "length", "width"),
+    [
+        (2, 1, 12, 2, 64, 512),
+        (2, 1, 32, 5, 48, 768),  # R no multiple of a tile
+        (3, 2, 24, 2, 16, 896),  # rows of two tiles, R less than one
+        (70, 1, 32, 2, 128, 896),  # one part of every row
+        (1, 3, 5, 40, 128, 1024),
+        (2, 1, 16, 0, 128, 896),
+    ],
+)
+def test_states_on_the_gpu(
+    written: str,
+    dtype: torch.dtype,
+    batch: int,
+    tokens: int,
+    heads: int,
+    neighbours: int,
+    length: int,
+    width: int,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the kernel in CUDA C++ and by the one in Triton; padding is not read, whatever it holds."""
+    from retro_kernels.ops.cca import decode_native, launch
+
+    launch.forget()
+    calls, native = [], decode_native.Launch
+    if written == "triton":
+        monkeypatch.setattr(decode_native, "can_run", lambda *tensors: False)
+    elif not decode_native.WITH_CUDA:
+        pytest.skip("the extension is built without CUDA")
+    monkeypatch.setattr(decode_native, "Launch", lambda *args: calls.append(args) or native(*args))
+    tensors = make(batch, tokens, heads, heads, 64, 64, neighbours, length, width, dtype)
+    if neighbours:
+        padding = torch.arange(length, device=DEVICE) >= tensors["neighbour_lengths"][..., None]
+        tensors["states"][padding] = 0.0
+        exact = absorbed_decode(**to(tensors, torch.float64), backend="reference")
+        plain = absorbed_decode(**tensors, backend="torch")
+        tensors["states"][padding] = torch.nan
+    small = {
+        **tensors,
+        "rows": tensors["rows"].int(),
+        "neighbour_lengths": tensors["neighbour_lengths"].int(),
+    }
+    with torch.no_grad():
+        ours = absorbed_decode(**tensors, backend="triton")
+        again = [absorbed_decode(**x, backend="triton") for x in (tensors, small)]
+    assert all(torch.equal(ours, x) for x in again)
+    assert bool(calls) == (written == "cuda" and neighbours > 0)
+    if not neighbours:
+        assert torch.count_nonzero(ours) == 0
+    else:
+        assert_accurate(ours, plain, exact.to(torch.float64))
+        # states at another address are another kernel's
+        shifted = torch.empty(tensors["states"].numel() + 1, dtype=dtype, device=DEVICE)[1:]
+        moved = {**tensors, "states": shifted.view_as(tensors["states"]).copy_(tensors["states"])}
+        assert_accurate(absorbed_decode(**moved, backend="triton"), plain, exact.to(torch.float64))
+
+
 @needs_triton
 def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
     monkeypatch: pytest.MonkeyPatch, seed: int
@@ -285,7 +349,7 @@ def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
 
     tensors = make(*SIZES[0], dtype=torch.float32)
     expected = absorbed_decode(**tensors, backend="triton")
-    make_pass, limit, tried = decode_kernel._Decode, {"STAGES": 1, "BN": 16}, []
+    make_pass, limit, tried = decode_kernel._Decode.of, {"STAGES": 1, "BN": 16}, []
 
     def small(*args: Any) -> Any:
         tried.append(args[-1])
@@ -293,7 +357,7 @@ def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
             raise OutOfResources(132_096, 101_376, "shared memory")
         return make_pass(*args)
 
-    monkeypatch.setattr(decode_kernel, "_Decode", small)
+    monkeypatch.setattr(decode_kernel._Decode, "of", small)
     monkeypatch.setattr(decode_kernel, "_fitted", {})
     torch.testing.assert_close(absorbed_decode(**tensors, backend="triton"), expected)
     assert len(tried) > 1 and tried[0]["STAGES"] == 2

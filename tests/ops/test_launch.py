@@ -109,10 +109,10 @@ def test_a_pass_serves_its_kind_of_calls_only():
     assert len(made) == 1 + len(kinds)
     for _ in range(2):
         call(misaligned)
-    assert len(made) == 3 + len(kinds)  # whatever code there is took the alignment for granted
+    assert len(made) == 2 + len(kinds)  # code for the others takes their alignment for granted
     launch.forget()
     call(x)
-    assert len(made) == 4 + len(kinds)
+    assert len(made) == 3 + len(kinds)
 
 
 def test_what_cannot_be_walked_by_strides_is_copied():
@@ -154,6 +154,7 @@ def test_slices_keep_ds_where_nothing_is_yet(seed, monkeypatch, _):
     assert (
         rest * tiles_each * tile_size <= table_gradients.OWN_DS
         or (rest - 1) * keys_each < (1 + tiles_each) * tile_size
+        or len(slices) == table_gradients.MOST_SLICES
     )
 
 

@@ -435,10 +435,11 @@ def _decode(
     lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from retro_kernels.ops.cca.decode_kernel import decode_triton
+    from retro_kernels.ops.cca.decode_kernel import decode_triton, head_products
 
-    rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
-    return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, scale)
+    rel = None if rel_key is None else head_products(query.flatten(0, 1), position_bias, rel_key)
+    columns = _columns(rel_key, rel_bias)
+    return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, columns, scale)
 
 
 def _absorbed(
@@ -454,20 +455,22 @@ def _absorbed(
     lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
+    from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton, head_products
 
     batch, tokens, heads, head_dim = query.shape
-    width = states.shape[-1]
-    content = query if content_bias is None else query + content_bias
-    absorbed = query.new_empty((batch * tokens, heads, width))
-    _per_head(content.flatten(0, 1), _by_head(key_weight, heads, head_dim), absorbed)
-    rel = None if rel_key is None else _relative_logits(query, rel_key, position_bias)
-    mixed = absorbed_decode_triton(
-        absorbed.view(batch, tokens, heads, width), states, rows, rel, rel_bias, lengths, scale
-    )
+    rows_of_heads = query.flatten(0, 1)
+    absorbed = head_products(rows_of_heads, content_bias, key_weight).unflatten(0, (batch, tokens))
+    rel = None if rel_key is None else head_products(rows_of_heads, position_bias, rel_key)
+    columns = _columns(rel_key, rel_bias)
+    mixed = absorbed_decode_triton(absorbed, states, rows, rel, rel_bias, lengths, columns, scale)
     out = query.new_empty(query.shape)
     _per_head(mixed.flatten(0, 1), _by_head(value_weight, heads, head_dim).transpose(1, 2), out.flatten(0, 1))
     return out
+
+
+def _columns(rel_key: Tensor | None, rel_bias: Tensor | None) -> int:
+    table = rel_bias if rel_key is None else rel_key
+    return 1 if table is None else table.shape[1]
 
 
 def _like_query(query: Tensor, *rest: object) -> Tensor:

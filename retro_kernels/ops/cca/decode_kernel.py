@@ -27,10 +27,53 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from retro_kernels.ops.cca import launch
+from retro_kernels.ops.cca import decode_native, launch
 from retro_kernels.ops.cca import tiles as attention_tiles
 from retro_kernels.ops.cca.tiles import precision
 from retro_kernels.ops.cca.tuning import until_it_fits
+
+
+@triton.jit
+def _cca_decode_product_kernel(
+    p_q,  # [N, H, D]
+    p_bias,  # [H, D]
+    p_weight,  # [H, C, D], or [Hkv * D, C]
+    p_out,  # [H, N, stride], or [N, H, stride]
+    N,
+    H,
+    GROUP,
+    C,
+    stride_out,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(q + bias)[n, h] · weight[h] for BQ rows, BN columns and one head; BY_COLUMN: the first of the layouts above."""
+    i_head = tl.program_id(1)
+    o_n = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_c = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_d = tl.arange(0, BD)
+    m_n, m_c, m_d = o_n < N, o_c < C, o_d < D
+    o_row = o_n.to(tl.int64) * H + i_head
+    b_q = tl.load(p_q + o_row[:, None] * D + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
+    if HAS_BIAS:
+        b_bias = tl.load(p_bias + i_head * D + o_d, mask=m_d, other=0.0)
+        b_q = (b_q + b_bias[None, :]).to(b_q.dtype)
+    if BY_COLUMN:
+        p = p_weight + (i_head.to(tl.int64) * C + o_c)[:, None] * D + o_d[None, :]
+        b_w = tl.trans(tl.load(p, mask=m_c[:, None] & m_d[None, :], other=0.0))
+        o_out = i_head.to(tl.int64) * N + o_n
+    else:
+        p = p_weight + ((i_head // GROUP).to(tl.int64) * D + o_d)[:, None] * C + o_c[None, :]
+        b_w = tl.load(p, mask=m_d[:, None] & m_c[None, :], other=0.0)
+        o_out = o_row
+    b_out = tl.dot(b_q, b_w, input_precision=PRECISION)  # [BQ, BN]
+    p = p_out + o_out[:, None] * stride_out + o_c[None, :]
+    tl.store(p, b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
 
 
 @triton.jit
@@ -44,6 +87,7 @@ def _position_logits(
     m_tile,
     BT,
     G,
+    G_REL,
     scale_log2,
     R: tl.constexpr,
     HAS_REL: tl.constexpr,
@@ -54,7 +98,7 @@ def _position_logits(
     mask = m_tile & (o_g >= 0) & (o_g < G)
     b_add = tl.zeros(o_g.shape, tl.float32)
     if HAS_REL:
-        p_row = p_rel + (o_h.to(tl.int64) * BT + o_bt)[:, None] * G
+        p_row = p_rel + (o_h.to(tl.int64) * BT + o_bt)[:, None] * G_REL
         b_add += tl.load(p_row + o_g, mask=mask, other=0.0).to(tl.float32) * scale_log2
     if HAS_BIAS:
         LOG2_E: tl.constexpr = 1.4426950408889634
@@ -89,7 +133,7 @@ def _cca_decode_kernel(
     p_k,
     p_v,  # [B, K, R, Hkv, D]
     p_rows,  # integers [B, T]
-    p_rel,  # [H, B * T, G]
+    p_rel,  # [H, B * T, G_REL], of which G are real
     p_content_bias,  # [H, D]
     p_rel_bias,  # [H, G]
     p_lengths,  # integers [B, K]
@@ -102,6 +146,7 @@ def _cca_decode_kernel(
     HKV,
     K,
     G,
+    G_REL,
     R: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -151,7 +196,7 @@ def _cca_decode_kernel(
         o_c = (i % TILES_R) * BN + tl.arange(0, BN)
         m_c = o_c < R
         if HAS_LENGTHS:
-            m_c = o_c < tl.load(p_lengths + i_b * K + j)
+            m_c = m_c & (o_c < tl.load(p_lengths + i_b * K + j))
         o_kv = (((i_b64 * K + j) * R + o_c)[:, None] * HKV + i_kv) * D + o_d[None, :]
         m_kv = m_c[:, None] & m_d[None, :]
         b_k = tl.load(p_k + o_kv, mask=m_kv, other=0.0)  # [BN, BD]
@@ -159,7 +204,7 @@ def _cca_decode_kernel(
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2  # [BQ, BN]
         b_s += _position_logits(
-            p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL, HAS_BIAS
+            p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, G_REL, scale_log2, R, HAS_REL, HAS_BIAS
         )
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
@@ -172,7 +217,7 @@ def _cca_absorbed_decode_kernel(
     p_q,  # [B, T, H, E]
     p_states,  # [B, K, R, E]
     p_rows,  # integers [B, T]
-    p_rel,  # [H, B * T, G]
+    p_rel,  # [H, B * T, G_REL], of which G are real
     p_rel_bias,  # [H, G]
     p_lengths,  # integers [B, K]
     p_out,  # [B, T, H, (SPLITS,) E]
@@ -183,6 +228,7 @@ def _cca_absorbed_decode_kernel(
     H,
     K,
     G,
+    G_REL,
     R: tl.constexpr,
     E: tl.constexpr,
     W0: tl.constexpr,
@@ -235,7 +281,7 @@ def _cca_absorbed_decode_kernel(
         o_c = (i % TILES_R) * BN + tl.arange(0, BN)
         m_c = o_c < R
         if HAS_LENGTHS:
-            m_c = o_c < tl.load(p_lengths + i_b * K + j)
+            m_c = m_c & (o_c < tl.load(p_lengths + i_b * K + j))
         p_e = p_states + ((i_b64 * K + j) * R + o_c)[:, None] * E
         b_e0 = tl.load(p_e + o_w0[None, :], mask=m_c[:, None] & m_w0[None, :], other=0.0)  # [BN, W0]
         b_s = tl.dot(b_q0, tl.trans(b_e0), input_precision=PRECISION)  # [BQ, BN]
@@ -248,7 +294,7 @@ def _cca_absorbed_decode_kernel(
             b_s += tl.dot(b_q2, tl.trans(b_e2), input_precision=PRECISION)
         m_tile = (o_a >= 0)[:, None] & m_c[None, :]
         b_s = b_s * scale_log2 + _position_logits(
-            p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, scale_log2, R, HAS_REL, HAS_BIAS
+            p_rel, p_rel_bias, o_bt, o_h, o_a, o_c, m_tile, B * T, G, G_REL, scale_log2, R, HAS_REL, HAS_BIAS
         )
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
@@ -345,16 +391,6 @@ def slots(device: torch.device, resident: int) -> int:
     return resident * _multiprocessors(device.index or 0) if device.type == "cuda" else 1
 
 
-@functools.cache
-def splits(programs: int, tiles: int, slots: int) -> int:
-    """Into how many parts the `tiles` of keys of each of `programs` groups of rows are cut, so that the last wave of
-    programs is full. A program's start and end, and the merging, weigh as much as two tiles."""
-    best = min(
-        range(1, min(tiles, slots) + 1), key=lambda n: -(-programs * n // slots) * (-(-tiles // n) + 2)
-    )
-    return -(-tiles // -(-tiles // best))  # none is empty
-
-
 _fitted: dict[tuple[Any, ...], dict[str, int]] = {}
 
 
@@ -379,36 +415,15 @@ def _fitting(kernel: Any, sizes: dict[str, int], attempt: Callable[[dict[str, in
 
 
 class _Decode:
-    """One of the two kernels, for one kind of call: `programs` groups of rows, each split over its `tiles` of keys, and
-    the merging of the parts."""
+    """One kernel for one kind of call, which leaves `parts` parts of every row, and the merging of the parts."""
 
-    def __init__(
-        self,
-        kernel: Any,
-        query: Tensor,
-        programs: int,
-        tiles: int,
-        scalars: tuple[int | float, ...],
-        constants: dict[str, Any],
-        sizes: dict[str, int],
-    ) -> None:
-        parts = splits(programs, tiles, slots(query.device, sizes["resident"]))
+    def __init__(self, first: Callable[..., None], parts: int, query: Tensor) -> None:
         width = query.shape[-1]
         rows = query.numel() // width
-        given = {**constants, **sizes, "SPLITS": parts, "PRECISION": precision(query.dtype)}
-        self.launches = [
-            launch.Launch(
-                kernel,
-                (programs * parts,),
-                (),
-                scalars,
-                {name: given[name] for name in kernel.arg_names if name in given},
-                num_warps=sizes["num_warps"],
-            )
-        ]
+        self.launches: list[Any] = [first]
         self._parts_shape = (rows, parts, width)
         if parts > 1:
-            block = min(triton.next_power_of_2(width), 256)
+            block = min(triton.next_power_of_2(width), 1024)
             self.launches.append(
                 launch.Launch(
                     _cca_decode_merge_kernel,
@@ -419,6 +434,24 @@ class _Decode:
                     num_warps=4,
                 )
             )
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        query: Tensor,
+        programs: int,
+        tiles: int,
+        scalars: tuple[int | float, ...],
+        constants: dict[str, Any],
+        sizes: dict[str, int],
+    ) -> _Decode:
+        """A Triton kernel: `programs` groups of rows, each split over its `tiles` of keys."""
+        parts = launch.splits(programs, tiles, slots(query.device, sizes["resident"]))
+        given = {**constants, **sizes, "SPLITS": parts, "PRECISION": precision(query.dtype)}
+        names = {name: given[name] for name in kernel.arg_names if name in given}
+        first = launch.Launch(kernel, (programs * parts,), (), scalars, names, num_warps=sizes["num_warps"])
+        return cls(first, parts, query)
 
     def __call__(self, query: Tensor, *tensors: Tensor | None) -> Tensor:
         out = query.new_empty(query.shape)
@@ -432,15 +465,74 @@ class _Decode:
         return out
 
 
+class _Products:
+    """The products of the query's heads, for one kind of call."""
+
+    def __init__(self, query: Tensor, bias: Tensor | None, weight: Tensor) -> None:
+        rows, heads, head_dim = query.shape
+        by_column = weight.dim() == 3
+        columns = weight.shape[1]
+        self._shape = (heads, rows, columns + -columns % 8) if by_column else (rows, heads, columns)
+        narrow = query.dtype == torch.float32
+        sizes = {
+            "BD": max(16, triton.next_power_of_2(head_dim)),
+            "BQ": min(attention_tiles.FP32_ROWS if narrow else 64, max(16, triton.next_power_of_2(rows))),
+            "BN": 32 if narrow else 64,
+        }
+        self.launches = [
+            launch.Launch(
+                _cca_decode_product_kernel,
+                (triton.cdiv(columns, sizes["BN"]), heads, triton.cdiv(rows, sizes["BQ"])),
+                (),
+                (
+                    rows,
+                    heads,
+                    1 if by_column else heads * head_dim // weight.shape[0],
+                    columns,
+                    self._shape[2],
+                ),
+                {
+                    "D": head_dim,
+                    **sizes,
+                    "HAS_BIAS": bias is not None,
+                    "BY_COLUMN": by_column,
+                    "PRECISION": precision(query.dtype),
+                },
+                num_warps=4,
+            )
+        ]
+
+    def __call__(self, query: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+        out = query.new_empty(self._shape)
+        self.launches[0](query, bias, weight, out)
+        return out
+
+
+def head_products(query: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
+    """(query + bias)[n, h] · weight[h] for a query [N, H, D] and a bias [H, D].
+
+    With rel_key [H, G, D] as the weight: [H, N, G'], where G' is G or the next multiple of 8, and what is behind G is
+    not written. With the weight of a projection [Hkv * D, E]: [N, H, E].
+    """
+    return launch.run(
+        "products of heads",
+        (query, bias, weight),
+        (),
+        lambda tensors, _: _Products(*tensors),
+        lambda attempt: attempt(None),
+    )
+
+
 def decode_triton(
     query: Tensor,  # [B, T, H, D]
     key: Tensor,  # [B, K, R, Hkv, D]
     value: Tensor,  # [B, K, R, Hkv, D]
     rows: Tensor,  # integers [B, T]
-    rel: Tensor | None,  # [H, B * T, G]
+    rel: Tensor | None,  # [H, B * T, G or more]
     content_bias: Tensor | None,  # [H, D]
     rel_bias: Tensor | None,  # [H, G]
     lengths: Tensor | None,  # integers [B, K]
+    columns: int,  # G
     scale: float,
 ) -> Tensor:  # [B, T, H, D]
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -449,15 +541,15 @@ def decode_triton(
     if query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(query.shape)
     of_group = tokens * heads // kv_heads
-    columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
+    rel_stride = columns if rel is None else rel.shape[-1]
 
     def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _Decode:
-        return _Decode(
+        return _Decode.of(
             _cca_decode_kernel,
             query,
             batch * kv_heads * triton.cdiv(of_group, sizes["BQ"]),
             neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
-            (scale * math.log2(math.e), batch, tokens, heads, kv_heads, neighbours, columns),
+            (scale * math.log2(math.e), batch, tokens, heads, kv_heads, neighbours, columns, rel_stride),
             {
                 "R": neighbour_len,
                 "D": head_dim,
@@ -474,16 +566,17 @@ def decode_triton(
         return _fitting(_cca_decode_kernel, sizes, attempt)
 
     tensors = (query, key, value, rows, rel, content_bias, rel_bias, lengths)
-    return launch.run("decode", tensors, (scale,), make, fitting)
+    return launch.run("decode", tensors, (scale, columns), make, fitting)
 
 
 def absorbed_decode_triton(
     absorbed: Tensor,  # [B, T, H, E]
     states: Tensor,  # [B, K, R, E]
     rows: Tensor,  # integers [B, T]
-    rel: Tensor | None,  # [H, B * T, G]
+    rel: Tensor | None,  # [H, B * T, G or more]
     rel_bias: Tensor | None,  # [H, G]
     lengths: Tensor | None,  # integers [B, K]
+    columns: int,  # G
     scale: float,
 ) -> Tensor:  # [B, T, H, E]
     absorbed, states = absorbed.contiguous(), states.contiguous()
@@ -491,15 +584,24 @@ def absorbed_decode_triton(
     _, neighbours, neighbour_len, _ = states.shape
     if absorbed.numel() == 0 or states.numel() == 0:
         return absorbed.new_zeros(absorbed.shape)
-    columns = rel.shape[-1] if rel is not None else rel_bias.shape[-1] if rel_bias is not None else 1
+    rel_stride = columns if rel is None else rel.shape[-1]
 
     def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _Decode:
-        return _Decode(
+        absorbed, states, rows, _, rel_bias, lengths = tensors
+        scale_log2 = scale * math.log2(math.e)
+        if decode_native.can_run(absorbed, states, rows, rel_bias, lengths):
+            tiles = neighbours * triton.cdiv(neighbour_len, decode_native.KEYS)
+            parts = launch.splits(decode_native.programs(absorbed), tiles, slots(absorbed.device, 1))
+            job = decode_native.Launch(
+                absorbed, states, rows, rel_bias, lengths, columns, rel_stride, scale_log2, parts
+            )
+            return _Decode(job, parts, absorbed)
+        return _Decode.of(
             _cca_absorbed_decode_kernel,
             absorbed,
             batch * triton.cdiv(tokens * heads, sizes["BQ"]),
             neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
-            (scale * math.log2(math.e), batch, tokens, heads, neighbours, columns),
+            (scale_log2, batch, tokens, heads, neighbours, columns, rel_stride),
             {
                 "R": neighbour_len,
                 "E": width,
@@ -516,4 +618,4 @@ def absorbed_decode_triton(
         return _fitting(_cca_absorbed_decode_kernel, sizes, attempt)
 
     tensors = (absorbed, states, rows, rel, rel_bias, lengths)
-    return launch.run("absorbed decode", tensors, (scale,), make, fitting)
+    return launch.run("absorbed decode", tensors, (scale, columns), make, fitting)

@@ -7,6 +7,7 @@ has done so: it holds the launches of its kernels, and its call allocates and la
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -116,7 +117,7 @@ def run(
         made = make(tensors, sizes)
         result = made(*tensors)
         # where nothing was compiled there is nothing to keep
-        if kind is not None and all(launch.compiled for launch in made.launches):
+        if all(launch.compiled for launch in made.launches):
             if len(_kept) >= _MOST:
                 _kept.clear()
             _kept[kind] = made
@@ -125,23 +126,35 @@ def run(
     return fitting(attempt)
 
 
+@functools.cache
+def splits(programs: int, steps: int, slots: int, most: int | None = None) -> int:
+    """Into how many parts (`most` at most) the `steps` of each of `programs` pieces of work are cut, so that the last
+    wave of programs is full on a GPU that runs `slots` at a time. A program's start and end, and adding up the parts,
+    weigh as much as two steps."""
+    steps = max(steps, 1)
+    best = min(
+        range(1, min(steps, slots if most is None else most) + 1),
+        key=lambda n: -(-programs * n // slots) * (-(-steps // n) + 2),
+    )
+    return -(-steps // -(-steps // best))  # none is empty
+
+
 def forget() -> None:
     """Block sizes are to be chosen anew."""
     _kept.clear()
 
 
-def _kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable | None:
-    """What launches depend on besides the addresses; None where one of those is no multiple of 16, which the code for
-    others takes for granted."""
-    address = 0
-    found: list[Hashable] = [what, options]
-    for x in tensors:
-        if x is None:
-            found.append(None)
-        else:
-            address |= x.data_ptr()
-            found.append((x.dtype, x.shape, x.stride(), x.device))
-    return None if address % 16 else tuple(found)
+def _kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable:
+    """What launches depend on besides the addresses. Of those, whether they are multiples of 16: machine code for one
+    that is takes it for granted."""
+    return (
+        what,
+        options,
+        *(
+            None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0)
+            for x in tensors
+        ),
+    )
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

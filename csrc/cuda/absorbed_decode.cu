@@ -1,0 +1,415 @@
+// Attention of a few query rows to encoder states that are keys and values at once, for all heads: a program reads the
+// states of its share of the neighbours once, for up to 32 rows.
+//
+// The width is cut over the eight warps. A warp multiplies its part of query and states, the parts of the logits meet in
+// shared memory, and each warp adds the weighted states of its own columns, which it has still there. So every state
+// passes twice from shared memory to the matrix units, and the query, whose fragments stay in registers, never again. A
+// tile that is used waits for none that is loaded: the copies of the next two are under way.
+//
+// Tensor cores by mma.sync: warpgroup products would need tiles of 64 states, of which shared memory has no second.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../ops.h"
+
+namespace retro {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kKeys = 32;       // of a tile
+constexpr int kPad = 8;         // elements behind a row, so that eight rows lie in different banks
+constexpr int kPartRow = 40;    // floats of a row of partial logits, likewise
+constexpr int kMostStages = 3;
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("absorbed_decode (CUDA): ") + cudaGetErrorString(error));
+}
+
+__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+__device__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+__device__ void load_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+// c [16, 8] += a [16, 16] · b [16, 8]
+template <class T>
+__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 bytes on their way, or zeros where the source is not to be read.
+__device__ void copy_later(uint32_t target, const void* source, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(real ? 16 : 0) : "memory");
+}
+
+__device__ void end_of_tile() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int Later>
+__device__ void wait_for_tile() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
+}
+
+__device__ int64_t integer(const void* p, int bytes, int64_t i) {
+  return bytes == 8 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
+}
+
+template <class T>
+__device__ T rounded(float x) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else
+    return __float2bfloat16_rn(x);
+}
+
+template <class T>
+__device__ uint32_t pair(float low, float high) {
+  const T both[2] = {rounded<T>(low), rounded<T>(high)};
+  uint32_t word;
+  memcpy(&word, both, 4);
+  return word;
+}
+
+// Steps: width / 128. Tiles: of 16 query rows.
+template <class T, int Steps, int Tiles>
+struct Sizes {
+  static constexpr int width = 128 * Steps;
+  static constexpr int row = width + kPad;
+  static constexpr int rows = 16 * Tiles;
+  static constexpr int stage_bytes = kKeys * row * 2;
+  static constexpr int part_bytes = kWarps * rows * kPartRow * 4;
+  static constexpr int weight_row = kKeys + kPad;
+  static constexpr int weight_bytes = rows * weight_row * 2;
+  static constexpr int bytes(int stages) { return stages * stage_bytes + part_bytes + weight_bytes + rows * 4; }
+};
+
+template <class T, int Steps, int Tiles, int Stages>
+__global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDecode d) {
+  using S = Sizes<T, Steps, Tiles>;
+  constexpr float kNone = -INFINITY;
+  constexpr int kColumns = 16 * Steps;            // of a warp
+  constexpr int kRowsEach = S::rows / kWarps;     // whose softmax a warp makes
+  constexpr int kLanesEach = 32 / kRowsEach;      // of one row
+  constexpr int kKeysEach = kKeys / kLanesEach;   // of one lane
+  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* const states = shared;
+  float* const parts = reinterpret_cast<float*>(shared + Stages * S::stage_bytes);  // [warps, rows, kPartRow]
+  T* const weights = reinterpret_cast<T*>(shared + Stages * S::stage_bytes + S::part_bytes);  // [rows, weight_row]
+  float* const factors = reinterpret_cast<float*>(shared + Stages * S::stage_bytes + S::part_bytes + S::weight_bytes);
+
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int group = lane / 4, quad = lane % 4;
+  const int of_sequence = d.tokens * d.heads;
+  const int row_tiles = (of_sequence + S::rows - 1) / S::rows;
+  const int i_split = blockIdx.x % d.splits;
+  const int first_row = blockIdx.x / d.splits % row_tiles * S::rows;
+  const int64_t i_b = blockIdx.x / (d.splits * row_tiles);
+  const int key_tiles = (d.keys + kKeys - 1) / kKeys;  // of a neighbour
+  const int all_tiles = d.neighbours * key_tiles;
+  const int per_split = (all_tiles + d.splits - 1) / d.splits;
+  const int begin = i_split * per_split, end = min(all_tiles, begin + per_split);
+
+  // eight lanes a row of the query or a state; what is not real is zeros
+  const auto copy_rows = [&](const void* source, int64_t first, int stage, int real) {
+    const int row = thread / 8;
+    const T* from = static_cast<const T*>(source) + (row < real ? (first + row) * S::width + thread % 8 * 8 : 0);
+    const uint32_t target = shared_address(states) + stage * S::stage_bytes + (row * S::row + thread % 8 * 8) * 2;
+#pragma unroll
+    for (int i = 0; i < 2 * Steps; ++i) copy_later(target + i * 128, from + i * 64, row < real);
+    end_of_tile();
+  };
+  // the query comes into the stage that is filled last
+  copy_rows(d.query, i_b * of_sequence + first_row, Stages - 1, min(S::rows, of_sequence - first_row));
+
+  // the row whose softmax this lane shares in
+  const int own = warp * kRowsEach + lane / kLanesEach;
+  const int own_row = first_row + own;
+  const int own_key = lane % kLanesEach * kKeysEach;
+  int a = -1;
+  int64_t rel_row = 0;
+  int bias_row = 0;
+  if (own_row < of_sequence) {
+    const int64_t token = i_b * d.tokens + own_row / d.heads;
+    const int head = own_row % d.heads;
+    a = static_cast<int>(integer(d.rows, d.row_bytes, token));
+    rel_row = (int64_t(head) * d.batch * d.tokens + token) * d.rel_stride;
+    bias_row = head * d.columns;
+  }
+
+  const auto length_of = [&](int tile) -> int {
+    if (d.lengths == nullptr || tile >= end) return d.keys;
+    return static_cast<int>(integer(d.lengths, d.length_bytes, i_b * d.neighbours + tile / key_tiles));
+  };
+  // how many keys of a tile are real
+  const auto real_keys = [&](int tile, int length) { return min(min(length, d.keys) - tile % key_tiles * kKeys, kKeys); };
+  const auto load = [&](int tile, int real) {
+    const int64_t first = (i_b * d.neighbours + tile / key_tiles) * d.keys + tile % key_tiles * kKeys;
+    copy_rows(d.states, first, (tile - begin) % Stages, tile < end ? real : 0);
+  };
+
+  float acc[Tiles][2 * Steps][4];
+#pragma unroll
+  for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+    for (int n = 0; n < 2 * Steps; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
+  float highest = kNone, sum = 0.f;
+
+  int real[Stages];  // of this tile and those under way
+#pragma unroll
+  for (int s = 0; s < Stages - 1; ++s) {
+    real[s] = real_keys(begin + s, length_of(begin + s));
+    load(begin + s, real[s]);
+  }
+  // fragments of the query: the warp's columns of every row
+  uint32_t q[Steps][Tiles][4];
+  wait_for_tile<Stages - 1>();
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+    for (int k = 0; k < Steps; ++k)
+      load_matrices(q[k][m], shared_address(states) + (Stages - 1) * S::stage_bytes +
+                                 ((16 * m + lane % 16) * S::row + warp * kColumns + 16 * k + lane / 16 * 8) * 2);
+  int length = length_of(begin + Stages - 1);  // asked for a round before it is needed
+
+  for (int tile = begin; tile < end; ++tile) {
+    wait_for_tile<Stages - 2>();
+    __syncthreads();  // everyone's copies are there, and nobody reads the tile before
+    real[Stages - 1] = real_keys(tile + Stages - 1, length);
+    load(tile + Stages - 1, real[Stages - 1]);
+    length = length_of(tile + Stages);
+
+    // what positions add to the logits of this lane, in units of log 2
+    const int key = tile % key_tiles * kKeys + own_key;
+    float add[kKeysEach];
+#pragma unroll
+    for (int i = 0; i < kKeysEach; ++i) {
+      const int column = a - (key + i) + d.keys - 1;
+      add[i] = a >= 0 && own_key + i < real[0] && column >= 0 && column < d.columns ? 0.f : kNone;
+      if (add[i] == 0.f && d.rel != nullptr) add[i] = float(static_cast<const T*>(d.rel)[rel_row + column]) * d.scale_log2;
+      if (add[i] != kNone && d.rel_bias != nullptr)
+        add[i] += 1.4426950408889634f * (d.bias_bytes == 4 ? static_cast<const float*>(d.rel_bias)[bias_row + column]
+                                                           : float(static_cast<const T*>(d.rel_bias)[bias_row + column]));
+    }
+
+    const uint32_t here = shared_address(states) + (tile - begin) % Stages * S::stage_bytes;
+    {
+      float logits[Tiles][4][4] = {};
+      // states as [n, k]: keys 0-7 and 8-15 of a pair of blocks, columns 0-7 and 8-15
+      const uint32_t from = here + ((lane % 8 + lane / 16 * 8) * S::row + warp * kColumns + lane / 8 % 2 * 8) * 2;
+#pragma unroll
+      for (int k = 0; k < Steps; ++k)
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          uint32_t e[4];
+          load_matrices(e, from + (16 * n * S::row + 16 * k) * 2);
+#pragma unroll
+          for (int m = 0; m < Tiles; ++m) {
+            multiply<T>(logits[m][2 * n], q[k][m], e[0], e[1]);
+            multiply<T>(logits[m][2 * n + 1], q[k][m], e[2], e[3]);
+          }
+        }
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            *reinterpret_cast<float2*>(parts + (warp * S::rows + 16 * m + 8 * half + group) * kPartRow + 8 * n + 2 * quad) =
+                make_float2(logits[m][n][2 * half], logits[m][n][2 * half + 1]);
+    }
+    __syncthreads();
+
+    float s[kKeysEach] = {};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float* part = parts + (w * S::rows + own) * kPartRow + own_key;
+#pragma unroll
+      for (int i = 0; i < kKeysEach; i += 2) {
+        const float2 two = *reinterpret_cast<const float2*>(part + i);
+        s[i] += two.x;
+        s[i + 1] += two.y;
+      }
+    }
+    float high = kNone;
+#pragma unroll
+    for (int i = 0; i < kKeysEach; ++i) {
+      s[i] = add[i] == kNone ? kNone : s[i] * d.scale_log2 + add[i];
+      high = fmaxf(high, s[i]);
+    }
+#pragma unroll
+    for (int offset = kLanesEach / 2; offset > 0; offset /= 2)
+      high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, offset));
+    high = fmaxf(high, highest);
+    const float base = high == kNone ? 0.f : high;
+    const float factor = exp2f(highest - base);
+    highest = high;
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kKeysEach; ++i) {
+      s[i] = exp2f(s[i] - base);
+      total += s[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kKeysEach; i += 2)
+      *reinterpret_cast<uint32_t*>(weights + own * S::weight_row + own_key + i) = pair<T>(s[i], s[i + 1]);
+#pragma unroll
+    for (int offset = kLanesEach / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+    sum = sum * factor + total;
+    if (lane % kLanesEach == 0) factors[own] = factor;
+    __syncthreads();
+
+    float scales[Tiles][2];
+    bool same = true;
+#pragma unroll
+    for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales[m][half] = factors[16 * m + 8 * half + group];
+        same = same && scales[m][half] == 1.f;
+      }
+    if (!__all_sync(0xffffffffu, same)) {
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+        for (int n = 0; n < 2 * Steps; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[m][n][i] *= scales[m][i / 2];
+    }
+    // weights as [m, k]; states as [k, n]: keys 0-7 and 8-15, columns 0-7 and 8-15
+    const uint32_t p_from = shared_address(weights) + ((lane % 8 + lane / 8 % 2 * 8) * S::weight_row + lane / 16 * 8) * 2;
+    const uint32_t e_from = here + ((lane % 8 + lane / 8 % 2 * 8) * S::row + warp * kColumns + lane / 16 * 8) * 2;
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t p[Tiles][4];
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m) load_matrices(p[m], p_from + (16 * m * S::weight_row + 16 * k) * 2);
+#pragma unroll
+      for (int n = 0; n < Steps; ++n) {
+        uint32_t e[4];
+        load_transposed(e, e_from + (16 * k * S::row + 16 * n) * 2);
+#pragma unroll
+        for (int m = 0; m < Tiles; ++m) {
+          multiply<T>(acc[m][2 * n], p[m], e[0], e[1]);
+          multiply<T>(acc[m][2 * n + 1], p[m], e[2], e[3]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < Stages - 1; ++i) real[i] = real[i + 1];
+  }
+  wait_for_tile<0>();
+
+  __syncthreads();
+  if (lane % kLanesEach == 0) {
+    factors[own] = sum == 0.f ? 0.f : 1.f / sum;
+    if (d.splits > 1 && own_row < of_sequence)
+      d.lse[(i_b * of_sequence + own_row) * d.splits + i_split] = sum == 0.f ? kNone : highest + log2f(sum);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + 16 * m + 8 * half + group;
+      if (row >= of_sequence) continue;
+      const float scale = factors[16 * m + 8 * half + group];
+      const int64_t at = ((i_b * of_sequence + row) * d.splits + i_split) * S::width + warp * kColumns + 2 * quad;
+#pragma unroll
+      for (int n = 0; n < 2 * Steps; ++n) {
+        const float low = acc[m][n][2 * half] * scale, high = acc[m][n][2 * half + 1] * scale;
+        if (d.splits > 1)
+          *reinterpret_cast<float2*>(static_cast<float*>(d.out) + at + 8 * n) = make_float2(low, high);
+        else
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(d.out) + at + 8 * n) = pair<T>(low, high);
+      }
+    }
+}
+
+int most_shared_memory() {
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+template <class T, int Steps, int Tiles, int Stages>
+void start(const AbsorbedDecode& d, cudaStream_t stream) {
+  using S = Sizes<T, Steps, Tiles>;
+  const auto kernel = absorbed_decode_kernel<T, Steps, Tiles, Stages>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::bytes(Stages)));
+  const int64_t row_tiles = (int64_t(d.tokens) * d.heads + S::rows - 1) / S::rows;
+  kernel<<<static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, S::bytes(Stages), stream>>>(d);
+  check(cudaGetLastError());
+}
+
+template <class T, int Steps, int Tiles>
+void start(const AbsorbedDecode& d, cudaStream_t stream) {
+  if (most_shared_memory() >= Sizes<T, Steps, Tiles>::bytes(kMostStages))
+    start<T, Steps, Tiles, kMostStages>(d, stream);
+  else
+    start<T, Steps, Tiles, 2>(d, stream);
+}
+
+template <class T, int Steps>
+void start(const AbsorbedDecode& d, cudaStream_t stream) {
+  if (absorbed_decode_rows(d.tokens * d.heads) == 16)
+    start<T, Steps, 1>(d, stream);
+  else
+    start<T, Steps, 2>(d, stream);
+}
+
+template <class T>
+void start(const AbsorbedDecode& d, cudaStream_t stream) {
+  switch (d.width) {
+    case 512: return start<T, 4>(d, stream);
+    case 768: return start<T, 6>(d, stream);
+    case 896: return start<T, 7>(d, stream);
+    case 1024: return start<T, 8>(d, stream);
+    default:
+      throw std::invalid_argument("absorbed_decode (CUDA): states " + std::to_string(d.width) +
+                                  " wide; 512, 768, 896 and 1024 are allowed.");
+  }
+}
+
+}  // namespace
+
+bool absorbed_decode_fits(int width) {
+  if (width != 512 && width != 768 && width != 896 && width != 1024) return false;
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  const int most = width == 1024 ? Sizes<__half, 8, 2>::bytes(2) : Sizes<__half, 7, 2>::bytes(2);
+  return major >= 8 && most_shared_memory() >= most;
+}
+
+void absorbed_decode_cuda(const AbsorbedDecode& d, uintptr_t stream) {
+  if (d.half)
+    start<__half>(d, reinterpret_cast<cudaStream_t>(stream));
+  else
+    start<__nv_bfloat16>(d, reinterpret_cast<cudaStream_t>(stream));
+}
+
+}  // namespace retro

@@ -1,0 +1,97 @@
+"""Decoding over encoder states in CUDA C++ (csrc/cuda/absorbed_decode.cu), for 16-bit states of the usual widths."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from retro_kernels.ops.gather.native import WITH_CUDA
+
+_INTEGERS = (torch.int32, torch.int64)
+KEYS = 32
+"""States of one tile."""
+
+if WITH_CUDA:
+    from retro_kernels import _C
+# an extension that was built before this op was written has everything else
+_BUILT: bool = WITH_CUDA and hasattr(_C, "AbsorbedDecode")
+
+
+def can_run(
+    absorbed: Tensor, states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tensor | None
+) -> bool:
+    """Whether this build and GPU can, and the op takes these types; if not, the Triton kernel does it."""
+    return (
+        _BUILT
+        and absorbed.is_cuda
+        and torch.version.hip is None
+        and absorbed.dtype in (torch.float16, torch.bfloat16)
+        and rows.dtype in _INTEGERS
+        and (lengths is None or lengths.dtype in _INTEGERS)
+        and (rel_bias is None or rel_bias.dtype in (torch.float32, absorbed.dtype))
+        and all(x.data_ptr() % 16 == 0 for x in (absorbed, states))
+        and _C.absorbed_decode_fits(absorbed.shape[-1])
+    )
+
+
+class Launch:
+    """The launch for one kind of call, as `launch.Launch`; `parts(programs, tiles)` says into how many parts the keys
+    are cut."""
+
+    compiled = True
+
+    def __init__(
+        self,
+        absorbed: Tensor,  # [B, T, H, E]
+        states: Tensor,  # [B, K, R, E]
+        rows: Tensor,  # integers [B, T]
+        rel_bias: Tensor | None,  # [H, G]
+        lengths: Tensor | None,  # integers [B, K]
+        columns: int,
+        rel_stride: int,
+        scale_log2: float,
+        parts: int,
+    ) -> None:
+        batch, tokens, heads, width = absorbed.shape
+        self._job = _C.AbsorbedDecode(
+            scale_log2=scale_log2,
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            width=width,
+            neighbours=states.shape[1],
+            keys=states.shape[2],
+            columns=columns,
+            rel_stride=rel_stride,
+            splits=parts,
+            row_bytes=rows.element_size(),
+            length_bytes=0 if lengths is None else lengths.element_size(),
+            bias_bytes=0 if rel_bias is None else rel_bias.element_size(),
+            half=absorbed.dtype == torch.float16,
+        )
+        self._device = absorbed.device
+
+    def __call__(
+        self,
+        absorbed: Tensor,
+        states: Tensor,
+        rows: Tensor,
+        rel: Tensor | None,  # [H, B * T, rel_stride]
+        rel_bias: Tensor | None,
+        lengths: Tensor | None,
+        out: Tensor,  # [B, T, H, (parts,) E]
+        lse: Tensor | None,  # float32 [B, T, H, parts]
+    ) -> None:
+        addresses = [
+            0 if x is None else x.data_ptr()
+            for x in (absorbed, states, rows, rel, rel_bias, lengths, out, lse)
+        ]
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        _C.absorbed_decode_cuda(self._job, addresses, stream)
+
+
+def programs(absorbed: Tensor) -> int:
+    """Groups of rows."""
+    batch, tokens, heads, _ = absorbed.shape
+    return batch * triton.cdiv(tokens * heads, _C.absorbed_decode_rows(tokens * heads))
