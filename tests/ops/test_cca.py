@@ -365,13 +365,14 @@ def test_threads_change_no_bit(seed, monkeypatch):
     assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
 
 
-@pytest.mark.parametrize("programs", [1, 10**6])
-def test_gradients_are_the_same_in_slices(seed, monkeypatch, programs):
+@pytest.mark.parametrize("waves", [0, 10**6])
+def test_gradients_are_the_same_in_slices(seed, monkeypatch, waves):
     """Where dS waits in the memory of dK, in several launches, whose sums are cut in few or in many."""
     tables = pytest.importorskip("retro_kernels.ops.cca.table_gradients", reason="triton is not installed")
     cut, slices = [], tables.slices
     monkeypatch.setattr(tables, "OWN_DS", 0)
-    monkeypatch.setattr(tables, "REL_PROGRAMS", programs)
+    monkeypatch.setattr(tables, "MOST_WAVES", waves)
+    monkeypatch.setattr(tables, "REL_SLOTS", 10**6)
     monkeypatch.setattr(tables, "slices", lambda *sizes: cut.append(slices(*sizes)) or cut[-1])
     compare("triton", torch.float32, batch=1, tokens=5 * M + 3)
     compare("triton", torch.float16, batch=1, tokens=6 * M, kv_heads=1, tables=("rel_key",))

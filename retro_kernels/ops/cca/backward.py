@@ -27,12 +27,15 @@ from retro_kernels.ops.cca import launch, tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
 from retro_kernels.ops.cca.table_gradients import Needs, TableGradients
 from retro_kernels.ops.cca.tiles import (
+    _bias_tile,
+    _bias_window,
     _column_sums,
     _dropout_keep,
     _first,
     _load_tile,
     _position_tile,
     _query_tile,
+    _row_tile,
     _shear,
     _store_tile,
     _store_zero_rows,
@@ -119,7 +122,9 @@ def _cca_bwd_kernel(
     KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
     MASK_KEYS: tl.constexpr = TK % BN != 0
     DW: tl.constexpr = BD // PANELS
+    WB: tl.constexpr = 2 * (BM if BM > BN else BN)
     SUM_DS: tl.constexpr = HAS_REL or NEED_COLUMNS or NEED_DS
+    FROM_SHARED: tl.constexpr = HAS_BIAS and not HAS_REL
     pid = tl.program_id(0) + first_program
     i_head = pid % num_heads
     i_block = pid // num_heads // ROW_TILES
@@ -197,14 +202,16 @@ def _cca_bwd_kernel(
     p_row = p_lse + (i_block.to(tl.int64) * num_heads + i_head) * TQ + o_i + a
     lse = tl.load(p_row, mask=m_row, other=float("inf"))  # [BM]
     if KEYS_FIRST:
-        lse = lse[None, :]
-        delta = delta[None, :]
+        b_lse = lse[None, :]
+        b_delta = delta[None, :]
     else:
-        lse = lse[:, None]
-        delta = delta[:, None]
+        b_lse = lse[:, None]
+        b_delta = delta[:, None]
 
     for o_c in tl.range(0, num_keys if RELOAD == 2 else TK, BN, num_stages=1):
-        if HAS_REL or HAS_BIAS:
+        if FROM_SHARED:
+            b_bias = _bias_window(p_rel_bias, i_head, o_i - o_c + TK - BN, TQ + TK - 1, WB)
+        if HAS_REL:
             b_pos = (
                 _position_tile(
                     query,
@@ -237,7 +244,7 @@ def _cca_bwd_kernel(
                     PRECISION,
                     TMA,
                 )
-                - lse
+                - b_lse
             )  # [BN, BM] or [BM, BN]
         if SUM_DS:
             if KEYS_FIRST:
@@ -294,10 +301,18 @@ def _cca_bwd_kernel(
                 s = tl.dot(b_q0, tl.trans(b_k0), input_precision=PRECISION)  # [BM, BN]
                 if PANELS == 2:
                     s = tl.dot(b_q1, tl.trans(b_k1), s, input_precision=PRECISION)
-            if HAS_REL or HAS_BIAS:
+            if FROM_SHARED:
+                # 0, which the compiler cannot know: what depends on it is not kept in registers through the loop
+                nought = tl.minimum(j, 0)
+                b_pos = _bias_tile(b_bias, nought, BM, BN, KEYS_FIRST)
+                if KEYS_FIRST:  # where a thread has many rows
+                    p = tl.math.exp2(s * scale_log2 + (b_pos - _row_tile(lse, nought, BM, BN)))
+                else:
+                    p = tl.math.exp2(s * scale_log2 + (b_pos - b_lse))
+            elif HAS_REL:
                 p = tl.math.exp2(s * scale_log2 + b_pos)
             else:
-                p = tl.math.exp2(s * scale_log2 - lse)
+                p = tl.math.exp2(s * scale_log2 - b_lse)
             if HAS_LENGTHS or MASK_KEYS:
                 if HAS_LENGTHS:
                     length = tl.minimum(tl.load(p_lengths + i_group.to(tl.int64) * num_sets + j), TK).to(
@@ -351,7 +366,10 @@ def _cca_bwd_kernel(
                     dp = tl.dot(b_do1, tl.trans(b_v1), dp, input_precision=PRECISION)
             if DROPOUT:
                 dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - delta)
+            if FROM_SHARED and KEYS_FIRST:
+                ds = p * (dp - _row_tile(delta, tl.minimum(j, 0), BM, BN))
+            else:
+                ds = p * (dp - b_delta)
             if SUM_DS:
                 ds_sum += ds
             ds_low = ds.to(b_q0.dtype)

@@ -22,11 +22,17 @@ from retro_kernels.ops.cca import launch, tiles
 from retro_kernels.ops.cca.tiles import _query_tile, _shear
 
 REL_SLICE = 64
-"""Distance columns of one program of the kernel for rel_key, which keeps nothing else."""
+"""Distance columns of one program of the kernel for rel_key, or twice as many: windows are multiples of it."""
 
-REL_PROGRAMS = 264
-"""At most so many programs of that kernel, where the tiles allow it: two for each multiprocessor of an H100, which is
-what its registers hold. Each writes a partial sum of its own."""
+REL_SLOTS = 264
+"""Programs of that kernel that a GPU is taken to run at a time: two for each multiprocessor of an H100. The same for
+every GPU, since the order of the sums, and with it every bit, is to depend on shapes alone."""
+
+MOST_WAVES = 4
+"""Of such programs, where a single one would leave the last wave half empty. Each writes a partial sum of its own."""
+
+MOST_SLICES = 8
+"""Each is two launches more. Narrow heads with few keys and many blocks would need hundreds to stay within OWN_DS."""
 
 OWN_DS = 2**21
 """Values of dS that get memory of their own; what is more waits in the memory of dK for the kernel for rel_key."""
@@ -290,10 +296,11 @@ def slices(blocks: int, tiles_each: int, tile_size: int, keys_each: int) -> list
     """Cuts the blocks so that what is kept of dS for the gradient of rel_key needs little memory of its own.
 
     A block's dS take `tiles_each` tiles of `tile_size` values, its dK `keys_each` values. While they are more than
-    OWN_DS together, the dS of as many blocks as fit there lie in the dK of those that are not yet reached.
+    OWN_DS together, and not yet MOST_SLICES, the dS of as many blocks as fit there lie in the dK of those that are not
+    yet reached.
     """
     found, first = [], 0
-    while (blocks - first) * tiles_each * tile_size > OWN_DS:
+    while (blocks - first) * tiles_each * tile_size > OWN_DS and len(found) < MOST_SLICES - 1:
         last = first + (blocks - first) * keys_each // (keys_each + tiles_each * tile_size)
         tile = -(-last * keys_each // tile_size)
         while last > first and (tile + (last - first) * tiles_each) * tile_size > blocks * keys_each:
@@ -374,12 +381,11 @@ class TableGradients:
         self, q: Tensor, config: tiles.Config, shift: int, flat: bool, has_position: bool
     ) -> list[launch.Launch]:
         g = self._g
-        fp32 = self._dtype == torch.float32
-        columns_each = min(REL_SLICE, tiles.FP32_ROWS) if fp32 else REL_SLICE
+        arch = tiles.architecture(q.device)
+        warps, stages, columns_each = _rel_blocks(arch, self._dtype, g, config.keys, self._window)
         parts = self._programs_each * self._key_tiles * (self._window // columns_each)
-        # depends on shapes alone, so that the order of the sum, and with it every bit, is the same in every run
-        self._splits = max(1, min(triton.cdiv(g.blocks, 4), REL_PROGRAMS // parts))
-        warps, stages = _rel_blocks(tiles.architecture(q.device), self._dtype, g, config.keys)
+        most = max(1, min(triton.cdiv(g.blocks, 4), MOST_WAVES * REL_SLOTS // parts))
+        self._splits = launch.splits(parts, g.blocks, REL_SLOTS, most)
         return [
             launch.Launch(
                 _cca_bwd_rel_kernel,
@@ -502,14 +508,17 @@ class TableGradients:
         return grad_rel, grad_content, grad_position, grad_bias
 
 
-def _rel_blocks(arch: int, dtype: torch.dtype, g: tiles.Geometry, keys: int) -> tuple[int, int]:
-    """Warps and stages of the kernel for rel_key.
+def _rel_blocks(
+    arch: int, dtype: torch.dtype, g: tiles.Geometry, keys: int, window: int
+) -> tuple[int, int, int]:
+    """Warps, stages and distance columns of a program of the kernel for rel_key.
 
     On sm_90 as measured there. On sm_80 the tiles to come take registers, and 128 rows of 128 dimensions would spill in
     the loop; two stages of 256 dimensions in fp32 exceed what any GPU has.
     """
     wide = g.padded_dim > 64
     if tiles.hopper(arch) and dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
-        return 4, 3
+        return 8, 3, 2 * REL_SLICE if window % (2 * REL_SLICE) == 0 else REL_SLICE
     tight = (arch < 90 and wide and g.rows >= 128) or (dtype == torch.float32 and g.padded_dim > 128)
-    return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2
+    columns = min(REL_SLICE, tiles.FP32_ROWS) if dtype == torch.float32 else REL_SLICE
+    return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2, columns

@@ -354,23 +354,40 @@ def _position_tile(
                 tile += _shear(by_distance, o_t, BN - 1, BM, WS, BN, KEYS_FIRST, True, FLAT)
         tile *= scale_log2
     if HAS_BIAS:
-        column = o_i - o_c + TK - BN + tl.arange(0, W)
-        m_column = (column >= 0) & (column < COLUMNS)
-        b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=m_column, other=0.0).to(
-            tl.float32
-        )  # [W]
-        b_bias *= 1.4426950408889634
-        if KEYS_FIRST:
-            index = _linear_index(BN, BM, -8, -1, 8, 1)
-            b_bias = tl.reshape(tl.gather(b_bias, index + (BN - 1), 0), (BN, BM))
-        else:
-            index = _linear_index(BM, BN, 8, 1, -8, -1)
-            b_bias = tl.reshape(tl.gather(b_bias, index + (BN - 1), 0), (BM, BN))
+        b_bias = _bias_window(p_rel_bias, i_head, o_i - o_c + TK - BN, COLUMNS, W)
+        b_bias = _bias_tile(b_bias, 0, BM, BN, KEYS_FIRST)
         if HAS_REL:
             tile += b_bias
         else:
             tile = b_bias
     return tile
+
+
+@triton.jit
+def _bias_window(p_rel_bias, i_head, first, COLUMNS, W: tl.constexpr):
+    """Of the distance columns from `first` on, in units of log 2: [W]."""
+    column = first + tl.arange(0, W)
+    m_column = (column >= 0) & (column < COLUMNS)
+    b_bias = tl.load(p_rel_bias + i_head * COLUMNS + column, mask=m_column, other=0.0).to(tl.float32)
+    return b_bias * 1.4426950408889634
+
+
+@triton.jit
+def _bias_tile(b_bias, nought, BM: tl.constexpr, BN: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """[W] → [BM, BN], of a − c + BN − 1. KEYS_FIRST: [BN, BM]. `nought`: 0, as an expression that says until when the
+    tile may be kept in registers."""
+    if KEYS_FIRST:
+        index = _linear_index(BN, BM, -8, -1, 8, 1) + (BN - 1 + nought)
+        return tl.reshape(tl.gather(b_bias, index, 0), (BN, BM))
+    else:
+        index = _linear_index(BM, BN, 8, 1, -8, -1) + (BN - 1 + nought)
+        return tl.reshape(tl.gather(b_bias, index, 0), (BM, BN))
+
+
+@triton.jit
+def _row_tile(x, nought, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM] → [BN, BM], as in `_bias_tile`."""
+    return tl.reshape(tl.gather(x, _linear_index(BN, BM, 0, 0, 8, 1) + nought, 0), (BN, BM))
 
 
 @triton.jit
@@ -419,9 +436,8 @@ def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, t
     """Like `forward_config`; `tables`: "plain" where no dS is summed, "sums" for the gradient of a bias, "relative".
 
     For sm_90 chosen from times, of RETRO's chunks on an H100 (`bench/results/gpu_block_sizes.json`): programs of four
-    warps, of which a multiprocessor holds two or three, hide each other's waiting, unless the sum of dS of wide heads
-    does not fit beside the rest. With 8 warps and two panels Triton 3.7 turns some into a trap on sm_100, without an
-    error: at 128 dimensions with keys first, at 256 with 64 keys.
+    warps, of which a multiprocessor holds two or three, hide each other's waiting. With 8 warps and two panels Triton
+    3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys first, at 256 with 64 keys.
     """
     warps = 8 if rows >= 128 else 4
     if dtype == torch.float32 and hopper(arch) and padded_dim > 64:
@@ -433,9 +449,7 @@ def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, t
     if rows == 64 and hopper(arch):
         if padded_dim <= 64:
             return Config(64, 4, 3)
-        if tables == "sums":
-            return Config(128, 8, 2, panels=2, keys_first=True)
-        return Config(64, 4, 2, panels=2)
+        return Config(64, 4, 2, panels=2, keys_first=tables == "sums")
     if rows == 64 and (tables != "plain" or arch < 90):
         return Config(64, 4 if padded_dim <= 64 and tables == "plain" else 8, 1, keys_first=True)
     if rows >= 128 and arch < 90:
