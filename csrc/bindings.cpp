@@ -111,7 +111,7 @@ PYBIND11_MODULE(_C, m) {
            "neighbours"_a, "keys"_a, "columns"_a, "rel_stride"_a, "splits"_a, "row_bytes"_a, "length_bytes"_a, "bias_bytes"_a,
            "half"_a);
   m.def("absorbed_decode_rows", &retro::absorbed_decode_rows, "of_sequence"_a);
-  m.def("absorbed_decode_fits", &retro::absorbed_decode_fits, "width"_a);
+  m.def("absorbed_decode_fits", &retro::absorbed_decode_fits, "width"_a, "neighbours"_a, "keys"_a);
   m.def(
       "absorbed_decode_cuda",
       [](retro::AbsorbedDecode d, std::array<uintptr_t, 8> to, uintptr_t stream) {

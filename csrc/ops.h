@@ -98,13 +98,15 @@ struct AbsorbedDecode {
   int batch, tokens, heads, width, neighbours, keys, columns, rel_stride, splits;
   int row_bytes, length_bytes, bias_bytes;  // 4 or 8; 2 or 4
   bool half;
+  int key_tiles;      // of a neighbour, and its inverse in units of 2^-32; the op sets them
+  uint64_t inverse;
 };
 
 // Query rows of a sequence that one program takes.
 constexpr int absorbed_decode_rows(int of_sequence) { return of_sequence <= 16 ? 16 : 32; }
 
-// Whether states so wide can be taken on the current GPU.
-bool absorbed_decode_fits(int width);
+// Whether states so wide, of so many neighbours of so many keys, can be taken on the current GPU.
+bool absorbed_decode_fits(int width, int neighbours, int keys);
 void absorbed_decode_cuda(const AbsorbedDecode& d, uintptr_t stream);
 #endif
 

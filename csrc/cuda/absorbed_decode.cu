@@ -100,7 +100,9 @@ struct Sizes {
   static constexpr int part_bytes = kWarps * rows * kPartRow * 4;
   static constexpr int weight_row = kKeys + kPad;
   static constexpr int weight_bytes = rows * weight_row * 2;
-  static constexpr int bytes(int stages) { return stages * stage_bytes + part_bytes + weight_bytes + rows * 4; }
+  static int bytes(int stages, int neighbours) {
+    return stages * stage_bytes + part_bytes + weight_bytes + rows * 4 + neighbours * 4;
+  }
 };
 
 template <class T, int Steps, int Tiles, int Stages>
@@ -116,6 +118,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
   float* const parts = reinterpret_cast<float*>(shared + Stages * S::stage_bytes);  // [warps, rows, kPartRow]
   T* const weights = reinterpret_cast<T*>(shared + Stages * S::stage_bytes + S::part_bytes);  // [rows, weight_row]
   float* const factors = reinterpret_cast<float*>(shared + Stages * S::stage_bytes + S::part_bytes + S::weight_bytes);
+  int* const lengths = reinterpret_cast<int*>(factors + S::rows);  // [neighbours]
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int group = lane / 4, quad = lane % 4;
@@ -124,13 +127,12 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
   const int i_split = blockIdx.x % d.splits;
   const int first_row = blockIdx.x / d.splits % row_tiles * S::rows;
   const int64_t i_b = blockIdx.x / (d.splits * row_tiles);
-  const int key_tiles = (d.keys + kKeys - 1) / kKeys;  // of a neighbour
-  const int all_tiles = d.neighbours * key_tiles;
+  const int all_tiles = d.neighbours * d.key_tiles;
   const int per_split = (all_tiles + d.splits - 1) / d.splits;
   const int begin = i_split * per_split, end = min(all_tiles, begin + per_split);
 
   // eight lanes a row of the query or a state; what is not real is zeros
-  const auto copy_rows = [&](const void* source, int64_t first, int stage, int real) {
+  const auto copy_rows = [&](const void* source, int first, int stage, int real) {
     const int row = thread / 8;
     const T* from = static_cast<const T*>(source) + (row < real ? (first + row) * S::width + thread % 8 * 8 : 0);
     const uint32_t target = shared_address(states) + stage * S::stage_bytes + (row * S::row + thread % 8 * 8) * 2;
@@ -139,7 +141,11 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
     end_of_tile();
   };
   // the query comes into the stage that is filled last
-  copy_rows(d.query, i_b * of_sequence + first_row, Stages - 1, min(S::rows, of_sequence - first_row));
+  copy_rows(static_cast<const T*>(d.query) + i_b * of_sequence * S::width, first_row, Stages - 1, of_sequence - first_row);
+  for (int j = thread; j < d.neighbours; j += kThreads)
+    lengths[j] = d.lengths == nullptr ? d.keys
+                                      : min(d.keys, int(integer(d.lengths, d.length_bytes, i_b * d.neighbours + j)));
+  __syncthreads();
 
   // the row whose softmax this lane shares in
   const int own = warp * kRowsEach + lane / kLanesEach;
@@ -156,15 +162,17 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
     bias_row = head * d.columns;
   }
 
-  const auto length_of = [&](int tile) -> int {
-    if (d.lengths == nullptr || tile >= end) return d.keys;
-    return static_cast<int>(integer(d.lengths, d.length_bytes, i_b * d.neighbours + tile / key_tiles));
-  };
+  const auto neighbour = [&](int tile) { return int(uint64_t(tile) * d.inverse >> 32); };
   // how many keys of a tile are real
-  const auto real_keys = [&](int tile, int length) { return min(min(length, d.keys) - tile % key_tiles * kKeys, kKeys); };
-  const auto load = [&](int tile, int real) {
-    const int64_t first = (i_b * d.neighbours + tile / key_tiles) * d.keys + tile % key_tiles * kKeys;
-    copy_rows(d.states, first, (tile - begin) % Stages, tile < end ? real : 0);
+  const auto real_keys = [&](int tile) {
+    const int j = neighbour(tile);
+    return lengths[j] - (tile - j * d.key_tiles) * kKeys;
+  };
+  const T* const of_this = static_cast<const T*>(d.states) + i_b * d.neighbours * d.keys * S::width;
+  const auto load = [&](int tile) {
+    const int j = neighbour(tile);
+    const bool any = tile < end;
+    copy_rows(of_this, j * d.keys + (tile - j * d.key_tiles) * kKeys, (tile - begin) % Stages, any ? real_keys(tile) : 0);
   };
 
   float acc[Tiles][2 * Steps][4];
@@ -176,12 +184,8 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
   float highest = kNone, sum = 0.f;
 
-  int real[Stages];  // of this tile and those under way
 #pragma unroll
-  for (int s = 0; s < Stages - 1; ++s) {
-    real[s] = real_keys(begin + s, length_of(begin + s));
-    load(begin + s, real[s]);
-  }
+  for (int i = 0; i < Stages - 1; ++i) load(begin + i);
   // fragments of the query: the warp's columns of every row
   uint32_t q[Steps][Tiles][4];
   wait_for_tile<Stages - 1>();
@@ -192,27 +196,11 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
     for (int k = 0; k < Steps; ++k)
       load_matrices(q[k][m], shared_address(states) + (Stages - 1) * S::stage_bytes +
                                  ((16 * m + lane % 16) * S::row + warp * kColumns + 16 * k + lane / 16 * 8) * 2);
-  int length = length_of(begin + Stages - 1);  // asked for a round before it is needed
 
   for (int tile = begin; tile < end; ++tile) {
     wait_for_tile<Stages - 2>();
     __syncthreads();  // everyone's copies are there, and nobody reads the tile before
-    real[Stages - 1] = real_keys(tile + Stages - 1, length);
-    load(tile + Stages - 1, real[Stages - 1]);
-    length = length_of(tile + Stages);
-
-    // what positions add to the logits of this lane, in units of log 2
-    const int key = tile % key_tiles * kKeys + own_key;
-    float add[kKeysEach];
-#pragma unroll
-    for (int i = 0; i < kKeysEach; ++i) {
-      const int column = a - (key + i) + d.keys - 1;
-      add[i] = a >= 0 && own_key + i < real[0] && column >= 0 && column < d.columns ? 0.f : kNone;
-      if (add[i] == 0.f && d.rel != nullptr) add[i] = float(static_cast<const T*>(d.rel)[rel_row + column]) * d.scale_log2;
-      if (add[i] != kNone && d.rel_bias != nullptr)
-        add[i] += 1.4426950408889634f * (d.bias_bytes == 4 ? static_cast<const float*>(d.rel_bias)[bias_row + column]
-                                                           : float(static_cast<const T*>(d.rel_bias)[bias_row + column]));
-    }
+    load(tile + Stages - 1);
 
     const uint32_t here = shared_address(states) + (tile - begin) % Stages * S::stage_bytes;
     {
@@ -240,6 +228,25 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
             *reinterpret_cast<float2*>(parts + (warp * S::rows + 16 * m + 8 * half + group) * kPartRow + 8 * n + 2 * quad) =
                 make_float2(logits[m][n][2 * half], logits[m][n][2 * half + 1]);
     }
+    // what positions add to the logits of this lane; the loads are under way while the warps meet
+    const int j = neighbour(tile);
+    const int key = (tile - j * d.key_tiles) * kKeys + own_key;
+    const int column = a + d.keys - 1 - key;  // of the first key; the next are before it
+    T by_distance[kKeysEach];
+    float bias[kKeysEach];
+    if (d.rel != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kKeysEach; ++i)
+        by_distance[i] = static_cast<const T*>(d.rel)[rel_row + min(max(column - i, 0), d.columns - 1)];
+    }
+    if (d.rel_bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kKeysEach; ++i) {
+        const int at = bias_row + min(max(column - i, 0), d.columns - 1);
+        bias[i] = d.bias_bytes == 4 ? static_cast<const float*>(d.rel_bias)[at]
+                                    : float(static_cast<const T*>(d.rel_bias)[at]);
+      }
+    }
     __syncthreads();
 
     float s[kKeysEach] = {};
@@ -253,10 +260,14 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
         s[i + 1] += two.y;
       }
     }
+    const int real = a >= 0 ? lengths[j] - key : 0;
     float high = kNone;
 #pragma unroll
     for (int i = 0; i < kKeysEach; ++i) {
-      s[i] = add[i] == kNone ? kNone : s[i] * d.scale_log2 + add[i];
+      if (d.rel != nullptr) s[i] += float(by_distance[i]);
+      s[i] *= d.scale_log2;
+      if (d.rel_bias != nullptr) s[i] += 1.4426950408889634f * bias[i];
+      s[i] = i < real && column - i >= 0 && column - i < d.columns ? s[i] : kNone;
       high = fmaxf(high, s[i]);
     }
 #pragma unroll
@@ -317,8 +328,6 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < Stages - 1; ++i) real[i] = real[i + 1];
   }
   wait_for_tile<0>();
 
@@ -337,13 +346,16 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       if (row >= of_sequence) continue;
       const float scale = factors[16 * m + 8 * half + group];
       const int64_t at = ((i_b * of_sequence + row) * d.splits + i_split) * S::width + warp * kColumns + 2 * quad;
+      const auto low = [&](int n) { return acc[m][n][2 * half] * scale; };
+      const auto high = [&](int n) { return acc[m][n][2 * half + 1] * scale; };
+      if (d.splits > 1) {
 #pragma unroll
-      for (int n = 0; n < 2 * Steps; ++n) {
-        const float low = acc[m][n][2 * half] * scale, high = acc[m][n][2 * half + 1] * scale;
-        if (d.splits > 1)
-          *reinterpret_cast<float2*>(static_cast<float*>(d.out) + at + 8 * n) = make_float2(low, high);
-        else
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(d.out) + at + 8 * n) = pair<T>(low, high);
+        for (int n = 0; n < 2 * Steps; ++n)
+          *reinterpret_cast<float2*>(static_cast<float*>(d.out) + at + 8 * n) = make_float2(low(n), high(n));
+      } else {
+#pragma unroll
+        for (int n = 0; n < 2 * Steps; ++n)
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(d.out) + at + 8 * n) = pair<T>(low(n), high(n));
       }
     }
 }
@@ -356,18 +368,21 @@ int most_shared_memory() {
 }
 
 template <class T, int Steps, int Tiles, int Stages>
-void start(const AbsorbedDecode& d, cudaStream_t stream) {
+void start(AbsorbedDecode d, cudaStream_t stream) {
   using S = Sizes<T, Steps, Tiles>;
   const auto kernel = absorbed_decode_kernel<T, Steps, Tiles, Stages>;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::bytes(Stages)));
+  const int bytes = S::bytes(Stages, d.neighbours);
+  d.key_tiles = (d.keys + kKeys - 1) / kKeys;
+  d.inverse = ((uint64_t(1) << 32) + d.key_tiles - 1) / d.key_tiles;  // exact as long as tiles · key_tiles < 2^32
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int64_t row_tiles = (int64_t(d.tokens) * d.heads + S::rows - 1) / S::rows;
-  kernel<<<static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, S::bytes(Stages), stream>>>(d);
+  kernel<<<static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, bytes, stream>>>(d);
   check(cudaGetLastError());
 }
 
 template <class T, int Steps, int Tiles>
 void start(const AbsorbedDecode& d, cudaStream_t stream) {
-  if (most_shared_memory() >= Sizes<T, Steps, Tiles>::bytes(kMostStages))
+  if (most_shared_memory() >= Sizes<T, Steps, Tiles>::bytes(kMostStages, d.neighbours))
     start<T, Steps, Tiles, kMostStages>(d, stream);
   else
     start<T, Steps, Tiles, 2>(d, stream);
@@ -396,12 +411,15 @@ void start(const AbsorbedDecode& d, cudaStream_t stream) {
 
 }  // namespace
 
-bool absorbed_decode_fits(int width) {
+bool absorbed_decode_fits(int width, int neighbours, int keys) {
   if (width != 512 && width != 768 && width != 896 && width != 1024) return false;
   int device = 0, major = 0;
   check(cudaGetDevice(&device));
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  const int most = width == 1024 ? Sizes<__half, 8, 2>::bytes(2) : Sizes<__half, 7, 2>::bytes(2);
+  const int64_t key_tiles = (keys + kKeys - 1) / kKeys, tiles = neighbours * key_tiles;
+  // of offsets within a sequence, and of what is divided by a product
+  if (int64_t(neighbours) * keys * width >= INT32_MAX || tiles * key_tiles >= INT32_MAX) return false;
+  const int most = width == 1024 ? Sizes<__half, 8, 2>::bytes(2, neighbours) : Sizes<__half, 7, 2>::bytes(2, neighbours);
   return major >= 8 && most_shared_memory() >= most;
 }
 

@@ -31,7 +31,7 @@ def can_run(
         and (lengths is None or lengths.dtype in _INTEGERS)
         and (rel_bias is None or rel_bias.dtype in (torch.float32, absorbed.dtype))
         and all(x.data_ptr() % 16 == 0 for x in (absorbed, states))
-        and _C.absorbed_decode_fits(absorbed.shape[-1])
+        and _C.absorbed_decode_fits(absorbed.shape[-1], *states.shape[1:3])
     )
 
 

@@ -24,8 +24,8 @@ from retro_kernels.ops.cca.tiles import _query_tile, _shear
 REL_SLICE = 64
 """Distance columns of one program of the kernel for rel_key, or twice as many: windows are multiples of it."""
 
-REL_SLOTS = 264
-"""Programs of that kernel that a GPU is taken to run at a time: two for each multiprocessor of an H100. The same for
+REL_SLOTS = 132
+"""Programs of that kernel that a GPU is taken to run at a time: one for each multiprocessor of an H100. The same for
 every GPU, since the order of the sums, and with it every bit, is to depend on shapes alone."""
 
 MOST_WAVES = 4
@@ -439,7 +439,7 @@ class TableGradients:
                 **self._blocks,
                 "W": window,
                 "BC": each,
-                "BS": 4 if rel else 64,
+                "BS": 4 if rel else 256,
                 "NEED_REL": rel,
                 "NEED_COLUMNS": self.need.columns,
                 "NEED_BIAS": self.need.bias,
