@@ -239,9 +239,21 @@ def _given_start(options: Options, embedder: TextEmbedder) -> Start | None:
         raise InputError(
             f"{given} for an index {options.index}: it is {index['factory'][:80]}. Leave one of the two out."
         )
+    check_factory_of(store, index["factory"])
     return Start(
         index["factory"], index["trained"], partial(Index.open_trained, store, device=options.device)
     )
+
+
+def check_factory_of(store: ChunkStore, factory: str) -> None:
+    """`check_factory` of the kind of index that an older set has, of which earlier versions took more."""
+    try:
+        check_factory(factory, store.manifest["embedder"]["dim"])
+    except InputError as error:
+        raise InputError(
+            f"{store.path} was built with an index that is refused by now. {error} Its vectors can stay: make a set "
+            f"with another index of them (retro-kernels index {store.path} --merge --out NEW --index Flat)."
+        ) from None
 
 
 @dataclass
