@@ -667,9 +667,10 @@ def _generate(args: argparse.Namespace) -> None:
 def _neighbours(args: argparse.Namespace) -> None:
     from .retrieval import Retriever
     from .retrieval.build import reader_of
-    from .retrieval.neighbours import precompute
+    from .retrieval.neighbours import check_out, precompute
     from .runs import Text, pick_device, progress_bar
 
+    check_out(args.out)
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
     text = Text(reader_of(args.data, (), (), ()), "neighbours: there is no text to find any of")
     corpus = text.tokenise(retriever.tokenizer, retriever.chunk_size)

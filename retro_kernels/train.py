@@ -87,8 +87,10 @@ def train(
     `config.neighbours` had, the others were searched for; None without one), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
+    from .retrieval.writing import check_writable
+
     folder = Path(config.out)
-    _check_writable(folder)
+    check_writable(folder, "; a run is a folder. Give another --out.")
     if documents is None and os.path.realpath(folder) in map(os.path.realpath, config.data):
         raise InputError(
             f"train: out is {folder}, and so is data. What is written there would be read as text when the run is "
@@ -159,14 +161,6 @@ def train(
         if documents is not None:  # they are the caller's, and so is the way to go on
             raise
         raise Interrupted(f"{stopped} Continue with: {_resume_command(config)}") from None
-
-
-def _check_writable(folder: Path) -> None:
-    """Now, and not after hours: `folder` is a folder, or can be made one."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "cannot be written" if nearest.is_dir() else "is a file"
-        raise InputError(f"{nearest} {what}; a run is a folder. Give another --out.")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -121,6 +121,19 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             "cannot be had in float32",
         ),
         (["search", "x", "--set", "y", "--device", "gpu"], "device is 'gpu'"),
+        # before the set is opened, or the text read
+        *(
+            (["neighbours", "--data", "x", "--set", "/nowhere", "--out", out], said)
+            for out, said in {
+                "{tmp}": "which is a folder. Give the name of the file",
+                "{tmp}/empty.txt/near": "empty.txt is a file, where the folder of",
+                "{tmp}/old": "old.partial is where this job keeps what is done, but it is a folder. Move it away",
+            }.items()
+        ),
+        (
+            ["dedup", "--data", "{tmp}", "--against", "{tmp}", "--out", "{tmp}/old.jsonl"],
+            "old.jsonl.partial is where this job keeps what is done, but it is a folder",
+        ),
     ],
 )
 def test_one_line_for_what_cannot_be_used(
@@ -128,6 +141,8 @@ def test_one_line_for_what_cannot_be_used(
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("old", "old.jsonl"):
+        (tmp_path / f"{name}.partial").mkdir()
     if "wide=3" in words:
         (tmp_path / "a.txt").write_text("some text to train on, and more of it\n" * 40)
         words = [*words, "--vocab-size", "300"]

@@ -29,7 +29,7 @@ import numpy as np
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
-from retro_kernels.retrieval.writing import Journal, journal
+from retro_kernels.retrieval.writing import Journal, check_no_folder, journal
 
 N = 13
 THRESHOLD = 0.8
@@ -255,6 +255,7 @@ def deduplicate(
     own = [] if out is None else [out, *(out.with_name(out.name + end) for end in (".partial", ".tmp"))]
     if out is not None:
         _check_out(out)
+        check_no_folder(own[1])
     documents = read_documents(data, report=report, leave_out=own)
     show = {"disable": None if progress else True, "unit": " documents", "mininterval": 0.5}
     finder = DuplicateFinder(
