@@ -586,12 +586,15 @@ def _train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
-    config = TrainConfig(**given)
-    from .runs import SETTINGS, resumed
+    if args.resume:
+        from .runs import SETTINGS, resumed
+
+        folder = Path(args.out)
+        if (folder / SETTINGS).exists():  # what is given is to make sense together with what the run has
+            given = resumed(folder, given)
+    config = TrainConfig.from_dict(given)
     from .train import train
 
-    if args.resume and (Path(config.out) / SETTINGS).exists():
-        config = TrainConfig.from_dict(resumed(Path(config.out), given))
     summary = train(config, resume=args.resume, stop_after=args.stop_after)
     if args.json:
         _print_json(summary)

@@ -79,12 +79,14 @@ def load_run(
     *,
     base: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """Opens the folder that `train` wrote. `base`: where the pretrained model lies now that retrieval was added to.
+    """Opens the folder that `train` wrote. `base`: where the pretrained model lies now that retrieval was added to;
+    None: where it was or, moved together with the run, as it lay beside it.
     Raises InputError where the folder is no run, or is damaged, or where it has no such model."""
     folder = Path(folder)
     settings = read_settings(folder)
     model: Retro | RetroFitted
     if RetroFitted.is_saved_in(folder):
+        base = base or _base(settings, folder, "--base")
         model = RetroFitted.from_pretrained(folder, base=base, device=device)
     elif base is not None:
         raise InputError(f"{folder} was not made from a model of transformers; leave out base ({base}).")
@@ -181,12 +183,28 @@ def resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         return next(filter(os.path.exists, places(path, config, folder)), path)
 
     changes: dict[str, Any] = {
-        name: now(config[name]) for name in ("tokenizer", "retrofit", "neighbours") if config.get(name)
+        name: now(config[name]) for name in ("tokenizer", "neighbours") if config.get(name)
     }
+    if config.get("retrofit") and "retrofit" not in given:
+        changes["retrofit"] = _base(settings, folder, "--retrofit")
     if config["set"] is not None:
         there, same = _sets(settings, folder)
         changes["set"] = same or next(iter(there), config["set"])
     return {**config, **changes, **given}
+
+
+def _base(settings: dict[str, Any], folder: Path, option: str) -> str:
+    """Where the model is now to which the run in `folder` adds retrieval: the first of its `places` that is there.
+    InputError, with the `option` that names another, where none is."""
+    config = settings["config"]
+    found = places(config["retrofit"], config, folder)
+    there = next(filter(os.path.isdir, found), None)
+    if there is None:
+        raise InputError(
+            f"The model to which {folder} adds retrieval is gone: there is no folder "
+            f"{' or '.join(dict.fromkeys(found))}. Put it back, or name the folder where it is now with {option}."
+        )
+    return there
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -111,6 +111,11 @@ def train(
                 "Ask for at least as many, or give another --out."
             )
 
+    if config.retrofit and not os.path.isdir(config.retrofit):
+        raise InputError(
+            f"retrofit: there is no folder {config.retrofit}. Give the run of a plain decoder, or the folder of a "
+            "pretrained model, as it is now."
+        )
     device = pick_device(config.device)
     retriever = _open_set(config, device)
     text = _text(config, documents, progress)
