@@ -34,8 +34,11 @@ _NOT_UNPACKED = {".bz2", ".zst", ".zstd", ".lz4", ".br", ".lzma", ".zip", ".7z",
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 _BROKEN_OFF, _EMPTY = "unreadable", "empty"
 _SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
-_OWN_FOLDERS = (("train.json", "tokenizer.model"), ("manifest.json", "chunks.npy"))
-"""A training run and a retrieval set, by files in them: no text of the user's, and it changes with every step."""
+_OWN_FOLDERS = {
+    "a training run": ("train.json", "tokenizer.model"),
+    "a retrieval set": ("manifest.json", "chunks.npy"),
+}
+"""By files in them: no text of the user's, and it changes with every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +95,9 @@ def read_documents(
     Left out and counted: lines of a `.jsonl`, and files inside folders, that cannot be read or unpacked, are not UTF-8,
     are larger than 1 GiB, or no JSON object with a text; in folders also binary files (a NUL in the first 8 KiB); and
     whatever is empty or white space.
-    Raises InputError, before anything is read, for a path that does not exist, for no path at all, and for a file in
-    `paths` whose first bytes cannot be read; while reading, for one that shows later that it cannot be.
+    Raises InputError, before anything is read, for a path that does not exist, for no path at all, for the folder of a
+    training run or a retrieval set, and for a file in `paths` whose first bytes cannot be read; while reading, for one
+    that shows later that it cannot be.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -107,8 +111,20 @@ def read_documents(
             )
         if os.path.isfile(path):
             _check_beginning(Path(path))
+        elif path != "-" and (kind := _own_kind(path)):
+            raise InputError(
+                f"{path} is {kind}, and no text. Give the text that it was made from (or a file in it, by its name)."
+            )
     wanted = _Wanted(include, exclude, frozenset(map(os.path.realpath, leave_out)))
     return _read(checked, wanted, report)
+
+
+def _own_kind(folder: str) -> str | None:
+    """Which of `_OWN_FOLDERS` it is, if any."""
+    for kind, names in _OWN_FOLDERS.items():
+        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
+            return kind
+    return None
 
 
 @dataclass(frozen=True)
@@ -120,9 +136,7 @@ class _Wanted:
     leave_out: frozenset[str]
 
     def enters(self, folder: os.DirEntry[str]) -> bool:
-        if folder.name in _SKIPPED_DIRECTORIES or any(
-            all(os.path.isfile(os.path.join(folder.path, name)) for name in names) for names in _OWN_FOLDERS
-        ):
+        if folder.name in _SKIPPED_DIRECTORIES or _own_kind(folder.path):
             return False
         return not self._left_out(folder)
 

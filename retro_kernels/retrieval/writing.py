@@ -54,8 +54,8 @@ def check_no_folder(path: Path) -> None:
     """InputError for a folder in the place of a file with which a job works; to be known before the job begins."""
     if path.is_dir():
         raise InputError(
-            f"{path} is where this job keeps what is done, but it is a folder. Move it away, or choose another name for "
-            "the result."
+            f"{path} is where this job keeps what is done, but it is a folder. Move it away, or choose another name "
+            "for the result."
         )
 
 

@@ -260,7 +260,7 @@ def test_folders_that_are_left_out(tmp_path):
 
 
 def test_runs_and_retrieval_sets_are_no_text(tmp_path):
-    """Unless they are what was named."""
+    """In a folder they are left out, named they are an error; a file of theirs may be wanted."""
     for folder, names in (
         ("run", ["train.json", "tokenizer.model"]),
         ("set", ["manifest.json", "chunks.npy"]),
@@ -271,4 +271,9 @@ def test_runs_and_retrieval_sets_are_no_text(tmp_path):
     (tmp_path / "in" / "mine").mkdir()
     (tmp_path / "in" / "mine" / "manifest.json").write_text("{}")
     assert read(tmp_path / "in")[0] == [("mine/manifest.json", "{}")]
-    assert [title for title, _ in read(tmp_path / "in" / "run")[0]] == ["tokenizer.model", "train.json"]
+    for name, kind in (("run", "a training run"), ("set", "a retrieval set")):
+        with pytest.raises(
+            InputError, match=f"{name} is {kind}, and no text. Give the text that it was made from"
+        ):
+            read_documents([tmp_path / "in" / "mine", tmp_path / "in" / name])
+    assert read(tmp_path / "in" / "run" / "train.json")[0] == [("train.json", "train.json")]
