@@ -696,7 +696,11 @@ def _dedup(args: argparse.Namespace) -> None:
         return
     for copy in result["copies"]:
         print(f"{copy['jaccard']:.3f}  {copy['title']}  copies  {copy['against']}")
-    print(f"{len(result['copies']):,} of {result['documents']:,} documents are copies")
+    skipped = sum(result["skipped"].values())
+    print(
+        f"{len(result['copies']):,} of {result['documents']:,} documents are copies"
+        + (f"; {skipped:,} were left out" if skipped else "")
+    )
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -21,20 +21,20 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .config import InputError
-from .data.corpus import Document, ReadReport
-from .data.packing import TokenDocuments, tokenise
-from .data.tokenizer import TextSampler, Tokenizer, _write_whole
+from .data.text import Text as Text
+from .data.text import note as note
+from .data.text import progress_bar as progress_bar
+from .data.text import taken_up as taken_up
+from .data.tokenizer import Tokenizer, _write_whole
 from .nn import Retro, RetroFitted
 from .ops._backend import cpu_has_bf16
 from .ops._backend import pick_device as pick_device
@@ -275,75 +275,6 @@ def dtype_name(dtype: torch.dtype) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; nothing where that is fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-class Text:
-    """Documents that are read anew whenever they are needed, under a progress bar, and never all held at once."""
-
-    def __init__(
-        self, reader: Callable[[ReadReport], Iterator[Document]], nothing: str, *, show: bool = True
-    ) -> None:
-        """reader: see `retrieval.build.reader_of`. nothing: begins the message where there is no text."""
-        self._reader, self._nothing, self._show = reader, nothing, show
-        self._characters: int | None = None
-
-    def survey(self, sampler: TextSampler | None = None) -> None:
-        """Reads everything once, to know how much there is, and says what is left out. sampler: is given the texts.
-        InputError where there is none."""
-        report, characters = ReadReport(), 0
-        with progress_bar(None, "reading", "document", show=self._show) as bar:
-            for document in self._reader(report):
-                characters += len(document.text)
-                if sampler is not None:
-                    sampler.add(document.text)
-                bar.update()
-        warning = report.warning()
-        if not characters:
-            raise InputError(f"{self._nothing}. {warning or 'No file with text was found.'}")
-        if warning:
-            note(warning)
-        self._characters = characters
-
-    def tokenise(self, tokenizer: Tokenizer, chunk_size: int) -> TokenDocuments:
-        """See `data.packing.tokenise`."""
-        if self._characters is None:
-            self.survey()
-        with progress_bar(self._characters, "tokenising", "character", show=self._show) as bar:
-            return tokenise(self._reader(ReadReport()), tokenizer, chunk_size, bar.update)
-
-
-def progress_bar(
-    total: int | None, description: str, unit: str, *, show: bool = True, initial: int = 0
-) -> tqdm:
-    """On standard error, redrawn seldom where that is a file. Without a total it leaves nothing behind."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=" " + unit if unit == "character" else unit,
-        unit_scale=unit == "character",  # of which there are billions
-        initial=initial,
-        disable=not show,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        smoothing=0.05,
-        leave=total is not None,
-        # what is found wrong at once shall be the only line of a log
-        delay=1 if total is None and not sys.stderr.isatty() else 0,
-    )
-
-
-def taken_up(bar: tqdm, count: int) -> None:
-    """`count` of the total were done in an earlier call: they say nothing of the rate, and so of the time left."""
-    if not bar.disable:
-        bar.initial += count
-        bar.last_print_n += count
-        bar.n += count
-
-
-def note(message: str) -> None:
-    """One line on standard error that a progress bar does not tear."""
-    tqdm.write(message, file=sys.stderr)
 
 
 @contextlib.contextmanager

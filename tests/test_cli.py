@@ -355,5 +355,11 @@ def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     result = json.loads(capfd.readouterr().out)
     assert [copy["title"] for copy in result["copies"]] == ["copy.txt"]
     assert [json.loads(line)["title"] for line in kept.read_text().splitlines()] == ["other.txt"]
+    (tmp_path / "training" / "latin.txt").write_bytes(b"caf\xe9")
     assert run("dedup", "--data", tmp_path / "training", "--against", world.held_out) == 0
-    assert "copy.txt  copies  held-out-1.txt" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "copy.txt  copies  held-out-1.txt" in out
+    assert out.endswith("1 of 2 documents are copies; 1 were left out\n")
+    left_out = tmp_path / "training" / "latin.txt"
+    assert f"Training text: Documents left out: 1. 1 not UTF-8 (first: {left_out}, byte 3)." in err
+    assert "preparing: 100%" in err and "comparing: 100%" in err  # though it is no terminal
