@@ -28,6 +28,7 @@ from .data.tokenizer import _write_whole
 from .evaluate import draw, evaluate, find_neighbours
 from .generate import generate, show_chunks
 from .retrieval import Retriever, build_retrieval_set
+from .retrieval.build import MadeFromOther
 from .runs import checkpoints, load_run, note, write_json
 from .train import train
 
@@ -111,9 +112,15 @@ def demo(
     say(f"Training: {_amount(training)}. Held out: {_amount(held_out)}.")
 
     clock.start("tokenizer and retrieval set")
-    manifest = build_retrieval_set(
-        training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
-    )
+    try:
+        manifest = build_retrieval_set(
+            training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
+        )
+    except MadeFromOther as other:  # a set can be replaced, the models that were trained with it cannot
+        raise InputError(
+            f"demo: {folder} holds the demo of something else ({other.differences}). Go on with it with the same "
+            "--corpus, --embedder and --seed as before, or give another --out for a new one."
+        ) from None
     parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
     common: dict[str, Any] = dict(
         data=(source,),

@@ -391,6 +391,15 @@ def _title(document: Document) -> str:
     return document.title[: files.MAX_TITLE_CHARS]
 
 
+class MadeFromOther(InputError):
+    """A set, or unfinished work on one, is of another input or setting than what is to be built."""
+
+    def __init__(self, where: Path, differing: Sequence[str], what: str, advice: str) -> None:
+        # another index alone is not in the way
+        self.differences = ", ".join(f"another {name}" for name in differing if name not in _INDEX_ONLY)
+        super().__init__(f"{where} {what} ({self.differences}). {advice}")
+
+
 _INDEX_ONLY = {"index", "recall", "trained"}
 """Parts of a plan that the vectors do not depend on: sets and unfinished work are taken up for another index."""
 _PLAN_KEYS = {"corpus", "chunk_size", "tokenizer", "embedder", "index", "recall"}
@@ -482,9 +491,7 @@ class Builder:
         if set(differs) <= _INDEX_ONLY:
             self.say(f"{self.out}: built from this input; only its index is made again.")
         elif not overwrite:
-            raise InputError(
-                f"{self.out} was built from something else ({_differences(differs)}). {self.otherwise}"
-            )
+            raise MadeFromOther(self.out, differs, "was built from something else", self.otherwise)
         return None
 
     def drop_leftovers(self, plan: Any) -> None:
@@ -506,9 +513,12 @@ class Builder:
                 self._refuse_others(fresh)
             elif not set(differs := _differing(found, plan)) <= _INDEX_ONLY:
                 if not overwrite:
-                    raise InputError(
-                        f"{self.folder} holds unfinished work on something else ({_differences(differs)}). Finish "
-                        "it with the same arguments as before, delete it, or drop it with overwrite (--overwrite)."
+                    raise MadeFromOther(
+                        self.folder,
+                        differs,
+                        "holds unfinished work on something else",
+                        "Finish it with the same arguments as before, delete it, or drop it with overwrite "
+                        "(--overwrite).",
                     )
                 found = None
             if found is None:
@@ -917,11 +927,6 @@ def _differing(old: Any, new: dict[str, Any]) -> list[str]:
     """Keys of a plan under which another one, or something that is none, has something else."""
     keys = [*new, *(key for key in _INDEX_ONLY if key not in new)]
     return [key for key in keys if not isinstance(old, dict) or old.get(key) != new.get(key)]
-
-
-def _differences(keys: Sequence[str]) -> str:
-    """In words; another index alone is not in the way."""
-    return ", ".join(f"another {name}" for name in keys if name not in _INDEX_ONLY)
 
 
 def say(progress: bool, text: str) -> None:
