@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import threading
@@ -149,10 +150,17 @@ def set_of(settings: dict[str, Any], folder: Path) -> str | None:
         note(f"{told}, which has been changed since. It is used as it is now; --set names another.")
         return given
     if there:
-        raise InputError(
-            f"{told}. What is in {there[0]} is another one, or has been changed since. Name the one to use with --set."
+        meant = (
+            ""
+            if os.path.isabs(given)
+            else " (noted by an earlier version, which did not say in what directory)"
         )
-    raise InputError(f"{told}, which is not there. Name one with --set.")
+        raise InputError(
+            f"{told}{meant}. What is in {there[0]} is another one, or has been changed since, and not taken unasked. "
+            f"Name the one to use: --set {shlex.quote(there[0])}, or where the right one is."
+        )
+    looked_for = " or ".join(dict.fromkeys(places(given, settings["config"], folder)))
+    raise InputError(f"{told}, which is not there: no folder {looked_for}. Name one with --set.")
 
 
 def _sets(settings: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:

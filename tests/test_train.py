@@ -581,10 +581,18 @@ def test_a_set_that_is_another_now(
     as_earlier_versions_were(root / "runs" / "r")
     monkeypatch.chdir(root)
     assert run(*words) == 2
-    assert "is another one, or has been changed since" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "sets/mine (noted by an earlier version, which did not say in what directory). What is in " in err
+    assert (
+        f"is another one, or has been changed since, and not taken unasked. Name the one to use: --set {root}"
+        in err
+    )
+    assert run(*words, "--set", root / "sets" / "mine") == 0
+    capfd.readouterr()
     shutil.rmtree(root / "sets")
     assert run(*words) == 2
-    assert "sets/mine, which is not there. Name one with --set" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert f"sets/mine, which is not there: no folder {root / 'sets' / 'mine'}. Name one with --set" in err
 
 
 def test_data_that_has_moved(
