@@ -635,7 +635,12 @@ def _generate(args: argparse.Namespace) -> None:
     from .generate import check_sampling, generate, show_chunks
 
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the prompt on stdin is not UTF-8 (byte {error.start:,}). Convert it to UTF-8."
+        ) from None
 
     shown: list[str] = []
 

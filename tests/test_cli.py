@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -340,6 +341,20 @@ def test_train_json_is_alone_on_standard_output(
     assert run(*words) == 0
     summary = json.loads(capfd.readouterr().out)
     assert summary["steps"] == 2 and 0 <= summary["stall_share"] <= 1 and summary["tokens_per_second"] > 0
+
+
+def test_text_that_is_not_utf8(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "-", "--run", world.plain, "--device", "cpu"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert run(*words) == 2
+    assert capfd.readouterr().err == (
+        "retro-kernels generate: the prompt on stdin is not UTF-8 (byte 3). Convert it to UTF-8.\n"
+    )
+    words[1] = os.fsdecode(b"caf\xe9")  # as the shell hands it over
+    assert run(*words) == 2
+    assert capfd.readouterr().err.endswith("what bytes become that are not UTF-8. Convert them to UTF-8.\n")
 
 
 def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
