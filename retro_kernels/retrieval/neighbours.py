@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, as_count
 from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
@@ -343,8 +343,7 @@ def precompute(
             f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
             f"not {list(chunks.shape)} and {list(documents.shape)}."
         )
-    if per_chunk < 1:
-        raise InputError(f"precompute: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
+    per_chunk = as_count("precompute", "per_chunk", per_chunk)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

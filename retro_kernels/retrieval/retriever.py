@@ -12,9 +12,7 @@ Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neigh
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import operator
 import os
 import re
 import threading
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, check_count
+from retro_kernels.config import InputError, as_count, check_seed
 from retro_kernels.ops._backend import numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
@@ -159,6 +157,9 @@ class Retriever:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
         if metric not in ("l2", "inner product"):
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
+        check_seed("Retriever", seed)
+        cache = as_count("Retriever", "cache", cache, least=0)
+        rerank_fetch = as_count("Retriever", "rerank_fetch", rerank_fetch)
         device = numbered(pick_device(device or "cpu"))
         index_device = None if index_device is None else pick_device(index_device)
         store = ChunkStore.open(path, verify=verify)
@@ -315,7 +316,7 @@ class Retriever:
             raise ValueError(
                 f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
             )
-        k = _count("Retriever", "num_neighbours", k)
+        k = as_count("Retriever", "num_neighbours", k)
         if exclude is None:
             return k
         if (
@@ -374,12 +375,16 @@ class Retriever:
         return gather_neighbours(source.chunks, ids, continuation=source.continuation)
 
     def documents(self, ids: Tensor) -> Tensor:
-        """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have. On a
-        GPU it is waited for: an index beyond the end would be the end of the process there."""
+        """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have,
+        TypeError for what is no tensor, ValueError for one that is not of integers. On a GPU it is waited for: an index
+        beyond the end would be the end of the process there."""
         self._check_chunk_ids(ids)
         return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
 
     def _check_chunk_ids(self, ids: Tensor) -> None:
+        _check_tensor("ids", ids, "of any shape")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"Retriever: ids must be integers, not {ids.dtype}.")
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
         if not -1 <= low <= high < self.num_chunks:
             raise InputError(
@@ -387,7 +392,7 @@ class Retriever:
             )
 
     def titles(self, document_ids: Any) -> list[str]:
-        """The title of each document id, "" for −1, flat."""
+        """The title of each document id, "" for −1, flat. Errors are those of `ChunkStore.titles`."""
         return self.store.titles(document_ids)
 
     def find_documents(self, hashes: Iterable[int]) -> Tensor:
@@ -399,7 +404,7 @@ class Retriever:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
         lists."""
         texts = [text] if isinstance(text, str) else list(text)
-        k = _count("search_text", "k", k)
+        k = as_count("search_text", "k", k)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
@@ -450,15 +455,6 @@ def _check_tensor(name: str, given: Any, shape: str) -> None:
             f"Retriever: {name} must be a tensor of integers {shape}, not {type(given).__name__}. Make it one with "
             "torch.as_tensor."
         )
-
-
-def _count(verb: str, name: str, given: Any) -> int:
-    """An integer of at least 1, of Python's or numpy's; else InputError."""
-    count = given
-    with contextlib.suppress(TypeError):
-        count = given if isinstance(given, bool) else operator.index(given)
-    check_count(verb, name, count)
-    return count
 
 
 def _search_without_copies(
