@@ -268,9 +268,13 @@ class Retriever:
         """InputError for more neighbours of a chunk than the set has chunks: places that nothing can ever fill."""
         if k > self.num_chunks:
             raise InputError(
-                f"{k:,} neighbours were asked for, but the retrieval set {self.store.path} holds {self.num_chunks:,} "
-                "chunks. Ask for no more than that."
+                f"{k:,} neighbours were asked for, but {self._called()} holds {self.num_chunks:,} chunks. Ask for no "
+                "more than that."
             )
+
+    def _called(self) -> str:
+        """What a message calls the whole of what is searched."""
+        return f"the retrieval set {self.store.path}"
 
     def __call__(
         self, tokens: Tensor, *, num_neighbours: int = 2, exclude_documents: Tensor | None = None
@@ -287,25 +291,30 @@ class Retriever:
         Raises TypeError for what is no tensor, ValueError for shapes and dtypes that do not fit, InputError for a token
         id beyond the vocabulary.
         """
-        num_neighbours = self._check(tokens, num_neighbours, exclude_documents)
-        m = self.chunk_size
-        b, chunks = tokens.shape[0], tokens.shape[1] // m
-        queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
-        exclude = None
-        if exclude_documents is not None and exclude_documents.shape[1]:
-            exclude = exclude_documents.to(queries.device, torch.int64).repeat_interleave(chunks, dim=0)
         with self._lock, torch.no_grad():
             self.stats.calls += 1
-            check_queries(queries, self.store.manifest["tokenizer"]["vocab_size"])
+            queries, num_neighbours, exclude = self._queries(tokens, num_neighbours, exclude_documents)
             distances, ids = self.search(queries, num_neighbours, exclude)
             home = tokens.device if tokens.is_cuda else self.device
             distances, ids = distances.to(home), ids.to(home)
             with self.stats.time("gather"):
                 found, lengths = self.gather(ids)
-        shape = (b, chunks, num_neighbours)
+        m = self.chunk_size
+        shape = (tokens.shape[0], tokens.shape[1] // m, num_neighbours)
         return NeighbourBatch(
             found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape)
         )
+
+    def _queries(self, tokens: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        """What `search` takes, of checked arguments of a call."""
+        k = self._check(tokens, k, exclude)
+        m = self.chunk_size
+        b, chunks = tokens.shape[0], tokens.shape[1] // m
+        queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
+        check_queries(queries, self.store.manifest["tokenizer"]["vocab_size"])
+        if exclude is None or not exclude.shape[1]:
+            return queries, k, None
+        return queries, k, exclude.to(queries.device, torch.int64).repeat_interleave(chunks, dim=0)
 
     def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> int:
         """k as an int of Python's."""
@@ -404,17 +413,21 @@ class Retriever:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
         lists."""
         texts = [text] if isinstance(text, str) else list(text)
+        with self._lock, torch.no_grad():
+            queries, k = self._text_queries(texts, k)
+            distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
+        hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
+        return hits[0] if isinstance(text, str) else hits
+
+    def _text_queries(self, texts: list[str], k: int) -> tuple[Tensor, int]:
+        """What `search` takes, of checked arguments of `search_text`."""
         k = as_count("search_text", "k", k)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
         width = max(map(len, encoded), default=1)
         queries = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded])
-        queries = queries.reshape(len(texts), width)
-        with self._lock, torch.no_grad():
-            distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
-        hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
-        return hits[0] if isinstance(text, str) else hits
+        return queries.reshape(len(texts), width), k
 
     def _hits(self, distances: list[float], ids: list[int]) -> list[Hit]:
         chosen = torch.tensor([i for i in ids if i >= 0], dtype=torch.int64)
