@@ -599,12 +599,14 @@ def _train(args: argparse.Namespace) -> None:
     if args.json:
         _print_json(summary)
         return
-    from_file = summary.get("neighbours_from_file")  # not in the summaries of earlier versions
+    # neither is in the summaries of earlier versions
+    from_file, without = summary.get("neighbours_from_file"), summary.get("without_neighbours")
     print(
         f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, "
         f"{summary['parameters']:,} parameters, "
         f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
         f"waiting for {'neighbours' if config.set else 'data'}"
+        + ("" if without is None else f", {without:.1%} of the chunks without a neighbour")
         + ("" if from_file is None else f", {from_file:.1%} of the neighbours from {config.neighbours}")
         if summary["seconds"]
         else f"{summary['run']}: nothing left to do at step {summary['steps']:,}"
@@ -674,13 +676,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _neighbours(args: argparse.Namespace) -> None:
     from .retrieval import Retriever
-    from .retrieval.build import reader_of
     from .retrieval.neighbours import check_out, precompute
-    from .runs import Text, pick_device, progress_bar
+    from .runs import pick_device, progress_bar, text_of
 
     check_out(args.out)
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
-    text = Text(reader_of(args.data, (), (), ()), "neighbours: there is no text to find any of")
+    text = text_of(args.data, None, "neighbours: there is no text to find any of", True)
     corpus = text.tokenise(retriever.tokenizer, retriever.chunk_size)
     documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
     with progress_bar(len(corpus.chunks), "searching", "chunk") as bar:
@@ -688,7 +689,8 @@ def _neighbours(args: argparse.Namespace) -> None:
             retriever, corpus.chunks, documents, args.out, per_chunk=args.per_chunk, progress=bar.update
         )
     _print_json(result) if args.json else print(
-        f"{args.out}: neighbours of {result['rows']:,} chunks, {result['per_chunk']} for each"
+        f"{args.out}: neighbours of {result['rows']:,} chunks, {result['per_chunk']} for each; "
+        f"{result['filled']:.1%} of the places are filled, {result['without_neighbours']:.1%} of the chunks have none"
     )
 
 

@@ -23,7 +23,7 @@ import shlex
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from .config import InputError
+from .data.corpus import Document
 from .data.text import Text as Text
 from .data.text import note as note
 from .data.text import progress_bar as progress_bar
@@ -283,6 +284,20 @@ def dtype_name(dtype: torch.dtype) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; nothing where that is fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def text_of(
+    data: Sequence[str | os.PathLike[str]],
+    documents: Sequence[Document] | None,
+    nothing: str,
+    show: bool,
+    leave_out: Sequence[str] = (),
+) -> Text:
+    """`documents`, or where there are none given those of the paths `data`, which are checked. Else see `Text`."""
+    from .retrieval.build import reader_of
+
+    reader = (lambda report: iter(documents)) if documents is not None else reader_of(data, (), (), leave_out)
+    return Text(reader, nothing, show=show)
 
 
 @contextlib.contextmanager

@@ -14,15 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run
+from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run, watch_reading
 
 from retro_kernels.config import InputError, TrainConfig
 from retro_kernels.data.corpus import Document
@@ -358,31 +356,12 @@ def test_text_is_read_as_a_stream(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A document is gone when the next is read, none is left when steps run, and a bar knows the end."""
-    from retro_kernels.data import corpus
-    from retro_kernels.retrieval import build
-
-    alive: weakref.WeakSet[Watched] = weakref.WeakSet()
-    most = [0]
-
-    class Watched(Document):
-        __slots__ = ("__weakref__",)
-
-        def __hash__(self) -> int:
-            return id(self)
-
-    def watching(*args: Any, **options: Any) -> Iterator[Document]:
-        for document in corpus.read_documents(*args, **options):
-            made = Watched(document.title, document.text)
-            alive.add(made)
-            most[0] = max(most[0], len(alive))
-            yield made
-
-    monkeypatch.setattr(build, "read_documents", watching)
+    reading = watch_reading(monkeypatch)
     step: list[int] = []
     forward = Retro.forward
 
     def watched(*args: Any) -> torch.Tensor:
-        step.append(len(alive))
+        step.append(len(reading.alive))
         return forward(*args)
 
     monkeypatch.setattr(Retro, "forward", watched)
@@ -391,7 +370,7 @@ def test_text_is_read_as_a_stream(
         ["--tokenizer", world.set / "tokenizer.model"] if tokenizer == "given" else ["--vocab-size", 400]
     )
     assert run("train", *words) == 0
-    assert 1 <= most[0] <= 2 and step == [0]
+    assert 1 <= reading.most <= 2 and step == [0]
     assert re.search(r"tokenising: 100%.*character/s", capfd.readouterr().err)
 
 
@@ -697,6 +676,29 @@ def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.Capture
         chunk = generate(out, prompt, max_tokens=1, device="cpu", **options)["chunks"][0]
         expected = chosen(torch.tensor([chosen.tokenizer.encode(prompt)[:CHUNK]])).ids[0, 0]
         assert [near["chunk"] for near in chunk["neighbours"]] == expected[expected >= 0].tolist()
+
+
+def test_the_share_of_chunks_without_neighbours_is_said(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of a text that is the whole set; none of the same text beside other documents."""
+    text = world.train / "train-0.txt"
+    alone = ["--tokenizer", world.set / "tokenizer.model", "--embedder", "hashing:64", "--chunk-size", CHUNK]
+    assert run("index", text, "--out", tmp_path / "s", *alone) == 0
+    for set, without, name in ((tmp_path / "s", 1.0, "alone"), (world.set, 0.0, "beside")):
+        common = ["--data", text, "--set", set]
+        capfd.readouterr()
+        assert run("train", *common, "--out", tmp_path / name, "--steps", 2, *MODEL) == 0
+        assert f"{without:.1%} of the chunks without a neighbour" in capfd.readouterr().out
+        summary = json.loads((tmp_path / name / "train.json").read_text())["summary"]
+        assert (summary["without_neighbours"], summary["neighbours_filled"]) == (without, 1 - without)
+        assert run("eval", "--run", tmp_path / name, "--data", text, "--device", "cpu") == 0
+        assert f"2 neighbours (dense), {without:.1%} of the chunks have none" in capfd.readouterr().out
+        assert run("neighbours", *common, "--out", tmp_path / f"{name}.file", "--device", "cpu") == 0
+        assert (
+            f"{1 - without:.1%} of the places are filled, {without:.1%} of the chunks have none"
+            in capfd.readouterr().out
+        )
 
 
 def test_precomputed_neighbours_train_the_same(

@@ -326,7 +326,9 @@ def precompute(
 
     Interrupted, the next call with the same arguments goes on (what is done lies in `out`.partial); where `out` has
     been made from the same input already, nothing is done. Memory: some 50 bytes a chunk; on the disk, until `out` is
-    whole, three times its size. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
+    whole, three times its size.
+    Returns {"rows", "chunks", "per_chunk", "path", "done_before", "without_neighbours": the share of the rows that have
+    none, "filled": the share of the rows' places that hold one}.
     InputError for a retriever that re-ranks, and for an `out` that no file can have (`check_out`).
     """
     out = check_out(out)
@@ -357,7 +359,7 @@ def precompute(
         with contextlib.suppress(InputError):  # a damaged one is replaced, when the new one is whole
             old = NeighbourFile.open(out)
             if {name: old.metadata.get(name) for name in metadata} == metadata:
-                return {**result, "rows": old.num_rows, "done_before": True}
+                return {**result, **_filled(old.ids), "rows": old.num_rows, "done_before": True}
     out.parent.mkdir(parents=True, exist_ok=True)
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(chunks), _BLOCK)]
     keys = np.zeros((2, len(chunks)), dtype=np.int64)
@@ -381,7 +383,17 @@ def precompute(
         columns = {"hashes": keys[0, kept], "checks": keys[1, kept], "ids": ids, "distances": distances}
         arrays = {name: torch.from_numpy(array) for name, array in columns.items()}
         _save(arrays, out, {**metadata, "checksum": _checksum(arrays)})
+        result |= _filled(arrays["ids"])
     return {**result, "rows": len(kept), "done_before": False}
+
+
+def _filled(ids: Tensor) -> dict[str, float]:
+    there = [block >= 0 for block in ids.split(_BLOCK)]  # the file may be larger than the memory
+    rows, places = (sum(int(x.sum()) for x in xs) for xs in ([x[:, 0] for x in there], there))
+    return {
+        "without_neighbours": 1 - rows / max(1, len(ids)),
+        "filled": places / max(1, ids.numel()),
+    }
 
 
 def _tokens(chunks: np.ndarray) -> Tensor:
