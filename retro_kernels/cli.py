@@ -330,6 +330,8 @@ def _add_train(parser: _Parser) -> None:
     for entry in dataclasses.fields(TrainConfig):
         flag = "--" + entry.name.replace("_", "-")
         options: dict[str, Any] = {"help": comments[entry.name], **special.get(entry.name, {})}  # type: ignore[dict-item]
+        if "choices" in options and "metavar" in options:  # which hides what can be chosen
+            options["help"] += ": " + ", ".join(options["choices"])
         if entry.default is False:
             options["action"] = "store_true"
         elif entry.name not in special:
@@ -379,7 +381,13 @@ def _add_eval(parser: _Parser) -> None:
     parser.add_argument(
         "--batch-size", type=_COUNT, default=8, metavar="N", help="windows at a time (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
+    parser.add_argument(
+        "--seed",
+        type=_NATURAL,
+        default=0,
+        metavar="N",
+        help="of the shuffled neighbours, and of the retriever random (default: %(default)s)",
+    )
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
     _add_dtype(parser, "fp32 on a CPU, bf16 on a GPU that multiplies in it")
     _add_device(parser)

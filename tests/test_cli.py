@@ -15,6 +15,7 @@ from small import World, run
 
 import retro_kernels
 from retro_kernels import cli
+from retro_kernels.config import PRESETS
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -26,6 +27,13 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--num-neighbours" in done.stdout and done.stderr == ""
+
+
+def test_presets_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--help") == 0
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    for text in (" ".join(capsys.readouterr().out.split()), readme):
+        assert all(name in text for name in PRESETS)
 
 
 def test_module_is_the_command_line() -> None:
