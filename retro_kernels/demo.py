@@ -29,7 +29,7 @@ from .evaluate import draw, evaluate, find_neighbours
 from .generate import generate, show_chunks
 from .retrieval import Retriever, build_retrieval_set
 from .retrieval.build import MadeFromOther
-from .runs import checkpoints, load_run, note, write_json
+from .runs import TOKENS, checkpoints, load_run, note, write_json
 from .train import train
 
 LEFT_OUT = (
@@ -245,9 +245,9 @@ def demo(
 
 
 def _keep(run: Path, copy: Path) -> None:
-    """The run as it is now, without its checkpoints; it goes on changing, the copy does not."""
+    """The run as it is now, without its checkpoints and its text; it goes on changing, the copy does not."""
     staged = copy.with_name(f"{copy.name}.tmp-{os.getpid()}")
-    shutil.copytree(run, staged, ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copytree(run, staged, ignore=shutil.ignore_patterns("checkpoint-*", TOKENS))
     os.replace(staged, copy)
 
 

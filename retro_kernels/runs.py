@@ -7,6 +7,7 @@ interruption.
     RUN/train.json                       how it was trained (TrainConfig) and what was found: arithmetic, fingerprints
     RUN/metrics.jsonl                    one JSON object every few steps
     RUN/checkpoint-00001000/             weights, optimiser, RNG at one moment; the newest is kept
+    RUN/tokens/                          the text in tokens, for the next start
     RUN/eval-….partial                   an evaluation that was interrupted (evaluate.py)
 
 A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser
@@ -28,10 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .config import InputError
 from .data.corpus import Document
+from .data.packing import TokenDocuments
 from .data.text import Text as Text
 from .data.text import note as note
 from .data.text import progress_bar as progress_bar
@@ -42,6 +45,7 @@ from .ops._backend import cpu_has_bf16
 from .ops._backend import pick_device as pick_device
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
+TOKENS, _ABOUT = "tokens", "about.json"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -298,6 +302,73 @@ def text_of(
 
     reader = (lambda report: iter(documents)) if documents is not None else reader_of(data, (), (), leave_out)
     return Text(reader, nothing, show=show)
+
+
+class KeptTokens:
+    """The tokens of a run's text, in its folder: to continue it the text is read, but not tokenised again.
+
+    One `.npy` for each array of TokenDocuments, memory-mapped; last of all `about.json`, with a checksum and all that
+    they depend on. What depends on something else, or is damaged, is not used.
+    """
+
+    _ARRAYS = ("chunks", "starts", "hashes", "num_bytes", "num_words", "titles")
+
+    def __init__(self, folder: Path, text: Text, tokenizer: Tokenizer, chunk_size: int) -> None:
+        self._folder, self._text, self._tokenizer, self._chunk_size = folder, text, tokenizer, chunk_size
+        self._about: dict[str, Any] = {
+            "version": 1,
+            "text": text.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "chunk_size": chunk_size,
+        }
+        self._whole = False
+
+    def get(self) -> TokenDocuments:
+        """Those that are kept, or else made now (`Text.tokenise`)."""
+        from .retrieval.writing import load_json
+
+        about = load_json(self._folder / _ABOUT)
+        if isinstance(about, dict) and {**about, "checksum": None} == {**self._about, "checksum": None}:
+            try:
+                arrays = {
+                    name: np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r"))
+                    for name in self._ARRAYS
+                }
+                if self._checksum(arrays) == about.get("checksum"):
+                    self._whole = True
+                    titles = json.loads(arrays.pop("titles").tobytes())
+                    return TokenDocuments(titles=titles, **arrays)
+            except (OSError, ValueError, EOFError):
+                pass
+            note(f"{self._folder} is damaged: the text is tokenised again.")
+        return self._text.tokenise(self._tokenizer, self._chunk_size)
+
+    def keep(self, corpus: TokenDocuments) -> None:
+        """Writes what `get` made; where there is no room for it, the run does without, which is said."""
+        from .retrieval.writing import save_array, save_json
+
+        if self._whole:
+            return
+        arrays = {name: getattr(corpus, name) for name in self._ARRAYS[:-1]}
+        arrays["titles"] = np.frombuffer(json.dumps(corpus.titles).encode(), np.uint8)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            (self._folder / _ABOUT).unlink(missing_ok=True)  # before the files change of which it speaks
+            for name, values in arrays.items():
+                save_array(self._folder / f"{name}.npy", values)
+            save_json(self._folder / _ABOUT, {**self._about, "checksum": self._checksum(arrays)})
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            note(
+                f"The tokens are not kept in {self._folder}: {error.strerror}. A resumed run tokenises again."
+            )
+
+    def _checksum(self, arrays: dict[str, np.ndarray]) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in self._ARRAYS:
+            digest.update(f"{arrays[name].dtype} {arrays[name].shape}".encode())
+            digest.update(np.ascontiguousarray(arrays[name]).data)
+        return digest.hexdigest()
 
 
 @contextlib.contextmanager

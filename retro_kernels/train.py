@@ -36,7 +36,9 @@ from .runs import (
     METRICS,
     SETTINGS,
     TOKENIZER,
+    TOKENS,
     Interrupted,
+    KeptTokens,
     Text,
     autocast,
     checkpoints,
@@ -136,7 +138,8 @@ def train(
     else:
         model = _fitted(config, tokenizer, chunk_size).to(device)
     # after all that can be refused has been: hours, where there is much text
-    corpus = text.tokenise(tokenizer, chunk_size)
+    kept = KeptTokens(folder / TOKENS, text, tokenizer, chunk_size)
+    corpus = kept.get()
     packed = Packed(
         corpus,
         config.sequence_length,
@@ -159,6 +162,7 @@ def train(
     if saved:
         trainer.load(saved[-1][1], read_settings(folder))
     folder.mkdir(parents=True, exist_ok=True)
+    kept.keep(corpus)
     _cut_metrics(folder / METRICS, trainer.step)
     tokenizer.save(folder / TOKENIZER)
     write_json(folder / SETTINGS, trainer.settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -29,7 +30,7 @@ from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
 from retro_kernels.nn import Retro, attention
 from retro_kernels.ops import NeighbourBatch
-from retro_kernels.retrieval import Retriever
+from retro_kernels.retrieval import Retriever, writing
 from retro_kernels.runs import Interrupted, checkpoints, load_state
 from retro_kernels.train import learning_rate, train
 
@@ -439,6 +440,49 @@ cli.main(sys.argv[1:])
     assert run(*words, "--out", tmp_path / "whole") == 0
     assert weights(out) == weights(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
     assert [step for step, _ in checkpoints(out)] == [3]
+
+
+def test_a_resumed_run_does_not_tokenise_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is that of one which never stopped, also where the tokens are damaged, or there was no room for them."""
+    words = ["train", "--data", world.train, "--set", world.set, "--steps", 4, "--log-every", 1, *MODEL]
+    resume = ["train", "--data", world.train, "--resume", "--out"]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    for case in ("kept", "damaged", "cut", "other text", "no room"):
+        out = tmp_path / case
+        with monkeypatch.context() as patch:
+            if case == "no room":
+                patch.setattr(writing, "save_array", no_room)
+            assert run(*words, "--out", out, "--stop-after", 2) == 0
+        chunks, said = out / "tokens" / "chunks.npy", ""
+        if case == "damaged":
+            content = bytearray(chunks.read_bytes())
+            content[-40] ^= 1
+            chunks.write_bytes(content)
+            said = f"{out / 'tokens'} is damaged: the text is tokenised again."
+        elif case == "cut":
+            chunks.write_bytes(chunks.read_bytes()[:200])
+            said = "is damaged"
+        elif case == "other text":
+            about = json.loads((out / "tokens" / "about.json").read_text())
+            (out / "tokens" / "about.json").write_text(json.dumps(about | {"text": "0" * 32}))
+        elif case == "no room":
+            assert not chunks.exists()
+            assert "The tokens are not kept in" in capfd.readouterr().err
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            if case == "kept":
+                patch.setattr(Tokenizer, "encode_array", None)
+            assert run(*resume, out) == 0
+        assert said in capfd.readouterr().err
+        assert weights(out) == weights(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
+        about = json.loads((out / "tokens" / "about.json").read_text())
+        assert about == json.loads((tmp_path / "whole" / "tokens" / "about.json").read_text())
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

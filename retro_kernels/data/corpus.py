@@ -352,6 +352,22 @@ def document_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
+class Fingerprint:
+    """Hash of a sequence of documents, by their text and title."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, text_hash: int, title: str) -> None:
+        name = title.encode(errors="replace")
+        self._digest.update(
+            text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name
+        )
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
+
+
 _D = TypeVar("_D", bound=Document)
 
 

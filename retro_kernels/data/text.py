@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from tqdm import tqdm
 
 from ..config import InputError
-from .corpus import Document, ReadReport
+from .corpus import Document, Fingerprint, ReadReport, document_hash
 from .packing import TokenDocuments, tokenise
 from .tokenizer import TextSampler, Tokenizer
 
@@ -29,16 +29,18 @@ class Text:
         from another text of the same job."""
         self._reader, self._nothing, self._name, self._show = reader, nothing, name, show
         self._characters: int | None = None
+        self._fingerprint = ""
         self.skipped: Counter[str] = Counter()
         """What the survey found to be left out, by reason."""
 
     def survey(self, sampler: TextSampler | None = None) -> None:
         """Reads everything once, to know how much there is, and says what is left out. sampler: is given the texts.
         InputError where there is none."""
-        report, characters = ReadReport(), 0
+        report, characters, fingerprint = ReadReport(), 0, Fingerprint()
         with progress_bar(None, f"reading {self._name}".rstrip(), "document", show=self._show) as bar:
             for document in self._reader(report):
                 characters += len(document.text)
+                fingerprint.add(document_hash(document.text), document.title)
                 if sampler is not None:
                     sampler.add(document.text)
                 bar.update()
@@ -47,7 +49,7 @@ class Text:
             raise InputError(f"{self._nothing}. {warning or 'No file with text was found.'}")
         if warning:
             note(f"{self._name.capitalize()}: {warning}" if self._name else warning)
-        self._characters, self.skipped = characters, report.skipped
+        self._characters, self._fingerprint, self.skipped = characters, fingerprint.hex(), report.skipped
 
     @property
     def characters(self) -> int:
@@ -56,6 +58,11 @@ class Text:
             self.survey()
         assert self._characters is not None
         return self._characters
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the documents in their order, by text and title; read for it, where they were not counted yet."""
+        return self._fingerprint if self.characters else ""
 
     def documents(self) -> Iterator[Document]:
         """One after another, read anew."""

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import sys
@@ -38,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
+from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash, read_documents
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
@@ -266,22 +265,6 @@ class Corpus:
     text_bytes: int
     skipped: dict[str, int]
     sampler: TextSampler | None = None
-
-
-class Fingerprint:
-    """Hash of a sequence of documents, by their text and title."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-
-    def add(self, text_hash: int, title: str) -> None:
-        name = title.encode(errors="replace")
-        self._digest.update(
-            text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name
-        )
-
-    def hex(self) -> str:
-        return self._digest.hexdigest()
 
 
 Reader = Callable[[ReadReport], Iterator[Document]]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, document_hash
+from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
@@ -24,7 +24,6 @@ from retro_kernels.retrieval.build import (
     SHARD_CHUNKS,
     Builder,
     Corpus,
-    Fingerprint,
     Options,
     Source,
     Start,
