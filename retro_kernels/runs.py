@@ -92,7 +92,8 @@ def load_run(
     settings = read_settings(folder)
     model: Retro | RetroFitted
     if RetroFitted.is_saved_in(folder):
-        base = base or _base(settings, folder, "--base")
+        if base is None and settings["config"].get("retrofit"):
+            base = _base(settings, folder, "--base")
         model = RetroFitted.from_pretrained(folder, base=base, device=device)
     elif base is not None:
         raise InputError(f"{folder} was not made from a model of transformers; leave out base ({base}).")
