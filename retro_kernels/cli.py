@@ -330,6 +330,8 @@ def _add_train(parser: _Parser) -> None:
     for entry in dataclasses.fields(TrainConfig):
         flag = "--" + entry.name.replace("_", "-")
         options: dict[str, Any] = {"help": comments[entry.name], **special.get(entry.name, {})}  # type: ignore[dict-item]
+        if "choices" in options and "metavar" in options:  # which hides what can be chosen
+            options["help"] += ": " + ", ".join(options["choices"])
         if entry.default is False:
             options["action"] = "store_true"
         elif entry.name not in special:
@@ -379,7 +381,13 @@ def _add_eval(parser: _Parser) -> None:
     parser.add_argument(
         "--batch-size", type=_COUNT, default=8, metavar="N", help="windows at a time (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="of the shuffled neighbours")
+    parser.add_argument(
+        "--seed",
+        type=_NATURAL,
+        default=0,
+        metavar="N",
+        help="of the shuffled neighbours, and of the retriever random (default: %(default)s)",
+    )
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
     _add_dtype(parser, "fp32 on a CPU, bf16 on a GPU that multiplies in it")
     _add_device(parser)
@@ -586,22 +594,27 @@ def _train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
-    config = TrainConfig(**given)
-    from .runs import SETTINGS, resumed
+    if args.resume:
+        from .runs import SETTINGS, resumed
+
+        folder = Path(args.out)
+        if (folder / SETTINGS).exists():  # what is given is to make sense together with what the run has
+            given = resumed(folder, given)
+    config = TrainConfig.from_dict(given)
     from .train import train
 
-    if args.resume and (Path(config.out) / SETTINGS).exists():
-        config = TrainConfig.from_dict(resumed(Path(config.out), given))
     summary = train(config, resume=args.resume, stop_after=args.stop_after)
     if args.json:
         _print_json(summary)
         return
-    from_file = summary.get("neighbours_from_file")  # not in the summaries of earlier versions
+    # neither is in the summaries of earlier versions
+    from_file, without = summary.get("neighbours_from_file"), summary.get("without_neighbours")
     print(
         f"{summary['run']}: step {summary['steps']:,}, loss {summary['loss']:.4f}, "
         f"{summary['parameters']:,} parameters, "
         f"{summary['tokens_per_second']:,.0f} tokens/s in {summary['dtype']}, {summary['stall_share']:.1%} of the time "
         f"waiting for {'neighbours' if config.set else 'data'}"
+        + ("" if without is None else f", {without:.1%} of the chunks without a neighbour")
         + ("" if from_file is None else f", {from_file:.1%} of the neighbours from {config.neighbours}")
         if summary["seconds"]
         else f"{summary['run']}: nothing left to do at step {summary['steps']:,}"
@@ -632,7 +645,12 @@ def _generate(args: argparse.Namespace) -> None:
     from .generate import check_sampling, generate, show_chunks
 
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the prompt on stdin is not UTF-8 (byte {error.start:,}). Convert it to UTF-8."
+        ) from None
 
     shown: list[str] = []
 
@@ -666,12 +684,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _neighbours(args: argparse.Namespace) -> None:
     from .retrieval import Retriever
-    from .retrieval.build import reader_of
-    from .retrieval.neighbours import precompute
-    from .runs import Text, pick_device, progress_bar
+    from .retrieval.neighbours import check_out, precompute
+    from .runs import pick_device, progress_bar, text_of
 
+    check_out(args.out)
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
-    text = Text(reader_of(args.data, (), (), ()), "neighbours: there is no text to find any of")
+    text = text_of(args.data, None, "neighbours: there is no text to find any of", True)
     corpus = text.tokenise(retriever.tokenizer, retriever.chunk_size)
     documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]
     with progress_bar(len(corpus.chunks), "searching", "chunk") as bar:
@@ -679,7 +697,8 @@ def _neighbours(args: argparse.Namespace) -> None:
             retriever, corpus.chunks, documents, args.out, per_chunk=args.per_chunk, progress=bar.update
         )
     _print_json(result) if args.json else print(
-        f"{args.out}: neighbours of {result['rows']:,} chunks, {result['per_chunk']} for each"
+        f"{args.out}: neighbours of {result['rows']:,} chunks, {result['per_chunk']} for each; "
+        f"{result['filled']:.1%} of the places are filled, {result['without_neighbours']:.1%} of the chunks have none"
     )
 
 
@@ -692,7 +711,11 @@ def _dedup(args: argparse.Namespace) -> None:
         return
     for copy in result["copies"]:
         print(f"{copy['jaccard']:.3f}  {copy['title']}  copies  {copy['against']}")
-    print(f"{len(result['copies']):,} of {result['documents']:,} documents are copies")
+    skipped = sum(result["skipped"].values())
+    print(
+        f"{len(result['copies']):,} of {result['documents']:,} documents are copies"
+        + (f"; {skipped:,} were left out" if skipped else "")
+    )
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -6,8 +6,10 @@ Sizes and presets: Borgeaud et al. 2021 (arXiv 2112.04426), Tables 2 and 10.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,10 +32,19 @@ def _is_number(value: Any) -> bool:
     return _is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def check_count(verb: str, name: str, value: Any) -> None:
-    """InputError for anything but an integer of at least 1."""
-    if not _is_integer(value) or value < 1:
-        raise InputError(f"{verb}: {name} is {value!r}; it must be an integer of at least 1.")
+def check_count(verb: str, name: str, value: Any, least: int = 1) -> None:
+    """InputError for anything but an integer of at least `least`."""
+    if not _is_integer(value) or value < least:
+        raise InputError(f"{verb}: {name} is {value!r}; it must be an integer of at least {least}.")
+
+
+def as_count(verb: str, name: str, given: Any, least: int = 1) -> int:
+    """`given`, an integer of Python's, numpy's or torch's, as one of Python's; InputError as of `check_count`."""
+    count = given
+    with contextlib.suppress(TypeError):
+        count = given if isinstance(given, bool) else operator.index(given)
+    check_count(verb, name, count, least)
+    return count
 
 
 def check_seed(verb: str, seed: Any) -> None:

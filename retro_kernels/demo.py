@@ -28,7 +28,8 @@ from .data.tokenizer import _write_whole
 from .evaluate import draw, evaluate, find_neighbours
 from .generate import generate, show_chunks
 from .retrieval import Retriever, build_retrieval_set
-from .runs import checkpoints, load_run, note, write_json
+from .retrieval.build import MadeFromOther
+from .runs import TOKENS, checkpoints, load_run, note, write_json
 from .train import train
 
 LEFT_OUT = (
@@ -111,9 +112,15 @@ def demo(
     say(f"Training: {_amount(training)}. Held out: {_amount(held_out)}.")
 
     clock.start("tokenizer and retrieval set")
-    manifest = build_retrieval_set(
-        training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
-    )
+    try:
+        manifest = build_retrieval_set(
+            training, folder / "set", vocab_size=size.vocab_size, embedder=embedder, progress=progress
+        )
+    except MadeFromOther as other:  # a set can be replaced, the models that were trained with it cannot
+        raise InputError(
+            f"demo: {folder} holds the demo of something else ({other.differences}). Go on with it with the same "
+            "--corpus, --embedder and --seed as before, or give another --out for a new one."
+        ) from None
     parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
     common: dict[str, Any] = dict(
         data=(source,),
@@ -238,9 +245,9 @@ def demo(
 
 
 def _keep(run: Path, copy: Path) -> None:
-    """The run as it is now, without its checkpoints; it goes on changing, the copy does not."""
+    """The run as it is now, without its checkpoints and its text; it goes on changing, the copy does not."""
     staged = copy.with_name(f"{copy.name}.tmp-{os.getpid()}")
-    shutil.copytree(run, staged, ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copytree(run, staged, ignore=shutil.ignore_patterns("checkpoint-*", TOKENS))
     os.replace(staged, copy)
 
 

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from . import __version__
 from .config import InputError, check_seed
-from .data.corpus import Document, ReadReport, read_documents
-from .data.packing import TokenDocuments, tokenise
+from .data.corpus import Document
+from .data.packing import TokenDocuments
 from .nn import RetroFitted
 from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
@@ -52,6 +52,7 @@ from .runs import (
     progress_bar,
     set_of,
     taken_up,
+    text_of,
 )
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def evaluate(
 
     Returns bits_per_byte {off, on, shuffled} (off alone without neighbours), filtered {α: bpb} of RETRO
     on and filtered_off, better_on {off, shuffled} (the number of documents where RETRO on needs fewer bits than
-    that), bytes, words, tokens, documents, chunks, num_neighbours, retriever, dtype, tokens_per_second.
+    that), without_neighbours and neighbours_filled (the share of the chunks that have none, and of the K places of each
+    that are filled), bytes, words, tokens, documents, chunks, num_neighbours, retriever, dtype, tokens_per_second.
     Raises InputError where nothing can be read, set and model do not fit, what was asked for cannot be done, or another
     process is at the same evaluation.
     """
@@ -130,6 +132,7 @@ def evaluate(
     if plot is not None:
         _check_plot(Path(plot))
     loaded = run if isinstance(run, Run) else load_run(run, where)
+    text = text_of(data, documents, "eval: there is no document with text", progress)
     model, tokenizer = loaded.model.to(where), loaded.tokenizer
     opened = open_set(loaded, set, where, retriever, seed) if found is None else None
     if opened is None and found is None:
@@ -152,15 +155,7 @@ def evaluate(
         raise InputError(f"eval: -k is {k}; it must be at least 1.")
     if opened is not None:
         opened.check_num_neighbours(k)
-    if documents is None:
-        report = ReadReport()
-        documents = list(read_documents(list(data), report=report))
-        warning = report.warning()
-        if not documents:
-            raise InputError(f"eval: there is no document to read. {warning or 'No file was found.'}")
-        if warning:
-            note(warning)
-    corpus = tokenise(documents, tokenizer, size)
+    corpus = text.tokenise(tokenizer, size)
     arithmetic = pick_dtype("fp32" if dtype == "auto" and where.type == "cpu" else dtype, where)
     about = {
         "corpus": corpus.fingerprint(),
@@ -483,6 +478,9 @@ def _report(
                 curve = filtered_bits_per_byte(torch.from_numpy(bits[mode].sum(1)), per_chunk, found.overlap)
                 result[name] = {f"{alpha:g}": value for alpha, value in curve.items()}
         result["mean_overlap"] = float(found.overlap.mean())
+        there = found.lengths > 0
+        result["without_neighbours"] = 1 - float(there.any(1).double().mean())
+        result["neighbours_filled"] = float(there.double().mean())
     return result
 
 
@@ -493,7 +491,12 @@ def table(result: dict[str, Any]) -> str:
         f"{result['tokens']:,} tokens",
         f"computed in {result['dtype']}"
         + (f", {result['num_neighbours']} neighbours" if result["num_neighbours"] else "")
-        + (f" ({result['retriever']})" if result["num_neighbours"] and result["retriever"] else ""),
+        + (f" ({result['retriever']})" if result["num_neighbours"] and result["retriever"] else "")
+        + (
+            f", {result['without_neighbours']:.1%} of the chunks have none"
+            if result["num_neighbours"]
+            else ""
+        ),
         "",
         f"{'':<24}{'bits per byte':>14}",
     ]

@@ -7,6 +7,7 @@ interruption.
     RUN/train.json                       how it was trained (TrainConfig) and what was found: arithmetic, fingerprints
     RUN/metrics.jsonl                    one JSON object every few steps
     RUN/checkpoint-00001000/             weights, optimiser, RNG at one moment; the newest is kept
+    RUN/tokens/                          the text in tokens, for the next start
     RUN/eval-….partial                   an evaluation that was interrupted (evaluate.py)
 
 A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser
@@ -19,27 +20,32 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from .config import InputError
-from .data.corpus import Document, ReadReport
-from .data.packing import TokenDocuments, tokenise
-from .data.tokenizer import TextSampler, Tokenizer, _write_whole
+from .data.corpus import Document
+from .data.packing import TokenDocuments
+from .data.text import Text as Text
+from .data.text import note as note
+from .data.text import progress_bar as progress_bar
+from .data.text import taken_up as taken_up
+from .data.tokenizer import Tokenizer, _write_whole
 from .nn import Retro, RetroFitted
 from .ops._backend import cpu_has_bf16
 from .ops._backend import pick_device as pick_device
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
+TOKENS, _ABOUT = "tokens", "about.json"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,12 +85,15 @@ def load_run(
     *,
     base: str | os.PathLike[str] | None = None,
 ) -> Run:
-    """Opens the folder that `train` wrote. `base`: where the pretrained model lies now that retrieval was added to.
+    """Opens the folder that `train` wrote. `base`: where the pretrained model lies now that retrieval was added to;
+    None: where it was or, moved together with the run, as it lay beside it.
     Raises InputError where the folder is no run, or is damaged, or where it has no such model."""
     folder = Path(folder)
     settings = read_settings(folder)
     model: Retro | RetroFitted
     if RetroFitted.is_saved_in(folder):
+        if base is None and settings["config"].get("retrofit"):
+            base = _base(settings, folder, "--base")
         model = RetroFitted.from_pretrained(folder, base=base, device=device)
     elif base is not None:
         raise InputError(f"{folder} was not made from a model of transformers; leave out base ({base}).")
@@ -147,10 +156,17 @@ def set_of(settings: dict[str, Any], folder: Path) -> str | None:
         note(f"{told}, which has been changed since. It is used as it is now; --set names another.")
         return given
     if there:
-        raise InputError(
-            f"{told}. What is in {there[0]} is another one, or has been changed since. Name the one to use with --set."
+        meant = (
+            ""
+            if os.path.isabs(given)
+            else " (noted by an earlier version, which did not say in what directory)"
         )
-    raise InputError(f"{told}, which is not there. Name one with --set.")
+        raise InputError(
+            f"{told}{meant}. What is in {there[0]} is another one, or has been changed since, and not taken unasked. "
+            f"Name the one to use: --set {shlex.quote(there[0])}, or where the right one is."
+        )
+    looked_for = " or ".join(dict.fromkeys(places(given, settings["config"], folder)))
+    raise InputError(f"{told}, which is not there: no folder {looked_for}. Name one with --set.")
 
 
 def _sets(settings: dict[str, Any], folder: Path) -> tuple[list[str], str | None]:
@@ -181,12 +197,28 @@ def resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
         return next(filter(os.path.exists, places(path, config, folder)), path)
 
     changes: dict[str, Any] = {
-        name: now(config[name]) for name in ("tokenizer", "retrofit", "neighbours") if config.get(name)
+        name: now(config[name]) for name in ("tokenizer", "neighbours") if config.get(name)
     }
+    if config.get("retrofit") and "retrofit" not in given:
+        changes["retrofit"] = _base(settings, folder, "--retrofit")
     if config["set"] is not None:
         there, same = _sets(settings, folder)
         changes["set"] = same or next(iter(there), config["set"])
     return {**config, **changes, **given}
+
+
+def _base(settings: dict[str, Any], folder: Path, option: str) -> str:
+    """Where the model is now to which the run in `folder` adds retrieval: the first of its `places` that is there.
+    InputError, with the `option` that names another, where none is."""
+    config = settings["config"]
+    found = places(config["retrofit"], config, folder)
+    there = next(filter(os.path.isdir, found), None)
+    if there is None:
+        raise InputError(
+            f"The model to which {folder} adds retrieval is gone: there is no folder "
+            f"{' or '.join(dict.fromkeys(found))}. Put it back, or name the folder where it is now with {option}."
+        )
+    return there
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -259,73 +291,85 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-class Text:
-    """Documents that are read anew whenever they are needed, under a progress bar, and never all held at once."""
+def text_of(
+    data: Sequence[str | os.PathLike[str]],
+    documents: Sequence[Document] | None,
+    nothing: str,
+    show: bool,
+    leave_out: Sequence[str] = (),
+) -> Text:
+    """`documents`, or where there are none given those of the paths `data`, which are checked. Else see `Text`."""
+    from .retrieval.build import reader_of
 
-    def __init__(
-        self, reader: Callable[[ReadReport], Iterator[Document]], nothing: str, *, show: bool = True
-    ) -> None:
-        """reader: see `retrieval.build.reader_of`. nothing: begins the message where there is no text."""
-        self._reader, self._nothing, self._show = reader, nothing, show
-        self._characters: int | None = None
-
-    def survey(self, sampler: TextSampler | None = None) -> None:
-        """Reads everything once, to know how much there is, and says what is left out. sampler: is given the texts.
-        InputError where there is none."""
-        report, characters = ReadReport(), 0
-        with progress_bar(None, "reading", "document", show=self._show) as bar:
-            for document in self._reader(report):
-                characters += len(document.text)
-                if sampler is not None:
-                    sampler.add(document.text)
-                bar.update()
-        warning = report.warning()
-        if not characters:
-            raise InputError(f"{self._nothing}. {warning or 'No file with text was found.'}")
-        if warning:
-            note(warning)
-        self._characters = characters
-
-    def tokenise(self, tokenizer: Tokenizer, chunk_size: int) -> TokenDocuments:
-        """See `data.packing.tokenise`."""
-        if self._characters is None:
-            self.survey()
-        with progress_bar(self._characters, "tokenising", "character", show=self._show) as bar:
-            return tokenise(self._reader(ReadReport()), tokenizer, chunk_size, bar.update)
+    reader = (lambda report: iter(documents)) if documents is not None else reader_of(data, (), (), leave_out)
+    return Text(reader, nothing, show=show)
 
 
-def progress_bar(
-    total: int | None, description: str, unit: str, *, show: bool = True, initial: int = 0
-) -> tqdm:
-    """On standard error, redrawn seldom where that is a file. Without a total it leaves nothing behind."""
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=" " + unit if unit == "character" else unit,
-        unit_scale=unit == "character",  # of which there are billions
-        initial=initial,
-        disable=not show,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 10,
-        smoothing=0.05,
-        leave=total is not None,
-        # what is found wrong at once shall be the only line of a log
-        delay=1 if total is None and not sys.stderr.isatty() else 0,
-    )
+class KeptTokens:
+    """The tokens of a run's text, in its folder: to continue it the text is read, but not tokenised again.
 
+    One `.npy` for each array of TokenDocuments, memory-mapped; last of all `about.json`, with a checksum and all that
+    they depend on. What depends on something else, or is damaged, is not used.
+    """
 
-def taken_up(bar: tqdm, count: int) -> None:
-    """`count` of the total were done in an earlier call: they say nothing of the rate, and so of the time left."""
-    if not bar.disable:
-        bar.initial += count
-        bar.last_print_n += count
-        bar.n += count
+    _ARRAYS = ("chunks", "starts", "hashes", "num_bytes", "num_words", "titles")
 
+    def __init__(self, folder: Path, text: Text, tokenizer: Tokenizer, chunk_size: int) -> None:
+        self._folder, self._text, self._tokenizer, self._chunk_size = folder, text, tokenizer, chunk_size
+        self._about: dict[str, Any] = {
+            "version": 1,
+            "text": text.fingerprint,
+            "tokenizer": tokenizer.fingerprint,
+            "chunk_size": chunk_size,
+        }
+        self._whole = False
 
-def note(message: str) -> None:
-    """One line on standard error that a progress bar does not tear."""
-    tqdm.write(message, file=sys.stderr)
+    def get(self) -> TokenDocuments:
+        """Those that are kept, or else made now (`Text.tokenise`)."""
+        from .retrieval.writing import load_json
+
+        about = load_json(self._folder / _ABOUT)
+        if isinstance(about, dict) and {**about, "checksum": None} == {**self._about, "checksum": None}:
+            try:
+                arrays = {
+                    name: np.asarray(np.load(self._folder / f"{name}.npy", mmap_mode="r"))
+                    for name in self._ARRAYS
+                }
+                if self._checksum(arrays) == about.get("checksum"):
+                    self._whole = True
+                    titles = json.loads(arrays.pop("titles").tobytes())
+                    return TokenDocuments(titles=titles, **arrays)
+            except (OSError, ValueError, EOFError):
+                pass
+            note(f"{self._folder} is damaged: the text is tokenised again.")
+        return self._text.tokenise(self._tokenizer, self._chunk_size)
+
+    def keep(self, corpus: TokenDocuments) -> None:
+        """Writes what `get` made; where there is no room for it, the run does without, which is said."""
+        from .retrieval.writing import save_array, save_json
+
+        if self._whole:
+            return
+        arrays = {name: getattr(corpus, name) for name in self._ARRAYS[:-1]}
+        arrays["titles"] = np.frombuffer(json.dumps(corpus.titles).encode(), np.uint8)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            (self._folder / _ABOUT).unlink(missing_ok=True)  # before the files change of which it speaks
+            for name, values in arrays.items():
+                save_array(self._folder / f"{name}.npy", values)
+            save_json(self._folder / _ABOUT, {**self._about, "checksum": self._checksum(arrays)})
+        except OSError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            note(
+                f"The tokens are not kept in {self._folder}: {error.strerror}. A resumed run tokenises again."
+            )
+
+    def _checksum(self, arrays: dict[str, np.ndarray]) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in self._ARRAYS:
+            digest.update(f"{arrays[name].dtype} {arrays[name].shape}".encode())
+            digest.update(np.ascontiguousarray(arrays[name]).data)
+        return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -36,7 +36,9 @@ from .runs import (
     METRICS,
     SETTINGS,
     TOKENIZER,
+    TOKENS,
     Interrupted,
+    KeptTokens,
     Text,
     autocast,
     checkpoints,
@@ -51,6 +53,7 @@ from .runs import (
     progress_bar,
     read_settings,
     save_checkpoint,
+    text_of,
     write_json,
 )
 
@@ -84,11 +87,15 @@ def train(
     Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share
     (the part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of
     them, before the clock starts), neighbours_from_file (the share of the chunks whose neighbours the file
-    `config.neighbours` had, the others were searched for; None without one), parameters, dtype.
+    `config.neighbours` had, the others were searched for; None without one), without_neighbours and neighbours_filled
+    (the share of the chunks that had none at all, and of the places for neighbours that were filled; None without a
+    set), parameters, dtype.
     Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
     """
+    from .retrieval.writing import check_writable
+
     folder = Path(config.out)
-    _check_writable(folder)
+    check_writable(folder, "; a run is a folder. Give another --out.")
     if documents is None and os.path.realpath(folder) in map(os.path.realpath, config.data):
         raise InputError(
             f"train: out is {folder}, and so is data. What is written there would be read as text when the run is "
@@ -109,9 +116,15 @@ def train(
                 "Ask for at least as many, or give another --out."
             )
 
+    if config.retrofit and not os.path.isdir(config.retrofit):
+        raise InputError(
+            f"retrofit: there is no folder {config.retrofit}. Give the run of a plain decoder, or the folder of a "
+            "pretrained model, as it is now."
+        )
     device = pick_device(config.device)
     retriever = _open_set(config, device)
-    text = _text(config, documents, progress)
+    # neither this run nor another is text
+    text = text_of(config.data, documents, "train: there is no text to train on", progress, (config.out,))
     tokenizer = _tokenizer(config, retriever, text, bool(saved))
     if retriever is not None and _is_pretrained(config.retrofit):
         model_config, chunk_size = None, retriever.chunk_size
@@ -125,7 +138,8 @@ def train(
     else:
         model = _fitted(config, tokenizer, chunk_size).to(device)
     # after all that can be refused has been: hours, where there is much text
-    corpus = text.tokenise(tokenizer, chunk_size)
+    kept = KeptTokens(folder / TOKENS, text, tokenizer, chunk_size)
+    corpus = kept.get()
     packed = Packed(
         corpus,
         config.sequence_length,
@@ -148,6 +162,7 @@ def train(
     if saved:
         trainer.load(saved[-1][1], read_settings(folder))
     folder.mkdir(parents=True, exist_ok=True)
+    kept.keep(corpus)
     _cut_metrics(folder / METRICS, trainer.step)
     tokenizer.save(folder / TOKENIZER)
     write_json(folder / SETTINGS, trainer.settings)
@@ -159,14 +174,6 @@ def train(
         if documents is not None:  # they are the caller's, and so is the way to go on
             raise
         raise Interrupted(f"{stopped} Continue with: {_resume_command(config)}") from None
-
-
-def _check_writable(folder: Path) -> None:
-    """Now, and not after hours: `folder` is a folder, or can be made one."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = "cannot be written" if nearest.is_dir() else "is a file"
-        raise InputError(f"{nearest} {what}; a run is a folder. Give another --out.")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -237,6 +244,9 @@ class _Trainer:
         self.device = next(model.parameters()).device
         self.step = config.first_step
         self.optimiser = _optimiser(config, model)
+        self.chunks = 0  # with text, for which neighbours were looked up
+        # those that have a neighbour, and the neighbours: counted on the device, which is not waited for
+        self.found = torch.zeros(2, dtype=torch.int64)
 
     def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
         """Goes back to the moment of `checkpoint`."""
@@ -380,6 +390,9 @@ class _Trainer:
         )
         with contextlib.closing(found):
             for batch, neighbours in found:
+                there = neighbours.lengths > 0
+                self.chunks += int((batch.tokens.unflatten(1, (there.shape[1], -1)) != 0).any(-1).sum())
+                self.found = self.found.to(there.device) + torch.stack([there.any(-1).sum(), there.sum()])
                 yield batch, neighbours.to(self.device)
 
     def _read(self, until: int) -> Iterator[_Batch]:
@@ -405,6 +418,7 @@ class _Trainer:
             )
 
     def _summary(self, log: _Log, tokens: int) -> dict[str, Any]:
+        chunks, (served, neighbours) = self.chunks, self.found.tolist()
         return {
             "run": str(self.folder),
             "steps": self.step,
@@ -415,6 +429,8 @@ class _Trainer:
             "stall_share": log.total_stalled / log.seconds if log.seconds else None,
             "first_wait_seconds": log.first_wait,
             "neighbours_from_file": self._from_file(),
+            "without_neighbours": 1 - served / chunks if chunks else None,
+            "neighbours_filled": neighbours / (chunks * self.config.num_neighbours) if chunks else None,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": self.settings["dtype"],
         }
@@ -667,18 +683,6 @@ def _check_file(file: str, retriever: Retriever, corpus: TokenDocuments) -> None
         )
     if share < 1:
         note(f"{told}. For the others they are searched for in the step.")
-
-
-def _text(config: TrainConfig, documents: list[Document] | None, progress: bool) -> Text:
-    """`documents`, or those of `config.data`, where neither this run nor another is text."""
-    from .retrieval.build import reader_of
-
-    reader = (
-        (lambda report: iter(documents))
-        if documents is not None
-        else reader_of(config.data, (), (), (config.out,))
-    )
-    return Text(reader, "train: there is no text to train on", show=progress)
 
 
 def _tokenizer(config: TrainConfig, retriever: Retriever | None, text: Text, resumed: bool) -> Tokenizer:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from retro_kernels import cli
+from retro_kernels.data import corpus
+from retro_kernels.data.corpus import Document
+from retro_kernels.retrieval import build as build_module
 
 CHUNK, SEQUENCE = 16, 64
 MODEL = [
@@ -61,6 +69,35 @@ def _word(rng: random.Random) -> str:
     return "".join(
         rng.choice(["ka", "lo", "mi", "ter", "su", "ne", "ra", "po"]) for _ in range(rng.randint(1, 3))
     )
+
+
+class Watched(Document):
+    __slots__ = ("__weakref__",)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@dataclass
+class Reading:
+    """The documents that are in memory, and how many were at most."""
+
+    alive: weakref.WeakSet[Watched] = field(default_factory=weakref.WeakSet)
+    most: int = 0
+
+
+def watch_reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    reading = Reading()
+
+    def watching(*args: Any, **options: Any) -> Iterator[Document]:
+        for document in corpus.read_documents(*args, **options):
+            made = Watched(document.title, document.text)
+            reading.alive.add(made)
+            reading.most = max(reading.most, len(reading.alive))
+            yield made
+
+    monkeypatch.setattr(build_module, "read_documents", watching)
+    return reading
 
 
 def pretrained(folder: Path, texts: Path, begins: bool = False) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from small import World, run
 
 import retro_kernels
 from retro_kernels import cli
+from retro_kernels.config import PRESETS
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -25,6 +27,13 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--num-neighbours" in done.stdout and done.stderr == ""
+
+
+def test_presets_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--help") == 0
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    for text in (" ".join(capsys.readouterr().out.split()), readme):
+        assert all(name in text for name in PRESETS)
 
 
 def test_module_is_the_command_line() -> None:
@@ -121,6 +130,19 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             "cannot be had in float32",
         ),
         (["search", "x", "--set", "y", "--device", "gpu"], "device is 'gpu'"),
+        # before the set is opened, or the text read
+        *(
+            (["neighbours", "--data", "x", "--set", "/nowhere", "--out", out], said)
+            for out, said in {
+                "{tmp}": "which is a folder. Give the name of the file",
+                "{tmp}/empty.txt/near": "empty.txt is a file, where the folder of",
+                "{tmp}/old": "old.partial is where this job keeps what is done, but it is a folder. Move it away",
+            }.items()
+        ),
+        (
+            ["dedup", "--data", "{tmp}", "--against", "{tmp}", "--out", "{tmp}/old.jsonl"],
+            "old.jsonl.partial is where this job keeps what is done, but it is a folder",
+        ),
     ],
 )
 def test_one_line_for_what_cannot_be_used(
@@ -128,6 +150,8 @@ def test_one_line_for_what_cannot_be_used(
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name in ("old", "old.jsonl"):
+        (tmp_path / f"{name}.partial").mkdir()
     if "wide=3" in words:
         (tmp_path / "a.txt").write_text("some text to train on, and more of it\n" * 40)
         words = [*words, "--vocab-size", "300"]
@@ -327,6 +351,20 @@ def test_train_json_is_alone_on_standard_output(
     assert summary["steps"] == 2 and 0 <= summary["stall_share"] <= 1 and summary["tokens_per_second"] > 0
 
 
+def test_text_that_is_not_utf8(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "-", "--run", world.plain, "--device", "cpu"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    assert run(*words) == 2
+    assert capfd.readouterr().err == (
+        "retro-kernels generate: the prompt on stdin is not UTF-8 (byte 3). Convert it to UTF-8.\n"
+    )
+    words[1] = os.fsdecode(b"caf\xe9")  # as the shell hands it over
+    assert run(*words) == 2
+    assert capfd.readouterr().err.endswith("what bytes become that are not UTF-8. Convert them to UTF-8.\n")
+
+
 def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "training").mkdir()
     copied = (world.held_out / "held-out-1.txt").read_text()
@@ -340,5 +378,11 @@ def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     result = json.loads(capfd.readouterr().out)
     assert [copy["title"] for copy in result["copies"]] == ["copy.txt"]
     assert [json.loads(line)["title"] for line in kept.read_text().splitlines()] == ["other.txt"]
+    (tmp_path / "training" / "latin.txt").write_bytes(b"caf\xe9")
     assert run("dedup", "--data", tmp_path / "training", "--against", world.held_out) == 0
-    assert "copy.txt  copies  held-out-1.txt" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "copy.txt  copies  held-out-1.txt" in out
+    assert out.endswith("1 of 2 documents are copies; 1 were left out\n")
+    left_out = tmp_path / "training" / "latin.txt"
+    assert f"Training text: Documents left out: 1. 1 not UTF-8 (first: {left_out}, byte 3)." in err
+    assert "preparing: 100%" in err and "comparing: 100%" in err  # though it is no terminal

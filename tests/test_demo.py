@@ -82,6 +82,11 @@ def test_demo(
     again = json.loads(capfd.readouterr().out)
     assert again["bits_per_byte"] == result["bits_per_byte"]
     assert again["generation"]["text"] == result["generation"]["text"]
+    words[words.index("--corpus") + 1] = world.root
+    assert run(*words) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert f"{tmp_path / 'd'} holds the demo of something else (another corpus). Go on with it" in said
+    assert "--out" in said and "--overwrite" not in said
 
 
 def test_standard_library() -> None:

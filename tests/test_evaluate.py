@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import CHUNK, MODEL, SEQUENCE, World, run
+from small import CHUNK, MODEL, SEQUENCE, World, run, watch_reading
 
 from retro_kernels import runs
 from retro_kernels.config import InputError
@@ -61,6 +62,16 @@ def test_bits_per_byte_is_its_definition(world: World, window: int, stride: int)
     assert len({*result["bits_per_byte"].values()}) == 3
     assert result["filtered"]["1"] == pytest.approx(result["bits_per_byte"]["on"], rel=1e-12)
     assert result["filtered_off"]["1"] == pytest.approx(result["bits_per_byte"]["off"], rel=1e-12)
+
+
+def test_text_is_read_as_a_stream(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A document is gone when the next is read, and a bar knows the end."""
+    reading = watch_reading(monkeypatch)
+    evaluate(world.plain, [world.held_out], device="cpu")
+    assert 1 <= reading.most <= 2 and not reading.alive
+    assert re.search(r"tokenising: 100%.*character/s", capfd.readouterr().err)
 
 
 def test_a_processor_with_bf16(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,17 +104,54 @@ def test_a_base_that_has_moved(
     config = json.loads((moved / "config.json").read_text())
     config["base"]["source"] = str(tmp_path / "nowhere")
     (moved / "config.json").write_text(json.dumps(config))
+    settings = json.loads((moved / "train.json").read_text())
+    settings["config"]["retrofit"] = str(tmp_path / "nowhere")
+    (moved / "train.json").write_text(json.dumps(settings))
     generating = ["generate", "ka lo", "--max-tokens", 2, "--device", "cpu"]
     evaluating = ["eval", "--data", world.held_out, "--device", "cpu"]
     for words in (generating, evaluating):
         assert run(*words, "--run", moved) == 2
-        assert "--base" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"there is no folder {tmp_path / 'nowhere'}" in said and "--base" in said
         assert run(*words, "--run", moved, "--base", pretrained) == 0
         there = capsys.readouterr().out
         assert run(*words, "--run", fitted[1]) == 0
         assert capsys.readouterr().out.replace(str(fitted[1]), str(moved)) == there
     assert run(*generating, "--run", world.run, "--base", pretrained) == 2
     assert "was not made from a model of transformers" in capsys.readouterr().err
+
+
+def test_a_base_that_has_moved_with_its_run(
+    world: World,
+    pretrained: Path,
+    fitted: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is found beside the run, as the set is; gone, the message names its folder and what to do."""
+    (tmp_path / "here").mkdir()
+    shutil.copytree(pretrained, tmp_path / "here" / "base")
+    run_of = tmp_path / "here" / "run"
+    assert train(world, fitted[0], tmp_path / "here" / "base", run_of, "--steps", 1) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    run_of = tmp_path / "there" / "run"
+    words = ["train", "--data", world.train, "--out", run_of, "--steps", 2]
+    assert run("generate", "ka lo", "--max-tokens", 2, "--device", "cpu", "--run", run_of) == 0
+    (tmp_path / "there" / "base").rename(tmp_path / "base")
+    capsys.readouterr()
+    # without --retrofit: the run has one, with which --added-rate makes sense
+    words += ["--resume", "--added-rate", 1]
+    assert run(*words) == 2
+    said = capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'here' / 'base'} or {tmp_path / 'there' / 'base'}. Put" in said
+    assert "is now with --retrofit." in said and len(said.splitlines()) == 1
+    assert run(*words, "--retrofit", tmp_path / "nowhere") == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+    (tmp_path / "base").rename(tmp_path / "there" / "base")
+    assert run(*words, "--stop-after", 1) == 0  # found beside the run
+    (tmp_path / "there" / "base").rename(tmp_path / "base")
+    words[words.index("--steps") + 1] = 3
+    assert run(*words, "--retrofit", tmp_path / "base") == 0
 
 
 def test_resumed_is_not_interrupted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -14,15 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run
+from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run, watch_reading
 
 from retro_kernels.config import InputError, TrainConfig
 from retro_kernels.data.corpus import Document
@@ -31,7 +30,7 @@ from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
 from retro_kernels.nn import Retro, attention
 from retro_kernels.ops import NeighbourBatch
-from retro_kernels.retrieval import Retriever
+from retro_kernels.retrieval import Retriever, writing
 from retro_kernels.runs import Interrupted, checkpoints, load_state
 from retro_kernels.train import learning_rate, train
 
@@ -358,31 +357,12 @@ def test_text_is_read_as_a_stream(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A document is gone when the next is read, none is left when steps run, and a bar knows the end."""
-    from retro_kernels.data import corpus
-    from retro_kernels.retrieval import build
-
-    alive: weakref.WeakSet[Watched] = weakref.WeakSet()
-    most = [0]
-
-    class Watched(Document):
-        __slots__ = ("__weakref__",)
-
-        def __hash__(self) -> int:
-            return id(self)
-
-    def watching(*args: Any, **options: Any) -> Iterator[Document]:
-        for document in corpus.read_documents(*args, **options):
-            made = Watched(document.title, document.text)
-            alive.add(made)
-            most[0] = max(most[0], len(alive))
-            yield made
-
-    monkeypatch.setattr(build, "read_documents", watching)
+    reading = watch_reading(monkeypatch)
     step: list[int] = []
     forward = Retro.forward
 
     def watched(*args: Any) -> torch.Tensor:
-        step.append(len(alive))
+        step.append(len(reading.alive))
         return forward(*args)
 
     monkeypatch.setattr(Retro, "forward", watched)
@@ -391,7 +371,7 @@ def test_text_is_read_as_a_stream(
         ["--tokenizer", world.set / "tokenizer.model"] if tokenizer == "given" else ["--vocab-size", 400]
     )
     assert run("train", *words) == 0
-    assert 1 <= most[0] <= 2 and step == [0]
+    assert 1 <= reading.most <= 2 and step == [0]
     assert re.search(r"tokenising: 100%.*character/s", capfd.readouterr().err)
 
 
@@ -460,6 +440,49 @@ cli.main(sys.argv[1:])
     assert run(*words, "--out", tmp_path / "whole") == 0
     assert weights(out) == weights(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
     assert [step for step, _ in checkpoints(out)] == [3]
+
+
+def test_a_resumed_run_does_not_tokenise_again(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is that of one which never stopped, also where the tokens are damaged, or there was no room for them."""
+    words = ["train", "--data", world.train, "--set", world.set, "--steps", 4, "--log-every", 1, *MODEL]
+    resume = ["train", "--data", world.train, "--resume", "--out"]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    for case in ("kept", "damaged", "cut", "other text", "no room"):
+        out = tmp_path / case
+        with monkeypatch.context() as patch:
+            if case == "no room":
+                patch.setattr(writing, "save_array", no_room)
+            assert run(*words, "--out", out, "--stop-after", 2) == 0
+        chunks, said = out / "tokens" / "chunks.npy", ""
+        if case == "damaged":
+            content = bytearray(chunks.read_bytes())
+            content[-40] ^= 1
+            chunks.write_bytes(content)
+            said = f"{out / 'tokens'} is damaged: the text is tokenised again."
+        elif case == "cut":
+            chunks.write_bytes(chunks.read_bytes()[:200])
+            said = "is damaged"
+        elif case == "other text":
+            about = json.loads((out / "tokens" / "about.json").read_text())
+            (out / "tokens" / "about.json").write_text(json.dumps(about | {"text": "0" * 32}))
+        elif case == "no room":
+            assert not chunks.exists()
+            assert "The tokens are not kept in" in capfd.readouterr().err
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            if case == "kept":
+                patch.setattr(Tokenizer, "encode_array", None)
+            assert run(*resume, out) == 0
+        assert said in capfd.readouterr().err
+        assert weights(out) == weights(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
+        about = json.loads((out / "tokens" / "about.json").read_text())
+        assert about == json.loads((tmp_path / "whole" / "tokens" / "about.json").read_text())
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -581,10 +604,18 @@ def test_a_set_that_is_another_now(
     as_earlier_versions_were(root / "runs" / "r")
     monkeypatch.chdir(root)
     assert run(*words) == 2
-    assert "is another one, or has been changed since" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "sets/mine (noted by an earlier version, which did not say in what directory). What is in " in err
+    assert (
+        f"is another one, or has been changed since, and not taken unasked. Name the one to use: --set {root}"
+        in err
+    )
+    assert run(*words, "--set", root / "sets" / "mine") == 0
+    capfd.readouterr()
     shutil.rmtree(root / "sets")
     assert run(*words) == 2
-    assert "sets/mine, which is not there. Name one with --set" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert f"sets/mine, which is not there: no folder {root / 'sets' / 'mine'}. Name one with --set" in err
 
 
 def test_data_that_has_moved(
@@ -689,6 +720,29 @@ def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.Capture
         chunk = generate(out, prompt, max_tokens=1, device="cpu", **options)["chunks"][0]
         expected = chosen(torch.tensor([chosen.tokenizer.encode(prompt)[:CHUNK]])).ids[0, 0]
         assert [near["chunk"] for near in chunk["neighbours"]] == expected[expected >= 0].tolist()
+
+
+def test_the_share_of_chunks_without_neighbours_is_said(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All of a text that is the whole set; none of the same text beside other documents."""
+    text = world.train / "train-0.txt"
+    alone = ["--tokenizer", world.set / "tokenizer.model", "--embedder", "hashing:64", "--chunk-size", CHUNK]
+    assert run("index", text, "--out", tmp_path / "s", *alone) == 0
+    for set, without, name in ((tmp_path / "s", 1.0, "alone"), (world.set, 0.0, "beside")):
+        common = ["--data", text, "--set", set]
+        capfd.readouterr()
+        assert run("train", *common, "--out", tmp_path / name, "--steps", 2, *MODEL) == 0
+        assert f"{without:.1%} of the chunks without a neighbour" in capfd.readouterr().out
+        summary = json.loads((tmp_path / name / "train.json").read_text())["summary"]
+        assert (summary["without_neighbours"], summary["neighbours_filled"]) == (without, 1 - without)
+        assert run("eval", "--run", tmp_path / name, "--data", text, "--device", "cpu") == 0
+        assert f"2 neighbours (dense), {without:.1%} of the chunks have none" in capfd.readouterr().out
+        assert run("neighbours", *common, "--out", tmp_path / f"{name}.file", "--device", "cpu") == 0
+        assert (
+            f"{1 - without:.1%} of the places are filled, {without:.1%} of the chunks have none"
+            in capfd.readouterr().out
+        )
 
 
 def test_precomputed_neighbours_train_the_same(

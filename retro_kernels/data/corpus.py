@@ -32,10 +32,23 @@ _SNIFF_BYTES = 8192
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _NOT_UNPACKED = {".bz2", ".zst", ".zstd", ".lz4", ".br", ".lzma", ".zip", ".7z", ".tar", ".tgz", ".txz"}
 _READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
-_BROKEN_OFF, _EMPTY = "unreadable", "empty"
+_BROKEN_OFF, _EMPTY, _NOT_UTF8 = "unreadable", "empty", "not UTF-8"
+_TOO_LARGE, _NOT_JSON, _NO_TEXT = "larger than 1 GiB", "not JSON", 'without a "text" in the JSON'
+_PACKED = "packed in a way that is not read (.gz and .xz are)"
+_ADVICE = {
+    _NOT_UTF8: "Convert it to UTF-8",
+    _TOO_LARGE: "Split it into several documents",
+    _NOT_JSON: "Make it one JSON object a line",
+    _NO_TEXT: 'Give its lines a "text"',
+    _PACKED: "Unpack it",
+}
+"""What to do about a file that was named and is left out for that reason."""
 _SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
-_OWN_FOLDERS = (("train.json", "tokenizer.model"), ("manifest.json", "chunks.npy"))
-"""A training run and a retrieval set, by files in them: no text of the user's, and it changes with every step."""
+_OWN_FOLDERS = {
+    "a training run": ("train.json", "tokenizer.model"),
+    "a retrieval set": ("manifest.json", "chunks.npy"),
+}
+"""By files in them: no text of the user's, and it changes with every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +105,9 @@ def read_documents(
     Left out and counted: lines of a `.jsonl`, and files inside folders, that cannot be read or unpacked, are not UTF-8,
     are larger than 1 GiB, or no JSON object with a text; in folders also binary files (a NUL in the first 8 KiB); and
     whatever is empty or white space.
-    Raises InputError, before anything is read, for a path that does not exist, for no path at all, and for a file in
-    `paths` whose first bytes cannot be read; while reading, for one that shows later that it cannot be.
+    Raises InputError, before anything is read, for a path that does not exist, for no path at all, for the folder of a
+    training run or a retrieval set, and for a file in `paths` whose first bytes cannot be read; while reading, for one
+    that shows later that it cannot be.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -107,8 +121,20 @@ def read_documents(
             )
         if os.path.isfile(path):
             _check_beginning(Path(path))
+        elif path != "-" and (kind := _own_kind(path)):
+            raise InputError(
+                f"{path} is {kind}, and no text. Give the text that it was made from (or a file in it, by its name)."
+            )
     wanted = _Wanted(include, exclude, frozenset(map(os.path.realpath, leave_out)))
     return _read(checked, wanted, report)
+
+
+def _own_kind(folder: str) -> str | None:
+    """Which of `_OWN_FOLDERS` it is, if any."""
+    for kind, names in _OWN_FOLDERS.items():
+        if all(os.path.isfile(os.path.join(folder, name)) for name in names):
+            return kind
+    return None
 
 
 @dataclass(frozen=True)
@@ -120,9 +146,7 @@ class _Wanted:
     leave_out: frozenset[str]
 
     def enters(self, folder: os.DirEntry[str]) -> bool:
-        if folder.name in _SKIPPED_DIRECTORIES or any(
-            all(os.path.isfile(os.path.join(folder.path, name)) for name in names) for names in _OWN_FOLDERS
-        ):
+        if folder.name in _SKIPPED_DIRECTORIES or _own_kind(folder.path):
             return False
         return not self._left_out(folder)
 
@@ -148,7 +172,8 @@ def _read(paths: list[str], wanted: _Wanted, given: ReadReport | None) -> Iterat
 def _check_beginning(path: Path) -> None:
     """InputError at once, and not after hours with the paths before it, for a file that was named and begins wrong."""
     if _suffix(path) in _NOT_UNPACKED:
-        raise _unreadable(str(path), f"{_suffix(path)} is not unpacked here; .gz and .xz are")
+        why = f"{_suffix(path)} is not unpacked here; .gz and .xz are"
+        raise _unreadable(str(path), why, _ADVICE[_PACKED])
     try:
         with _open(path) as file:
             head = file.read(_SNIFF_BYTES)
@@ -156,15 +181,29 @@ def _check_beginning(path: Path) -> None:
             # a letter may be cut in two where the file goes on
             codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _SNIFF_BYTES)
     except UnicodeDecodeError as error:
-        raise _unreadable(str(path), f"not UTF-8 (byte {error.start:,})") from None
+        raise _unreadable(str(path), f"not UTF-8 (byte {error.start:,})", _ADVICE[_NOT_UTF8]) from None
     except _READ_ERRORS as error:
-        raise _unreadable(str(path), getattr(error, "strerror", None) or str(error)) from None
+        raise _broken(str(path), error) from None
 
 
-def _unreadable(path: str, why: str) -> InputError:
+def _unreadable(path: str, why: str, advice: str) -> InputError:
     return InputError(
-        f"{path} cannot be read: {why}. Give it as UTF-8 text, or leave it out (of a folder, such a file is left out)."
+        f"{path} cannot be read: {why}. {advice}, or leave it out (of a folder, such a file is left out)."
     )
+
+
+def _broken(path: str, error: BaseException) -> InputError:
+    if isinstance(error, PermissionError):
+        advice = "Get the right to read it"
+    elif isinstance(error, gzip.BadGzipFile) or not isinstance(error, OSError):
+        advice = "It is damaged, cut off, or no such file as its name says: copy it again"
+    else:
+        advice = "See to the disk that it is on"
+    return _unreadable(path, _reason(error), advice)
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _read_named(
@@ -172,12 +211,15 @@ def _read_named(
 ) -> Iterator[Document]:
     """What `read` finds in a file that was named; InputError where nothing of it can be read, or not all of it."""
     own, found = ReadReport(), False
-    for document in read(own):
-        found = True
-        yield document
-    wrong = [reason for reason in own.skipped if reason == _BROKEN_OFF or (reason != _EMPTY and not found)]
+    try:
+        for document in read(own):
+            found = True
+            yield document
+    except _READ_ERRORS as error:
+        raise _broken(path, error) from None
+    wrong = [reason for reason in own.skipped if reason != _EMPTY and not found]
     if wrong:
-        raise _unreadable(path, f"{wrong[0]} ({own.examples[wrong[0]]})")
+        raise _unreadable(path, f"{wrong[0]} ({own.examples[wrong[0]]})", _ADVICE[wrong[0]])
     report.skipped.update(own.skipped)
     report.examples = own.examples | report.examples
 
@@ -190,7 +232,10 @@ def _read_path(path: str, wanted: _Wanted, report: ReadReport) -> Iterator[Docum
     elif os.path.isdir(path):
         root = Path(path)
         for relative in _walk(root, "", wanted, report):
-            yield from _read_file(root / relative, relative, report, in_folder=True)
+            try:
+                yield from _read_file(root / relative, relative, report, in_folder=True)
+            except _READ_ERRORS as error:
+                report.skip(_BROKEN_OFF, f"{root / relative}: {_reason(error)}")
     else:
         yield from _read_named(
             path, lambda own: _read_file(Path(path), Path(path).name, own, in_folder=False), report
@@ -203,7 +248,7 @@ def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Itera
         entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
     except OSError as error:
         if not folder:  # it was named
-            raise _unreadable(str(root), str(error.strerror)) from None
+            raise _broken(str(root), error) from None
         report.skip(_BROKEN_OFF, f"{root / folder}: {error.strerror}")
         return
     for entry in entries:
@@ -238,31 +283,28 @@ def _open(path: Path) -> Any:
 
 def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -> Iterator[Document]:
     if _suffix(path) in _NOT_UNPACKED:
-        report.skip("packed in a way that is not read (.gz and .xz are)", str(path))
+        report.skip(_PACKED, str(path))
         return
-    try:
-        with _open(path) as file:
-            if _is_json_lines(path):
-                yield from _json_lines(file, str(path), report)
-            elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
-                report.skip("binary", str(path))
-            else:
-                if in_folder:
-                    file.seek(0)
-                yield from _one_document(file, title, str(path), report)
-    except _READ_ERRORS as error:
-        report.skip(_BROKEN_OFF, f"{path}: {getattr(error, 'strerror', None) or error}")
+    with _open(path) as file:
+        if _is_json_lines(path):
+            yield from _json_lines(file, str(path), report)
+        elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
+            report.skip("binary", str(path))
+        else:
+            if in_folder:
+                file.seek(0)
+            yield from _one_document(file, title, str(path), report)
 
 
 def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadReport) -> Iterator[Document]:
     content = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
-        report.skip("larger than 1 GiB", where)
+        report.skip(_TOO_LARGE, where)
         return
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        report.skip("not UTF-8", f"{where}, byte {error.start:,}")
+        report.skip(_NOT_UTF8, f"{where}, byte {error.start:,}")
         return
     if text.strip():
         yield Document(title, text)
@@ -276,7 +318,7 @@ def _json_lines(file: IO[bytes] | Any, where: str, report: ReadReport) -> Iterat
         number += 1
         place = f"{where}, line {number:,}"
         if len(line) > MAX_DOCUMENT_BYTES:
-            report.skip("larger than 1 GiB", place)
+            report.skip(_TOO_LARGE, place)
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_DOCUMENT_BYTES)
         elif line.strip():
@@ -289,13 +331,13 @@ def _json_document(line: bytes, place: str, report: ReadReport) -> Iterator[Docu
         text = entry["text"]
         text.encode()  # JSON can spell lone surrogates
     except UnicodeError:
-        report.skip("not UTF-8", place)
+        report.skip(_NOT_UTF8, place)
         return
     except (ValueError, RecursionError):
-        report.skip("not JSON", place)
+        report.skip(_NOT_JSON, place)
         return
     except (TypeError, KeyError, AttributeError):
-        report.skip('without a "text" in the JSON', place)
+        report.skip(_NO_TEXT, place)
         return
     if not text.strip():
         report.skip(_EMPTY, place)
@@ -308,6 +350,22 @@ def _json_document(line: bytes, place: str, report: ReadReport) -> Iterator[Docu
 def document_hash(text: str) -> int:
     """A 64-bit name for a document, the same in every corpus: BLAKE2b of its UTF-8 text, as a signed integer."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+class Fingerprint:
+    """Hash of a sequence of documents, by their text and title."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    def add(self, text_hash: int, title: str) -> None:
+        name = title.encode(errors="replace")
+        self._digest.update(
+            text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name
+        )
+
+    def hex(self) -> str:
+        return self._digest.hexdigest()
 
 
 _D = TypeVar("_D", bound=Document)

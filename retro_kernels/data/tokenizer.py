@@ -150,7 +150,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise InputError(
                 f"Tokenizer: the text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character "
-                f"{error.start}: that is no Unicode text. Decode the input with errors='replace'."
+                f"{error.start}: no Unicode text, and what bytes become that are not UTF-8. Convert them to UTF-8."
             ) from None
         return self._backend.encode(text)
 

@@ -170,17 +170,22 @@ class ChunkedCrossAttention(nn.Module):
 
     The result is exactly zero for t < M−1 and where a chunk has no neighbour, bias and dropout included.
 
-    dim            width of x; num_heads · head_dim (default dim // num_heads) need not equal it
+    dim            width of x
+    num_heads      H, query heads
+    head_dim       D, width of a head (default dim // num_heads); num_heads · head_dim need not equal dim
     encoder_dim    width of the encoded neighbours (default dim)
     num_kv_heads   key/value heads (default num_heads); must divide num_heads
+    chunk_size     M, tokens of a chunk
     neighbour_len  R, tokens of a neighbour with its continuation
     position       "relative": Transformer-XL with the sinusoid of the signed distance d = a − c + M − 1 (the paper);
                    "bias": learned per head and distance; "none"
-    dropout        of the output projection
-    bias           of q_proj, k_proj, v_proj and o_proj
+    dropout        probability, 0 to 1, with which an element of the output projection's result is left out in training
+    bias           whether q_proj, k_proj, v_proj and o_proj have one
+    backend        of the kernels: "triton", "torch", "reference"; None chooses
     projection     "materialised" forms keys and values; "absorbed" attends to the neighbours' states themselves (the
                    same to rounding, without K and V in memory); "auto" takes the one that `choose_projection` predicts
                    to be faster, and never absorbs a k_proj or v_proj which was replaced, parametrised or has hooks
+    device, dtype  of the parameters
 
     Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`; `rel_proj`, `content_bias`, `position_bias` [H, D] ("relative");
     `rel_bias` [H, M+R−1] ("bias"). Raises ValueError for sizes that do not fit together.

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import sys
@@ -38,7 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
+from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash, read_documents
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
@@ -239,9 +238,21 @@ def _given_start(options: Options, embedder: TextEmbedder) -> Start | None:
         raise InputError(
             f"{given} for an index {options.index}: it is {index['factory'][:80]}. Leave one of the two out."
         )
+    check_factory_of(store, index["factory"])
     return Start(
         index["factory"], index["trained"], partial(Index.open_trained, store, device=options.device)
     )
+
+
+def check_factory_of(store: ChunkStore, factory: str) -> None:
+    """`check_factory` of the kind of index that an older set has, of which earlier versions took more."""
+    try:
+        check_factory(factory, store.manifest["embedder"]["dim"])
+    except InputError as error:
+        raise InputError(
+            f"{store.path} was built with an index that is refused by now. {error} Its vectors can stay: make a set "
+            f"with another index of them (retro-kernels index {store.path} --merge --out NEW --index Flat)."
+        ) from None
 
 
 @dataclass
@@ -254,22 +265,6 @@ class Corpus:
     text_bytes: int
     skipped: dict[str, int]
     sampler: TextSampler | None = None
-
-
-class Fingerprint:
-    """Hash of a sequence of documents, by their text and title."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-
-    def add(self, text_hash: int, title: str) -> None:
-        name = title.encode(errors="replace")
-        self._digest.update(
-            text_hash.to_bytes(8, "little", signed=True) + len(name).to_bytes(8, "little") + name
-        )
-
-    def hex(self) -> str:
-        return self._digest.hexdigest()
 
 
 Reader = Callable[[ReadReport], Iterator[Document]]
@@ -379,6 +374,15 @@ def _title(document: Document) -> str:
     return document.title[: files.MAX_TITLE_CHARS]
 
 
+class MadeFromOther(InputError):
+    """A set, or unfinished work on one, is of another input or setting than what is to be built."""
+
+    def __init__(self, where: Path, differing: Sequence[str], what: str, advice: str) -> None:
+        # another index alone is not in the way
+        self.differences = ", ".join(f"another {name}" for name in differing if name not in _INDEX_ONLY)
+        super().__init__(f"{where} {what} ({self.differences}). {advice}")
+
+
 _INDEX_ONLY = {"index", "recall", "trained"}
 """Parts of a plan that the vectors do not depend on: sets and unfinished work are taken up for another index."""
 _PLAN_KEYS = {"corpus", "chunk_size", "tokenizer", "embedder", "index", "recall"}
@@ -470,9 +474,7 @@ class Builder:
         if set(differs) <= _INDEX_ONLY:
             self.say(f"{self.out}: built from this input; only its index is made again.")
         elif not overwrite:
-            raise InputError(
-                f"{self.out} was built from something else ({_differences(differs)}). {self.otherwise}"
-            )
+            raise MadeFromOther(self.out, differs, "was built from something else", self.otherwise)
         return None
 
     def drop_leftovers(self, plan: Any) -> None:
@@ -494,9 +496,12 @@ class Builder:
                 self._refuse_others(fresh)
             elif not set(differs := _differing(found, plan)) <= _INDEX_ONLY:
                 if not overwrite:
-                    raise InputError(
-                        f"{self.folder} holds unfinished work on something else ({_differences(differs)}). Finish "
-                        "it with the same arguments as before, delete it, or drop it with overwrite (--overwrite)."
+                    raise MadeFromOther(
+                        self.folder,
+                        differs,
+                        "holds unfinished work on something else",
+                        "Finish it with the same arguments as before, delete it, or drop it with overwrite "
+                        "(--overwrite).",
                     )
                 found = None
             if found is None:
@@ -905,11 +910,6 @@ def _differing(old: Any, new: dict[str, Any]) -> list[str]:
     """Keys of a plan under which another one, or something that is none, has something else."""
     keys = [*new, *(key for key in _INDEX_ONLY if key not in new)]
     return [key for key in keys if not isinstance(old, dict) or old.get(key) != new.get(key)]
-
-
-def _differences(keys: Sequence[str]) -> str:
-    """In words; another index alone is not in the way."""
-    return ", ".join(f"another {name}" for name in keys if name not in _INDEX_ONLY)
 
 
 def say(progress: bool, text: str) -> None:

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, document_hash, read_documents
-from retro_kernels.retrieval.writing import Journal, journal
+from retro_kernels.data.corpus import Document, document_hash
+from retro_kernels.data.text import Text, progress_bar, taken_up
+from retro_kernels.retrieval.build import reader_of
+from retro_kernels.retrieval.writing import Journal, check_no_folder, journal
 
 N = 13
 THRESHOLD = 0.8
@@ -196,15 +198,21 @@ class DuplicateFinder:
 
 
 def find_copies(
-    documents: Iterable[Document], finder: DuplicateFinder, kept: Journal | None = None
+    documents: Iterable[Document],
+    finder: DuplicateFinder,
+    kept: Journal | None = None,
+    progress: Callable[[int, bool], object] | None = None,
 ) -> Iterator[tuple[Document, Copy | None]]:
     """Each training document, and what it copies or None. kept: what was compared before, taken where the text is the
-    same."""
+    same. progress: is told how many characters are done, and whether they were before."""
     kept = kept or Journal()
     index = 0
     for part in _parts(documents):
         key = " ".join(str(document_hash(document.text)) for document in part)
-        found = kept.take(key) or kept.add(finder.compare(part), key)
+        before = kept.take(key)
+        found = before or kept.add(finder.compare(part), key)
+        if progress is not None:
+            progress(sum(len(document.text) for document in part), before is not None)
         for document, place, j in zip(part, found["place"].tolist(), found["jaccard"].tolist(), strict=True):
             copy = None if place < 0 else Copy(document.title, finder.title(place), round(j, 4), index)
             yield document, copy
@@ -239,54 +247,65 @@ def deduplicate(
 ) -> dict[str, Any]:
     """Finds the training documents in `data` that copy an evaluation document in `against` (`retro-kernels dedup`).
 
-    data, against: paths as `read_documents` takes them.  out: a `.jsonl` that gets the training documents which are no
-    copies, whole or not at all; it is no part of a folder in `data`. Interrupted, the same call goes on, as far as
-    `data` is what it was; without `out` it begins again.
+    data, against: paths as `read_documents` takes them; each is read once to know how much there is, and a pipe kept.
+    out: a `.jsonl` that gets the training documents which are no copies, whole or not at all; it is no part of a folder
+    in `data`. Interrupted, the same call goes on, as far as `data` is what it was; without `out` it begins again.
+    progress: bars on standard error, where in any case is said what of the texts is left out.
     Returns {"documents", "against", "copies": [{"title", "against", "jaccard", "index"}, …], "kept", "threshold",
-    "n", "skipped"}.
-    Raises InputError for paths that do not exist, no evaluation document, a bad threshold, or an `out` of another name,
-    in no folder, or that another process is writing. Memory is bounded by the evaluation text, 4 Mi characters and one
-    document.
+    "n", "skipped": the number of documents left out of both texts, by reason}.
+    Raises InputError for paths that do not exist, text without a document, a bad threshold, or an `out` of another
+    name, in no folder, or that another process is writing. Memory is bounded by the evaluation text, 4 Mi characters
+    and one document.
     """
-    from tqdm import tqdm
-
-    report, report_against = ReadReport(), ReadReport()
     out = None if out is None else Path(out)
     own = [] if out is None else [out, *(out.with_name(out.name + end) for end in (".partial", ".tmp"))]
     if out is not None:
         _check_out(out)
-    documents = read_documents(data, report=report, leave_out=own)
-    show = {"disable": None if progress else True, "unit": " documents", "mininterval": 0.5}
-    finder = DuplicateFinder(
-        tqdm(read_documents(against, report=report_against), desc="evaluation text", **show),
-        threshold=threshold,
-        n=n,
-    )
-    if not len(finder):
-        raise InputError(
-            "dedup: there is no evaluation document to compare with: every file was empty, unreadable or left out."
+        check_no_folder(own[1])
+    training, evaluation = (
+        Text(
+            reader_of(paths, (), (), leave_out),
+            f"dedup: there is no {kind} document",
+            name=f"{kind} text",
+            show=progress,
         )
+        for kind, paths, leave_out in (("training", data, list(map(str, own))), ("evaluation", against, []))
+    )
+    finder = DuplicateFinder(_shown(evaluation, progress), threshold=threshold, n=n)
+    busy = f"Another process is writing {out}. Wait for it."
     copies: list[Copy] = []
+    count = 0
     with (
-        journal(
-            own[1] if own else None, finder.fingerprint, f"Another process is writing {out}. Wait for it."
-        ) as kept,
+        journal(own[1] if own else None, finder.fingerprint, busy) as kept,
         _writer(out) as write,
+        progress_bar(training.characters, "comparing", "character", show=progress) as bar,
     ):
-        for document, copy in find_copies(tqdm(documents, desc="training text", **show), finder, kept):
+
+        def done(characters: int, before: bool) -> None:
+            taken_up(bar, characters) if before else bar.update(characters)
+
+        for document, copy in find_copies(training.documents(), finder, kept, done):
+            count += 1
             if copy is not None:
                 copies.append(copy)
             else:
                 write(document)
     return {
-        "documents": report.documents,
+        "documents": count,
         "against": len(finder),
         "copies": [copy.to_dict() for copy in copies],
-        "kept": report.documents - len(copies),
+        "kept": count - len(copies),
         "threshold": threshold,
         "n": n,
-        "skipped": dict(report.skipped + report_against.skipped),
+        "skipped": dict(training.skipped + evaluation.skipped),
     }
+
+
+def _shown(text: Text, progress: bool) -> Iterator[Document]:
+    with progress_bar(text.characters, "preparing", "character", show=progress) as bar:
+        for document in text.documents():
+            yield document
+            bar.update(len(document.text))
 
 
 def _check_out(out: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 # Elements of one [block, K, R] slab: the recurrence passes over it M times, so it should stay in the cache.
 _SLAB_CPU, _SLAB_GPU = 1 << 17, 1 << 26
+_NARROW = torch.int16
 
 
 def own_lengths(tokens: Tensor, pad_id: int = 0) -> Tensor:
@@ -52,9 +53,15 @@ def _checked(
     return chunks.masked_fill(m_chunk, -1), values.masked_fill(m_value, -2), own
 
 
+def _length_dtype(chunks: Tensor, values: Tensor) -> torch.dtype:
+    """Of the length of a run. It is memory that takes the time, so the narrowest that holds them all."""
+    longest = min(chunks.shape[1], values.shape[2])
+    return _NARROW if longest <= torch.iinfo(_NARROW).max else torch.int32
+
+
 def _rows(chunks: Tensor, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Row by row of the recurrence: (i, run[i] int16 [C, K, R]). The tensor is reused by the next row."""
-    run = torch.zeros(values.shape, dtype=torch.int16, device=values.device)
+    """Row by row of the recurrence: (i, run[i] [C, K, R]). The tensor is reused by the next row."""
+    run = torch.zeros(values.shape, dtype=_length_dtype(chunks, values), device=values.device)
     for i in range(chunks.shape[1]):
         run[..., 1:] = run[..., :-1].clone()
         run[..., :1] = 0
@@ -86,7 +93,8 @@ def common_runs(
     longest = torch.zeros(values.shape[:2], dtype=torch.int64, device=values.device)
     if values.numel():
         for part in _blocks(values):
-            best = torch.zeros(values[part].shape, dtype=torch.int16, device=values.device)
+            dtype = _length_dtype(chunks, values)
+            best = torch.zeros(values[part].shape, dtype=dtype, device=values.device)
             for _, run in _rows(chunks[part], values[part]):
                 torch.maximum(best, run, out=best)
             longest[part] = best.amax(-1).long()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, ReadReport, document_hash
+from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
@@ -24,11 +24,11 @@ from retro_kernels.retrieval.build import (
     SHARD_CHUNKS,
     Builder,
     Corpus,
-    Fingerprint,
     Options,
     Source,
     Start,
     build_from,
+    check_factory_of,
     measure_exact,
     own_folders,
     reader_of,
@@ -155,13 +155,16 @@ def append_to_retrieval_set(
         whole.drop_leftovers(store.manifest.get("build"))
         say(progress, f"{target}: holds every one of these documents already; nothing to do.")
         return store.manifest
+    asked = store.manifest.get("build") or {}
+    index = asked.get("index", store.manifest["index"]["factory"])
+    if index != "by size":
+        check_factory_of(store, index)
     options = Options(store.tokenizer, None, "Flat", 1.0, device, store.chunk_size, None, overwrite, True)
     build_from(read_new, addition, lambda: loaded, options)
-    asked = store.manifest.get("build", {})
     manifest = _merge(
         [target, addition.out],
         whole,
-        None if asked.get("index") == "by size" else asked.get("index"),
+        None if index == "by size" else index,
         asked.get("recall", 0.95),
         device,
         overwrite=True,

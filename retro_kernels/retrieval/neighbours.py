@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, as_count
 from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
@@ -45,7 +45,7 @@ from retro_kernels.retrieval.search import (
     unfilled,
 )
 from retro_kernels.retrieval.store import ChunkStore
-from retro_kernels.retrieval.writing import journal
+from retro_kernels.retrieval.writing import check_no_folder, check_writable, journal
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval.retriever import Retriever
@@ -288,6 +288,26 @@ def share_in_file(retriever: Retriever, chunks: np.ndarray, documents: np.ndarra
     return (searcher.table.rows(queries, exclude) >= 0).double().mean().item()
 
 
+def check_out(out: str | os.PathLike[str]) -> Path:
+    """The path of the file of neighbours that is to be made. InputError where it cannot be written, to be known before
+    anything is read: it is a folder, or lies in a file or a folder that cannot be written."""
+    path = Path(out)
+    if path.is_dir():
+        raise InputError(
+            f"neighbours: out is {path}, which is a folder. Give the name of the file to write, such as "
+            f"{path / 'neighbours.safetensors'}."
+        )
+    check_writable(
+        path.parent, f", where the folder of {path} is to be. Give another place for the neighbours."
+    )
+    check_no_folder(_journal_of(path))
+    return path
+
+
+def _journal_of(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
 def precompute(
     retriever: Retriever,
     chunks: Any,
@@ -306,24 +326,26 @@ def precompute(
 
     Interrupted, the next call with the same arguments goes on (what is done lies in `out`.partial); where `out` has
     been made from the same input already, nothing is done. Memory: some 50 bytes a chunk; on the disk, until `out` is
-    whole, three times its size. Returns {"rows", "chunks", "per_chunk", "path", "done_before"}.
-    InputError for a retriever that re-ranks.
+    whole, three times its size.
+    Returns {"rows", "chunks", "per_chunk", "path", "done_before", "without_neighbours": the share of the rows that have
+    none, "filled": the share of the rows' places that hold one}.
+    InputError for a retriever that re-ranks, and for an `out` that no file can have (`check_out`).
     """
+    out = check_out(out)
     if isinstance(retriever.searcher, Reranker):
         raise InputError(
             f"precompute: {retriever.name} re-ranks candidates when it is used, so a file for it holds the candidates. "
             f"Make it with the retriever {retriever.name.partition('+')[0]}, and more neighbours of a chunk than the "
             f"{retriever.searcher.fetch} that are re-ranked."
         )
-    out, documents = Path(out), np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
+    documents = np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
     chunks = np.asarray(chunks)
     if chunks.ndim != 2 or chunks.shape[1] != retriever.chunk_size or documents.shape != chunks.shape[:1]:
         raise ValueError(
             f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
             f"not {list(chunks.shape)} and {list(documents.shape)}."
         )
-    if per_chunk < 1:
-        raise InputError(f"precompute: per_chunk is {per_chunk}; at least 1 neighbour is kept.")
+    per_chunk = as_count("precompute", "per_chunk", per_chunk)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -337,7 +359,7 @@ def precompute(
         with contextlib.suppress(InputError):  # a damaged one is replaced, when the new one is whole
             old = NeighbourFile.open(out)
             if {name: old.metadata.get(name) for name in metadata} == metadata:
-                return {**result, "rows": old.num_rows, "done_before": True}
+                return {**result, **_filled(old.ids), "rows": old.num_rows, "done_before": True}
     out.parent.mkdir(parents=True, exist_ok=True)
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(chunks), _BLOCK)]
     keys = np.zeros((2, len(chunks)), dtype=np.int64)
@@ -347,8 +369,8 @@ def precompute(
     kept = _distinct(keys)
     place = np.full(len(chunks), -1)
     place[kept] = np.arange(len(kept))
-    partial, busy = out.with_name(out.name + ".partial"), f"Another process is making {out} now."
-    with journal(partial, json.dumps(metadata, sort_keys=True), busy) as done:
+    busy = f"Another process is making {out} now."
+    with journal(_journal_of(out), json.dumps(metadata, sort_keys=True), busy) as done:
         ids = _mapped(out.parent, np.int64, (len(kept), per_chunk))
         distances = _mapped(out.parent, np.float32, (len(kept), per_chunk))
         for rows in blocks:
@@ -361,7 +383,17 @@ def precompute(
         columns = {"hashes": keys[0, kept], "checks": keys[1, kept], "ids": ids, "distances": distances}
         arrays = {name: torch.from_numpy(array) for name, array in columns.items()}
         _save(arrays, out, {**metadata, "checksum": _checksum(arrays)})
+        result |= _filled(arrays["ids"])
     return {**result, "rows": len(kept), "done_before": False}
+
+
+def _filled(ids: Tensor) -> dict[str, float]:
+    there = [block >= 0 for block in ids.split(_BLOCK)]  # the file may be larger than the memory
+    rows, places = (sum(int(x.sum()) for x in xs) for xs in ([x[:, 0] for x in there], there))
+    return {
+        "without_neighbours": 1 - rows / max(1, len(ids)),
+        "filled": places / max(1, ids.numel()),
+    }
 
 
 def _tokens(chunks: np.ndarray) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retro_kernels.config import as_count
 from retro_kernels.ops._backend import limit_threads
 from retro_kernels.ops.gather import NeighbourBatch
 
@@ -80,10 +81,9 @@ class Prefetcher:
         depth: int = 1,
         inputs: Inputs | None = None,
     ) -> None:
-        """depth: batches kept ready.  inputs: takes (tokens, exclude_documents) out of a batch; see
+        """depth: batches kept ready, at least 1.  inputs: takes (tokens, exclude_documents) out of a batch; see
         `default_inputs`."""
-        if depth < 1:
-            raise ValueError(f"prefetch: depth is {depth}; at least 1 batch is kept ready.")
+        depth = as_count("prefetch", "depth", depth)
         self.retriever, self.loader, self.num_neighbours, self.depth = (
             retriever,
             loader,

@@ -12,9 +12,7 @@ Shapes: B sequences of N tokens, M tokens of a chunk, L = N // M chunks, K neigh
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import operator
 import os
 import re
 import threading
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, check_count
+from retro_kernels.config import InputError, as_count, check_seed
 from retro_kernels.ops._backend import numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
@@ -159,6 +157,9 @@ class Retriever:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
         if metric not in ("l2", "inner product"):
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
+        check_seed("Retriever", seed)
+        cache = as_count("Retriever", "cache", cache, least=0)
+        rerank_fetch = as_count("Retriever", "rerank_fetch", rerank_fetch)
         device = numbered(pick_device(device or "cpu"))
         index_device = None if index_device is None else pick_device(index_device)
         store = ChunkStore.open(path, verify=verify)
@@ -267,9 +268,13 @@ class Retriever:
         """InputError for more neighbours of a chunk than the set has chunks: places that nothing can ever fill."""
         if k > self.num_chunks:
             raise InputError(
-                f"{k:,} neighbours were asked for, but the retrieval set {self.store.path} holds {self.num_chunks:,} "
-                "chunks. Ask for no more than that."
+                f"{k:,} neighbours were asked for, but {self._called()} holds {self.num_chunks:,} chunks. Ask for no "
+                "more than that."
             )
+
+    def _called(self) -> str:
+        """What a message calls the whole of what is searched."""
+        return f"the retrieval set {self.store.path}"
 
     def __call__(
         self, tokens: Tensor, *, num_neighbours: int = 2, exclude_documents: Tensor | None = None
@@ -286,25 +291,30 @@ class Retriever:
         Raises TypeError for what is no tensor, ValueError for shapes and dtypes that do not fit, InputError for a token
         id beyond the vocabulary.
         """
-        num_neighbours = self._check(tokens, num_neighbours, exclude_documents)
-        m = self.chunk_size
-        b, chunks = tokens.shape[0], tokens.shape[1] // m
-        queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
-        exclude = None
-        if exclude_documents is not None and exclude_documents.shape[1]:
-            exclude = exclude_documents.to(queries.device, torch.int64).repeat_interleave(chunks, dim=0)
         with self._lock, torch.no_grad():
             self.stats.calls += 1
-            check_queries(queries, self.store.manifest["tokenizer"]["vocab_size"])
+            queries, num_neighbours, exclude = self._queries(tokens, num_neighbours, exclude_documents)
             distances, ids = self.search(queries, num_neighbours, exclude)
             home = tokens.device if tokens.is_cuda else self.device
             distances, ids = distances.to(home), ids.to(home)
             with self.stats.time("gather"):
                 found, lengths = self.gather(ids)
-        shape = (b, chunks, num_neighbours)
+        m = self.chunk_size
+        shape = (tokens.shape[0], tokens.shape[1] // m, num_neighbours)
         return NeighbourBatch(
             found.view(*shape, 2 * m), lengths.view(shape), ids.view(shape), distances.view(shape)
         )
+
+    def _queries(self, tokens: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        """What `search` takes, of checked arguments of a call."""
+        k = self._check(tokens, k, exclude)
+        m = self.chunk_size
+        b, chunks = tokens.shape[0], tokens.shape[1] // m
+        queries = tokens[:, : chunks * m].reshape(b * chunks, m).to(torch.int64)
+        check_queries(queries, self.store.manifest["tokenizer"]["vocab_size"])
+        if exclude is None or not exclude.shape[1]:
+            return queries, k, None
+        return queries, k, exclude.to(queries.device, torch.int64).repeat_interleave(chunks, dim=0)
 
     def _check(self, tokens: Tensor, k: int, exclude: Tensor | None) -> int:
         """k as an int of Python's."""
@@ -315,7 +325,7 @@ class Retriever:
             raise ValueError(
                 f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
             )
-        k = _count("Retriever", "num_neighbours", k)
+        k = as_count("Retriever", "num_neighbours", k)
         if exclude is None:
             return k
         if (
@@ -374,12 +384,16 @@ class Retriever:
         return gather_neighbours(source.chunks, ids, continuation=source.continuation)
 
     def documents(self, ids: Tensor) -> Tensor:
-        """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have. On a
-        GPU it is waited for: an index beyond the end would be the end of the process there."""
+        """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have,
+        TypeError for what is no tensor, ValueError for one that is not of integers. On a GPU it is waited for: an index
+        beyond the end would be the end of the process there."""
         self._check_chunk_ids(ids)
         return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
 
     def _check_chunk_ids(self, ids: Tensor) -> None:
+        _check_tensor("ids", ids, "of any shape")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"Retriever: ids must be integers, not {ids.dtype}.")
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
         if not -1 <= low <= high < self.num_chunks:
             raise InputError(
@@ -387,7 +401,7 @@ class Retriever:
             )
 
     def titles(self, document_ids: Any) -> list[str]:
-        """The title of each document id, "" for −1, flat."""
+        """The title of each document id, "" for −1, flat. Errors are those of `ChunkStore.titles`."""
         return self.store.titles(document_ids)
 
     def find_documents(self, hashes: Iterable[int]) -> Tensor:
@@ -399,17 +413,21 @@ class Retriever:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
         lists."""
         texts = [text] if isinstance(text, str) else list(text)
-        k = _count("search_text", "k", k)
+        with self._lock, torch.no_grad():
+            queries, k = self._text_queries(texts, k)
+            distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
+        hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
+        return hits[0] if isinstance(text, str) else hits
+
+    def _text_queries(self, texts: list[str], k: int) -> tuple[Tensor, int]:
+        """What `search` takes, of checked arguments of `search_text`."""
+        k = as_count("search_text", "k", k)
         if not all(t.strip() for t in texts):
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
         width = max(map(len, encoded), default=1)
         queries = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded])
-        queries = queries.reshape(len(texts), width)
-        with self._lock, torch.no_grad():
-            distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
-        hits = [self._hits(d, i) for d, i in zip(distances.tolist(), ids.tolist(), strict=True)]
-        return hits[0] if isinstance(text, str) else hits
+        return queries.reshape(len(texts), width), k
 
     def _hits(self, distances: list[float], ids: list[int]) -> list[Hit]:
         chosen = torch.tensor([i for i in ids if i >= 0], dtype=torch.int64)
@@ -450,15 +468,6 @@ def _check_tensor(name: str, given: Any, shape: str) -> None:
             f"Retriever: {name} must be a tensor of integers {shape}, not {type(given).__name__}. Make it one with "
             "torch.as_tensor."
         )
-
-
-def _count(verb: str, name: str, given: Any) -> int:
-    """An integer of at least 1, of Python's or numpy's; else InputError."""
-    count = given
-    with contextlib.suppress(TypeError):
-        count = given if isinstance(given, bool) else operator.index(given)
-    check_count(verb, name, count)
-    return count
 
 
 def _search_without_copies(

@@ -5,13 +5,17 @@ all ranks go to all ranks; each searches its shard; the shards' first k are merg
 are those of the sets laid one after another in the order of ranks. What travels is small: tokens and keys of the
 queries out, k distances and ids back, then the tokens of the neighbours that were chosen.
 
+What a rank does alone may fail there alone. Before the ranks meet again each says whether it did: all of them raise
+then, where the others would wait for it for ever (`_together`).
+
 Shapes: W ranks, Q queries of this rank, M tokens of a chunk, k neighbours, E excluded documents, D width of a key.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +26,36 @@ from torch import Tensor
 from retro_kernels.config import InputError
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.search import DenseSearcher, to_device
+from retro_kernels.retrieval.store import as_integers
+
+
+@contextlib.contextmanager
+def _together(group: Any, device: torch.device) -> Iterator[None]:
+    """What each rank does on its own. Collective at the end: where it raised on one, that rank raises what it was, and
+    the others the same in words, with the number of the first rank where it did."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if not failed.item():
+        return
+    told: list[Any] = [None] * dist.get_world_size(group)
+    mine = error and (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
+    dist.all_gather_object(told, mine, group=group)
+    if error is not None:
+        raise error
+    rank, (input_is_wrong, message) = next((i, one) for i, one in enumerate(told) if one is not None)
+    kind = InputError if input_is_wrong else RuntimeError
+    raise kind(f"ShardedRetriever: rank {rank} failed: {message}")
 
 
 class ShardedRetriever(Retriever):
     """A `Retriever` whose set lies on all ranks. Every call but the constants is collective: all ranks make it, in the
-    same order, with the same num_neighbours; the number of sequences may differ, and be 0.
+    same order, with the same num_neighbours; the number of sequences may differ, and be 0. What raises on one rank
+    raises on all.
 
     It has a process group of its own, so a prefetching thread does not meet the training's collectives.
     """
@@ -35,22 +64,22 @@ class ShardedRetriever(Retriever):
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> ShardedRetriever:  # type: ignore[override]
         """Opens this rank's set. Options as for `Retriever.from_pretrained`, of retriever="dense". Collective.
 
-        InputError, on every rank, where the sets have different tokenizers, embedders or chunk sizes."""
+        InputError, on every rank, where one of them cannot open its set, or the sets have different tokenizers,
+        embedders or chunk sizes."""
         if options.get("retriever", "dense") != "dense":
             raise InputError("ShardedRetriever: only the dense retriever is sharded.")
         for name in ("neighbours", "cache", "drop_copies"):
             if options.get(name):
                 raise InputError(f"ShardedRetriever: {name} is not available for a sharded set.")
-        return cls.of(Retriever.from_pretrained(path, **options))
+        _check_initialised()
+        with _together(None, _meeting_place()):
+            local = Retriever.from_pretrained(path, **options)
+        return cls.of(local)
 
     @classmethod
     def of(cls, local: Retriever) -> ShardedRetriever:
         """From this rank's dense retriever. Collective."""
-        if not dist.is_initialized():
-            raise InputError(
-                "ShardedRetriever: torch.distributed is not initialised. Start with torchrun and call "
-                "torch.distributed.init_process_group first; one process needs Retriever only."
-            )
+        _check_initialised()
         if not isinstance(local.searcher, DenseSearcher) or not local.searcher.embed_unknown:
             raise InputError("ShardedRetriever: a dense retriever with its embedder is needed.")
         made = cls(
@@ -88,6 +117,12 @@ class ShardedRetriever(Retriever):
         ends = np.cumsum(np.concatenate([one[2] for one in everyone]))
         self._ends = torch.from_numpy(ends).to(self.device)
 
+    def _called(self) -> str:
+        return f"the retrieval set on {self.world} ranks"
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return _together(self.group, self.device)
+
     @property
     def num_chunks(self) -> int:
         return self._all_chunks
@@ -104,11 +139,12 @@ class ShardedRetriever(Retriever):
 
     def find_documents(self, hashes: Iterable[int]) -> Tensor:
         """See `Retriever.find_documents`. Collective; each rank may ask for others."""
+        with self._alone():
+            mine = as_integers("hashes", list(hashes)).tolist()
         asked: list[Any] = [None] * self.world
-        dist.all_gather_object(
-            asked, [int(h) for h in np.asarray(list(hashes)).reshape(-1)], group=self.group
-        )
-        found = [np.asarray(self.store.find_documents(theirs), dtype=np.int64) for theirs in asked]
+        dist.all_gather_object(asked, mine, group=self.group)
+        with self._alone():
+            found = [np.asarray(self.store.find_documents(theirs), dtype=np.int64) for theirs in asked]
         joined = torch.from_numpy(np.concatenate(found)).to(self.device)
         joined = torch.where(joined >= 0, joined + self._first_document, self._all_documents)
         dist.all_reduce(joined, dist.ReduceOp.MIN, group=self.group)
@@ -117,16 +153,30 @@ class ShardedRetriever(Retriever):
 
     def titles(self, document_ids: Any) -> list[str]:
         """See `Retriever.titles`. Collective."""
-        wanted = torch.as_tensor(document_ids).reshape(-1).tolist()
+        with self._alone():
+            wanted = as_integers("document_ids", document_ids).tolist()
+            if bad := [i for i in wanted if not -1 <= i < self.num_documents]:
+                raise InputError(
+                    f"There is no document {bad[0]}: {self._called()} has documents 0 to {self.num_documents - 1:,}."
+                )
         asked: list[Any] = [None] * self.world
         dist.all_gather_object(asked, wanted, group=self.group)
         here = range(self._first_document, self._first_document + self.store.num_documents)
         mine = sorted({i for theirs in asked for i in theirs if i in here})
         known: list[Any] = [None] * self.world
-        titles = self.store.titles([i - self._first_document for i in mine])
+        with self._alone():
+            titles = self.store.titles([i - self._first_document for i in mine])
         dist.all_gather_object(known, dict(zip(mine, titles, strict=True)), group=self.group)
         table = {i: title for theirs in known for i, title in theirs.items()}
         return [table[i] if i >= 0 else "" for i in wanted]
+
+    def _queries(self, tokens: Tensor, k: int, exclude: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+        with self._alone():
+            return super()._queries(tokens, k, exclude)
+
+    def _text_queries(self, texts: list[str], k: int) -> tuple[Tensor, int]:
+        with self._alone():
+            return super()._text_queries(texts, k)
 
     def search(
         self, queries: Tensor, k: int, exclude: Tensor | None = None, *, keep_copies: bool = False
@@ -141,7 +191,8 @@ class ShardedRetriever(Retriever):
         keys = self._keys(everyones, rows, real)
         local = excludes - self._first_document
         local = torch.where((local >= 0) & (local < self.store.num_documents), local, -1)
-        distances, ids = self.searcher.search_keys(keys, k, local)  # type: ignore[attr-defined]
+        with self._alone():
+            distances, ids = self.searcher.search_keys(keys, k, local)  # type: ignore[attr-defined]
         distances = distances.masked_fill(~real[:, None], torch.inf)
         ids = torch.where((ids >= 0) & real[:, None], ids + self._first_chunk, -1)
         with self.stats.time("exchange"):
@@ -157,7 +208,8 @@ class ShardedRetriever(Retriever):
         searcher = self.searcher
         assert isinstance(searcher, DenseSearcher)
         with self.stats.time("lookup"):
-            known, found = (to_device(x, self.device) for x in searcher.known_keys(queries))
+            with self._alone():
+                known, found = (to_device(x, self.device) for x in searcher.known_keys(queries))
             owner = torch.where(known, self.rank, self.world)
             dist.all_reduce(owner, dist.ReduceOp.MIN, group=self.group)
             keys = torch.where((owner == self.rank)[:, None], found, 0.0)
@@ -165,9 +217,10 @@ class ShardedRetriever(Retriever):
         unknown = own[(owner[own] == self.world) & real[own]]
         self.stats.embedded += unknown.numel()
         self.stats.looked_up += int(real[own].sum()) - unknown.numel()
-        if unknown.numel():
-            with self.stats.time("embed"):
-                keys[unknown] = to_device(searcher.embed(queries[unknown]), self.device)
+        with self._alone():
+            if unknown.numel():
+                with self.stats.time("embed"):
+                    keys[unknown] = to_device(searcher.embed(queries[unknown]), self.device)
         with self.stats.time("exchange"):
             dist.all_reduce(keys, group=self.group)
         return keys
@@ -177,7 +230,8 @@ class ShardedRetriever(Retriever):
         flat, rows = self._share(to_device(ids.reshape(-1, 1), self.device), 0, fill=-1)
         local = flat[:, 0] - self._first_chunk
         local = torch.where((flat[:, 0] >= 0) & (local >= 0) & (local < self.store.num_chunks), local, -1)
-        tokens, lengths = super().gather(local)
+        with self._alone():
+            tokens, lengths = super().gather(local)
         tokens = tokens.masked_fill((local < 0)[:, None], 0).to(torch.int32)
         dist.all_reduce(tokens, group=self.group)
         dist.all_reduce(lengths, group=self.group)
@@ -207,3 +261,16 @@ class ShardedRetriever(Retriever):
         parts = [torch.zeros_like(x) for _ in range(self.world)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return parts
+
+
+def _check_initialised() -> None:
+    if not dist.is_initialized():
+        raise InputError(
+            "ShardedRetriever: torch.distributed is not initialised. Start with torchrun and call "
+            "torch.distributed.init_process_group first; one process needs Retriever only."
+        )
+
+
+def _meeting_place() -> torch.device:
+    """Where tensors of the default group's collectives lie."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

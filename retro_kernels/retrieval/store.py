@@ -208,7 +208,7 @@ class ChunkStore:
 
     def find_documents(self, hashes: Iterable[int]) -> np.ndarray:
         """int64 [n]: the id of the document with each hash (`data.corpus.document_hash`), −1 where the set has none."""
-        wanted = np.asarray(_as_array(hashes), dtype=np.int64).reshape(-1)
+        wanted = as_integers("hashes", hashes)
         sorted_hashes, order = self._sorted_document_hashes
         place = np.searchsorted(sorted_hashes, wanted)
         place = np.minimum(place, self.num_documents - 1)
@@ -252,9 +252,10 @@ class ChunkStore:
         return range(int(first), int(last))
 
     def titles(self, document_ids: Any) -> list[str]:
-        """The title of each document id; "" for −1. InputError for an id that the set does not have."""
+        """The title of each document id; "" for −1. InputError for an id that the set does not have, ValueError for
+        what is no integer."""
         titles = []
-        for i in np.asarray(_as_array(document_ids), dtype=np.int64).reshape(-1).tolist():
+        for i in as_integers("document_ids", document_ids).tolist():
             if not -1 <= i < self.num_documents:
                 raise InputError(
                     f"There is no document {i}: the set has documents 0 to {self.num_documents - 1:,}."
@@ -276,12 +277,20 @@ class ChunkStore:
 
     def texts(self, chunk_ids: Any) -> list[str]:
         """The text of each chunk; "" for −1."""
-        ids = np.asarray(_as_array(chunk_ids), dtype=np.int64).reshape(-1)
+        ids = as_integers("chunk_ids", chunk_ids)
         if len(ids) and not -1 <= ids.min() <= ids.max() < self.num_chunks:
             raise InputError(
                 f"There is no chunk {ids.min()} or {ids.max()}: the set has {self.num_chunks:,} chunks."
             )
         return ["" if i < 0 else self.tokenizer.decode(self.chunks[i]) for i in ids.tolist()]
+
+
+def as_integers(name: str, values: Any) -> np.ndarray:
+    """`values`, of any shape, as int64 [n]. ValueError where they are no integers: rounded they would name others."""
+    array = np.asarray(_as_array(values))
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, not {array.dtype}.")
+    return array.astype(np.int64).reshape(-1)
 
 
 def _as_array(values: Any) -> Any:

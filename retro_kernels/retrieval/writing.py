@@ -35,6 +35,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     """Holds the lock file `path`, or raises InputError(busy). The kernel frees it when a process dies."""
     import fcntl
 
+    check_no_folder(path)
     try:
         file = open(path, "a+b")
     except OSError as error:
@@ -47,6 +48,23 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise InputError(busy)  # it finished, and deleted the file, just now
         yield
+
+
+def check_no_folder(path: Path) -> None:
+    """InputError for a folder in the place of a file with which a job works; to be known before the job begins."""
+    if path.is_dir():
+        raise InputError(
+            f"{path} is where this job keeps what is done, but it is a folder. Move it away, or choose another name "
+            "for the result."
+        )
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """InputError, ending with `advice`, where `folder` is no folder, or can be neither written nor made: now, and not
+    after hours."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{nearest} {'cannot be written' if nearest.is_dir() else 'is a file'}{advice}")
 
 
 class GrowingArray:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from retro_kernels.config import InputError
+from retro_kernels.data import corpus
 from retro_kernels.data.corpus import (
     _SNIFF_BYTES,
     Document,
@@ -140,11 +141,11 @@ LATER = 3 * _SNIFF_BYTES
 @pytest.mark.parametrize(
     "name, content, why",
     [
-        ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 3\)"),
-        ("a.gz", b"no gzip at all", "Not a gzipped file"),
+        ("a.txt", b"caf\xe9", r"not UTF-8 \(byte 3\). Convert it to UTF-8"),
+        ("a.gz", b"no gzip at all", "Not a gzipped file.*copy it again"),
         ("a.txt.xz", lzma.compress(b"\xff"), "not UTF-8"),
-        ("a.jsonl.xz", b"no xz", "Input format not supported"),
-        ("a.txt.zst", b"\x28\xb5\x2f\xfd", ".zst is not unpacked here; .gz and .xz are"),
+        ("a.jsonl.xz", b"no xz", "Input format not supported.*copy it again"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd", ".zst is not unpacked here; .gz and .xz are. Unpack it"),
         ("a.jsonl.bz2", b"BZh9", ".bz2 is not unpacked here"),
         ("a.tar.gz", gzip.compress(b"text"), ".tar is not unpacked here"),
     ],
@@ -162,9 +163,10 @@ def test_a_named_file_that_cannot_be_read_is_refused_at_once(tmp_path, name, con
     "name, content, why",
     [
         ("a.txt", b"a" * LATER + b"\xff", rf"not UTF-8 \(.*byte {LATER:,}\)"),
-        ("a.txt.gz", gzip.compress(os.urandom(LATER).hex().encode())[:-20], "unreadable"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * LATER)[:-20], "unreadable"),
-        ("a.jsonl", b"one\ntwo\n", r"not JSON \(.*line 1\)"),
+        ("a.txt.gz", gzip.compress(os.urandom(LATER).hex().encode())[:-20], "Compressed file ended.*again"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * LATER)[:-20], "Compressed file ended.*again"),
+        ("a.jsonl", b"one\ntwo\n", r"not JSON \(.*line 1\). Make it one JSON object a line"),
+        ("a.jsonl", b"{}\n", r"without a \"text\" in the JSON \(.*\). Give its lines a \"text\""),
     ],
 )
 def test_a_named_file_that_turns_out_unreadable_is_an_error(tmp_path, name, content, why):
@@ -193,8 +195,23 @@ def test_a_named_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="cannot be read: Permission denied"):
+    with pytest.raises(InputError, match="cannot be read: Permission denied. Get the right to read it"):
         read(tmp_path)
+
+
+def test_the_advice_is_for_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    for error, advice in (
+        (PermissionError(13, "Permission denied"), "Get the right to read it"),
+        (OSError(5, "Input/output error"), "See to the disk that it is on"),
+    ):
+
+        def refuse(path, error=error):
+            raise error
+
+        monkeypatch.setattr(corpus, "_open", refuse)
+        with pytest.raises(InputError, match=f"a.txt cannot be read: {error.strerror}. {advice}, or leave"):
+            read_documents(tmp_path / "a.txt")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -260,7 +277,7 @@ def test_folders_that_are_left_out(tmp_path):
 
 
 def test_runs_and_retrieval_sets_are_no_text(tmp_path):
-    """Unless they are what was named."""
+    """In a folder they are left out, named they are an error; a file of theirs may be wanted."""
     for folder, names in (
         ("run", ["train.json", "tokenizer.model"]),
         ("set", ["manifest.json", "chunks.npy"]),
@@ -271,4 +288,9 @@ def test_runs_and_retrieval_sets_are_no_text(tmp_path):
     (tmp_path / "in" / "mine").mkdir()
     (tmp_path / "in" / "mine" / "manifest.json").write_text("{}")
     assert read(tmp_path / "in")[0] == [("mine/manifest.json", "{}")]
-    assert [title for title, _ in read(tmp_path / "in" / "run")[0]] == ["tokenizer.model", "train.json"]
+    for name, kind in (("run", "a training run"), ("set", "a retrieval set")):
+        with pytest.raises(
+            InputError, match=f"{name} is {kind}, and no text. Give the text that it was made from"
+        ):
+            read_documents([tmp_path / "in" / "mine", tmp_path / "in" / name])
+    assert read(tmp_path / "in" / "run" / "train.json")[0] == [("train.json", "train.json")]

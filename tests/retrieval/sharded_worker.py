@@ -3,9 +3,11 @@ FOLDER/rank-RANK.pt."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
 from retro_kernels.config import InputError
+from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.sharded import ShardedRetriever
 
 BATCHES = ((3, 2), (0, 4), (1, 0))  # sequences of ranks 0 and 1 in each call
@@ -46,6 +49,39 @@ def batch(documents: list[list[int]], rank: int, call: int, num: int) -> tuple[T
     return tokens, torch.randint(-1, len(documents), (num, 2 + rank), generator=generator)
 
 
+def broken(*_: Any, **__: Any) -> Any:
+    raise OSError("the disk is gone")
+
+
+def failures(retriever: ShardedRetriever, documents: list[Any], rank: int) -> dict[str, str]:
+    """What each rank is told where one of them fails alone; without an end where it waits for the other."""
+    tokens = batch(documents, rank, 0, 2)[0]
+    searcher: Any = retriever.searcher
+    attempts: dict[str, tuple[int, Any, str, Any]] = {  # the rank, the part of it that fails, the call
+        "lookup": (0, searcher, "known_keys", lambda: retriever(tokens)),
+        "embed": (1, searcher, "embed", lambda: retriever(tokens)),
+        "search": (1, searcher, "search_keys", lambda: retriever(tokens)),
+        "store": (0, retriever.store, "titles", lambda: retriever.titles([0])),
+        "hashes": (1, retriever.store, "find_documents", lambda: retriever.find_documents([7])),
+        "tokens": (1, None, "", lambda: retriever(tokens * (1000 * rank + 1))),
+        "text": (0, None, "", lambda: retriever.search_text("1" if rank else " ")),
+        "titles": (1, None, "", lambda: retriever.titles([10**6] if rank else [0])),
+        "open": (0, Retriever, "from_pretrained", lambda: ShardedRetriever.from_pretrained("set")),
+    }
+    told = {}
+    for name, (failing, part, method, call) in attempts.items():
+        with contextlib.ExitStack() as patches:
+            if part is Retriever:
+                patches.enter_context(mock.patch.object(part, method, lambda *_, **__: retriever))
+            if rank == failing and part is not None:
+                patches.enter_context(mock.patch.object(part, method, broken))
+            try:
+                call()
+            except Exception as error:
+                told[name] = f"{type(error).__name__}: {error}"
+    return told
+
+
 def main(rank: int, world: int, folder: Path, seed: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     documents = corpus(seed)
@@ -69,6 +105,13 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
         retriever(tokens, num_neighbours=2 + rank)
     except ValueError as error:
         found["different k"] = str(error)
+    found["failures"] = failures(retriever, documents, rank)
+    try:
+        retriever.check_num_neighbours(10**9)
+    except InputError as error:
+        found["too many"] = str(error)
+    again = retriever(*batch(documents, rank, 0, BATCHES[0][rank])[:1], num_neighbours=K)
+    found["after failures"] = again.ids.shape
     retriever.store.manifest["tokenizer"]["fingerprint"] = str(rank)
     try:
         ShardedRetriever.of(dense(retriever.store, embedder=embedder))

@@ -461,6 +461,34 @@ def test_documents_are_appended(whole, model, tmp_path, index):
         append_to_retrieval_set(out, CORPUS, embedder="hashing:32")
 
 
+def with_another_factory(out, factory, **index):
+    """As an earlier version, which took more kinds of indexes, would have described the set."""
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["index"].update(factory=factory, **index)
+    manifest["build"]["index"] = factory
+    store_module.write_manifest(out, manifest)
+
+
+@pytest.mark.parametrize("factory, why", [("IDMap,Flat", "IDMap"), ("L2norm,Flat", "normalises vectors")])
+def test_nothing_is_embedded_for_an_index_that_is_refused(model, tmp_path, factory, why):
+    out = tmp_path / "set"
+    build(CORPUS[:5], out, tokenizer=model)
+    with_another_factory(out, factory, trained="0" * 32)
+    embedder = Counting(64)
+    told = f"{out} was built with an index that is refused by now.*{why}.*--merge --out NEW"
+    with pytest.raises(InputError, match=told):
+        append_to_retrieval_set(out, CORPUS, embedder=embedder, progress=False)
+    with pytest.raises(InputError, match=told):
+        build(CORPUS, tmp_path / "other", tokenizer=model, embedder=embedder, trained_index=out)
+    assert embedder.calls == 0 and [path.name for path in tmp_path.iterdir()] == ["set"]
+    append_to_retrieval_set(out, CORPUS[:5], embedder=embedder, progress=False)  # nothing to do
+    merge_retrieval_sets([out], tmp_path / "new", index="Flat", progress=False)
+    assert (
+        append_to_retrieval_set(tmp_path / "new", CORPUS, embedder=embedder, progress=False)["num_documents"]
+        == 20
+    )
+
+
 def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch):
     out = tmp_path / "set"
     build(CORPUS[:16], out, tokenizer=model, index="IVF4,SQfp16")

@@ -205,6 +205,25 @@ def test_unknown_kinds_and_missing_sets(folder: Path, tmp_path: Path) -> None:
         Retriever.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"cache": -1}, "cache is -1; it must be an integer of at least 0"),
+        ({"cache": 1.5}, "cache is 1.5"),
+        ({"cache": True}, "cache is True"),
+        (
+            {"rerank_fetch": 0, "retriever": "dense+edit"},
+            "rerank_fetch is 0; it must be an integer of at least 1",
+        ),
+        ({"seed": -1}, "seed is -1; it must be an integer from 0"),
+        ({"seed": 0.5, "retriever": "random"}, "seed is 0.5"),
+    ],
+)
+def test_numbers_out_of_range(folder: Path, options: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Retriever.from_pretrained(folder, **options)
+
+
 def test_devices_are_those_of_every_other_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in ("auto", "cpu", None):

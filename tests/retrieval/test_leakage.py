@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from retro_kernels.retrieval import leakage
 from retro_kernels.retrieval.leakage import (
     common_runs,
     containment,
@@ -53,6 +54,19 @@ def test_runs_equal_the_slow_loop(seed: int) -> None:
     assert torch.equal(
         longest_common_run(chunks, values, chunk_lengths=own, value_lengths=lengths), got.amax(1)
     )
+
+
+@pytest.mark.parametrize("length", [127, 128, 300])
+def test_runs_longer_than_the_narrow_numbers(seed: int, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """In place of 32,768 tokens, which take seconds."""
+    monkeypatch.setattr(leakage, "_NARROW", torch.int8)
+    chunks = torch.randint(1, 100, (2, length))
+    values = torch.zeros(2, 2, length + 40, dtype=torch.int64)
+    values[:, 1, 20 : 20 + length] = chunks
+    values[0, 0, :length] = chunks[0]
+    values[0, 0, length - 1] = 100
+    assert common_runs(chunks, values).tolist() == [[length - 1, length], [0, length]]
+    assert containment(chunks, values)[:, 1].tolist() == [1.0, 1.0]
 
 
 def test_many_blocks_equal_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

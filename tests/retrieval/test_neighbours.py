@@ -248,6 +248,16 @@ def test_blocks_of_other_input_are_not_taken(
     assert torch.equal(NeighbourFile.open(tmp_path / "near").ids, NeighbourFile.open(tmp_path / "again").ids)
 
 
+def test_how_much_is_filled(store: MemoryStore, tmp_path: Path) -> None:
+    chunks = np.concatenate([store.chunks, np.zeros((1, store.chunk_size), store.chunks.dtype)])
+    documents = np.append(store.document_ids, -1)  # the last chunk is padding, which has no neighbours
+    for _ in range(2):  # made, and found made
+        found = precompute(dense(store), chunks, documents, tmp_path / "near", per_chunk=store.num_chunks - 1)
+        ids = NeighbourFile.open(tmp_path / "near").ids
+        assert found["filled"] == pytest.approx((ids >= 0).double().mean().item()) and found["filled"] < 1
+        assert found["without_neighbours"] == pytest.approx(1 / len(ids))
+
+
 def test_two_processes_on_one_file(store: MemoryStore, tmp_path: Path) -> None:
     def meanwhile(n: int) -> None:
         with pytest.raises(InputError, match="Another process"):

@@ -186,8 +186,9 @@ def test_the_stall_is_what_the_loop_waited(retriever: Retriever) -> None:
 
 
 def test_bad_depth(retriever: Retriever) -> None:
-    with pytest.raises(ValueError, match="depth"):
-        retriever.prefetch([], depth=0)
+    for depth in (0, 1.5, True):
+        with pytest.raises(ValueError, match="depth"):
+            retriever.prefetch([], depth=depth)
 
 
 @pytest.mark.gpu

@@ -293,6 +293,12 @@ def test_documents_titles_and_hashes(seed: int) -> None:
         with pytest.raises(InputError, match=f"no chunk {bad}: the set has chunks 0 to"):
             retriever.documents(torch.tensor([0, bad, -1]))
     assert retriever.documents(torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
+    for bad in ([1], np.array([1]), 1):
+        with pytest.raises(TypeError, match="ids must be a tensor of integers of any shape"):
+            retriever.documents(bad)
+    for bad in (torch.tensor([0.5]), torch.tensor([True])):
+        with pytest.raises(ValueError, match="ids must be integers, not torch"):
+            retriever.documents(bad)
     assert retriever.find_documents([7, 2007, 8]).tolist() == [0, 2, -1]
     assert (retriever.num_chunks, retriever.num_documents) == (store.num_chunks, 9)
 

@@ -1,4 +1,4 @@
-"""A set on two ranks against one set: two gloo processes."""
+"""A set on two ranks against one set: two gloo processes; what fails on one of them fails on both."""
 
 from __future__ import annotations
 
@@ -71,6 +71,22 @@ def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
         assert {h["continuation"] for h in found["hits"][:2]} == {h.continuation for h in want_hits[:2]}
         assert "different numbers of neighbours, [2, 3]" in found["different k"]
         assert "ranks 0 and 1 have different" in found["different tokenizer"]
+        whole = f"the retrieval set on 2 ranks holds {one.num_chunks:,} chunks"
+        assert whole in found["too many"] and found["after failures"][0] == sharded_worker.BATCHES[0][rank]
+        for name, failing, said in (
+            *((name, 0, "OSError: the disk is gone") for name in ("lookup", "store", "open")),
+            *((name, 1, "OSError: the disk is gone") for name in ("embed", "search", "hashes")),
+            ("tokens", 1, "InputError: Retriever: token id"),
+            ("text", 0, "InputError: search_text: the text is empty"),
+            (
+                "titles",
+                1,
+                f"InputError: There is no document 1000000: the retrieval set on 2 ranks has documents 0 to {last}",
+            ),
+        ):
+            kind = "InputError" if "InputError" in said else "RuntimeError"
+            other = f"{kind}: ShardedRetriever: rank {failing} failed: {said}"
+            assert found["failures"][name].startswith(said if rank == failing else other), name
 
 
 def test_one_process_is_told_what_to_do(seed: int) -> None:

@@ -62,7 +62,11 @@ def test_documents_are_found_by_hash_and_have_titles(path):
     store = ChunkStore.open(path)
     hashes = [document_hash(d.text) for d in CORPUS]
     assert store.find_documents([*hashes[::-1], 5]).tolist() == [*range(len(CORPUS))][::-1] + [-1]
-    assert store.titles([3, -1, 0]) == ["title 3", "", "title 0"]
+    assert store.titles([3, -1, 0]) == ["title 3", "", "title 0"] and store.titles([]) == []
+    for bad in (0.5, [1.0], np.array([0.0]), "1", [True], None):
+        for look_up in (store.titles, store.find_documents):
+            with pytest.raises(ValueError, match="must be integers, not"):
+                look_up(bad)
     assert store.texts([-1]) == [""]
     for wrong in (-2, len(CORPUS)):
         with pytest.raises(InputError, match="no document"):

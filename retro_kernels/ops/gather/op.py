@@ -29,7 +29,10 @@ class NeighbourBatch(NamedTuple):
     ids: Tensor | None = None
     """int64 [B, L, K], the neighbours' chunk ids; -1 = none."""
     distances: Tensor | None = None
-    """float32 [B, L, K], squared L2 to the chunk's key; +inf = none."""
+    """float32 [B, L, K], nearest first; +inf = none. In what unit, the retriever decides: squared L2 between the keys
+    of chunk and neighbour ("dense"), their negative product (metric "inner product"), the negative BM25 score ("bm25",
+    "bm25:tokens", "…+bm25"), the edit distance over the longer length, 0 to 1 ("…+edit"), 1 − the longest run in
+    common over the chunk's length ("…+run"), 0 ("random")."""
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> NeighbourBatch:
         """The same batch on `device`."""
