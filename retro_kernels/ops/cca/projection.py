@@ -59,9 +59,15 @@ _GPU_FLOPS = 700e12
 _GPU_BYTES = 4.3e12
 _GPU_CORE = 0.8
 _GPU_OVERLAP = 0.5
-_GPU_LAUNCH = 2e-6
 _GPU_MARGIN = 1.1
 """What is only predicted has to promise a tenth before it replaces what is known."""
+
+# Decoding, fitted to the times of an H100 (bench/results/gpu.json): a call's bytes at 95 % of the copy bandwidth, after
+# what its launches take whatever the size, and for each part that is merged.
+_GPU_DECODE_BYTES = 2.87e12
+_GPU_MATERIALISED_LAUNCHES = 13e-6
+_GPU_ABSORBED_LAUNCHES = 26e-6
+_GPU_PART = 0.2e-6
 
 
 def projection_costs(
@@ -175,7 +181,13 @@ def _decoding(
             "materialised": materialised,
             "absorbed": folding + max(4 * states * _CPU_BYTE, attend * _CPU_THIN),
         }
-    materialised = 2 * both / _GPU_BYTES + project / _GPU_FLOPS
-    folding = max(2 * weights / batch / _GPU_BYTES, fold / _GPU_FLOPS) + 2 * _GPU_LAUNCH / batch
-    absorbed = max((2 * states + 8 * heads * width) / _GPU_BYTES, attend / (_GPU_FLOPS / 2))
-    return {"materialised": materialised, "absorbed": absorbed + folding}
+    per_row = heads * width * 24  # the query of width E and the two parts of the result, written and read
+    absorbed = (2 * weights + per_row * batch + 2 * states * batch) / _GPU_DECODE_BYTES
+    parts = max(1.0, min(keys / 32, 132 / batch))  # into which a few sequences are cut to fill the GPU
+    absorbed = max(absorbed, (fold + attend) * batch / (_GPU_FLOPS / 2)) + parts * _GPU_PART
+    absorbed += _GPU_ABSORBED_LAUNCHES
+    materialised = 2 * both * batch / _GPU_DECODE_BYTES + _GPU_MATERIALISED_LAUNCHES
+    return {
+        "materialised": materialised / batch + project / _GPU_FLOPS,
+        "absorbed": absorbed / batch,
+    }

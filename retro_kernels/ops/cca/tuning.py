@@ -196,12 +196,19 @@ def tune(
     biases; else with an additive bias. `chunks`: attending chunks in all. `clock`: milliseconds of a call
     (`triton.testing.do_bench`).
 
-    Returns the block sizes by problem. Raises RuntimeError without a CUDA device.
+    Returns the block sizes by problem. Raises RuntimeError without a CUDA device, ValueError for one that is not the
+    current one.
     """
     from retro_kernels.ops.cca import backward, forward
 
-    if device == "cuda" and not torch.cuda.is_available():
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         raise RuntimeError("tuning: it needs a CUDA device, and there is none here.")
+    if on_gpu and (index := torch.device(device).index) not in (None, torch.cuda.current_device()):
+        raise ValueError(
+            f"tuning: device is {device!r}, but kernels are timed on the current one, cuda:"
+            f"{torch.cuda.current_device()}. Call it within `with torch.cuda.device({index}):`."
+        )
     clock = clock or triton.testing.do_bench
     generator = torch.Generator(device).manual_seed(0)
 
@@ -248,7 +255,7 @@ def tune(
             raise RuntimeError(f"tuning: no candidate of {problem.name} gave right results.")
         best[problem.name] = min(times, key=lambda config: times[config])
         tell(f"{problem.name}: {tuple(best[problem.name])}, the table has {tuple(own)}")
-    gpu = torch.cuda.get_device_name() if device == "cuda" else device
+    gpu = torch.cuda.get_device_name() if on_gpu else device
     tell(f"saved in {save(best, gpu, path)}")
     return best
 
