@@ -25,7 +25,9 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kKeys = 32;       // of a tile
 constexpr int kPad = 8;         // elements behind a row, so that eight rows lie in different banks
 constexpr int kPartRow = 40;    // floats of a row of partial logits, likewise
-constexpr int kMostStages = 3;
+
+// Tiles that are there or under way: as many as a multiprocessor's shared memory holds.
+__host__ __device__ constexpr int stages_of(int arch, int steps) { return arch >= 900 || steps <= 4 ? 3 : 2; }
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("absorbed_decode (CUDA): ") + cudaGetErrorString(error));
@@ -105,9 +107,11 @@ struct Sizes {
   }
 };
 
-template <class T, int Steps, int Tiles, int Stages>
+template <class T, int Steps, int Tiles>
 __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDecode d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   using S = Sizes<T, Steps, Tiles>;
+  constexpr int Stages = stages_of(__CUDA_ARCH__, Steps);
   constexpr float kNone = -INFINITY;
   constexpr int kColumns = 16 * Steps;            // of a warp
   constexpr int kRowsEach = S::rows / kWarps;     // whose softmax a warp makes
@@ -358,34 +362,30 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
           *reinterpret_cast<uint32_t*>(static_cast<T*>(d.out) + at + 8 * n) = pair<T>(low(n), high(n));
       }
     }
+#endif
 }
 
-int most_shared_memory() {
-  int device = 0, bytes = 0;
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+  check(cudaDeviceGetAttribute(&value, which, device));
+  return value;
 }
 
-template <class T, int Steps, int Tiles, int Stages>
+// Of the machine code that runs here, or more than that one takes.
+int stages_here(int steps) { return stages_of(attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 900 : 800, steps); }
+
+template <class T, int Steps, int Tiles>
 void start(AbsorbedDecode d, cudaStream_t stream) {
   using S = Sizes<T, Steps, Tiles>;
-  const auto kernel = absorbed_decode_kernel<T, Steps, Tiles, Stages>;
-  const int bytes = S::bytes(Stages, d.neighbours);
+  const auto kernel = absorbed_decode_kernel<T, Steps, Tiles>;
+  const int bytes = S::bytes(stages_here(Steps), d.neighbours);
   d.key_tiles = (d.keys + kKeys - 1) / kKeys;
   d.inverse = ((uint64_t(1) << 32) + d.key_tiles - 1) / d.key_tiles;  // exact as long as tiles · key_tiles < 2^32
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const int64_t row_tiles = (int64_t(d.tokens) * d.heads + S::rows - 1) / S::rows;
   kernel<<<static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, bytes, stream>>>(d);
   check(cudaGetLastError());
-}
-
-template <class T, int Steps, int Tiles>
-void start(const AbsorbedDecode& d, cudaStream_t stream) {
-  if (most_shared_memory() >= Sizes<T, Steps, Tiles>::bytes(kMostStages, d.neighbours))
-    start<T, Steps, Tiles, kMostStages>(d, stream);
-  else
-    start<T, Steps, Tiles, 2>(d, stream);
 }
 
 template <class T, int Steps>
@@ -413,14 +413,21 @@ void start(const AbsorbedDecode& d, cudaStream_t stream) {
 
 bool absorbed_decode_fits(int width, int neighbours, int keys) {
   if (width != 512 && width != 768 && width != 896 && width != 1024) return false;
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  cudaFuncAttributes code;
+  if (cudaFuncGetAttributes(&code, absorbed_decode_kernel<__half, 4, 1>) != cudaSuccess) {  // built for other GPUs
+    cudaGetLastError();
+    return false;
+  }
+  if (code.ptxVersion < 80) return false;
   const int64_t key_tiles = (keys + kKeys - 1) / kKeys, tiles = neighbours * key_tiles;
   // of offsets within a sequence, and of what is divided by a product
   if (int64_t(neighbours) * keys * width >= INT32_MAX || tiles * key_tiles >= INT32_MAX) return false;
-  const int most = width == 1024 ? Sizes<__half, 8, 2>::bytes(2, neighbours) : Sizes<__half, 7, 2>::bytes(2, neighbours);
-  return major >= 8 && most_shared_memory() >= most;
+  const int steps = width / 128, stages = stages_here(steps);
+  const int bytes = steps == 4   ? Sizes<__half, 4, 2>::bytes(stages, neighbours)
+                    : steps == 6 ? Sizes<__half, 6, 2>::bytes(stages, neighbours)
+                    : steps == 7 ? Sizes<__half, 7, 2>::bytes(stages, neighbours)
+                                 : Sizes<__half, 8, 2>::bytes(stages, neighbours);
+  return bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 void absorbed_decode_cuda(const AbsorbedDecode& d, uintptr_t stream) {
