@@ -254,8 +254,16 @@ def gpu_report(result: dict[str, Any]) -> str:
         if r["extra"].get("what") in ("training", "gather", "decode")
         or (r["extra"].get("what") == "absorbed training" and r["extra"]["H"] == 16 and "+" in r["group"])
     ]
-    parts = (goals.report(result)[0], "\n".join(lines), "\n".join(_times(beside)))
+    parts = (
+        goals.report(result)[0],
+        _folded("By shape", lines),
+        _folded("Absorbed form, gather, training, decoding", _times(beside)),
+    )
     return "\n\n".join([*parts, conditions(result)]) + "\n"
+
+
+def _folded(title: str, lines: list[str]) -> str:
+    return "\n".join([f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
 
 
 def _fastest(rows: list[dict[str, Any]], ours: dict[str, Any], *kinds: str) -> float | None:
