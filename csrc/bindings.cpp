@@ -110,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&absorbed_decode), py::kw_only(), "scale_log2"_a, "batch"_a, "tokens"_a, "heads"_a, "width"_a,
            "neighbours"_a, "keys"_a, "columns"_a, "rel_stride"_a, "splits"_a, "row_bytes"_a, "length_bytes"_a, "bias_bytes"_a,
            "half"_a);
+  m.attr("absorbed_decode_keys") = retro::kAbsorbedDecodeKeys;
   m.def("absorbed_decode_rows", &retro::absorbed_decode_rows, "of_sequence"_a);
   m.def("absorbed_decode_fits", &retro::absorbed_decode_fits, "width"_a, "neighbours"_a, "keys"_a);
   m.def(

@@ -102,6 +102,8 @@ struct AbsorbedDecode {
   uint64_t inverse;
 };
 
+constexpr int kAbsorbedDecodeKeys = 32;  // states of one tile
+
 // Query rows of a sequence that one program takes.
 constexpr int absorbed_decode_rows(int of_sequence) { return of_sequence <= 16 ? 16 : 32; }
 

@@ -11,27 +11,26 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../ops.h"
+#include "check.h"
 
 namespace retro {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kKeys = 32;       // of a tile
+constexpr int kKeys = kAbsorbedDecodeKeys;
 constexpr int kPad = 8;         // elements behind a row, so that eight rows lie in different banks
 constexpr int kPartRow = 40;    // floats of a row of partial logits, likewise
 
 // Tiles that are there or under way: as many as a multiprocessor's shared memory holds.
 __host__ __device__ constexpr int stages_of(int arch, int steps) { return arch >= 900 || steps <= 4 ? 3 : 2; }
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("absorbed_decode (CUDA): ") + cudaGetErrorString(error));
-}
+void check(cudaError_t error) { retro::check(error, "absorbed_decode"); }
 
 __device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
@@ -396,23 +395,33 @@ void start(const AbsorbedDecode& d, cudaStream_t stream) {
     start<T, Steps, 2>(d, stream);
 }
 
+// Calls `made` with the steps of a width that there are kernels for; false where there are none.
+template <class Made>
+bool with_steps(int width, Made made) {
+  switch (width) {
+    case 512: made(std::integral_constant<int, 4>()); return true;
+    case 768: made(std::integral_constant<int, 6>()); return true;
+    case 896: made(std::integral_constant<int, 7>()); return true;
+    case 1024: made(std::integral_constant<int, 8>()); return true;
+    default: return false;
+  }
+}
+
 template <class T>
 void start(const AbsorbedDecode& d, cudaStream_t stream) {
-  switch (d.width) {
-    case 512: return start<T, 4>(d, stream);
-    case 768: return start<T, 6>(d, stream);
-    case 896: return start<T, 7>(d, stream);
-    case 1024: return start<T, 8>(d, stream);
-    default:
-      throw std::invalid_argument("absorbed_decode (CUDA): states " + std::to_string(d.width) +
-                                  " wide; 512, 768, 896 and 1024 are allowed.");
-  }
+  if (!with_steps(d.width, [&](auto steps) { start<T, steps.value>(d, stream); }))
+    throw std::invalid_argument("absorbed_decode (CUDA): states " + std::to_string(d.width) +
+                                " wide; 512, 768, 896 and 1024 are allowed.");
 }
 
 }  // namespace
 
 bool absorbed_decode_fits(int width, int neighbours, int keys) {
-  if (width != 512 && width != 768 && width != 896 && width != 1024) return false;
+  int bytes = 0;
+  const bool known = with_steps(width, [&](auto steps) {
+    bytes = Sizes<__half, steps.value, 2>::bytes(stages_here(steps.value), neighbours);
+  });
+  if (!known) return false;
   cudaFuncAttributes code;
   if (cudaFuncGetAttributes(&code, absorbed_decode_kernel<__half, 4, 1>) != cudaSuccess) {  // built for other GPUs
     cudaGetLastError();
@@ -422,11 +431,6 @@ bool absorbed_decode_fits(int width, int neighbours, int keys) {
   const int64_t key_tiles = (keys + kKeys - 1) / kKeys, tiles = neighbours * key_tiles;
   // of offsets within a sequence, and of what is divided by a product
   if (int64_t(neighbours) * keys * width >= INT32_MAX || tiles * key_tiles >= INT32_MAX) return false;
-  const int steps = width / 128, stages = stages_here(steps);
-  const int bytes = steps == 4   ? Sizes<__half, 4, 2>::bytes(stages, neighbours)
-                    : steps == 6 ? Sizes<__half, 6, 2>::bytes(stages, neighbours)
-                    : steps == 7 ? Sizes<__half, 7, 2>::bytes(stages, neighbours)
-                                 : Sizes<__half, 8, 2>::bytes(stages, neighbours);
   return bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "../ops.h"
+#include "check.h"
 
 namespace retro {
 namespace {
@@ -14,10 +15,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kWarpsPerBlock = 8;
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("gather_neighbours (CUDA): ") + cudaGetErrorString(error));
-}
+void check(cudaError_t error) { retro::check(error, "gather_neighbours"); }
 
 // Vec elements that move as one access.
 template <class T, int Vec>

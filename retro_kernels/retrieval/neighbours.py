@@ -388,8 +388,10 @@ def precompute(
 
 
 def _filled(ids: Tensor) -> dict[str, float]:
-    there = [block >= 0 for block in ids.split(_BLOCK)]  # the file may be larger than the memory
-    rows, places = (sum(int(x.sum()) for x in xs) for xs in ([x[:, 0] for x in there], there))
+    rows = places = 0
+    for block in ids.split(_BLOCK):  # the file may be larger than the memory
+        there = block >= 0
+        rows, places = rows + int(there[:, 0].sum()), places + int(there.sum())
     return {
         "without_neighbours": 1 - rows / max(1, len(ids)),
         "filled": places / max(1, ids.numel()),

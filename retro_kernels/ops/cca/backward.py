@@ -367,7 +367,7 @@ def _cca_bwd_kernel(
             if DROPOUT:
                 dp = tl.where(keep, dp * keep_scale, 0.0)
             if FROM_SHARED and KEYS_FIRST:
-                ds = p * (dp - _row_tile(delta, tl.minimum(j, 0), BM, BN))
+                ds = p * (dp - _row_tile(delta, nought, BM, BN))
             else:
                 ds = p * (dp - b_delta)
             if SUM_DS:

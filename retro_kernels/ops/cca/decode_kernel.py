@@ -590,8 +590,7 @@ def absorbed_decode_triton(
         absorbed, states, rows, _, rel_bias, lengths = tensors
         scale_log2 = scale * math.log2(math.e)
         if decode_native.can_run(absorbed, states, rows, rel_bias, lengths):
-            tiles = neighbours * triton.cdiv(neighbour_len, decode_native.KEYS)
-            parts = launch.splits(decode_native.programs(absorbed), tiles, slots(absorbed.device, 1))
+            parts = launch.splits(*decode_native.work(absorbed, states), slots(absorbed.device, 1))
             job = decode_native.Launch(
                 absorbed, states, rows, rel_bias, lengths, columns, rel_stride, scale_log2, parts
             )

@@ -9,8 +9,6 @@ from torch import Tensor
 from retro_kernels.ops.gather.native import WITH_CUDA
 
 _INTEGERS = (torch.int32, torch.int64)
-KEYS = 32
-"""States of one tile."""
 
 if WITH_CUDA:
     from retro_kernels import _C
@@ -36,8 +34,7 @@ def can_run(
 
 
 class Launch:
-    """The launch for one kind of call, as `launch.Launch`; `parts(programs, tiles)` says into how many parts the keys
-    are cut."""
+    """The launch for one kind of call, as `launch.Launch`; `parts`: into how many the keys of every row are cut."""
 
     compiled = True
 
@@ -91,7 +88,9 @@ class Launch:
         _C.absorbed_decode_cuda(self._job, addresses, stream)
 
 
-def programs(absorbed: Tensor) -> int:
-    """Groups of rows."""
+def work(absorbed: Tensor, states: Tensor) -> tuple[int, int]:
+    """Groups of rows, and tiles of keys for each of them."""
     batch, tokens, heads, _ = absorbed.shape
-    return batch * triton.cdiv(tokens * heads, _C.absorbed_decode_rows(tokens * heads))
+    _, neighbours, keys, _ = states.shape
+    groups = batch * triton.cdiv(tokens * heads, _C.absorbed_decode_rows(tokens * heads))
+    return groups, neighbours * triton.cdiv(keys, _C.absorbed_decode_keys)
