@@ -155,6 +155,11 @@ def _parser() -> _Parser:
         return made
 
     info = verb("info", _info, "which backends work here, and why the others do not")
+    info.add_argument(
+        "--set",
+        metavar="SET",
+        help="what this retrieval set holds instead, after reading and checking all of it",
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     _add_demo(
         verb("demo", _demo, "train, evaluate and generate on real text that is already here, in minutes")
@@ -471,6 +476,12 @@ def _print_json(values: Any) -> None:
 def _info(args: argparse.Namespace) -> None:
     from . import info
 
+    if args.set is not None:
+        held = info.of_set(args.set)
+        _print_json(held) if args.json else print(
+            "\n".join(f"{name}: {value}" for name, value in held.items())
+        )
+        return
     found = info.collect()
     _print_json(found) if args.json else print(info.table(found))
 
@@ -684,11 +695,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _neighbours(args: argparse.Namespace) -> None:
     from .retrieval import Retriever
-    from .retrieval.neighbours import check_out, precompute
+    from .retrieval.neighbours import check_out, check_retriever, precompute
     from .runs import pick_device, progress_bar, text_of
 
     check_out(args.out)
     retriever = Retriever.from_pretrained(args.set, device=pick_device(args.device), retriever=args.retriever)
+    check_retriever(retriever)
     text = text_of(args.data, None, "neighbours: there is no text to find any of", True)
     corpus = text.tokenise(retriever.tokenizer, retriever.chunk_size)
     documents = retriever.find_documents(corpus.hashes).numpy()[corpus.of_chunks()]

@@ -59,6 +59,28 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_set(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the retrieval set in the folder `path` holds. Reads every byte of it, the largest sets' too, which are only
+    looked at when they are opened; InputError where one is not what it was."""
+    from .retrieval.embedder import embedder_in_words
+    from .retrieval.store import ChunkStore
+
+    manifest = ChunkStore.open(path, verify="full").manifest
+    index = manifest["index"]
+    return {
+        "set": os.fspath(path),
+        "chunks": manifest["num_chunks"],
+        "documents": manifest["num_documents"],
+        "chunk_size": manifest["chunk_size"],
+        "vocab_size": manifest["tokenizer"]["vocab_size"],
+        "embedder": embedder_in_words(manifest["embedder"]),
+        "index": index["factory"],
+        "recall@10": index.get("recall"),
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+        "checked": f"{len(manifest['files'])} files, every byte",
+    }
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -136,6 +136,7 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
             for out, said in {
                 "{tmp}": "which is a folder. Give the name of the file",
                 "{tmp}/empty.txt/near": "empty.txt is a file, where the folder of",
+                "{tmp}/latin.txt": "latin.txt, which is there and holds no neighbours. Give another name",
                 "{tmp}/old": "old.partial is where this job keeps what is done, but it is a folder. Move it away",
             }.items()
         ),
@@ -214,6 +215,28 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("info") == 0
     shown = capfd.readouterr().out
     assert all(name in shown for name in ("triton", "csrc", "faiss cpu", "faiss gpu", "embedder"))
+
+
+def test_info_reads_all_of_a_set(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    from retro_kernels.retrieval import ChunkStore, store
+
+    folder = tmp_path / "set"
+    shutil.copytree(world.set, folder)
+    assert run("info", "--set", folder, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["documents"] == 8 and found["chunks"] > 8 and found["index"] == "Flat"
+    assert run("info", "--set", folder) == 0 and "embedder: hashing" in capfd.readouterr().out
+    content = bytearray((folder / "embeddings.npy").read_bytes())
+    content[-3] ^= 16
+    (folder / "embeddings.npy").write_bytes(content)
+    monkeypatch.setattr(store, "VERIFIED_BYTES", 1)
+    ChunkStore.open(folder)  # of a large set only the sizes are looked at
+    assert run("info", "--set", folder) == 2
+    assert "the content of embeddings.npy has changed" in capfd.readouterr().err
 
 
 def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

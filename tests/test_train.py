@@ -763,6 +763,13 @@ def test_precomputed_neighbours_train_the_same(
     assert f"100.0% of the neighbours from {file}" in capfd.readouterr().out
     assert run("train", "--out", tmp_path / "no", *options, "--neighbours", world.set / "manifest.json") == 2
     assert "manifest.json" in capfd.readouterr().err.splitlines()[-1]
+    few = ["neighbours", "--data", world.train, "--set", world.set, "--out", file, "--per-chunk", 1]
+    assert run(*few, "--device", "cpu") == 0
+    capfd.readouterr()
+    assert run("train", "--out", tmp_path / "no", *options, "--neighbours", file) == 2
+    assert (
+        "2 neighbours of a chunk were asked for, but the file of neighbours has 1" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("retriever", ["dense", "dense+run"])

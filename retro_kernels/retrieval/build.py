@@ -461,7 +461,7 @@ class Builder:
             return None
         try:
             manifest = files.read_manifest(self.out)
-            files.check_files(self.out, manifest, checksums=False)
+            files.check_files(self.out, manifest, checksums=overwrite or files.quick_to_read(manifest))
         except InputError:
             if overwrite:
                 return None

@@ -260,7 +260,7 @@ def deduplicate(
     out = None if out is None else Path(out)
     own = [] if out is None else [out, *(out.with_name(out.name + end) for end in (".partial", ".tmp"))]
     if out is not None:
-        _check_out(out)
+        _check_out(out, data, against)
         check_no_folder(own[1])
     training, evaluation = (
         Text(
@@ -308,13 +308,22 @@ def _shown(text: Text, progress: bool) -> Iterator[Document]:
             bar.update(len(document.text))
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, data: Paths, against: Paths) -> None:
     if out.suffix.lower() != ".jsonl" or out.is_dir():
         raise InputError(
             f"dedup: out is {out}; it has to be a file with a name that ends in .jsonl, which is what is written there."
         )
     if not out.parent.is_dir():
         raise InputError(f"dedup: out is {out}, but there is no folder {out.parent}. Make it first.")
+    texts = [Path(path).resolve() for paths in (data, against) for path in _listed(paths)]
+    if out.exists() and any(out.resolve().is_relative_to(text) for text in texts):
+        raise InputError(
+            f"dedup: out is {out}, which is there and among the texts to read. Give another name, or remove it first."
+        )
+
+
+def _listed(paths: Paths) -> Sequence[str | os.PathLike[str]]:
+    return [paths] if isinstance(paths, (str, os.PathLike)) else paths
 
 
 class _writer:

@@ -37,7 +37,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch  # before FAISS: the other order mixes up their OpenMP libraries (faiss issue 2126)
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, as_count
 from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum
 
@@ -344,12 +344,15 @@ class Index:
         """
         if isinstance(queries, np.ndarray):
             queries = torch.from_numpy(np.array(queries, dtype=np.float32))
+        if not isinstance(queries, torch.Tensor):
+            raise TypeError(
+                f"Index.search: queries must be a tensor or an array [Q, {self.dim}], not {type(queries).__name__}."
+            )
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(
                 f"Index.search: queries have shape {list(queries.shape)}; [Q, {self.dim}] is needed."
             )
-        if k < 1:
-            raise ValueError(f"Index.search: k is {k}; at least 1 is needed.")
+        k = as_count("Index.search", "k", k)
         origin = queries.device
         queries = queries.to(self.device, torch.float32).contiguous()
         reachable = min(k, len(self))
@@ -667,12 +670,21 @@ class _FaissSearcher:
     def read(cls, path: Path, factory: str, device: torch.device, or_cpu: bool = False) -> _FaissSearcher:
         faiss = require_faiss()
         try:
-            index = faiss.read_index(str(path))
+            # lists that say they lie in another file are looked for in the set's folder and nowhere else
+            index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
             version = faiss.__version__
             raise InputError(
                 f"{path} is no index that this FAISS {version} reads: {_reason(error)}"
             ) from None
+        for part in _nested(index):
+            lists = getattr(part, "invlists", None)
+            if lists is not None and isinstance(
+                lists := faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists
+            ):
+                raise InputError(
+                    f"{path} keeps its lists in another file, {lists.filename}, which is not read."
+                )
         try:
             return cls.on_device(index, factory, device)
         except (InputError, ImportError) as error:

@@ -290,18 +290,39 @@ def share_in_file(retriever: Retriever, chunks: np.ndarray, documents: np.ndarra
 
 def check_out(out: str | os.PathLike[str]) -> Path:
     """The path of the file of neighbours that is to be made. InputError where it cannot be written, to be known before
-    anything is read: it is a folder, or lies in a file or a folder that cannot be written."""
+    anything is read: it is a folder or a file of another kind, or lies in a file or a folder that cannot be written."""
     path = Path(out)
     if path.is_dir():
         raise InputError(
             f"neighbours: out is {path}, which is a folder. Give the name of the file to write, such as "
             f"{path / 'neighbours.safetensors'}."
         )
+    if path.exists() and not _may_be_replaced(path):
+        raise InputError(
+            f"neighbours: out is {path}, which is there and holds no neighbours. Give another name, or remove it first."
+        )
     check_writable(
         path.parent, f", where the folder of {path} is to be. Give another place for the neighbours."
     )
     check_no_folder(_journal_of(path))
     return path
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is empty or begins like one of neighbours, whole or not: nothing else is lost."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    return not start or FORMAT.encode() in start
+
+
+def check_retriever(retriever: Retriever) -> None:
+    """InputError for a retriever whose neighbours are not kept."""
+    if isinstance(retriever.searcher, Reranker):
+        raise InputError(
+            f"neighbours: {retriever.name} re-ranks candidates when it is used, so a file for it holds the candidates. "
+            f"Make it with the retriever {retriever.name.partition('+')[0]}, and more neighbours of a chunk than the "
+            f"{retriever.searcher.fetch} that are re-ranked."
+        )
 
 
 def _journal_of(out: Path) -> Path:
@@ -332,12 +353,7 @@ def precompute(
     InputError for a retriever that re-ranks, and for an `out` that no file can have (`check_out`).
     """
     out = check_out(out)
-    if isinstance(retriever.searcher, Reranker):
-        raise InputError(
-            f"precompute: {retriever.name} re-ranks candidates when it is used, so a file for it holds the candidates. "
-            f"Make it with the retriever {retriever.name.partition('+')[0]}, and more neighbours of a chunk than the "
-            f"{retriever.searcher.fetch} that are re-ranked."
-        )
+    check_retriever(retriever)
     documents = np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
     chunks = np.asarray(chunks)
     if chunks.ndim != 2 or chunks.shape[1] != retriever.chunk_size or documents.shape != chunks.shape[:1]:

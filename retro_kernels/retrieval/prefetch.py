@@ -34,6 +34,12 @@ def default_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Mapping) and "tokens" in batch:
         return batch["tokens"], batch.get("exclude_documents")
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch):
+        if batch[0].shape == batch[1].shape:
+            raise TypeError(
+                f"prefetch: a batch is a pair of two tensors {list(batch[0].shape)}, which may be tokens and their "
+                "targets; the second of a pair is taken for the documents to exclude [B, E]. Give inputs=, a function "
+                "that takes tokens and exclude_documents (or None) out of a batch."
+            )
         return batch[0], batch[1]
     if hasattr(batch, "tokens"):
         return batch.tokens, getattr(batch, "exclude_documents", None)

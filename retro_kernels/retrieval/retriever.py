@@ -230,7 +230,12 @@ class Retriever:
             stats=stats,
         )
         made.name, made.candidates = retriever, candidates
+        if neighbours is not None and not measure:
+            made._kept = table.per_chunk
         return made
+
+    _kept: int | None = None
+    """How many neighbours of a chunk a file has; None where it is not the file's that are used."""
 
     name: str = "custom"
     """Which retriever this is, as given to `from_pretrained`."""
@@ -265,7 +270,13 @@ class Retriever:
             )
 
     def check_num_neighbours(self, k: int) -> None:
-        """InputError for more neighbours of a chunk than the set has chunks: places that nothing can ever fill."""
+        """InputError for more neighbours of a chunk than the set has chunks, places that nothing can ever fill, or than
+        the file of neighbours has, which would spare no search."""
+        if self._kept is not None and self._kept < min(k, self.num_chunks):
+            raise InputError(
+                f"{k:,} neighbours of a chunk were asked for, but the file of neighbours has {self._kept:,}. Make it "
+                f"with more (retro-kernels neighbours --per-chunk {k + 14}), or leave it out."
+            )
         if k > self.num_chunks:
             raise InputError(
                 f"{k:,} neighbours were asked for, but {self._called()} holds {self.num_chunks:,} chunks. Ask for no "
@@ -321,7 +332,7 @@ class Retriever:
         _check_tensor("tokens", tokens, "[B, N]")
         if exclude is not None:
             _check_tensor("exclude_documents", exclude, "[B, E]")
-        if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        if tokens.dim() != 2 or not _holds_integers(tokens):
             raise ValueError(
                 f"Retriever: tokens must be integers [B, N], not {tokens.dtype} {list(tokens.shape)}."
             )
@@ -387,18 +398,21 @@ class Retriever:
         """The document id of each chunk id, −1 for −1; any shape. InputError for an id that the set does not have,
         TypeError for what is no tensor, ValueError for one that is not of integers. On a GPU it is waited for: an index
         beyond the end would be the end of the process there."""
-        self._check_chunk_ids(ids)
+        ids = self._chunk_ids(ids)
         return self._documents.of(ids.to(self._documents.document_ids.device)).to(ids.device)
 
-    def _check_chunk_ids(self, ids: Tensor) -> None:
+    def _chunk_ids(self, ids: Tensor) -> Tensor:
+        """ids, checked, as int64: bytes would be taken for a mask, and torch has no order of some other integers."""
         _check_tensor("ids", ids, "of any shape")
-        if ids.is_floating_point() or ids.dtype == torch.bool:
+        if not _holds_integers(ids):
             raise ValueError(f"Retriever: ids must be integers, not {ids.dtype}.")
+        ids = ids.to(torch.int64)
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
         if not -1 <= low <= high < self.num_chunks:
             raise InputError(
                 f"There is no chunk {low if low < -1 else high}: the set has chunks 0 to {self.num_chunks - 1:,}."
             )
+        return ids
 
     def titles(self, document_ids: Any) -> list[str]:
         """The title of each document id, "" for −1, flat. Errors are those of `ChunkStore.titles`."""
@@ -411,8 +425,13 @@ class Retriever:
 
     def search_text(self, text: str | list[str], k: int = 2) -> Any:
         """The k nearest chunks of a text, as a list of `Hit`, nearest first; of a list of texts, a list of such
-        lists."""
-        texts = [text] if isinstance(text, str) else list(text)
+        lists. TypeError for what is no text."""
+        texts = list(text) if isinstance(text, (list, tuple)) else [text]
+        for given in texts:
+            if not isinstance(given, str):
+                raise TypeError(
+                    f"search_text: text must be a str or a list of them, not {type(given).__name__}."
+                )
         with self._lock, torch.no_grad():
             queries, k = self._text_queries(texts, k)
             distances, ids = (x.cpu() for x in self.search(queries, k)) if texts else unfilled(0, k)
@@ -468,6 +487,10 @@ def _check_tensor(name: str, given: Any, shape: str) -> None:
             f"Retriever: {name} must be a tensor of integers {shape}, not {type(given).__name__}. Make it one with "
             "torch.as_tensor."
         )
+
+
+def _holds_integers(given: Tensor) -> bool:
+    return not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
 
 
 def _search_without_copies(

@@ -133,7 +133,7 @@ class ShardedRetriever(Retriever):
 
     def documents(self, ids: Tensor) -> Tensor:
         """See `Retriever.documents`; not collective."""
-        self._check_chunk_ids(ids)
+        ids = self._chunk_ids(ids)
         found = torch.searchsorted(self._ends, ids.to(self.device).clamp(min=0), right=True).to(ids.device)
         return torch.where(ids >= 0, found, -1)
 

@@ -142,8 +142,7 @@ class ChunkStore:
 
     @classmethod
     def _open(cls, folder: Path, manifest: dict[str, Any], verify: str) -> ChunkStore:
-        size = sum(entry["bytes"] for entry in manifest["files"].values())
-        full = verify == "full" or (verify == "auto" and size <= VERIFIED_BYTES)
+        full = verify == "full" or (verify == "auto" and quick_to_read(manifest))
         check_files(folder, manifest, checksums=full)
         store = cls(folder, manifest)
         if full:
@@ -400,6 +399,11 @@ def _check_types(folder: Path, manifest: dict[str, Any]) -> None:
             or not re.fullmatch("[0-9a-f]{64}", entry["sha256"])
         ):
             raise _damaged(folder, f"the entry of {name} in {MANIFEST} is {str(entry)[:40]!r}")
+
+
+def quick_to_read(manifest: dict[str, Any]) -> bool:
+    """Whether all bytes of a set are read when it is opened."""
+    return sum(entry["bytes"] for entry in manifest["files"].values()) <= VERIFIED_BYTES
 
 
 def check_files(folder: Path, manifest: dict[str, Any], *, checksums: bool) -> None:

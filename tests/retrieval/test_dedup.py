@@ -272,6 +272,21 @@ def test_bad_input(seed: int, tmp_path: Path) -> None:
             deduplicate(tmp_path / "a.txt", tmp_path / "a.txt", threshold=threshold, progress=False)
     with pytest.raises(InputError, match="one word"):
         DuplicateFinder([], n=0)
+    (tmp_path / "in").mkdir()
+    for name in ("b.jsonl", "in/b.jsonl"):
+        text = json.dumps({"title": "b", "text": "some other text"})
+        (tmp_path / name).write_text(text)
+        (tmp_path / "link.jsonl").unlink(missing_ok=True)
+        (tmp_path / "link.jsonl").symlink_to(tmp_path / name)
+        read = tmp_path / name if name == "b.jsonl" else tmp_path / "in"
+        for out in (tmp_path / name, tmp_path / "link.jsonl"):
+            for data, against in (
+                (read, tmp_path / "a.txt"),
+                (tmp_path / "a.txt", [tmp_path / "a.txt", read]),
+            ):
+                with pytest.raises(InputError, match="is there and among the texts to read"):
+                    deduplicate(data, against, out=out, progress=False)
+        assert (tmp_path / name).read_text() == text
 
 
 @pytest.fixture(scope="module")

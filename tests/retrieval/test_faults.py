@@ -317,6 +317,13 @@ def test_a_damaged_set_is_named_and_can_be_replaced(model, tmp_path):
     with pytest.raises(InputError, match="damaged.*chunks.npy has 100 bytes"):
         build(CORPUS, out, tokenizer=model)
     build(CORPUS, out, tokenizer=model, overwrite=True)
+    content = bytearray((out / "embeddings.npy").read_bytes())
+    content[-3] ^= 16
+    (out / "embeddings.npy").write_bytes(content)
+    with pytest.raises(InputError, match="damaged.*the content of embeddings.npy has changed"):
+        build(CORPUS, out, tokenizer=model)
+    build(CORPUS, out, tokenizer=model, overwrite=True)
+    ChunkStore.open(out, verify="full")
     os.truncate(out / MANIFEST, 100)
     with pytest.raises(InputError, match="damaged.*is no JSON"):
         build(CORPUS, out, tokenizer=model)

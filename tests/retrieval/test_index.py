@@ -231,6 +231,14 @@ def test_wrong_queries(queries, k, message):
         Index.build(clustered(0, 50)).search(torch.zeros(queries), k)
 
 
+def test_queries_that_are_none():
+    index = Index.build(clustered(0, 50))
+    with pytest.raises(TypeError, match="queries must be a tensor or an array .*not list"):
+        index.search([[0.0] * 32], 1)
+    with pytest.raises(InputError, match="k is 2.0"):
+        index.search(torch.zeros(1, 32), 2.0)
+
+
 @pytest.mark.parametrize(
     "factory, message",
     [
@@ -337,6 +345,26 @@ class TestInASet:
                 Index.open(path)
         finally:
             (path / INDEX).write_bytes(content)
+
+    def test_lists_in_another_file_are_not_read(self, path, tmp_path):
+        store = ChunkStore.open(path)
+        content = (path / INDEX).read_bytes()
+        index = faiss.read_index(str(path / INDEX))
+        lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(tmp_path / "lists"))
+        lists.merge_from(index.invlists, 0)
+        index.replace_invlists(lists)
+        try:
+            faiss.write_index(index, str(path / INDEX))
+            entry = store.manifest["files"][INDEX]
+            entry["sha256"] = index_module.check_checksum.__globals__["file_sha256"](path / INDEX)
+            with pytest.raises(InputError, match=f"could not open {path}/lists in mode r:"):
+                Index.open(store)
+            (path / "lists").write_bytes((tmp_path / "lists").read_bytes())
+            with pytest.raises(InputError, match="keeps its lists in another file"):
+                Index.open(store)
+        finally:
+            (path / INDEX).write_bytes(content)
+            (path / "lists").unlink(missing_ok=True)
 
     def test_another_index_is_refused(self, path):
         store = ChunkStore.open(path)

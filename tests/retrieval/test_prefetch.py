@@ -100,6 +100,9 @@ def test_forms_of_a_batch(retriever: Retriever, form: str) -> None:
 def test_a_batch_of_unknown_form_is_named(retriever: Retriever) -> None:
     with pytest.raises(TypeError, match="this is a str"):
         list(retriever.prefetch(["text"]))
+    tokens = batches(1)[0][0]
+    with pytest.raises(TypeError, match=r"two tensors \[2, .*may be tokens and their targets.*Give inputs="):
+        list(retriever.prefetch([(tokens, tokens.roll(-1, 1))]))
 
 
 def failing_loader(good: int) -> Iterator[Tensor]:

@@ -281,6 +281,9 @@ def test_search_text(seed: int) -> None:
     for bad in ("", " \n", ["1", ""]):
         with pytest.raises(InputError, match="empty"):
             retriever.search_text(bad)
+    for bad in (None, b"1 2", [1], 3):
+        with pytest.raises(TypeError, match="search_text: text must be a str or a list of them, not"):
+            retriever.search_text(bad)
 
 
 def test_documents_titles_and_hashes(seed: int) -> None:
@@ -288,6 +291,10 @@ def test_documents_titles_and_hashes(seed: int) -> None:
     retriever = dense(store)
     ids = torch.tensor([[0, -1], [store.num_chunks - 1, -1]])
     assert retriever.documents(ids).tolist() == [[0, -1], [8, -1]]
+    last = torch.zeros(store.num_chunks, dtype=torch.int64)
+    last[-1] = store.num_chunks - 1
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32):
+        assert retriever.documents(last.to(dtype)).tolist() == [0] * (len(last) - 1) + [8]
     assert retriever.titles(retriever.documents(ids)) == ["document 0", "", "document 8", ""]
     for bad in (-2, store.num_chunks):
         with pytest.raises(InputError, match=f"no chunk {bad}: the set has chunks 0 to"):
@@ -296,7 +303,7 @@ def test_documents_titles_and_hashes(seed: int) -> None:
     for bad in ([1], np.array([1]), 1):
         with pytest.raises(TypeError, match="ids must be a tensor of integers of any shape"):
             retriever.documents(bad)
-    for bad in (torch.tensor([0.5]), torch.tensor([True])):
+    for bad in (torch.tensor([0.5]), torch.tensor([True]), torch.tensor([1j])):
         with pytest.raises(ValueError, match="ids must be integers, not torch"):
             retriever.documents(bad)
     assert retriever.find_documents([7, 2007, 8]).tolist() == [0, 2, -1]
@@ -306,7 +313,7 @@ def test_documents_titles_and_hashes(seed: int) -> None:
 def test_bad_input(seed: int) -> None:
     retriever = dense(MemoryStore(make_documents(5), BagEmbedder()))
     tokens = torch.ones(2, M, dtype=torch.int64)
-    for bad in (tokens[0], tokens.float(), tokens.bool()):
+    for bad in (tokens[0], tokens.float(), tokens.bool(), tokens.cfloat()):
         with pytest.raises(ValueError, match=r"integers \[B, N\]"):
             retriever(bad)
     for bad in (tokens.tolist(), tokens.numpy()):
