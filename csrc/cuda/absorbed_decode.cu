@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       if (d.rel != nullptr) s[i] += float(by_distance[i]);
       s[i] *= d.scale_log2;
       if (d.rel_bias != nullptr) s[i] += 1.4426950408889634f * bias[i];
-      s[i] = i < real && column - i >= 0 && column - i < d.columns ? s[i] : kNone;
+      s[i] = i < real ? s[i] : kNone;
       high = fmaxf(high, s[i]);
     }
 #pragma unroll

@@ -96,7 +96,7 @@ def whole(
 
 
 def to(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+    return {name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in tensors.items()}
 
 
 @pytest.fixture(params=[pytest.param(False, id="whole"), pytest.param(True, id="split", marks=needs_triton)])
@@ -290,7 +290,9 @@ def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
         (2, 1, 16, 0, 128, 896),
     ],
 )
+@pytest.mark.parametrize("terms", ["all", "rel_bias", "rel_key", "none"])
 def test_states_on_the_gpu(
+    terms: str,
     written: str,
     dtype: torch.dtype,
     batch: int,
@@ -313,6 +315,9 @@ def test_states_on_the_gpu(
         pytest.skip("the extension is built without CUDA")
     monkeypatch.setattr(decode_native, "Launch", lambda *args: calls.append(args) or native(*args))
     tensors = make(batch, tokens, heads, heads, 64, 64, neighbours, length, width, dtype)
+    if terms != "all":
+        without = {"rel_bias", "rel_key", "position_bias", "content_bias"} - {terms}
+        tensors.update(dict.fromkeys(without))
     if neighbours:
         padding = torch.arange(length, device=DEVICE) >= tensors["neighbour_lengths"][..., None]
         tensors["states"][padding] = 0.0
