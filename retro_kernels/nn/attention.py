@@ -316,6 +316,8 @@ class ChunkedCrossAttention(nn.Module):
             )
         if self.projection != "auto" or not plain:
             return self.projection == "absorbed"
+        if isinstance(num_neighbours, torch.SymInt):  # a program for any K: the choice would tie it to some
+            return False
         return "absorbed" == choose_projection(
             head_dim=self.head_dim,
             encoder_dim=self.encoder_dim,

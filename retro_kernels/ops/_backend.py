@@ -129,18 +129,17 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 def why_not_transformed() -> str | None:
     """The reason why an op with a backward of its own cannot run inside `torch.func` or forward-mode differentiation,
     where its tangent would be lost without a word, or None outside of them."""
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "it has no torch.func transforms (vmap, grad, jvp) and no forward-mode derivative"
     return None
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What matrix products are cast to on `device` here, or None outside of autocast and where there is none."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What x is cast to for a matrix product here, or None outside of autocast, where there is none, and for float64,
+    which it leaves alone."""
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return None
-    return torch.get_autocast_dtype(device.type)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 @lru_cache

@@ -10,12 +10,18 @@ import torch
 _library = torch.library.Library("retro_kernels", "FRAGMENT")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def register(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any] | None = None,
+) -> Any:
     """Defines `retro_kernels::<schema>` for CPU and CUDA tensors and returns the overload to call.
 
     `fake` allocates results of the same shapes, dtypes and strides without computing; allocate them in both with
-    `new_empty(shape)` and never with `empty_like`, so that the strides agree for permuted inputs too. Autograd goes
-    outside, as an autograd.Function around two such ops: the implementations run below autograd.
+    `new_empty(shape)` and never with `empty_like`, so that the strides agree for permuted inputs too. The
+    implementations run below autograd. `differentiable` is the same op as an autograd.Function around two such ops, for
+    who calls the op itself with tensors that require a gradient, as a program does that torch.export made.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -38,4 +44,22 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     _library.impl(name, below_autograd, "CPU")
     _library.impl(name, on_its_device, "CUDA")
     torch.library.register_fake(f"retro_kernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.retro_kernels, name).default
+    op = getattr(torch.ops.retro_kernels, name).default
+    if differentiable is not None:
+
+        def autograd(*args: Any) -> Any:
+            if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+                return differentiable(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        _library.impl(name, autograd, "Autograd")
+    return op
+
+
+def without_autograd(op: Any, *args: Any) -> Any:
+    """op(*args), past the kernel of `differentiable`: a call of it costs as much as all else that a call does."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)

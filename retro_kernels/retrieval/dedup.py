@@ -315,8 +315,10 @@ def _check_out(out: Path, data: Paths, against: Paths) -> None:
         )
     if not out.parent.is_dir():
         raise InputError(f"dedup: out is {out}, but there is no folder {out.parent}. Make it first.")
-    texts = [Path(path).resolve() for paths in (data, against) for path in _listed(paths)]
-    if out.exists() and any(out.resolve().is_relative_to(text) for text in texts):
+    read, place = [Path(path).resolve() for path in _listed(data)], out.resolve()
+    compared = [Path(path).resolve() for path in _listed(against)]
+    # in a folder of training text it may be an earlier result, which is not read
+    if out.exists() and (place in read or any(place.is_relative_to(path) for path in compared)):
         raise InputError(
             f"dedup: out is {out}, which is there and among the texts to read. Give another name, or remove it first."
         )

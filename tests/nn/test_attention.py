@@ -282,7 +282,14 @@ def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: 
     cca = make(projection=projection)
     given = inputs(3 * M + 1)
     exported = torch.export.export(cca, given).module()
-    torch.testing.assert_close(exported(*given), cca(*given))
+    out = exported(*given)
+    torch.testing.assert_close(out, cca(*given))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    cca(*given).backward(grad)
+    wanted = dict(cca.named_parameters())
+    for name, parameter in exported.named_parameters():  # it can be trained as well
+        torch.testing.assert_close(parameter.grad, wanted[name].grad, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_bad_shapes(seed: int) -> None:

@@ -319,6 +319,7 @@ def test_autocast_casts(seed: int) -> None:
     [
         ({"states": torch.zeros(1, 3, 2, 16, 16)}, "2 chunks expected"),
         ({"key_weight": torch.zeros(24, 16)}, "Hkv"),
+        ({"key_weight": torch.zeros(())}, r"key_weight has shape \(\); expected"),
         ({"value_weight": torch.zeros(32, 8)}, "value_weight has shape"),
         ({"rel_key": None}, "position_bias is given without rel_key"),
         ({"neighbour_lengths": torch.zeros(1, 2, 3, dtype=torch.int64)}, "neighbour_lengths has shape"),

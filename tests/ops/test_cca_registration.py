@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -95,6 +96,81 @@ def test_autocast_multiplies_in_the_lower_dtype(seed, backend):
     torch.testing.assert_close(
         out.float(), chunked_cross_attention(**tensors, **options), rtol=0.05, atol=0.05
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_leaves_the_bias_and_the_softmax_in_float32(seed, backend):
+    """What comes out is what inputs cast beforehand give; a bias of 200 and a bit has no fraction in bfloat16."""
+    tensors, options = example(backend, requires_grad=False)
+    tensors["rel_bias"] = 200 + torch.rand_like(tensors["rel_bias"])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = chunked_cross_attention(**tensors, **options)
+    cast = {name: x if name == "rel_bias" else x.bfloat16() for name, x in tensors.items()}
+    assert torch.equal(out, chunked_cross_attention(**cast, **options))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_leaves_float64_alone(seed, backend):
+    tensors, options = example(backend, requires_grad=False)
+    wide = {name: x.double() for name, x in tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = chunked_cross_attention(**wide, **options)
+    assert out.dtype == torch.float64 and torch.equal(out, chunked_cross_attention(**wide, **options))
+
+
+def test_the_op_itself_is_differentiable(seed):
+    """As in an exported program, where it stands alone."""
+    tensors, options = flat("torch")
+    leaves = [x.detach().requires_grad_() for x in tensors[:7]]
+    out, lse = op._cca_fwd(*leaves, *tensors[7:], *options)
+    grad = torch.randn_like(out)
+    got = torch.autograd.grad(out, leaves, grad)
+    want = op._cca_bwd(grad, out, lse, *tensors, *options, [True] * 4)
+    assert not lse.requires_grad and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_transforms_inside_a_compiled_function(seed):
+    """A gradient by torch.func is the definition's, and not zero."""
+    tensors, options = example(None, requires_grad=False)
+    query = tensors.pop("query")
+
+    def attend(query):
+        return chunked_cross_attention(query, **tensors, **options)
+
+    for f in (
+        torch.func.grad(lambda query: attend(query).square().sum()),
+        lambda query: torch.func.jvp(attend, (query,), (query,))[1],
+    ):
+        compiled = torch.compile(lambda query, f=f: f(query), fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(query), f(query))
+        assert compiled(query).abs().max() > 0.01
+
+
+def test_exports_for_any_number_of_neighbours(seed):
+    from retro_kernels import ChunkedCrossAttention
+
+    module = ChunkedCrossAttention(16, 2, head_dim=8, encoder_dim=12, chunk_size=M, neighbour_len=R)
+    x = torch.randn(1, 2 * M, 16)
+    several = torch.export.Dim("neighbours", min=2, max=64)
+    exported = torch.export.export(
+        module, (x, torch.randn(1, 2, 3, R, 12)), dynamic_shapes=({}, {2: several})
+    ).module()
+    for count in (2, 5, 40):
+        neighbours = torch.randn(1, 2, count, R, 12)
+        torch.testing.assert_close(exported(x, neighbours), module(x, neighbours))
+
+
+def test_what_is_no_argument_of_the_op_is_named(seed):
+    tensors, options = example("torch", requires_grad=False)
+    out = chunked_cross_attention(**tensors, **options)
+    assert torch.equal(chunked_cross_attention(**tensors, **{**options, "chunk_size": np.int64(M)}), out)
+    with pytest.raises(TypeError, match="scale gets no gradient"):
+        chunked_cross_attention(**tensors, **options, scale=torch.tensor(0.3, requires_grad=True))
+    empty = {name: tensors[name][:, :0] for name in ("query", "key", "value")}
+    for backend in ("torch", "triton", None):
+        assert chunked_cross_attention(**empty, chunk_size=M, backend=backend).shape == empty["query"].shape
+    with pytest.raises(ValueError, match='no backend "bogus"'):
+        chunked_cross_attention(**empty, chunk_size=M, backend="bogus")
 
 
 def test_exports(seed):

@@ -96,7 +96,9 @@ def whole(
 
 
 def to(tensors: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in tensors.items()}
+    return {
+        name: x.to(dtype) if x is not None and x.is_floating_point() else x for name, x in tensors.items()
+    }
 
 
 @pytest.fixture(params=[pytest.param(False, id="whole"), pytest.param(True, id="split", marks=needs_triton)])
@@ -239,6 +241,7 @@ def test_opcheck_and_fullgraph(seed: int) -> None:
         ({"neighbour_lengths": torch.zeros(3, 1, dtype=torch.int64)}, "neighbour_lengths has shape"),
         ({"rel_key": torch.zeros(4, 12, 16), "rel_bias": None}, "the position table has 12 columns"),
         ({"rel_key": None}, "position_bias is given without rel_key"),
+        ({"key_weight": torch.zeros(())}, r"key_weight has shape \(\); expected"),
     ],
 )
 def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
@@ -247,6 +250,8 @@ def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
         absorbed_decode(**{**tensors, **change})
     with pytest.raises(TypeError, match="rows is"):
         absorbed_decode(**{**tensors, "rows": tensors["rows"].float()})
+    with pytest.raises(TypeError, match="key_weight is of type NoneType"):
+        absorbed_decode(**{**tensors, "key_weight": None})
 
 
 @needs_triton

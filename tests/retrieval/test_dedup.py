@@ -278,11 +278,11 @@ def test_bad_input(seed: int, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         (tmp_path / "link.jsonl").unlink(missing_ok=True)
         (tmp_path / "link.jsonl").symlink_to(tmp_path / name)
-        read = tmp_path / name if name == "b.jsonl" else tmp_path / "in"
+        folder = tmp_path / "in" if "/" in name else tmp_path / name
         for out in (tmp_path / name, tmp_path / "link.jsonl"):
             for data, against in (
-                (read, tmp_path / "a.txt"),
-                (tmp_path / "a.txt", [tmp_path / "a.txt", read]),
+                (tmp_path / name, tmp_path / "a.txt"),
+                (tmp_path / "a.txt", [tmp_path / "a.txt", folder]),
             ):
                 with pytest.raises(InputError, match="is there and among the texts to read"):
                     deduplicate(data, against, out=out, progress=False)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
-from retro_kernels.ops._register import register
+from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops.cca.op import (
     _check_count,
     _check_float,
@@ -403,7 +403,11 @@ _INPUTS = (
     "float dropout_p, bool fused"
 )
 _cca_absorbed_fwd = register(
-    f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+    f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    # what an exported program does not keep is needed where it is trained
+    lambda *args: _AbsorbedCrossAttention.apply(None, *args[:-1]),
 )
 _cca_absorbed_bwd = register(
     f"cca_absorbed_bwd(Tensor grad_out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
@@ -417,14 +421,15 @@ class _AbsorbedCrossAttention(torch.autograd.Function):
     """Keeps the inputs, the weights and the mixed states."""
 
     @staticmethod
-    def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> Tensor:
-        out, weights, mixed = _cca_absorbed_fwd(*args, True)
+    def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out, weights, mixed = without_autograd(_cca_absorbed_fwd, *args, True)
+        ctx.mark_non_differentiable(weights, mixed)
         ctx.save_for_backward(weights, mixed, *args[:10], key_bias)
         ctx.options = args[10:]
-        return out
+        return out, weights, mixed
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         args = (ctx.needs_input_grad[:9], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_FirstDerivative.apply(*args), *(None,) * 6)  # create_graph=True
@@ -528,9 +533,9 @@ def absorbed_cross_attention(
     if query.device.type == "cpu" and backend is None:
         candidates["triton"] = candidates["triton"] or "interpreted, and slow"
     empty = query.numel() == 0 or states.numel() == 0
-    chosen = "reference" if empty else pick_backend(name, backend, candidates)
+    chosen = pick_backend(name, backend, dict.fromkeys(candidates) if empty else candidates)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
-    if chosen == "reference":
+    if chosen == "reference" or empty:
         return _projected(
             query,
             states,
@@ -569,12 +574,12 @@ def absorbed_cross_attention(
         dropout_p,
         chosen == "triton",
     )
-    autocast = autocast_dtype(query.device) is not None
+    autocast = autocast_dtype(query) is not None
     with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
-            out = _AbsorbedCrossAttention.apply(key_bias, *args)
+            out, _, _ = _AbsorbedCrossAttention.apply(key_bias, *args)
         else:
-            out, _, _ = _cca_absorbed_fwd(*args, False)
+            out, _, _ = without_autograd(_cca_absorbed_fwd, *args, False)
     if value_bias is None or dropout_p > 0.0:
         return out
     bias = value_bias.view(-1, 1, head_dim).expand(-1, heads * head_dim // value_bias.shape[0], -1)
@@ -651,7 +656,12 @@ def _check(
     dropout_p: float,
 ) -> list[Any]:
     """The tensors, cast where autocast is on."""
-    for label, tensor in (("query", query), ("states", states)):
+    for label, tensor in (
+        ("query", query),
+        ("states", states),
+        ("key_weight", key_weight),
+        ("value_weight", value_weight),
+    ):
         _check_float(name, label, tensor)
     if query.dim() != 4:
         raise ValueError(f"{name}: query has shape {tuple(query.shape)}; expected 4 dimensions [B, N, H, D].")
@@ -661,7 +671,7 @@ def _check(
         )
     batch, tokens, heads, head_dim = query.shape
     neighbour_len, width = states.shape[3:]
-    _check_count(name, "chunk_size", chunk_size)
+    chunk_size = _check_count(name, "chunk_size", chunk_size)
     if states.shape[:2] != (batch, tokens // chunk_size):
         raise ValueError(
             f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has one of "
@@ -669,6 +679,8 @@ def _check(
         )
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
+    if key_weight.dim() != 2:
+        raise ValueError(f"{name}: key_weight has shape {tuple(key_weight.shape)}; expected [Hkv * D, E].")
     inner = key_weight.shape[0]
     if inner == 0 or inner % head_dim or heads * head_dim % inner:
         raise ValueError(
@@ -708,7 +720,7 @@ def _check(
         content_bias,
         position_bias,
     ]
-    if (dtype := autocast_dtype(query.device)) is not None:
+    if (dtype := autocast_dtype(query)) is not None:
         # rel_bias stays as it is: it is added to the logits in float32
         tensors = [None if x is None else x.to(dtype) for x in tensors]
     if len({x.dtype for x in tensors[:4]}) > 1:

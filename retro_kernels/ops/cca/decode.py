@@ -162,8 +162,9 @@ def absorbed_decode(
         out = chunked_cross_attention_decode(query, key, value, …)
     """
     name = "absorbed_decode"
-    _check_floating(name, query=query, states=states)
+    _check_floating(name, query=query, states=states, key_weight=key_weight, value_weight=value_weight)
     _check_shape(name, "states", states, (query.shape[0], None, None, None), "[B, K, R, E]")
+    _check_shape(name, "key_weight", key_weight, (None, states.shape[-1]), "[Hkv * D, E]")
     neighbours, neighbour_len, width = states.shape[1:]
     _check_positions(
         name,
@@ -355,7 +356,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 def _cast(name: str, query: Tensor, *others: Tensor | None) -> list[Any]:
     """All in the query's dtype, or in that of autocast; the first two others are what it is multiplied with."""
-    if (dtype := autocast_dtype(query.device)) is not None:
+    if (dtype := autocast_dtype(query)) is not None:
         return [None if x is None else x.to(dtype) for x in (query, *others)]
     for x in others[:2]:
         if x is not None and x.dtype != query.dtype:

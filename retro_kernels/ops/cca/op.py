@@ -21,11 +21,12 @@ import importlib.util
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
-from retro_kernels.ops._register import register
+from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -178,7 +179,12 @@ _TENSORS = (
     "Tensor? rel_bias, Tensor? lengths, Tensor? seed"
 )
 _OPTIONS = "int block, int shift, int repeat, float scale, float dropout_p, str backend"
-_cca_fwd = register(f"cca_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+_cca_fwd = register(
+    f"cca_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    lambda *args: _BlockAttention.apply(*args),
+)
 _cca_bwd = register(
     f"cca_bwd(Tensor grad_out, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -191,14 +197,15 @@ class _BlockAttention(torch.autograd.Function):
     """Keeps the inputs, the output and the log-sum-exp; the weights are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        out, lse = _cca_fwd(*args)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = without_autograd(_cca_fwd, *args)
+        ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(out, lse, *args[:9])
         ctx.options = args[9:]
-        return out
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         args = (ctx.needs_input_grad[3:7], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_FirstDerivative.apply(*args), *(None,) * 8)  # create_graph=True
@@ -276,7 +283,7 @@ def chunked_cross_attention(
     _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
     batch, num_tokens, num_heads, _ = query.shape
     key_batch, num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim = key.shape
-    _check_count(name, "chunk_size", chunk_size)
+    chunk_size = _check_count(name, "chunk_size", chunk_size)
     if key_batch != batch:
         raise ValueError(f"{name}: key has a batch of {key_batch}, but query has one of {batch}.")
     if num_chunks != num_tokens // chunk_size:
@@ -352,7 +359,7 @@ def block_attention(
     """
     name = "block_attention"
     _check_ranks(name, query, key, value, 5, "[G, J, TK, Hkv, D]")
-    _check_count(name, "key_repeat", key_repeat)
+    key_repeat = _check_count(name, "key_repeat", key_repeat)
     if query.shape[0] != key.shape[0] * key_repeat:
         raise ValueError(
             f"{name}: query has {query.shape[0]:,} blocks, but key has {key.shape[0]:,} groups and key_repeat is "
@@ -416,7 +423,7 @@ def _attend(
         if table is not None:
             _check_table(name, label, table, shape, query)
 
-    dtype = autocast_dtype(query.device)
+    dtype = autocast_dtype(query)
     if dtype is not None:
         # rel_bias stays as it is: it is added to the float32 logits
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -431,7 +438,7 @@ def _attend(
         rel_key = rel_key.to(query.dtype)
 
     empty = query.numel() == 0 or key.numel() == 0
-    chosen = "reference" if empty else pick_backend(name, backend, _candidates(query))
+    chosen = pick_backend(name, backend, _candidates(query, empty))
     scale = _checked_scale(name, scale, head_dim)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     # the backends walk query, key and value by their strides; the small tensors they expect whole
@@ -441,7 +448,7 @@ def _attend(
     )
     tensors = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed)
     with contextlib.nullcontext() if dtype is None else torch.autocast(query.device.type, enabled=False):
-        if chosen == "reference":
+        if chosen == "reference" or empty:
             options: dict[str, Any] = {
                 "block": block,
                 "shift": shift,
@@ -452,12 +459,14 @@ def _attend(
             return block_attention_reference(*tensors, **options)  # type: ignore[arg-type]
         args = (*tensors, block, shift, repeat, scale, dropout_p, chosen)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return _BlockAttention.apply(*args)
-        return _cca_fwd(*args)[0]
+            return _BlockAttention.apply(*args)[0]
+        return without_autograd(_cca_fwd, *args)[0]
 
 
-def _candidates(query: Tensor) -> dict[str, str | None]:
+def _candidates(query: Tensor, empty: bool) -> dict[str, str | None]:
     """Backends, best first, with the reason why one cannot run here."""
+    if empty:  # nothing to do for any of them
+        return {"reference": None, "torch": None, "triton": None}
     transformed = why_not_transformed()
     triton = why_not_triton(query.device, query.dtype) or transformed
     if triton is None and query.shape[-1] > 256:
@@ -503,16 +512,22 @@ def _check_float(name: str, label: str, tensor: Tensor) -> None:
         )
 
 
-def _check_count(name: str, label: str, count: int) -> None:
+def _check_count(name: str, label: str, count: Any) -> Any:
+    """count, where it is one of numpy's, as one of Python's."""
+    if isinstance(count, np.integer):
+        count = int(count)
     if not isinstance(count, (int, torch.SymInt)) or isinstance(count, bool):
         raise TypeError(f"{name}: {label} is {count!r}; it has to be an integer.")
     if count < 1:
         raise ValueError(f"{name}: {label} is {count}; it has to be at least 1.")
+    return count
 
 
 def _checked_scale(name: str, scale: float | None, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5 if head_dim else 1.0
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(f"{name}: scale gets no gradient; multiply the query with what is learned.")
     scale = float(scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{name}: scale is {scale}; it has to be finite.")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from retro_kernels.ops._backend import pick_backend, why_not_triton
-from retro_kernels.ops._register import register
+from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops.gather import native
 from retro_kernels.ops.gather.native import Array
 from retro_kernels.ops.gather.reference import gather_reference
@@ -293,6 +293,7 @@ _gather_embeddings = register(
     "gather_embeddings(Tensor tokens, Tensor ids, Tensor continuation, Tensor weight, int pad_id) -> (Tensor, Tensor)",
     _embed,
     _embed_fake,
+    lambda *args: _GatherEmbeddings.apply(*args),
 )
 
 
@@ -301,7 +302,7 @@ class _GatherEmbeddings(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, ids, continuation, weight, pad_id):  # type: ignore[no-untyped-def]
-        out, lengths = _gather_embeddings(tokens, ids, continuation, weight, pad_id)
+        out, lengths = without_autograd(_gather_embeddings, tokens, ids, continuation, weight, pad_id)
         ctx.save_for_backward(tokens, ids, continuation)
         ctx.pad_id, ctx.num_embeddings = pad_id, weight.shape[0]
         ctx.mark_non_differentiable(lengths)
