@@ -59,14 +59,25 @@ def pick_backend(op: str, requested: str | None, candidates: Mapping[str, str | 
 
 def limit_threads(count: int) -> None:
     """From now on loops of the calling thread, torch's and FAISS's, run on so many threads; those of other threads are
-    left alone (`torch.set_num_threads` changes them all). Without OpenMP in csrc: FAISS's only."""
-    torch.get_num_threads()  # a new thread takes torch's number over when it first asks
-    with contextlib.suppress(ImportError, AttributeError):  # no csrc, or an older build of it
-        from retro_kernels import _C
-
-        _C.limit_threads(count)
+    left alone (`torch.set_num_threads` changes them all). Torch's only where `can_limit_threads`."""
+    _limit_torch(count)
     if faiss := sys.modules.get("faiss"):  # it may bring an OpenMP of its own
         faiss.omp_set_num_threads(count)
+
+
+def can_limit_threads() -> bool:
+    """Whether csrc is here, and was built with OpenMP."""
+    return _limit_torch(torch.get_num_threads())
+
+
+def _limit_torch(count: int) -> bool:
+    torch.get_num_threads()  # a new thread takes torch's number over when it first asks
+    try:
+        from retro_kernels import _C
+
+        return bool(_C.limit_threads(count))
+    except (ImportError, AttributeError):  # no csrc, or an older build of it
+        return False
 
 
 def pick_device(name: torch.device | str = "auto") -> torch.device:

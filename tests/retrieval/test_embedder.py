@@ -4,6 +4,7 @@ import builtins
 import json
 import shutil
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from retrieval.corpora import tiny_bert
 
 from retro_kernels.config import InputError
+from retro_kernels.ops._backend import can_limit_threads
 from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, as_embedder, load_embedder
 
 TEXTS = [
@@ -54,12 +56,39 @@ def test_the_first_state_where_it_is_asked_for(bert):
 def test_batches_and_order_do_not_matter(bert, monkeypatch):
     embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
     together = embedder.embed(TEXTS)
-    monkeypatch.setattr("retro_kernels.retrieval.embedder._BATCH_TOKENS", 1)
+    monkeypatch.setattr("retro_kernels.retrieval.embedder._BATCH_TOKENS", {"cpu": 1})
     seen = []
     alone = embedder.embed(TEXTS[::-1], seen.append)
     torch.testing.assert_close(alone.flip(0), together, rtol=1e-4, atol=1e-5)
     assert seen == [1] * len(TEXTS)
     assert embedder.embed([]).shape == (0, 16)
+
+
+def test_each_core_takes_a_batch(bert, monkeypatch):
+    """And the caller's own loops keep all of them; what goes wrong in one is raised."""
+    if not can_limit_threads():
+        pytest.skip("torch's threads cannot be shared out without csrc, or without OpenMP in it")
+    embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
+    monkeypatch.setattr("retro_kernels.retrieval.embedder._BATCH_TOKENS", {"cpu": 1})
+    before, seen, one = torch.get_num_threads(), set(), embedder._embed_batch
+
+    def watched(encoded):
+        seen.add((threading.current_thread(), torch.get_num_threads()))
+        return one(encoded)
+
+    try:
+        torch.set_num_threads(1)
+        alone = embedder.embed(TEXTS)
+        torch.set_num_threads(4)
+        monkeypatch.setattr(embedder, "_embed_batch", watched)
+        assert torch.equal(embedder.embed(TEXTS), alone)
+        assert 1 <= len(seen) <= 4 and {threads for _, threads in seen} == {1}
+        assert threading.main_thread() not in {thread for thread, _ in seen} and torch.get_num_threads() == 4
+        monkeypatch.setattr(embedder, "_embed_batch", lambda encoded: one(encoded[5:]))
+        with pytest.raises(ValueError):
+            embedder.embed(TEXTS)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_normalised_only_where_the_model_says_so(bert, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
+from retro_kernels.ops._backend import can_limit_threads
 from retro_kernels.retrieval.retriever import Retriever
 
 
@@ -61,16 +62,7 @@ def test_the_cores_are_left_to_the_step(retriever: Retriever, monkeypatch: pytes
         retriever(batches(1)[0][0])
     finally:
         torch.set_num_threads(before)
-    assert seen == ([1, 1, 2] if openmp() else [2, 2, 2])
-
-
-def openmp() -> bool:
-    """Whether csrc is here, and was built with it."""
-    try:
-        from retro_kernels import _C
-    except ImportError:
-        return False
-    return _C.limit_threads(torch.get_num_threads())
+    assert seen == ([1, 1, 2] if can_limit_threads() else [2, 2, 2])
 
 
 @pytest.mark.parametrize("form", ["tensor", "mapping", "mapping without exclusion", "object", "inputs"])
