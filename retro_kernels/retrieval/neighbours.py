@@ -5,9 +5,10 @@ search that excludes that document among others takes the list, drops the others
 live search would find, if k are left or the list holds all there is; else the row is searched live. So the file is not
 tied to a seed, a sequence length or the packing of documents.
 
-The same as live to the last one with an exact index. One that refines (…RFlat) or walks a graph (HNSW) looks farther
-where more is asked for: there it is the same for up to 16 neighbours of a chunk, since both searches first ask for
-64, unless one of the two has to ask again; then the lists may hold nearer ones.
+The same as live to the last one with an exact index, but for a text of which there are more copies than a search first
+asks for (64): which of them it gets depends, live too, on the batch. One that refines (…RFlat) or walks a graph (HNSW)
+looks farther where more is asked for: there it is the same for up to 16 neighbours of a chunk, since both searches
+first ask for 64, unless one of the two has to ask again; then the lists may hold nearer ones.
 
 What re-ranks (rerank.py) looks at candidates, not at what it chose before: its file or cache holds candidates.
 
