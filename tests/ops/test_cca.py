@@ -599,6 +599,27 @@ def test_a_bias_of_minus_infinity_forbids(seed, backend, tables):
         torch.testing.assert_close(ours, definition, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float32), ("torch", torch.float64), ("triton", torch.float32)]
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
+def test_nan_and_infinity_come_out_as_nan(seed, backend, dtype):
+    """In the rows that the definition makes NaN and in no others: of a query, a key and an infinite query."""
+    tensors, options = inputs(batch=1, tokens=4 * M - 1, length=16, lengths=False)
+    query, key, _ = tensors
+    query[0, M + 2, 0], query[0, 3 * M + 2, 1, 3] = math.nan, math.inf
+    key[0, 1, 1, 5, 1, 2] = math.nan
+    results = []
+    for chosen, wide in ((backend, dtype), ("reference", torch.float64)):
+        leaves = [x.to(wide).requires_grad_() for x in tensors]
+        given = {name: x.to(wide) for name, x in options.items()}
+        out = chunked_cross_attention(*leaves, chunk_size=M, backend=chosen, **given)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(0 < x.isnan().sum() < 0.6 * x.numel() for x in results[1])
+    for ours, definition in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), definition, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transforms_run_on_the_definition_or_are_refused(seed, backend):
     """An op without a forward derivative would lose the tangent without a word."""
