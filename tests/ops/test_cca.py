@@ -168,7 +168,7 @@ SHAPES = {
     "five neighbours": {"neighbours": 5},
     "length no power of two": {"length": 48},
     "wide heads": {"size": 64, "heads": 1},
-    "odd heads": {"size": 24, "heads": 1},
+    "odd heads": {"size": 22, "heads": 1},
     "chunks of 64": {"chunk": 64, "tokens": 2 * 64 + 5, "length": 128, "heads": 1, "batch": 1},
     "chunks of 128": {"chunk": 128, "tokens": 128 + 9, "length": 48, "heads": 1, "batch": 1},
 }
@@ -200,6 +200,21 @@ def test_cpu_path_in_other_dtypes(seed, shape, dtype):
 def test_cpu_path_without_the_extension(seed, monkeypatch, shape):
     monkeypatch.setattr("retro_kernels.ops.cca.native._WORKS", False)
     compare("torch", torch.float32, **SHAPES[shape])
+
+
+def test_cpu_path_with_a_second_tile_of_rows(seed):
+    """At the paper's chunks and neighbours; with three of them also where the vectors are of 512 bits."""
+    compare(
+        "torch",
+        torch.float32,
+        batch=1,
+        tokens=127,
+        heads=1,
+        neighbours=3,
+        chunk=64,
+        length=128,
+        lengths=False,
+    )
 
 
 def test_a_length_beyond_the_keys_is_all_of_them(seed):
