@@ -394,6 +394,20 @@ def test_gradients_are_the_same_in_slices(seed, monkeypatch, waves):
     assert len(cut) == 2 and all(len(x) > 2 for x in cut)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", TABLES)
+def test_the_gradient_of_one_table_alone(seed, backend, wanted):
+    """What it takes of the sums that the others share."""
+    tensors, options = inputs(batch=1, tokens=2 * M - 1, heads=1, neighbours=1, length=16, lengths=False)
+    grad, found = torch.randn_like(tensors[0]), []
+    for name in (backend, "reference"):
+        leaf = options[wanted].clone().requires_grad_()
+        given = {**options, wanted: leaf}
+        chunked_cross_attention(*tensors, chunk_size=M, backend=name, **given).backward(grad)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 def test_every_run_is_the_same_on_the_gpu(seed):
     tensors, options = inputs(torch.bfloat16, "cuda", tokens=64 * 8, chunk=64, length=128, size=64)
@@ -626,7 +640,7 @@ def test_nan_and_infinity_come_out_as_nan(seed, backend, dtype):
     key[0, 1, 1, 5, 1, 2] = math.nan
     results = []
     for chosen, wide in ((backend, dtype), ("reference", torch.float64)):
-        leaves = [x.to(wide).requires_grad_() for x in tensors]
+        leaves = [x.detach().to(wide).requires_grad_() for x in tensors]
         given = {name: x.to(wide) for name, x in options.items()}
         out = chunked_cross_attention(*leaves, chunk_size=M, backend=chosen, **given)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
