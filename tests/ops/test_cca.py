@@ -541,6 +541,19 @@ def test_block_attention_is_the_definition(seed, backend, dtype, shape):
     compare_blocks(backend, dtype, **BLOCKS[shape])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_where_blocks_share_their_keys(seed, monkeypatch, backend):
+    """It is drawn by the number of the block, not of the keys that it shares."""
+    monkeypatch.setattr("retro_kernels.ops.cca.cpu._UNIT_BYTES", 1)  # each group of blocks by itself
+    tensors = [torch.randn(4, M, 1, D), *(torch.randn(2, 1, M, 1, D) for _ in "kv")]
+    results, fixed = [], {"key_repeat": 2, "dropout_p": 0.3}
+    for name in ("reference", backend):
+        torch.manual_seed(seed)
+        results.append(run(block_attention, tensors, {}, torch.ones_like(tensors[0]), backend=name, **fixed))
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name], rtol=2e-4, atol=2e-5, msg=name)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [64, 128])
