@@ -217,16 +217,21 @@ def test_cpu_path_with_a_second_tile_of_rows(seed):
     )
 
 
-def test_a_length_beyond_the_keys_is_all_of_them(seed):
-    tensors, options = inputs(tables=("rel_bias",))
-    lengths = options["neighbour_lengths"]
-    outs = [
-        chunked_cross_attention(
-            *tensors[:3], chunk_size=M, rel_bias=options["rel_bias"], neighbour_lengths=x, backend="torch"
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_length_beyond_the_keys_is_all_of_them(seed, backend):
+    """Of a number of keys that fills no tile, and for a length that 32 bits do not hold."""
+    tensors, options = inputs(
+        batch=1, tokens=2 * M - 1, heads=1, neighbours=1, length=24, tables=("rel_bias",)
+    )
+    grad = torch.randn_like(tensors[0])
+    beyond, everything = (
+        run(chunked_cross_attention, tensors, given, grad, chunk_size=M, backend=backend)
+        for given in (
+            {**options, "neighbour_lengths": torch.full_like(options["neighbour_lengths"], 2**32)},
+            {"rel_bias": options["rel_bias"]},
         )
-        for x in (torch.full_like(lengths, 30_000), None)
-    ]
-    torch.testing.assert_close(*outs)
+    )
+    torch.testing.assert_close(beyond, everything)
 
 
 @pytest.mark.gpu
