@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from numerics import assert_accurate
 from torch import Tensor
 
 from retro_kernels import block_attention, chunked_cross_attention, use_backend
+from retro_kernels.ops import _backend
 from retro_kernels.ops.cca import native, tiles
 from retro_kernels.ops.cca.reference import block_attention_reference
 
@@ -361,6 +363,22 @@ def test_layouts_do_not_matter(seed, backend):
     assert torch.equal(
         chunked_cross_attention(query, key, value, chunk_size=M, backend=backend, **options), base
     )
+
+
+@pytest.mark.skipif(not _backend.INTERPRETING, reason="needs the interpreter")
+def test_blocks_lie_further_apart_than_32_bits_reach(seed):
+    """Three of them in 8 GiB of address space, of which a few pages are real; a stride itself does fit 32 bits."""
+    apart, middle = 2**30, 2**31
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # without reserving memory
+    try:
+        memory = mmap.mmap(-1, 2 * (middle + 2 * apart + M * 12), flags=flags)
+    except OSError as error:
+        pytest.skip(f"no such address space here: {error}")
+    rows = torch.randn(3, M, 1, 12).half()  # which tiles are loaded from pointers for
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided(rows.shape, (apart, 12, 12, 1), middle)
+    far.copy_(rows)
+    outs = [block_attention(x, x[:, None], x[:, None], backend="triton") for x in (far, rows)]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
