@@ -330,13 +330,18 @@ def test_neighbours_have_no_order_and_copies_change_nothing(seed, backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nothing_to_attend_to_is_exactly_zero(seed, backend):
-    tensors, options = inputs(neighbours=2)
+    tensors, options = inputs(batch=1, tokens=2 * M + 5)
     options["neighbour_lengths"] = torch.zeros_like(options["neighbour_lengths"])
     result = run(
         chunked_cross_attention, tensors, options, torch.ones_like(tensors[0]), chunk_size=M, backend=backend
     )
     for name, x in result.items():
         assert torch.equal(x, torch.zeros_like(x)), name
+    query, key, value = (x.half() for x in tensors)
+    out = chunked_cross_attention(
+        query, torch.full_like(key, math.nan), value, chunk_size=M, backend=backend, **options
+    )
+    assert not out.any()  # whatever the keys hold that do not exist
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
