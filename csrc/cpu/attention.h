@@ -19,7 +19,7 @@ static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 // exp(x) for x <= 0, zero below the smallest normal number, NaN for NaN. 2^n times a polynomial of the rest, |r| <= ln2/2.
 static inline Vec exponential(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec inside = larger(x, splat(-87.33654f));
+  const Vec inside = x < splat(-87.33654f) ? splat(-87.33654f) : x;  // the other way round would lose a NaN
   const Vec shifted = inside * splat(1.44269504f) + magic;
   const Vec n = shifted - magic;
   const Vec r = (inside - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);

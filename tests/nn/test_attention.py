@@ -25,8 +25,10 @@ def make(position: str = "relative", **options: object) -> ChunkedCrossAttention
     return randomise(ChunkedCrossAttention(12, 4, position=position, **{**sizes, **options})).double()
 
 
-def inputs(tokens: int, batch: int = 2, count: int = K) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    chunks = tokens // M
+def inputs(
+    tokens: int, batch: int = 2, count: int = K, chunk: int = M
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    chunks = tokens // chunk
     return (
         torch.randn(batch, tokens, 12).double(),
         torch.randn(batch, chunks, count, R, 10).double(),
@@ -105,6 +107,7 @@ def test_prefix_and_missing_neighbours_are_exactly_zero(seed: int, training: boo
     assert out[1, M - 1 : 2 * M - 1].ne(0).any()
     assert torch.equal((x + out)[:, : M - 1], x[:, : M - 1])
     assert cca(x[:, :2], neighbours[:, :0], lengths[:, :0]).eq(0).all()
+    assert cca(x, neighbours[:, :, :0]).eq(0).all()
 
 
 class PlusOne(torch.nn.Module):
@@ -242,13 +245,16 @@ def test_padding_of_a_neighbour_is_never_read(seed: int) -> None:
     assert torch.equal(cca(x, other, lengths), cca(x, neighbours, lengths))
 
 
-def test_a_few_rows_are_rows_of_the_whole(seed: int) -> None:
-    for position in ("relative", "bias", "none"):
-        cca = make(position, bias=True, num_kv_heads=2)
-        x, neighbours, lengths = inputs(14)
+@pytest.mark.parametrize("position", ["relative", "bias", "none"])
+def test_a_few_rows_are_rows_of_the_whole(seed: int, position: str) -> None:
+    """More than a few, too: those of a prompt that ends inside a chunk."""
+    cases = {M: ((0, 1), (2, 2), (0, M), (M - 1, 1)), 16: ((0, 16), (5, 9))}
+    for size, spans in cases.items():
+        cca = make(position, bias=True, num_kv_heads=2, chunk_size=size)
+        x, neighbours, lengths = inputs(3 * size - 1, chunk=size)
         whole, (key, value) = cca(x, neighbours, lengths), cca.keys_and_values(neighbours)
-        for first, count in ((0, 1), (2, 2), (0, M), (M - 1, 1)):
-            start = 2 * M - 1 + first  # rows of the chunk that attends to chunk 1
+        for first, count in spans:
+            start = 2 * size - 1 + first  # rows of the chunk that attends to chunk 1
             rows = cca.attend_rows(
                 x[:, start : start + count],
                 first,

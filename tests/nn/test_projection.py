@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from retro_kernels.nn import ChunkedCrossAttention, Retro
+from retro_kernels.nn import attention as attention_module
 
 from .helpers import random_neighbours, randomise, tiny_model
 from .test_decode import decode, random_split
@@ -85,3 +86,18 @@ def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
             module.absorbs(2, torch.device("cpu"))
     with pytest.raises(ValueError, match="projection is 'both'"):
         make("both")
+
+
+def test_the_choice_is_told_whether_there_are_gradients(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, cca = [], make("auto")
+    choose = attention_module.choose_projection
+    monkeypatch.setattr(
+        attention_module,
+        "choose_projection",
+        lambda **given: asked.append(given["training"]) or choose(**given),
+    )
+    x, neighbours = torch.randn(1, 9, 12).double(), torch.randn(1, 2, 2, 8, 10).double()
+    cca(x, neighbours)
+    with torch.no_grad():
+        cca(x, neighbours)
+    assert asked == [True, False]

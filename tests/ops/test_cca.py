@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from numerics import assert_accurate
 from torch import Tensor
 
 from retro_kernels import block_attention, chunked_cross_attention, use_backend
+from retro_kernels.ops import _backend
 from retro_kernels.ops.cca import native, tiles
 from retro_kernels.ops.cca.reference import block_attention_reference
 
@@ -168,7 +170,7 @@ SHAPES = {
     "five neighbours": {"neighbours": 5},
     "length no power of two": {"length": 48},
     "wide heads": {"size": 64, "heads": 1},
-    "odd heads": {"size": 24, "heads": 1},
+    "odd heads": {"size": 22, "heads": 1},
     "chunks of 64": {"chunk": 64, "tokens": 2 * 64 + 5, "length": 128, "heads": 1, "batch": 1},
     "chunks of 128": {"chunk": 128, "tokens": 128 + 9, "length": 48, "heads": 1, "batch": 1},
 }
@@ -202,16 +204,36 @@ def test_cpu_path_without_the_extension(seed, monkeypatch, shape):
     compare("torch", torch.float32, **SHAPES[shape])
 
 
-def test_a_length_beyond_the_keys_is_all_of_them(seed):
-    tensors, options = inputs(tables=("rel_bias",))
-    lengths = options["neighbour_lengths"]
-    outs = [
-        chunked_cross_attention(
-            *tensors[:3], chunk_size=M, rel_bias=options["rel_bias"], neighbour_lengths=x, backend="torch"
+def test_cpu_path_with_a_second_tile_of_rows(seed):
+    """At the paper's chunks and neighbours; with three of them also where the vectors are of 512 bits."""
+    compare(
+        "torch",
+        torch.float32,
+        batch=1,
+        tokens=127,
+        heads=1,
+        neighbours=3,
+        chunk=64,
+        length=128,
+        lengths=False,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_length_beyond_the_keys_is_all_of_them(seed, backend):
+    """Of a number of keys that fills no tile, and for a length that 32 bits do not hold."""
+    tensors, options = inputs(
+        batch=1, tokens=2 * M - 1, heads=1, neighbours=1, length=24, tables=("rel_bias",)
+    )
+    grad = torch.randn_like(tensors[0])
+    beyond, everything = (
+        run(chunked_cross_attention, tensors, given, grad, chunk_size=M, backend=backend)
+        for given in (
+            {**options, "neighbour_lengths": torch.full_like(options["neighbour_lengths"], 2**32)},
+            {"rel_bias": options["rel_bias"]},
         )
-        for x in (torch.full_like(lengths, 30_000), None)
-    ]
-    torch.testing.assert_close(*outs)
+    )
+    torch.testing.assert_close(beyond, everything)
 
 
 @pytest.mark.gpu
@@ -308,13 +330,18 @@ def test_neighbours_have_no_order_and_copies_change_nothing(seed, backend):
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_nothing_to_attend_to_is_exactly_zero(seed, backend):
-    tensors, options = inputs(neighbours=2)
+    tensors, options = inputs(batch=1, tokens=2 * M + 5)
     options["neighbour_lengths"] = torch.zeros_like(options["neighbour_lengths"])
     result = run(
         chunked_cross_attention, tensors, options, torch.ones_like(tensors[0]), chunk_size=M, backend=backend
     )
     for name, x in result.items():
         assert torch.equal(x, torch.zeros_like(x)), name
+    query, key, value = (x.half() for x in tensors)
+    out = chunked_cross_attention(
+        query, torch.full_like(key, math.nan), value, chunk_size=M, backend=backend, **options
+    )
+    assert not out.any()  # whatever the keys hold that do not exist
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -341,6 +368,22 @@ def test_layouts_do_not_matter(seed, backend):
     assert torch.equal(
         chunked_cross_attention(query, key, value, chunk_size=M, backend=backend, **options), base
     )
+
+
+@pytest.mark.skipif(not _backend.INTERPRETING, reason="needs the interpreter")
+def test_blocks_lie_further_apart_than_32_bits_reach(seed):
+    """Three of them in 8 GiB of address space, of which a few pages are real; a stride itself does fit 32 bits."""
+    apart, middle = 2**30, 2**31
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # without reserving memory
+    try:
+        memory = mmap.mmap(-1, 2 * (middle + 2 * apart + M * 12), flags=flags)
+    except OSError as error:
+        pytest.skip(f"no such address space here: {error}")
+    rows = torch.randn(3, M, 1, 12).half()  # which tiles are loaded from pointers for
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided(rows.shape, (apart, 12, 12, 1), middle)
+    far.copy_(rows)
+    outs = [block_attention(x, x[:, None], x[:, None], backend="triton") for x in (far, rows)]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -377,6 +420,20 @@ def test_gradients_are_the_same_in_slices(seed, monkeypatch, waves):
     compare("triton", torch.float32, batch=1, tokens=5 * M + 3)
     compare("triton", torch.float16, batch=1, tokens=6 * M, kv_heads=1, tables=("rel_key",))
     assert len(cut) == 2 and all(len(x) > 2 for x in cut)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("wanted", TABLES)
+def test_the_gradient_of_one_table_alone(seed, backend, wanted):
+    """What it takes of the sums that the others share."""
+    tensors, options = inputs(batch=1, tokens=2 * M - 1, heads=1, neighbours=1, length=16, lengths=False)
+    grad, found = torch.randn_like(tensors[0]), []
+    for name in (backend, "reference"):
+        leaf = options[wanted].clone().requires_grad_()
+        given = {**options, wanted: leaf}
+        chunked_cross_attention(*tensors, chunk_size=M, backend=name, **given).backward(grad)
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -512,6 +569,19 @@ def test_block_attention_is_the_definition(seed, backend, dtype, shape):
     compare_blocks(backend, dtype, **BLOCKS[shape])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_where_blocks_share_their_keys(seed, monkeypatch, backend):
+    """It is drawn by the number of the block, not of the keys that it shares."""
+    monkeypatch.setattr("retro_kernels.ops.cca.cpu._UNIT_BYTES", 1)  # each group of blocks by itself
+    tensors = [torch.randn(4, M, 1, D), *(torch.randn(2, 1, M, 1, D) for _ in "kv")]
+    results, fixed = [], {"key_repeat": 2, "dropout_p": 0.3}
+    for name in ("reference", backend):
+        torch.manual_seed(seed)
+        results.append(run(block_attention, tensors, {}, torch.ones_like(tensors[0]), backend=name, **fixed))
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name], rtol=2e-4, atol=2e-5, msg=name)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [64, 128])
@@ -597,6 +667,27 @@ def test_a_bias_of_minus_infinity_forbids(seed, backend, tables):
     assert not results[0][0][:, : M + 2].any() and results[0][0].any()
     for ours, definition in zip(*results, strict=True):
         torch.testing.assert_close(ours, definition, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float32), ("torch", torch.float64), ("triton", torch.float32)]
+)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
+def test_nan_and_infinity_come_out_as_nan(seed, backend, dtype):
+    """In the rows that the definition makes NaN and in no others: of a query, a key and an infinite query."""
+    tensors, options = inputs(batch=1, tokens=4 * M - 1, length=16, lengths=False)
+    query, key, _ = tensors
+    query[0, M + 2, 0], query[0, 3 * M + 2, 1, 3] = math.nan, math.inf
+    key[0, 1, 1, 5, 1, 2] = math.nan
+    results = []
+    for chosen, wide in ((backend, dtype), ("reference", torch.float64)):
+        leaves = [x.detach().to(wide).requires_grad_() for x in tensors]
+        given = {name: x.to(wide) for name, x in options.items()}
+        out = chunked_cross_attention(*leaves, chunk_size=M, backend=chosen, **given)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(0 < x.isnan().sum() < 0.6 * x.numel() for x in results[1])
+    for ours, definition in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), definition, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

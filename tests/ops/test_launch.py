@@ -98,11 +98,10 @@ def test_a_pass_serves_its_kind_of_calls_only():
             lambda attempt: attempt(Config(16, 4, 1)),
         )
 
-    x, other = torch.randn(8, 16), torch.randn(8, 16)
+    x, other = torch.randn(4, 4, 2, 8), torch.randn(4, 4, 2, 8)
     assert call(x) is x and call(other) is other and len(made) == 1
-    store = torch.randn(8 * 16 + 1)
-    misaligned = store[1:].view(8, 16)
-    kinds = [(x.half(),), (x[:4],), (x.T,), (x, other), (x, None, 2), (x, None, 1, "backward")]
+    misaligned = torch.randn(x.numel() + 1)[1:].view(x.shape)
+    kinds = [(x.half(),), (x[:2],), (x.transpose(0, 1),), (x, other), (x, None, 2), (x, None, 1, "backward")]
     for _ in range(2):
         for arguments in kinds:
             call(*arguments)

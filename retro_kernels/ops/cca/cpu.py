@@ -60,7 +60,7 @@ class _Call:
     reversed_bias: Tensor | None  # [H, C], with `reversed_key` only
     bias_tile: Tensor | None  # [Hkv, 1, W, TQ, 1, TK], without `reversed_key` only
     missing: Tensor | None  # bool [G, J * TK]
-    present: Tensor | None  # bool [G]; None where every group has a key
+    absent: frozenset[int]  # groups without a key
     forbids: bool  # whether rel_bias has −inf, which can take a row all its keys
     seed: Tensor | None
     num_keys: int
@@ -198,8 +198,9 @@ class _Call:
         torch.softmax(logits, -1, out=logits)
         if nothing is not None:
             logits.masked_fill_(nothing, 0.0)
-        if self.present is not None:
-            by_group.mul_(self.present[unit.group, None, None])
+        for i, group in enumerate(range(unit.group.start, unit.group.stop)):
+            if group in self.absent:
+                by_group[i].zero_()
         return logits
 
     def dropout(self, unit: _Unit) -> Tensor:
@@ -235,13 +236,14 @@ def _prepare(
     heads = query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     narrow = query.dtype if query.dtype == torch.bfloat16 else wide  # float16 products are slow on CPUs
-    missing = present = bias_tile = reversed_key = reversed_bias = None
+    missing = bias_tile = reversed_key = reversed_bias = None
+    absent: frozenset[int] = frozenset()
     if lengths is not None:
         missing = (torch.arange(num_keys) >= lengths[..., None]).flatten(1)
         empty = missing.all(1)
         if empty.any():
-            # a softmax over nothing is NaN: such a group attends to everything and is multiplied by zero
-            missing, present = missing & ~empty[:, None], ~empty
+            # a softmax over nothing is NaN: such a group attends to everything, and its weights become zero
+            missing, absent = missing & ~empty[:, None], frozenset(empty.nonzero().flatten().tolist())
     if rel_key is not None:
         filling = -(block + num_keys - 1) % _ALIGN
         reversed_key = F.pad(rel_key.to(narrow).flip(1).transpose(1, 2), (0, filling)).contiguous()
@@ -260,7 +262,7 @@ def _prepare(
         reversed_bias=reversed_bias,
         bias_tile=bias_tile,
         missing=missing,
-        present=present,
+        absent=absent,
         forbids=rel_bias is not None and bool(rel_bias.isneginf().any()),
         seed=seed,
         num_keys=num_keys,
