@@ -141,7 +141,9 @@ def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
     found = find_neighbours(corpus, retriever, 2, 0, progress=False)
     ids = retriever.find_documents([document_hash(d.text) for d in documents]).numpy()
     assert (ids >= 0).all()
-    for chunk, (tokens, lengths) in enumerate(zip(found.tokens, found.lengths, strict=True)):
+    held = sum(x.nbytes for x in vars(found).values() if isinstance(x, torch.Tensor))
+    assert held == len(corpus.chunks) * (2 * 8 + 8 + 8)  # ids, overlap and control, but no neighbour's tokens
+    for chunk, (tokens, lengths) in enumerate(zip(*found.gather(found.ids), strict=True)):
         own = torch.from_numpy(corpus.tokens(corpus.of_chunks()[chunk]).astype(np.int32)).unfold(0, CHUNK, 1)
         for neighbour, length in zip(tokens, lengths, strict=True):
             if length == 2 * CHUNK:  # would stand in the document as it is, if it came from there
