@@ -323,10 +323,11 @@ def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
     order = np.lexsort(
         (rng.random(len(owner)), rank[owner])
     )  # documents in random order, chunks in random order within
-    # A turn by the largest document's chunks leaves every document, unless that is more than the rest.
+    # A turn by the largest document's chunks leaves every document, unless that is more than the rest: then it is the
+    # only one with chunks that are left to be drawn for.
     partner = np.roll(order, -counts.max())
-    for same in np.flatnonzero(owner[order] == owner[partner]):
-        partner[same] = rng.choice(np.flatnonzero(owner != owner[order[same]]))
+    same = np.flatnonzero(owner[order] == owner[partner])
+    partner[same] = rng.choice(np.flatnonzero(owner != documents[counts.argmax()]), len(same))
     result = np.empty(len(owner), np.int64)
     result[order] = partner
     return result

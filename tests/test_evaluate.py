@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ def test_derangement(seed: int) -> None:
         assert np.array_equal(partner, derangement(owner, seed))
         if counts.max() * 2 <= counts.sum():
             assert np.array_equal(np.sort(partner), np.arange(len(owner)))
+    owner = np.repeat([0, 1, 2], [60_000, 50, 100])
+    begun = time.process_time()
+    partner = derangement(owner, seed)
+    assert time.process_time() - begun < 2  # 10 s where those beyond the half are drawn one by one
+    assert partner is not None and (owner[partner] != owner).all()
+    drawn = np.bincount(partner[:60_000])[60_000:]
+    assert len(drawn) == 150 and 200 < drawn.min() and drawn.max() < 600  # all alike, 400 expected
     alone = derangement(np.zeros(5, np.int64), seed)  # one document: other chunks of it
     assert alone is not None and sorted(alone) == [0, 1, 2, 3, 4] and (alone != np.arange(5)).all()
     assert derangement(np.zeros(1, np.int64), seed) is None
