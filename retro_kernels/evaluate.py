@@ -24,7 +24,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,10 +67,10 @@ MODES = ("off", "on", "shuffled")
 class Found:
     """Neighbours of every chunk of the documents, in the order of the chunks."""
 
-    tokens: Tensor
-    """int32 [C, K, R]"""
-    lengths: Tensor
-    """int32 [C, K]"""
+    ids: Tensor
+    """int64 [C, K], −1 = none. Their tokens, R times as much, are gathered batch by batch."""
+    gather: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Tokens and lengths of ids, `Retriever.gather`."""
     overlap: Tensor
     """float64 [C], r(C) of each chunk with its ten nearest neighbours."""
     shuffled: Tensor | None
@@ -299,11 +299,10 @@ def find_neighbours(
                 r = overlap(rows, near.tokens[:, 0, :LEAKAGE_NEIGHBOURS], value_lengths=lengths)
                 part = kept.add({"ids": near.ids[:, 0, :k].numpy(), "overlap": r.numpy()})
                 bar.update(len(rows))
-            tokens, lengths = retriever.gather(torch.from_numpy(part["ids"]))
-            parts.append((tokens.int(), lengths.int(), torch.from_numpy(part["overlap"])))
-    tokens, lengths, r = (torch.cat(column) for column in zip(*parts, strict=True))
+            parts.append((torch.from_numpy(part["ids"]), torch.from_numpy(part["overlap"])))
+    near_ids, r = (torch.cat(column) for column in zip(*parts, strict=True))
     order = derangement(owner, seed)
-    return Found(tokens, lengths, r, None if order is None else torch.from_numpy(order))
+    return Found(near_ids, retriever.gather, r, None if order is None else torch.from_numpy(order))
 
 
 def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
@@ -324,10 +323,11 @@ def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
     order = np.lexsort(
         (rng.random(len(owner)), rank[owner])
     )  # documents in random order, chunks in random order within
-    # A turn by the largest document's chunks leaves every document, unless that is more than the rest.
+    # A turn by the largest document's chunks leaves every document, unless that is more than the rest: then it is the
+    # only one with chunks that are left to be drawn for.
     partner = np.roll(order, -counts.max())
-    for same in np.flatnonzero(owner[order] == owner[partner]):
-        partner[same] = rng.choice(np.flatnonzero(owner != owner[order[same]]))
+    same = np.flatnonzero(owner[order] == owner[partner])
+    partner[same] = rng.choice(np.flatnonzero(owner != documents[counts.argmax()]), len(same))
     result = np.empty(len(owner), np.int64)
     result[order] = partner
     return result
@@ -443,8 +443,8 @@ class _Scorer:
         if mode == "shuffled":
             assert found.shuffled is not None
             rows = found.shuffled[rows]
-        near, lengths = found.tokens[rows].long(), found.lengths[rows] * there
-        return NeighbourBatch(near.to(self.device), lengths.to(self.device), None, None)
+        near, lengths = found.gather(found.ids[rows])
+        return NeighbourBatch(near.to(self.device), (lengths * there).to(self.device), None, None)
 
 
 def _report(
@@ -478,7 +478,7 @@ def _report(
                 curve = filtered_bits_per_byte(torch.from_numpy(bits[mode].sum(1)), per_chunk, found.overlap)
                 result[name] = {f"{alpha:g}": value for alpha, value in curve.items()}
         result["mean_overlap"] = float(found.overlap.mean())
-        there = found.lengths > 0
+        there = found.ids >= 0
         result["without_neighbours"] = 1 - float(there.any(1).double().mean())
         result["neighbours_filled"] = float(there.double().mean())
     return result

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ def test_derangement(seed: int) -> None:
         assert np.array_equal(partner, derangement(owner, seed))
         if counts.max() * 2 <= counts.sum():
             assert np.array_equal(np.sort(partner), np.arange(len(owner)))
+    owner = np.repeat([0, 1, 2], [60_000, 50, 100])
+    begun = time.process_time()
+    partner = derangement(owner, seed)
+    assert time.process_time() - begun < 2  # 10 s where those beyond the half are drawn one by one
+    assert partner is not None and (owner[partner] != owner).all()
+    drawn = np.bincount(partner[:60_000])[60_000:]
+    assert len(drawn) == 150 and 200 < drawn.min() and drawn.max() < 600  # all alike, 400 expected
     alone = derangement(np.zeros(5, np.int64), seed)  # one document: other chunks of it
     assert alone is not None and sorted(alone) == [0, 1, 2, 3, 4] and (alone != np.arange(5)).all()
     assert derangement(np.zeros(1, np.int64), seed) is None
@@ -141,7 +149,9 @@ def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
     found = find_neighbours(corpus, retriever, 2, 0, progress=False)
     ids = retriever.find_documents([document_hash(d.text) for d in documents]).numpy()
     assert (ids >= 0).all()
-    for chunk, (tokens, lengths) in enumerate(zip(found.tokens, found.lengths, strict=True)):
+    held = sum(x.nbytes for x in vars(found).values() if isinstance(x, torch.Tensor))
+    assert held == len(corpus.chunks) * (2 * 8 + 8 + 8)  # ids, overlap and control, but no neighbour's tokens
+    for chunk, (tokens, lengths) in enumerate(zip(*found.gather(found.ids), strict=True)):
         own = torch.from_numpy(corpus.tokens(corpus.of_chunks()[chunk]).astype(np.int32)).unfold(0, CHUNK, 1)
         for neighbour, length in zip(tokens, lengths, strict=True):
             if length == 2 * CHUNK:  # would stand in the document as it is, if it came from there

@@ -11,8 +11,8 @@ The work lies beside the set, in `<out>.build`, and every step can be taken up a
 A folder of that name without a plan is somebody else's, and is not touched. A set becomes visible in one rename, the
 manifest being its last file. Replacing a set exchanges the two folders, so a reader sees the old one or the new one.
 Where only the index is to be another one, chunks and vectors of the set in place are taken over. Memory is bounded by
-one shard and one document, apart from 20 bytes a chunk while the table that finds chunks by content is sorted, the
-tokenizer's sample, and what the index itself needs.
+one shard and one document, apart from 30 bytes a document while the text is read, 20 bytes a chunk while the table that
+finds chunks by content is sorted, the tokenizer's sample, and what the index itself needs.
 
 Large corpora: build parts in several processes or on several machines (`part=(i, n)`, one tokenizer for all), then
 `merge_retrieval_sets`. Parts whose index begins with the trained one of the first (`trained_index`) are merged without
@@ -66,6 +66,7 @@ from retro_kernels.retrieval.writing import (
 )
 
 SHARD_CHUNKS = 1024  # ten seconds of a slow processor: what an interrupted build loses at most
+_UNSORTED = 1 << 16  # hashes of documents that are kept aside before they are sorted
 _EXACT_FALLBACK = 1_000_000  # vectors: 8 ms of a core for a query
 _EXACT_SAMPLE = 1 << 16  # vectors among which the speed of an exact search is measured
 _PLAN, _LOCK = "plan.json", "lock"
@@ -330,16 +331,38 @@ def _unique(
     documents: Iterator[Document], part: tuple[int, int] | None
 ) -> Iterator[tuple[int, Document | None]]:
     """(hash, document) of each document of this part; None in place of a copy of an earlier one."""
-    seen: set[int] = set()
+    seen = _Seen()
     for document in documents:
         text_hash = document_hash(document.text)
-        if text_hash in seen:
+        number = len(seen)
+        if not seen.add(text_hash):
             yield text_hash, None
-        else:
-            mine = part is None or len(seen) % part[1] == part[0]
-            seen.add(text_hash)
-            if mine:
-                yield text_hash, document
+        elif part is None or number % part[1] == part[0]:
+            yield text_hash, document
+
+
+class _Seen:
+    """A set of 64-bit numbers: 8 bytes each, some 30 while it grows, where one of Python's takes 90."""
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, np.int64)
+        self._new: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._new)
+
+    def add(self, number: int) -> bool:
+        """Whether it was not there."""
+        place = self._sorted.searchsorted(number)
+        if number in self._new or (place < len(self._sorted) and self._sorted[place] == number):
+            return False
+        self._new.add(number)
+        if len(self._new) > max(_UNSORTED, len(self._sorted) // 8):
+            new = np.fromiter(self._new, np.int64, len(self._new))
+            self._new.clear()
+            self._sorted = np.concatenate([self._sorted, new])
+            self._sorted.sort()
+        return True
 
 
 def _survey(

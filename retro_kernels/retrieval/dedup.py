@@ -40,6 +40,7 @@ _PERMUTATIONS = 128
 _LOWEST = 0.01  # 459 permutations, each a band
 _WORD = re.compile(r"\w+")
 _SLAB = 1 << 10  # hashes permuted at a time: 128 × 1 Ki × 8 B stays in the cache
+_GRAMS = 1 << 16  # hashes of evaluation documents that are looked up at a time, and one document
 _SEED = 20_211_208
 _PART = 4 << 20  # characters compared between two savings: a second's work
 
@@ -147,11 +148,15 @@ class DuplicateFinder:
         self._buckets: dict[bytes, list[int]] = {}
         self._sizes: list[int] = []
         digest = hashlib.blake2b(repr((n, threshold, self._minhash.a.tolist())).encode(), digest_size=16)
+        seen: set[bytes] = set()
         for document in documents:
             grams = self._hashes(document.text)
             digest.update(len(grams).to_bytes(8, "little"))
             digest.update(grams.data)
-            if len(grams):
+            # of equal ones the first is named: the others need not be proposed
+            key = hashlib.blake2b(grams.data, digest_size=16).digest()
+            if len(grams) and key not in seen:
+                seen.add(key)
                 for band in self._keys(grams):
                     self._buckets.setdefault(band, []).append(len(self._grams))
             self._titles.append(document.title)
@@ -183,9 +188,31 @@ class DuplicateFinder:
         smallest = bisect.bisect_left(self._sizes, self.threshold * len(grams))
         if not len(grams) or smallest == len(self) or self.threshold * self._sizes[smallest] > len(grams):
             return -1, 0.0
-        proposed = {i for band in self._keys(grams) for i in self._buckets.get(band, ())}
-        best = max(((jaccard(grams, self._grams[i]), -i) for i in proposed), default=(0.0, 0))
-        return (-best[1], best[0]) if best[0] >= self.threshold else (-1, 0.0)
+        proposed = sorted(set[int]().union(*(self._buckets.get(band, ()) for band in self._keys(grams))))
+        bounds = self._at_most(grams, proposed)
+        best = (self.threshold, -len(self))
+        for i in np.argsort(-bounds, kind="stable").tolist():
+            if (bounds[i], -proposed[i]) < best:
+                break
+            best = max(best, (jaccard(grams, self._grams[proposed[i]]), -proposed[i]))
+        return (-best[1], best[0]) if -best[1] < len(self) else (-1, 0.0)
+
+    def _at_most(self, grams: np.ndarray, places: list[int]) -> np.ndarray:
+        """What the Jaccard index with each of these documents cannot exceed, float64 [n]. A gram counts as common where
+        its last bits are those of one of `grams`, which is fast, and wrong for few: of many documents that resemble
+        each other hardly any has to be compared for certain."""
+        mask = (32 << len(grams).bit_length()) - 1
+        present = np.zeros(mask + 1, dtype=bool)
+        present[grams.view(np.int64) & mask] = True
+        sizes = np.array([len(self._grams[place]) for place in places], np.int64)
+        common, stops = np.zeros(len(places), np.int64), np.cumsum(sizes)
+        for part in np.split(np.arange(len(places)), np.flatnonzero(np.diff(stops // _GRAMS)) + 1):
+            if len(part):
+                found = present[np.concatenate([self._grams[places[i]] for i in part]).view(np.int64) & mask]
+                starts = stops[part] - sizes[part]
+                common[part] = np.add.reduceat(found, starts - starts[0], dtype=np.int64)
+        np.minimum(common, len(grams), out=common)
+        return common / (len(grams) + sizes - common)
 
     def compare(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
         """For each document "place" int64 [n], that of the evaluation document which it copies, −1 for none, and

@@ -59,15 +59,17 @@ def _length_dtype(chunks: Tensor, values: Tensor) -> torch.dtype:
     return _NARROW if longest <= torch.iinfo(_NARROW).max else torch.int32
 
 
-def _rows(chunks: Tensor, values: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Row by row of the recurrence: (i, run[i] [C, K, R]). The tensor is reused by the next row."""
-    run = torch.zeros(values.shape, dtype=_length_dtype(chunks, values), device=values.device)
+def _rows(chunks: Tensor, values: Tensor) -> Iterator[Tensor]:
+    """Row by row of the recurrence: run[i] [C, K, R]. The tensor is written again by the row after the next."""
+    last, run, same = values.new_zeros((3, *values.shape), dtype=_length_dtype(chunks, values))
     for i in range(chunks.shape[1]):
-        run[..., 1:] = run[..., :-1].clone()
-        run[..., :1] = 0
-        run += 1
-        run *= chunks[:, i, None, None] == values
-        yield i, run
+        run, last = last, run
+        torch.add(last[..., :-1], 1, out=run[..., 1:])
+        run[..., :1] = 1
+        # 0 and 1 as numbers: on a processor bools take PyTorch four times as long
+        torch.eq(values, chunks[:, i, None, None], out=same)
+        run *= same
+        yield run
 
 
 def _blocks(values: Tensor) -> Iterator[slice]:
@@ -95,7 +97,7 @@ def common_runs(
         for part in _blocks(values):
             dtype = _length_dtype(chunks, values)
             best = torch.zeros(values[part].shape, dtype=dtype, device=values.device)
-            for _, run in _rows(chunks[part], values[part]):
+            for run in _rows(chunks[part], values[part]):
                 torch.maximum(best, run, out=best)
             longest[part] = best.amax(-1).long()
     return longest
@@ -146,13 +148,11 @@ def containment(
         raise ValueError(f"containment: n is {n}; an n-gram has at least one token.")
     chunks, values, own = _checked(chunks, values, chunk_lengths, value_lengths, pad_id)
     found = torch.zeros(values.shape[:2], dtype=torch.int32, device=values.device)
-    gram = own.clamp(max=n)
+    gram = own.clamp(1, n)
     if values.numel():
         for part in _blocks(values):
-            size = gram[part]
-            for i, run in _rows(chunks[part], values[part]):
-                counts = (i >= size - 1) & (i < own[part])  # a gram ends here
-                found[part] += (counts[:, None] & (run.amax(-1) >= size[:, None])).int()
+            for run in _rows(chunks[part], values[part]):
+                found[part] += run.amax(-1) >= gram[part, None]
     return found / (own - gram + 1).masked_fill(own == 0, 1)[:, None]
 
 

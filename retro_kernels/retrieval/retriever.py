@@ -59,6 +59,8 @@ RETRIEVERS = (
     *(f"{source}+{by}" for source in ("bm25", "bm25:tokens") for by in MEASURES if by != "bm25"),
 )
 
+_ELEMENTS = 1 << 22  # candidates, or tokens of candidates, that are tested for copies at a time
+
 
 @dataclass(frozen=True)
 class Hit:
@@ -497,24 +499,41 @@ def _search_without_copies(
     retriever: Retriever, queries: Tensor, k: int, exclude: Tensor | None, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """More is fetched, and widened, until k neighbours are left that hold less than `threshold` of the 13-grams."""
-    fetch = 4 * k
-    distances, ids = retriever.searcher.search(queries, fetch, exclude)
+    distances, ids = retriever.searcher.search(queries, 4 * k, exclude)
+    chunks = queries.to(ids.device)
     result, result_ids = unfilled(queries.shape[0], k, ids.device)
     rows = torch.arange(queries.shape[0], device=ids.device)
+    keep = _no_copies(retriever, chunks, ids, ids >= 0, threshold)
+    pending: list[tuple[Tensor, ...]] = []  # rows, their candidates that were tested, and which were kept
     while True:
-        values, lengths = retriever.gather(ids)
-        share = containment(queries[rows.to(queries.device)].to(ids.device), values, value_lengths=lengths)
-        keep = (ids >= 0) & (share < threshold)
         result[rows], result_ids[rows] = take_first(distances, ids, keep, k)
         # a row whose last candidate is missing has seen them all
         short = ((keep.sum(1) < k) & (ids[:, -1] >= 0)).nonzero().squeeze(1)
-        if not short.numel():
+        for part in short.split(max(1, _ELEMENTS // (4 * ids.shape[1]))) if short.numel() else ():
+            pending.append((rows[part], ids[part], keep[part]))
+        if not pending:
             return result, result_ids
-        rows, fetch = rows[short], 4 * fetch
-        again = rows.to(queries.device)
+        rows, tested, kept = pending.pop()  # the last first: so few wait that remember many
+        again, fetch = rows.to(queries.device), min(4 * tested.shape[1], retriever.num_chunks + 1)
         distances, ids = retriever.searcher.search(
             queries[again], fetch, None if exclude is None else exclude[again]
         )
+        # what was tested comes again, but not always in its place: near ties, or what is re-ranked, change theirs
+        tested, order = tested.sort(dim=1)
+        place = torch.searchsorted(tested, ids.contiguous()).clamp(max=tested.shape[1] - 1)
+        known = tested.gather(1, place) == ids
+        keep = _no_copies(retriever, chunks[rows], ids, (ids >= 0) & ~known, threshold)
+        keep |= known & kept.gather(1, order).gather(1, place)
+
+
+def _no_copies(retriever: Retriever, chunks: Tensor, ids: Tensor, wanted: Tensor, threshold: float) -> Tensor:
+    """bool [Q, F]: wanted, and a chunk that with its continuation holds less than `threshold` of the 13-grams."""
+    keep = torch.zeros_like(wanted)
+    for part in wanted.nonzero().split(max(1, _ELEMENTS // (2 * retriever.chunk_size))):
+        rows, places = part.unbind(1)
+        values, lengths = retriever.gather(ids[rows, places, None])
+        keep[rows, places] = containment(chunks[rows], values, value_lengths=lengths)[:, 0] < threshold
+    return keep
 
 
 def _index(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import math
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ def test_bm25_without_a_common_term_or_any_term(store: MemoryStore) -> None:
     assert (ids == -1).all() and distances.isinf().all()
     with pytest.raises(InputError, match="analyser"):
         BM25Searcher(store, analyser="letters")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("analyser", ["tokens", "words"])
+def test_terms_are_held_in_four_bytes(seed: int, analyser: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retro_kernels.retrieval.bm25._BLOCK", 64)
+    documents = [[300 + i % 700 for i in range(j, j + M - j % 2)] for j in range(3000)]
+    searcher = BM25Searcher(MemoryStore(documents, BagEmbedder(dim=1)), analyser=analyser)  # type: ignore[arg-type]
+    tracemalloc.start()
+    rows = searcher._corpus(progress=False)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 3000 * (4 * M + 8) * 1.2  # 120 or more bytes a row of a list
+    assert len(rows) == 3000 and rows.total == sum(map(len, documents))
+    number = searcher._vocabulary
+    assert list(rows) == [[number[str(token)] for token in document] for document in documents]
 
 
 def test_bm25_in_a_retriever(store: MemoryStore) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import re
 import sys
 import threading
@@ -169,6 +170,20 @@ def test_copies_are_kept_once_and_counted(model, tmp_path, whole):
     manifest = build(doubled, tmp_path / "set", tokenizer=model)
     assert manifest["corpus"]["duplicates"] == 5 and manifest["num_documents"] == 20
     np.testing.assert_array_equal(ChunkStore.open(tmp_path / "set").chunks, ChunkStore.open(whole).chunks)
+
+
+def test_hashes_of_documents_are_kept_compactly(seed, monkeypatch):
+    monkeypatch.setattr(build_module, "_UNSORTED", 100)
+    numbers = [-(2**63), 2**63 - 1, *(random.getrandbits(64) - 2**63 for _ in range(20_000))]
+    numbers += random.choices(numbers, k=2000)
+    known = set(numbers)
+    expected = [number in known and not known.discard(number) for number in numbers]  # each the first time
+    tracemalloc.start()
+    seen = build_module._Seen()
+    assert [seen.add(number) for number in numbers] == expected
+    assert tracemalloc.get_traced_memory()[1] < 50 * len(seen)  # 90 in a set
+    tracemalloc.stop()
+    assert len(seen) == 20_002
 
 
 def test_a_pipe_is_read_once(tmp_path):

@@ -124,6 +124,29 @@ def test_the_best_match_is_named(seed: int) -> None:
     assert finder.find(" ".join(text)) == ("same", 1.0)
 
 
+def test_of_many_near_copies_few_are_compared(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("retro_kernels.retrieval.dedup._GRAMS", 3000)
+    text = words(600, 5000)
+    originals = [*(edited(text, random.choice([0, 1, 1, 2])) for _ in range(100)), words(300, 5000)]
+    sets = [grams(t) for t in originals]
+    finder = DuplicateFinder(Document(str(i), " ".join(t)) for i, t in enumerate(originals))
+    assert max(map(len, finder._buckets.values())) <= len({tuple(t) for t in originals})
+    compared: list[int] = []
+
+    def counted(a: np.ndarray, b: np.ndarray) -> float:
+        compared.append(1)
+        return jaccard(a, b)
+
+    monkeypatch.setattr("retro_kernels.retrieval.dedup.jaccard", counted)
+    for _ in range(20):
+        copy = edited(text, random.choice([0, 1, 2]))
+        own = grams(copy)
+        truth = [len(other & own) / len(other | own) for other in sets]
+        best = max(truth)
+        assert finder.find(" ".join(copy)) == (str(truth.index(best)), pytest.approx(best))
+    assert len(compared) <= 20 * 10  # of 101 documents each
+
+
 def test_files_in_and_out(seed: int, tmp_path: Path) -> None:
     texts = [" ".join(words(200, 5000)) for _ in range(6)]
     train, test, out = tmp_path / "train.jsonl", tmp_path / "test.txt", tmp_path / "kept.jsonl"

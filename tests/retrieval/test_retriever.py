@@ -244,6 +244,32 @@ def test_near_copies_can_be_dropped(seed: int) -> None:
         dense(store, drop_copies=1.5)
 
 
+def test_near_copies_are_tested_once_and_some_at_a_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = torch.randint(1, VOCAB, (M,)).tolist()
+    # tied, which a wider fetch may order anew
+    copies = [[*text, 100 + i, *text[: i % M]] for i in range(150)]
+    store = MemoryStore([*copies, *make_documents(30)], BagEmbedder())
+    tokens = torch.tensor([text * 2, torch.randint(1, 60, (2 * M,)).tolist()])
+    exclude = torch.tensor([[3], [-1]])
+    everything = dense(store)(tokens, num_neighbours=store.num_chunks, exclude_documents=exclude)
+    values, lengths, ids, distances = (x.flatten(0, 1) for x in everything)
+    keep = (containment(tokens.reshape(-1, M), values, value_lengths=lengths) < 0.8) & (ids >= 0)
+    distances, ids = take_first(distances, ids, keep, 3)
+    monkeypatch.setattr("retro_kernels.retrieval.retriever._ELEMENTS", 40 * 2 * M)
+    retriever = dense(store, drop_copies=0.8)
+    gather, gathered = retriever.gather, list[int]()
+
+    def watched(ids: Tensor) -> tuple[Tensor, Tensor]:
+        gathered.append(ids.numel())
+        return gather(ids)
+
+    monkeypatch.setattr(retriever, "gather", watched)
+    got = retriever(tokens, num_neighbours=3, exclude_documents=exclude)
+    assert torch.equal(got.distances.flatten(0, 1), distances) and torch.equal(got.ids.flatten(0, 1), ids)
+    *tested, results = gathered
+    assert max(tested) <= 40 and sum(tested) <= 2 * store.num_chunks + 2 * 48 and results == 12
+
+
 def test_random_is_a_repeatable_control(seed: int) -> None:
     store = MemoryStore(make_documents(40), BagEmbedder())
     documents = DocumentTable(store.document_ids, store.num_documents)
