@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -61,6 +63,10 @@ def limit_threads(count: int) -> None:
     """From now on loops of the calling thread, torch's and FAISS's, run on so many threads; those of other threads are
     left alone (`torch.set_num_threads` changes them all). Torch's only where `can_limit_threads`."""
     _limit_torch(count)
+    if (
+        mkl := mkl_library()
+    ) is not None:  # heeds OpenMP's number only where torch.set_num_threads was never called
+        mkl.MKL_Set_Num_Threads_Local(count)
     if faiss := sys.modules.get("faiss"):  # it may bring an OpenMP of its own
         faiss.omp_set_num_threads(count)
 
@@ -68,6 +74,19 @@ def limit_threads(count: int) -> None:
 def can_limit_threads() -> bool:
     """Whether csrc is here, and was built with OpenMP."""
     return _limit_torch(torch.get_num_threads())
+
+
+@lru_cache
+def mkl_library() -> Any:
+    """The library that does torch's matrix products, as ctypes knows it, where that is MKL; else None."""
+    if not torch.backends.mkl.is_available():
+        return None
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.MKL_Set_Num_Threads_Local, library.MKL_Get_Max_Threads  # noqa: B018
+    except (OSError, AttributeError):
+        return None
+    return library
 
 
 def _limit_torch(count: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from retrieval.corpora import tiny_bert
 
 from retro_kernels.config import InputError
-from retro_kernels.ops._backend import can_limit_threads
+from retro_kernels.ops._backend import can_limit_threads, mkl_library
 from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, as_embedder, load_embedder
 
 TEXTS = [
@@ -73,7 +73,8 @@ def test_each_core_takes_a_batch(bert, monkeypatch):
     before, seen, one = torch.get_num_threads(), set(), embedder._embed_batch
 
     def watched(encoded):
-        seen.add((threading.current_thread(), torch.get_num_threads()))
+        products = mkl_library().MKL_Get_Max_Threads() if mkl_library() else 1
+        seen.add((threading.current_thread(), torch.get_num_threads(), products))
         return one(encoded)
 
     try:
@@ -82,8 +83,9 @@ def test_each_core_takes_a_batch(bert, monkeypatch):
         torch.set_num_threads(4)
         monkeypatch.setattr(embedder, "_embed_batch", watched)
         assert torch.equal(embedder.embed(TEXTS), alone)
-        assert 1 <= len(seen) <= 4 and {threads for _, threads in seen} == {1}
-        assert threading.main_thread() not in {thread for thread, _ in seen} and torch.get_num_threads() == 4
+        assert 1 <= len(seen) <= 4 and {count for _, *counts in seen for count in counts} == {1}
+        assert threading.main_thread() not in {thread for thread, *_ in seen} and torch.get_num_threads() == 4
+        assert mkl_library() is None or mkl_library().MKL_Get_Max_Threads() == 4
         monkeypatch.setattr(embedder, "_embed_batch", lambda encoded: one(encoded[5:]))
         with pytest.raises(ValueError):
             embedder.embed(TEXTS)
