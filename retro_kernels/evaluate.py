@@ -70,7 +70,7 @@ class Found:
     ids: Tensor
     """int64 [C, K], −1 = none. Their tokens, R times as much, are gathered batch by batch."""
     gather: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Tokens and lengths of ids, `Retriever.gather`."""
+    """Tokens and lengths of the neighbours of chunks int64 [...]."""
     overlap: Tensor
     """float64 [C], r(C) of each chunk with its ten nearest neighbours."""
     shuffled: Tensor | None
@@ -302,7 +302,13 @@ def find_neighbours(
             parts.append((torch.from_numpy(part["ids"]), torch.from_numpy(part["overlap"])))
     near_ids, r = (torch.cat(column) for column in zip(*parts, strict=True))
     order = derangement(owner, seed)
-    return Found(near_ids, retriever.gather, r, None if order is None else torch.from_numpy(order))
+    if retriever.collective:  # ranks need not have as many batches as one another
+        tokens, lengths = retriever.gather(near_ids)
+
+    def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return (tokens[rows], lengths[rows]) if retriever.collective else retriever.gather(near_ids[rows])
+
+    return Found(near_ids, gather, r, None if order is None else torch.from_numpy(order))
 
 
 def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
@@ -443,7 +449,7 @@ class _Scorer:
         if mode == "shuffled":
             assert found.shuffled is not None
             rows = found.shuffled[rows]
-        near, lengths = found.gather(found.ids[rows])
+        near, lengths = found.gather(rows)
         return NeighbourBatch(near.to(self.device), (lengths * there).to(self.device), None, None)
 
 

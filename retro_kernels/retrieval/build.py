@@ -484,12 +484,14 @@ class Builder:
             return None
         try:
             manifest = files.read_manifest(self.out)
-            files.check_files(self.out, manifest, checksums=overwrite or files.quick_to_read(manifest))
+            files.check_files(self.out, manifest, checksums=files.quick_to_read(manifest))
+            differs = _differing(manifest.get("build"), plan)
+            if overwrite and set(differs) <= _INDEX_ONLY:  # its files would be taken over
+                files.check_files(self.out, manifest, checksums=True)
         except InputError:
             if overwrite:
                 return None
             raise
-        differs = _differing(manifest.get("build"), plan)
         if not differs:
             self.say(f"{self.out}: already built from this input; nothing to do.")
             self.drop_leftovers(plan)

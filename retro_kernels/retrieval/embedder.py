@@ -331,8 +331,11 @@ def _side_by_side(count: int, device: torch.device) -> Iterator[Callable[..., It
     if workers < 2:
         yield map
         return
-    with ThreadPoolExecutor(workers, "retro-kernels-embed", limit_threads, (threads // workers,)) as pool:
+    pool = ThreadPoolExecutor(workers, "retro-kernels-embed", limit_threads, (threads // workers,))
+    try:
         yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches(lengths: list[int], most: int) -> Iterator[list[int]]:

@@ -313,7 +313,7 @@ def _may_be_replaced(path: Path) -> bool:
     """Whether a file is empty or begins like one of neighbours, whole or not: nothing else is lost."""
     with open(path, "rb") as file:
         start = file.read(1 << 16)
-    return not start or FORMAT.encode() in start
+    return not start or (start[8:9] == b"{" and FORMAT.encode() in start)  # a header's length, the header
 
 
 def check_retriever(retriever: Retriever) -> None:

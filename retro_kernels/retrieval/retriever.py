@@ -236,6 +236,8 @@ class Retriever:
             made._kept = table.per_chunk
         return made
 
+    collective = False
+    """Whether `gather` and searching are calls that all ranks make together."""
     _kept: int | None = None
     """How many neighbours of a chunk a file has; None where it is not the file's that are used."""
 

@@ -60,6 +60,8 @@ class ShardedRetriever(Retriever):
     It has a process group of its own, so a prefetching thread does not meet the training's collectives.
     """
 
+    collective = True
+
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> ShardedRetriever:  # type: ignore[override]
         """Opens this rank's set. Options as for `Retriever.from_pretrained`, of retriever="dense". Collective.

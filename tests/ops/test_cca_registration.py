@@ -124,6 +124,44 @@ def test_the_op_itself_is_differentiable(seed):
     assert not lse.requires_grad and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_what_has_no_gradient_takes_no_memory(seed, monkeypatch):
+    """The backward gets no zeros in place of gradients of what is kept for it."""
+    from retro_kernels.ops import absorbed_cross_attention
+    from retro_kernels.ops.cca import absorbed
+
+    seen = []
+    for function in (op._BlockAttention, absorbed._AbsorbedCrossAttention):
+        backward = function.backward
+
+        def watched(ctx, grad, *rest, backward=backward):
+            seen.append(rest)
+            return backward(ctx, grad, *rest)
+
+        monkeypatch.setattr(function, "backward", staticmethod(watched))
+    tensors, options = example("torch")
+    out = chunked_cross_attention(**tensors, **options)
+    torch.autograd.grad(out.sum(), tensors.values())
+    states, weights = torch.randn(2, 3, 2, R, 12), torch.randn(2, 2 * D, 12)
+    query = tensors["query"]
+    out = absorbed_cross_attention(query, states, *weights, chunk_size=M, backend="torch")
+    torch.autograd.grad(out.sum(), [query])
+    assert seen == [(None,), (None, None)]
+    out = absorbed_cross_attention(query, states, *weights, chunk_size=M, backend="torch")
+    assert torch.autograd.grad(_NoGradient.apply(out).sum(), [query], allow_unused=True) == (None,)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Says that its input has none."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
 def test_transforms_inside_a_compiled_function(seed):
     """A gradient by torch.func is the definition's, and not zero."""
     tensors, options = example(None, requires_grad=False)

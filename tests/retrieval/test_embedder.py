@@ -86,6 +86,11 @@ def test_each_core_takes_a_batch(bert, monkeypatch):
         assert 1 <= len(seen) <= 4 and {count for _, *counts in seen for count in counts} == {1}
         assert threading.main_thread() not in {thread for thread, *_ in seen} and torch.get_num_threads() == 4
         assert mkl_library() is None or mkl_library().MKL_Get_Max_Threads() == 4
+        done = []
+        monkeypatch.setattr(embedder, "_embed_batch", lambda encoded: done.append(encoded) or one(encoded))
+        with pytest.raises(KeyError, match="the bar"):  # what waits its turn is not done any more
+            embedder.embed(["a"] * 200, lambda count: (_ for _ in ()).throw(KeyError("the bar")))
+        assert len(done) < 150
         monkeypatch.setattr(embedder, "_embed_batch", lambda encoded: one(encoded[5:]))
         with pytest.raises(ValueError):
             embedder.embed(TEXTS)

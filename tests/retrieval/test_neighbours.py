@@ -349,10 +349,10 @@ def test_bad_input(store: MemoryStore, tmp_path: Path) -> None:
 def test_only_neighbours_are_replaced(store: MemoryStore, tmp_path: Path) -> None:
     out = tmp_path / "near"
     arguments = dense(store), store.chunks, store.document_ids, out
-    out.write_text("my text")
+    out.write_text("my text on retro_kernels neighbours")
     with pytest.raises(InputError, match="is there and holds no neighbours"):
         precompute(*arguments, per_chunk=4)
-    assert out.read_text() == "my text"
+    assert out.read_text() == "my text on retro_kernels neighbours"
     out.write_bytes(b"")
     precompute(*arguments, per_chunk=4)
     content, ids = out.read_bytes(), NeighbourFile.open(out).ids

@@ -406,7 +406,8 @@ _cca_absorbed_fwd = register(
     f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    # what an exported program does not keep is needed where it is trained
+    # what an exported program does not keep is needed where it is trained; key_bias, which has no effect, is none of
+    # the op's tensors, and gets no gradient there
     lambda *args: _AbsorbedCrossAttention.apply(None, *args[:-1]),
 )
 _cca_absorbed_bwd = register(
@@ -424,12 +425,15 @@ class _AbsorbedCrossAttention(torch.autograd.Function):
     def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         out, weights, mixed = without_autograd(_cca_absorbed_fwd, *args, True)
         ctx.mark_non_differentiable(weights, mixed)
+        ctx.set_materialize_grads(False)  # or there would be zeros in place of gradients of both
         ctx.save_for_backward(weights, mixed, *args[:10], key_bias)
         ctx.options = args[10:]
         return out, weights, mixed
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 15
         args = (ctx.needs_input_grad[:9], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_FirstDerivative.apply(*args), *(None,) * 6)  # create_graph=True

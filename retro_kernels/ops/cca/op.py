@@ -200,12 +200,15 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = without_autograd(_cca_fwd, *args)
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # or there would be zeros in place of a gradient of lse
         ctx.save_for_backward(out, lse, *args[:9])
         ctx.options = args[9:]
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_out is None:
+            return (None,) * 15
         args = (ctx.needs_input_grad[3:7], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_FirstDerivative.apply(*args), *(None,) * 8)  # create_graph=True
