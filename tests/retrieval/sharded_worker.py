@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
 from retro_kernels.config import InputError
+from retro_kernels.data.packing import TokenDocuments
+from retro_kernels.evaluate import find_neighbours
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.sharded import ShardedRetriever
 
@@ -47,6 +50,13 @@ def batch(documents: list[list[int]], rank: int, call: int, num: int) -> tuple[T
     if call == 2:
         return tokens, None
     return tokens, torch.randint(-1, len(documents), (num, 2 + rank), generator=generator)
+
+
+def to_evaluate(documents: list[list[int]]) -> TokenDocuments:
+    """The first chunks of some documents, as those of others."""
+    chunks = np.array([(document[:M] + [0] * M)[:M] for document in documents[:7]], dtype=np.int32)
+    none = np.zeros(7, np.int64)
+    return TokenDocuments(chunks, np.arange(8), none, [""] * 7, none, none)
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -101,6 +111,9 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
     ]
     prefetched = list(retriever.prefetch([batch(documents, rank, 0, BATCHES[0][rank])], num_neighbours=K))
     found["prefetched"] = prefetched[0][1].ids
+    scored = find_neighbours(to_evaluate(documents), retriever, 2, seed, progress=False)
+    if rank == 0:  # alone: the other may have no batch left
+        found["evaluated"] = (scored.ids, *scored.gather(torch.arange(len(scored.ids))))
     try:
         retriever(tokens, num_neighbours=2 + rank)
     except ValueError as error:

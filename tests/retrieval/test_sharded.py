@@ -61,6 +61,9 @@ def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
             assert torch.equal(owners, one.documents(ids))
             if call == 0:
                 assert torch.equal(found["prefetched"], ids)
+        if rank == 0:
+            ids, *gathered = found["evaluated"]
+            assert (ids >= 0).all() and all(map(torch.equal, gathered, one.gather(ids)))
         last = one.num_documents - 1
         # the shards' own stores name their documents from 0 on
         local = last - -(-one.num_documents // WORLD)
