@@ -305,8 +305,12 @@ def find_neighbours(
     if retriever.collective:  # ranks need not have as many batches as one another
         tokens, lengths = retriever.gather(near_ids)
 
-    def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return (tokens[rows], lengths[rows]) if retriever.collective else retriever.gather(near_ids[rows])
+        def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return tokens[rows], lengths[rows]
+    else:
+
+        def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
+            return retriever.gather(near_ids[rows])
 
     return Found(near_ids, gather, r, None if order is None else torch.from_numpy(order))
 

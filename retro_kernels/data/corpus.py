@@ -83,6 +83,11 @@ class ReadReport:
         return f"Documents left out: {self.skipped.total():,}. " + "; ".join(reasons) + "."
 
 
+def one_or_more(paths: Any) -> list[Any]:
+    """Paths as a list, where they may be one alone, which as a str would be taken for its characters."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
 def read_documents(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
@@ -109,9 +114,7 @@ def read_documents(
     training run or a retrieval set, and for a file in `paths` whose first bytes cannot be read; while reading, for one
     that shows later that it cannot be.
     """
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
-    checked = [os.fspath(path) for path in paths]
+    checked = [os.fspath(path) for path in one_or_more(paths)]
     if not checked:
         raise InputError("No text was given: name files, folders or - for stdin.")
     for path in checked:

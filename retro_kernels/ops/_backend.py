@@ -63,9 +63,8 @@ def limit_threads(count: int) -> None:
     """From now on loops of the calling thread, torch's and FAISS's, run on so many threads; those of other threads are
     left alone (`torch.set_num_threads` changes them all). Torch's only where `can_limit_threads`."""
     _limit_torch(count)
-    if (
-        mkl := mkl_library()
-    ) is not None:  # heeds OpenMP's number only where torch.set_num_threads was never called
+    # MKL heeds OpenMP's number only where torch.set_num_threads was never called
+    if (mkl := mkl_library()) is not None:
         mkl.MKL_Set_Num_Threads_Local(count)
     if faiss := sys.modules.get("faiss"):  # it may bring an OpenMP of its own
         faiss.omp_set_num_threads(count)

@@ -37,7 +37,14 @@ import numpy as np
 from tqdm import tqdm
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash, read_documents
+from retro_kernels.data.corpus import (
+    Document,
+    Fingerprint,
+    ReadReport,
+    document_hash,
+    one_or_more,
+    read_documents,
+)
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
@@ -285,11 +292,9 @@ def reader_of(
     paths: Source, include: Sequence[str], exclude: Sequence[str], leave_out: Sequence[str]
 ) -> Reader:
     """A function that reads the documents; it can be called again, stdin and pipes included."""
-    if not isinstance(paths, (str, os.PathLike)):
-        paths = list(paths)  # type: ignore[assignment]
-        if paths and all(isinstance(path, Document) for path in paths):
-            return lambda report: _count(paths, report)  # type: ignore[arg-type]
-    entries: Any = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    entries: Any = one_or_more(paths)
+    if entries and all(isinstance(entry, Document) for entry in entries):
+        return lambda report: _count(entries, report)
     options: Any = {"include": include, "exclude": exclude, "leave_out": leave_out}
     read_documents(entries, **options)  # checks the paths, reads nothing
     if not any(map(_once, entries)):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, document_hash
+from retro_kernels.data.corpus import Document, document_hash, one_or_more
 from retro_kernels.data.text import Text, progress_bar, taken_up
 from retro_kernels.retrieval.build import reader_of
 from retro_kernels.retrieval.writing import Journal, check_no_folder, journal
@@ -281,10 +281,10 @@ def deduplicate(
     Returns {"documents", "against", "copies": [{"title", "against", "jaccard", "index"}, …], "kept", "threshold",
     "n", "skipped": the number of documents left out of both texts, by reason}.
     Raises InputError for paths that do not exist, text without a document, a bad threshold, or an `out` of another
-    name, in no folder, or that another process is writing. Memory is bounded by the evaluation text, 4 Mi characters
-    and one document.
+    name, in no folder, that is there and one of the texts to read, or that another process is writing. Memory is
+    bounded by the evaluation text, 4 Mi characters and one document.
     """
-    out = None if out is None else Path(out)
+    data, against, out = one_or_more(data), one_or_more(against), None if out is None else Path(out)
     own = [] if out is None else [out, *(out.with_name(out.name + end) for end in (".partial", ".tmp"))]
     if out is not None:
         _check_out(out, data, against)
@@ -335,24 +335,20 @@ def _shown(text: Text, progress: bool) -> Iterator[Document]:
             bar.update(len(document.text))
 
 
-def _check_out(out: Path, data: Paths, against: Paths) -> None:
+def _check_out(out: Path, data: Sequence[Any], against: Sequence[Any]) -> None:
     if out.suffix.lower() != ".jsonl" or out.is_dir():
         raise InputError(
             f"dedup: out is {out}; it has to be a file with a name that ends in .jsonl, which is what is written there."
         )
     if not out.parent.is_dir():
         raise InputError(f"dedup: out is {out}, but there is no folder {out.parent}. Make it first.")
-    read, place = [Path(path).resolve() for path in _listed(data)], out.resolve()
-    compared = [Path(path).resolve() for path in _listed(against)]
+    read, place = [Path(path).resolve() for path in data], out.resolve()
+    compared = [Path(path).resolve() for path in against]
     # in a folder of training text it may be an earlier result, which is not read
     if out.exists() and (place in read or any(place.is_relative_to(path) for path in compared)):
         raise InputError(
             f"dedup: out is {out}, which is there and among the texts to read. Give another name, or remove it first."
         )
-
-
-def _listed(paths: Paths) -> Sequence[str | os.PathLike[str]]:
-    return [paths] if isinstance(paths, (str, os.PathLike)) else paths
 
 
 class _writer:

@@ -677,11 +677,9 @@ class _FaissSearcher:
             raise InputError(
                 f"{path} is no index that this FAISS {version} reads: {_reason(error)}"
             ) from None
-        for part in _nested(index):
-            lists = getattr(part, "invlists", None)
-            if lists is not None and isinstance(
-                lists := faiss.downcast_InvertedLists(lists), faiss.OnDiskInvertedLists
-            ):
+        held = (getattr(part, "invlists", None) for part in _nested(index))
+        for lists in (faiss.downcast_InvertedLists(lists) for lists in held if lists is not None):
+            if isinstance(lists, faiss.OnDiskInvertedLists):
                 raise InputError(
                     f"{path} keeps its lists in another file, {lists.filename}, which is not read."
                 )

@@ -433,7 +433,7 @@ class _AbsorbedCrossAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 15
+            return (None,) * len(ctx.needs_input_grad)
         args = (ctx.needs_input_grad[:9], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_FirstDerivative.apply(*args), *(None,) * 6)  # create_graph=True
@@ -675,7 +675,7 @@ def _check(
         )
     batch, tokens, heads, head_dim = query.shape
     neighbour_len, width = states.shape[3:]
-    chunk_size = _check_count(name, "chunk_size", chunk_size)
+    _check_count(name, "chunk_size", chunk_size)
     if states.shape[:2] != (batch, tokens // chunk_size):
         raise ValueError(
             f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has one of "

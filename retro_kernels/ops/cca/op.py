@@ -208,7 +208,7 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
-            return (None,) * 15
+            return (None,) * len(ctx.needs_input_grad)
         args = (ctx.needs_input_grad[3:7], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return (*_FirstDerivative.apply(*args), *(None,) * 8)  # create_graph=True
@@ -286,7 +286,7 @@ def chunked_cross_attention(
     _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
     batch, num_tokens, num_heads, _ = query.shape
     key_batch, num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim = key.shape
-    chunk_size = _check_count(name, "chunk_size", chunk_size)
+    _check_count(name, "chunk_size", chunk_size)
     if key_batch != batch:
         raise ValueError(f"{name}: key has a batch of {key_batch}, but query has one of {batch}.")
     if num_chunks != num_tokens // chunk_size:
@@ -362,7 +362,7 @@ def block_attention(
     """
     name = "block_attention"
     _check_ranks(name, query, key, value, 5, "[G, J, TK, Hkv, D]")
-    key_repeat = _check_count(name, "key_repeat", key_repeat)
+    _check_count(name, "key_repeat", key_repeat)
     if query.shape[0] != key.shape[0] * key_repeat:
         raise ValueError(
             f"{name}: query has {query.shape[0]:,} blocks, but key has {key.shape[0]:,} groups and key_repeat is "
@@ -441,7 +441,8 @@ def _attend(
         rel_key = rel_key.to(query.dtype)
 
     empty = query.numel() == 0 or key.numel() == 0
-    chosen = pick_backend(name, backend, _candidates(query, empty))
+    candidates = _candidates(query)
+    chosen = pick_backend(name, backend, dict.fromkeys(candidates) if empty else candidates)
     scale = _checked_scale(name, scale, head_dim)
     seed = torch.randint(2**63 - 1, (1,), device=query.device) if dropout_p > 0.0 else None
     # the backends walk query, key and value by their strides; the small tensors they expect whole
@@ -466,10 +467,8 @@ def _attend(
         return without_autograd(_cca_fwd, *args)[0]
 
 
-def _candidates(query: Tensor, empty: bool) -> dict[str, str | None]:
+def _candidates(query: Tensor) -> dict[str, str | None]:
     """Backends, best first, with the reason why one cannot run here."""
-    if empty:  # nothing to do for any of them
-        return {"reference": None, "torch": None, "triton": None}
     transformed = why_not_transformed()
     triton = why_not_triton(query.device, query.dtype) or transformed
     if triton is None and query.shape[-1] > 256:
@@ -515,15 +514,11 @@ def _check_float(name: str, label: str, tensor: Tensor) -> None:
         )
 
 
-def _check_count(name: str, label: str, count: Any) -> Any:
-    """count, where it is one of numpy's, as one of Python's."""
-    if isinstance(count, np.integer):
-        count = int(count)
-    if not isinstance(count, (int, torch.SymInt)) or isinstance(count, bool):
+def _check_count(name: str, label: str, count: Any) -> None:
+    if not isinstance(count, (int, np.integer, torch.SymInt)) or isinstance(count, bool):
         raise TypeError(f"{name}: {label} is {count!r}; it has to be an integer.")
     if count < 1:
         raise ValueError(f"{name}: {label} is {count}; it has to be at least 1.")
-    return count
 
 
 def _checked_scale(name: str, scale: float | None, head_dim: int) -> float:
