@@ -22,6 +22,7 @@ SIZES = [
     (3, 1, 4, 2, 16, 8, 2, 16, 24),  # one token, grouped heads
     (2, 3, 3, 3, 24, 16, 3, 48, 112),  # a few; D and R no powers of two; states in three panels
     (2, 2, 20, 4, 16, 8, 1, 16, 64),  # more rows than one tile
+    (70, 1, 2, 1, 24, 8, 2, 16, 80),  # of the products too; their widths are no multiples of their tiles
 ]
 
 
@@ -291,6 +292,7 @@ def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
         (2, 1, 32, 5, 48, 768),  # R no multiple of a tile
         (3, 2, 24, 2, 16, 896),  # rows of two tiles, R less than one
         (70, 1, 32, 2, 128, 896),  # one part of every row
+        (40, 1, 32, 2, 128, 896),  # a few, which are merged by the product with W_V
         (1, 3, 5, 40, 128, 1024),
         (2, 1, 16, 0, 128, 896),
     ],
@@ -359,15 +361,15 @@ def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
 
     tensors = make(*SIZES[0], dtype=torch.float32)
     expected = absorbed_decode(**tensors, backend="triton")
-    make_pass, limit, tried = decode_kernel._Decode.of, {"STAGES": 1, "BN": 16}, []
+    make_launch, limit, tried = decode_kernel._attention, {"STAGES": 1, "BN": 16}, []
 
     def small(*args: Any) -> Any:
         tried.append(args[-1])
         if any(args[-1][name] > most for name, most in limit.items()):
             raise OutOfResources(132_096, 101_376, "shared memory")
-        return make_pass(*args)
+        return make_launch(*args)
 
-    monkeypatch.setattr(decode_kernel._Decode, "of", small)
+    monkeypatch.setattr(decode_kernel, "_attention", small)
     monkeypatch.setattr(decode_kernel, "_fitted", {})
     torch.testing.assert_close(absorbed_decode(**tensors, backend="triton"), expected)
     assert len(tried) > 1 and tried[0]["STAGES"] == 2

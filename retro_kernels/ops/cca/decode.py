@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register
-from retro_kernels.ops.cca.absorbed import _by_head, _per_head
+from retro_kernels.ops.cca.absorbed import _by_head
 from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
 
@@ -436,11 +436,11 @@ def _decode(
     lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from retro_kernels.ops.cca.decode_kernel import decode_triton, head_products
+    from retro_kernels.ops.cca.decode_kernel import decode_triton
 
-    rel = None if rel_key is None else head_products(query.flatten(0, 1), position_bias, rel_key)
-    columns = _columns(rel_key, rel_bias)
-    return decode_triton(query, key, value, rows, rel, content_bias, rel_bias, lengths, columns, scale)
+    return decode_triton(
+        query, key, value, rows, rel_key, content_bias, position_bias, rel_bias, lengths, scale
+    )
 
 
 def _absorbed(
@@ -456,22 +456,21 @@ def _absorbed(
     lengths: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton, head_products
+    from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
 
-    batch, tokens, heads, head_dim = query.shape
-    rows_of_heads = query.flatten(0, 1)
-    absorbed = head_products(rows_of_heads, content_bias, key_weight).unflatten(0, (batch, tokens))
-    rel = None if rel_key is None else head_products(rows_of_heads, position_bias, rel_key)
-    columns = _columns(rel_key, rel_bias)
-    mixed = absorbed_decode_triton(absorbed, states, rows, rel, rel_bias, lengths, columns, scale)
-    out = query.new_empty(query.shape)
-    _per_head(mixed.flatten(0, 1), _by_head(value_weight, heads, head_dim).transpose(1, 2), out.flatten(0, 1))
-    return out
-
-
-def _columns(rel_key: Tensor | None, rel_bias: Tensor | None) -> int:
-    table = rel_bias if rel_key is None else rel_key
-    return 1 if table is None else table.shape[1]
+    return absorbed_decode_triton(
+        query,
+        states,
+        key_weight,
+        value_weight,
+        rows,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+        scale,
+    )
 
 
 def _like_query(query: Tensor, *rest: object) -> Tensor:

@@ -4,12 +4,16 @@ over the encoder states themselves, which are read once for all heads.
     logit[t, h, j, c] = (q + u)[t, h]·k[j, c] · scale + T[h, t, a − c + R − 1] · scale + rel_bias[h, a − c + R − 1]
 
 with a = rows[b, t], the row of the token in its attending chunk (−1: there is none, the result is zero), and
-T = (q + v)·rel_key from one small matrix product for the whole batch. Over the states, q is the query of width E
+T = (q + v)·rel_key from one small matrix product for the whole batch. Over the states, (q + u) is the query of width E
 (`absorbed.py`) and k = v = state.
 
 The bytes of the cache are the floor, so tiles of 16 query rows are multiplied on tensor cores even where one row is
 real. K·R is split over programs where the batch alone does not fill the GPU; the parts are merged in fixed order.
 The states' width is held in up to three panels of powers of two, as 896 = 512 + 256 + 128.
+
+A call is a chain of launches that wait for one another, each of which costs some microseconds besides its bytes: what
+the query is multiplied with (W_K and the position table, in one launch), the attention, and over states the product
+with W_V, which merges a few parts as it reads them; many are merged before.
 
 Shapes: B batch · T new tokens · H heads · Hkv key heads · K neighbours · R tokens each · W panel widths.
 """
@@ -34,46 +38,70 @@ from retro_kernels.ops.cca.tuning import until_it_fits
 
 
 @triton.jit
+def _biased_rows(p_q, p_bias, i_head, o_n, m_n, H, D: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """(q + bias)[n, h] of one head: [BQ, BD]."""
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    p = p_q + (o_n.to(tl.int64) * H + i_head)[:, None] * D + o_d[None, :]
+    b_q = tl.load(p, mask=m_n[:, None] & m_d[None, :], other=0.0)
+    if HAS_BIAS:
+        b_q = (b_q + tl.load(p_bias + i_head * D + o_d, mask=m_d, other=0.0)[None, :]).to(b_q.dtype)
+    return b_q
+
+
+@triton.jit
 def _cca_decode_product_kernel(
     p_q,  # [N, H, D]
-    p_bias,  # [H, D]
-    p_weight,  # [H, C, D], or [Hkv * D, C]
-    p_out,  # [H, N, stride], or [N, H, stride]
+    p_content_bias,  # [H, D]
+    p_weight,  # [Hkv * D, E]
+    p_absorbed,  # [N, H, E]
+    p_position_bias,  # [H, D]
+    p_rel_key,  # [H, G, D]
+    p_rel,  # [H, N, G_REL]
     N,
     H,
     GROUP,
-    C,
-    stride_out,
+    E,
+    G,
+    G_REL,
     D: tl.constexpr,
     BD: tl.constexpr,
     BQ: tl.constexpr,
     BN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
+    HAS_STATES: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    HAS_U: tl.constexpr,
+    HAS_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(q + bias)[n, h] · weight[h] for BQ rows, BN columns and one head; BY_COLUMN: the first of the layouts above."""
+    """Of BQ rows and one head: BN columns of (q + u)·W_K, or after those BN columns of (q + v)·rel_key."""
+    i_tile = tl.program_id(0)
     i_head = tl.program_id(1)
     o_n = tl.program_id(2) * BQ + tl.arange(0, BQ)
-    o_c = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n = o_n < N
     o_d = tl.arange(0, BD)
-    m_n, m_c, m_d = o_n < N, o_c < C, o_d < D
-    o_row = o_n.to(tl.int64) * H + i_head
-    b_q = tl.load(p_q + o_row[:, None] * D + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
-    if HAS_BIAS:
-        b_bias = tl.load(p_bias + i_head * D + o_d, mask=m_d, other=0.0)
-        b_q = (b_q + b_bias[None, :]).to(b_q.dtype)
-    if BY_COLUMN:
-        p = p_weight + (i_head.to(tl.int64) * C + o_c)[:, None] * D + o_d[None, :]
-        b_w = tl.trans(tl.load(p, mask=m_c[:, None] & m_d[None, :], other=0.0))
-        o_out = i_head.to(tl.int64) * N + o_n
-    else:
-        p = p_weight + ((i_head // GROUP).to(tl.int64) * D + o_d)[:, None] * C + o_c[None, :]
-        b_w = tl.load(p, mask=m_d[:, None] & m_c[None, :], other=0.0)
-        o_out = o_row
-    b_out = tl.dot(b_q, b_w, input_precision=PRECISION)  # [BQ, BN]
-    p = p_out + o_out[:, None] * stride_out + o_c[None, :]
-    tl.store(p, b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_c[None, :])
+    m_d = o_d < D
+    tiles_e = tl.cdiv(E, BN) if HAS_STATES else 0
+    if HAS_STATES:
+        if i_tile < tiles_e:
+            o_e = i_tile * BN + tl.arange(0, BN)
+            m_e = o_e < E
+            b_q = _biased_rows(p_q, p_content_bias, i_head, o_n, m_n, H, D, BD, HAS_U)  # [BQ, BD]
+            p = p_weight + ((i_head // GROUP).to(tl.int64) * D + o_d)[:, None] * E + o_e[None, :]
+            b_w = tl.load(p, mask=m_d[:, None] & m_e[None, :], other=0.0)  # [BD, BN]
+            b_out = tl.dot(b_q, b_w, input_precision=PRECISION)  # [BQ, BN]
+            p = p_absorbed + (o_n.to(tl.int64) * H + i_head)[:, None] * E + o_e[None, :]
+            tl.store(p, b_out.to(p_absorbed.dtype.element_ty), mask=m_n[:, None] & m_e[None, :])
+    if HAS_REL:
+        if i_tile >= tiles_e:
+            o_g = (i_tile - tiles_e) * BN + tl.arange(0, BN)
+            m_g = o_g < G
+            b_q = _biased_rows(p_q, p_position_bias, i_head, o_n, m_n, H, D, BD, HAS_V)  # [BQ, BD]
+            p = p_rel_key + (i_head.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :]
+            b_w = tl.load(p, mask=m_g[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
+            b_out = tl.dot(b_q, tl.trans(b_w), input_precision=PRECISION)  # [BQ, BN]
+            p = p_rel + (i_head.to(tl.int64) * N + o_n)[:, None] * G_REL + o_g[None, :]
+            tl.store(p, b_out.to(p_rel.dtype.element_ty), mask=m_n[:, None] & m_g[None, :])
 
 
 @triton.jit
@@ -338,6 +366,61 @@ def _cca_decode_merge_kernel(
     tl.store(p_out + i_row * W + o_w, b_acc.to(p_out.dtype.element_ty), mask=m_w)
 
 
+@triton.jit
+def _cca_decode_project_kernel(
+    p_mixed,  # [N, H, (SPLITS,) E]
+    p_lse,  # float32 [N, H, SPLITS]
+    p_weight,  # [Hkv * D, E]
+    p_out,  # [N, H, D]
+    N,
+    H,
+    GROUP,
+    E,
+    D: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """What a head made of the states times W_V, for BQ rows and BN columns; SPLITS > 1: of parts, merged in order."""
+    i_head = tl.program_id(1)
+    o_n = tl.program_id(2) * BQ + tl.arange(0, BQ)
+    o_d = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_n, m_d = o_n < N, o_d < D
+    o_row = o_n.to(tl.int64) * H + i_head
+    o_weight = ((i_head // GROUP).to(tl.int64) * D + o_d) * E
+    if SPLITS > 1:
+        high = tl.full([BQ], float("-inf"), tl.float32)
+        for i in tl.static_range(SPLITS):
+            high = tl.maximum(high, tl.load(p_lse + o_row * SPLITS + i, mask=m_n, other=float("-inf")))
+        base = tl.where(high == float("-inf"), 0.0, high)
+        total = tl.zeros([BQ], tl.float32)
+        for i in tl.static_range(SPLITS):
+            total += tl.exp2(tl.load(p_lse + o_row * SPLITS + i, mask=m_n, other=float("-inf")) - base)
+        total = tl.where(total == 0.0, 1.0, total)
+    b_out = tl.zeros([BQ, BN], tl.float32)
+    for start in tl.range(0, E, BE, num_stages=STAGES):
+        o_e = start + tl.arange(0, BE)
+        m_e = o_e < E
+        mask = m_n[:, None] & m_e[None, :]
+        if SPLITS > 1:
+            b_sum = tl.zeros([BQ, BE], tl.float32)
+            for i in tl.static_range(SPLITS):
+                weight = tl.exp2(tl.load(p_lse + o_row * SPLITS + i, mask=m_n, other=float("-inf")) - base)
+                p = p_mixed + (o_row * SPLITS + i)[:, None] * E + o_e[None, :]
+                b_sum += weight[:, None] * tl.load(p, mask=mask, other=0.0)
+            b_mixed = (b_sum / total[:, None]).to(p_weight.dtype.element_ty)  # [BQ, BE]
+        else:
+            b_mixed = tl.load(p_mixed + o_row[:, None] * E + o_e[None, :], mask=mask, other=0.0)  # [BQ, BE]
+        p = p_weight + o_weight[:, None] + o_e[None, :]
+        b_w = tl.load(p, mask=m_d[:, None] & m_e[None, :], other=0.0)  # [BN, BE]
+        b_out = tl.dot(b_mixed, tl.trans(b_w), b_out, input_precision=PRECISION)
+    p = p_out + o_row[:, None] * D + o_d[None, :]
+    tl.store(p, b_out.to(p_out.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])
+
+
 def panels(width: int) -> tuple[int, int, int]:
     """Up to three powers of two that cover `width`; 0: there is none."""
     first = max(16, 1 << (width.bit_length() - 1))
@@ -414,113 +497,226 @@ def _fitting(kernel: Any, sizes: dict[str, int], attempt: Callable[[dict[str, in
     return until_it_fits(_fitted.get(wanted, sizes), attempt, smaller)
 
 
-class _Decode:
-    """One kernel for one kind of call, which leaves `parts` parts of every row, and the merging of the parts."""
-
-    def __init__(self, first: Callable[..., None], parts: int, query: Tensor) -> None:
-        width = query.shape[-1]
-        rows = query.numel() // width
-        self.launches: list[Any] = [first]
-        self._parts_shape = (rows, parts, width)
-        if parts > 1:
-            block = min(triton.next_power_of_2(width), 1024)
-            self.launches.append(
-                launch.Launch(
-                    _cca_decode_merge_kernel,
-                    (rows, triton.cdiv(width, block)),
-                    (),
-                    (width, parts),
-                    {"BW": block},
-                    num_warps=4,
-                )
-            )
-
-    @classmethod
-    def of(
-        cls,
-        kernel: Any,
-        query: Tensor,
-        programs: int,
-        tiles: int,
-        scalars: tuple[int | float, ...],
-        constants: dict[str, Any],
-        sizes: dict[str, int],
-    ) -> _Decode:
-        """A Triton kernel: `programs` groups of rows, each split over its `tiles` of keys."""
-        parts = launch.splits(programs, tiles, slots(query.device, sizes["resident"]))
-        given = {**constants, **sizes, "SPLITS": parts, "PRECISION": precision(query.dtype)}
-        names = {name: given[name] for name in kernel.arg_names if name in given}
-        first = launch.Launch(kernel, (programs * parts,), (), scalars, names, num_warps=sizes["num_warps"])
-        return cls(first, parts, query)
-
-    def __call__(self, query: Tensor, *tensors: Tensor | None) -> Tensor:
-        out = query.new_empty(query.shape)
-        if len(self.launches) == 1:
-            self.launches[0](query, *tensors, out, None)
-            return out
-        parts = query.new_empty(self._parts_shape, dtype=torch.float32)
-        lse = query.new_empty(self._parts_shape[:2], dtype=torch.float32)
-        self.launches[0](query, *tensors, parts, lse)
-        self.launches[1](parts, lse, out)
-        return out
+def _attention(
+    kernel: Any,
+    query: Tensor,
+    programs: int,
+    tiles: int,
+    scalars: tuple[int | float, ...],
+    constants: dict[str, Any],
+    sizes: dict[str, int],
+) -> tuple[launch.Launch, int]:
+    """A Triton kernel for `programs` groups of rows, each split over its `tiles` of keys, and the number of parts."""
+    parts = launch.splits(programs, tiles, slots(query.device, sizes["resident"]))
+    given = {**constants, **sizes, "SPLITS": parts, "PRECISION": precision(query.dtype)}
+    names = {name: given[name] for name in kernel.arg_names if name in given}
+    return launch.Launch(kernel, (programs * parts,), (), scalars, names, num_warps=sizes["num_warps"]), parts
 
 
 class _Products:
-    """The products of the query's heads, for one kind of call."""
+    """(q + u)·W_K, (q + v)·rel_key or both, for one kind of call."""
 
-    def __init__(self, query: Tensor, bias: Tensor | None, weight: Tensor) -> None:
-        rows, heads, head_dim = query.shape
-        by_column = weight.dim() == 3
-        columns = weight.shape[1]
-        self._shape = (heads, rows, columns + -columns % 8) if by_column else (rows, heads, columns)
+    def __init__(
+        self,
+        query: Tensor,  # [B, T, H, D]
+        content_bias: Tensor | None,  # [H, D]
+        key_weight: Tensor | None,  # [Hkv * D, E]
+        position_bias: Tensor | None,  # [H, D]
+        rel_key: Tensor | None,  # [H, G, D]
+    ) -> None:
+        batch, tokens, heads, head_dim = query.shape
+        rows = batch * tokens
+        width, group = 0, 1
+        if key_weight is not None:
+            width, group = key_weight.shape[1], heads * head_dim // key_weight.shape[0]
+        columns = 0 if rel_key is None else rel_key.shape[1]
+        self._absorbed_shape = None if key_weight is None else (batch, tokens, heads, width)
+        self._rel_shape = None if rel_key is None else (heads, rows, rel_stride(columns))
         narrow = query.dtype == torch.float32
         sizes = {
             "BD": max(16, triton.next_power_of_2(head_dim)),
-            "BQ": min(attention_tiles.FP32_ROWS if narrow else 64, max(16, triton.next_power_of_2(rows))),
+            "BQ": 16 if narrow else min(64, max(16, triton.next_power_of_2(rows))),
             "BN": 32 if narrow else 64,
         }
-        self.launches = [
-            launch.Launch(
+        tiles = triton.cdiv(width, sizes["BN"]) + triton.cdiv(columns, sizes["BN"])
+        self.launch = None
+        if tiles:
+            self.launch = launch.Launch(
                 _cca_decode_product_kernel,
-                (triton.cdiv(columns, sizes["BN"]), heads, triton.cdiv(rows, sizes["BQ"])),
+                (tiles, heads, triton.cdiv(rows, sizes["BQ"])),
                 (),
-                (
-                    rows,
-                    heads,
-                    1 if by_column else heads * head_dim // weight.shape[0],
-                    columns,
-                    self._shape[2],
-                ),
+                (rows, heads, group, width, columns, rel_stride(columns)),
                 {
                     "D": head_dim,
                     **sizes,
-                    "HAS_BIAS": bias is not None,
-                    "BY_COLUMN": by_column,
+                    "HAS_STATES": key_weight is not None,
+                    "HAS_REL": rel_key is not None,
+                    "HAS_U": content_bias is not None,
+                    "HAS_V": position_bias is not None,
                     "PRECISION": precision(query.dtype),
                 },
                 num_warps=4,
             )
-        ]
 
-    def __call__(self, query: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
-        out = query.new_empty(self._shape)
-        self.launches[0](query, bias, weight, out)
+    def __call__(
+        self,
+        query: Tensor,
+        content_bias: Tensor | None,
+        key_weight: Tensor | None,
+        position_bias: Tensor | None,
+        rel_key: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """[B, T, H, E] and [H, B * T, G_REL], of which what is behind G is not written."""
+        absorbed, rel = (
+            None if shape is None else query.new_empty(shape)
+            for shape in (self._absorbed_shape, self._rel_shape)
+        )
+        if self.launch is not None:
+            self.launch(query, content_bias, key_weight, absorbed, position_bias, rel_key, rel)
+        return absorbed, rel
+
+
+def rel_stride(columns: int) -> int:
+    """Elements of a row of position logits: rows begin at multiples of 16 bytes."""
+    return columns + -columns % 8
+
+
+class _Parts:
+    """Of one kind of call: where attention writes its parts of every row, and their merging."""
+
+    def __init__(self, rows: int, width: int, parts: int, merged_later: bool = False) -> None:
+        self._shape = (rows, width) if parts == 1 else (rows, parts, width)
+        self._parts, self._width = parts, width
+        self.launch = None
+        if parts > 1 and not merged_later:
+            block = min(triton.next_power_of_2(width), 1024)
+            self.launch = launch.Launch(
+                _cca_decode_merge_kernel,
+                (rows, triton.cdiv(width, block)),
+                (),
+                (width, parts),
+                {"BW": block},
+                num_warps=4,
+            )
+
+    def space(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[rows, (parts,) width], and the log-sum-exp of several parts [rows, parts]."""
+        if self._parts == 1:
+            return query.new_empty(self._shape), None
+        made = query.new_empty(self._shape, dtype=torch.float32)
+        return made, query.new_empty(self._shape[:2], dtype=torch.float32)
+
+    def merged(self, mixed: Tensor, lse: Tensor | None, query: Tensor) -> Tensor:
+        """`mixed`, or where there is something to merge, the rows [rows, width] in the query's dtype."""
+        if self.launch is None:
+            return mixed
+        out = query.new_empty((mixed.shape[0], self._width))
+        self.launch(mixed, lse, out)
         return out
 
 
-def head_products(query: Tensor, bias: Tensor | None, weight: Tensor) -> Tensor:
-    """(query + bias)[n, h] · weight[h] for a query [N, H, D] and a bias [H, D].
+def _present(*launches: Any) -> list[Any]:
+    return [x for x in launches if x is not None]
 
-    With rel_key [H, G, D] as the weight: [H, N, G'], where G' is G or the next multiple of 8, and what is behind G is
-    not written. With the weight of a projection [Hkv * D, E]: [N, H, E].
-    """
-    return launch.run(
-        "products of heads",
-        (query, bias, weight),
-        (),
-        lambda tensors, _: _Products(*tensors),
-        lambda attempt: attempt(None),
-    )
+
+class _OverKeys:
+    """Attention to keys and values, for one kind of call."""
+
+    def __init__(
+        self,
+        attend: Callable[..., None],
+        parts: int,
+        query: Tensor,
+        rel_key: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        self._attend = attend
+        self._products = _Products(query, None, None, bias, rel_key)
+        self._parts = _Parts(query.numel() // query.shape[-1], query.shape[-1], parts)
+        self.launches = _present(self._products.launch, attend, self._parts.launch)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rows: Tensor,
+        rel_key: Tensor | None,
+        content_bias: Tensor | None,
+        position_bias: Tensor | None,
+        rel_bias: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        _, rel = self._products(query, None, None, position_bias, rel_key)
+        mixed, lse = self._parts.space(query)
+        self._attend(query, key, value, rows, rel, content_bias, rel_bias, lengths, mixed, lse)
+        return self._parts.merged(mixed, lse, query).view(query.shape)
+
+
+_MERGED_IN_PRODUCT = 4
+"""So many parts at most are merged by the product with W_V, every program of which reads all parts of its rows."""
+
+
+class _OverStates:
+    """Attention to states, for one kind of call."""
+
+    def __init__(
+        self,
+        attend: Callable[..., None],
+        parts: int,
+        query: Tensor,
+        key_weight: Tensor,
+        rel_key: Tensor | None,
+        content_bias: Tensor | None,
+        position_bias: Tensor | None,
+    ) -> None:
+        batch, tokens, heads, head_dim = query.shape
+        width = key_weight.shape[1]
+        rows = batch * tokens
+        in_product = parts <= _MERGED_IN_PRODUCT
+        self._attend = attend
+        self._products = _Products(query, content_bias, key_weight, position_bias, rel_key)
+        self._parts = _Parts(rows * heads, width, parts, in_product)
+        # enough programs to fill a GPU, though each reads its rows of the weight anew
+        block = 16 if rows <= 32 else 32 if rows <= 64 or query.dtype == torch.float32 else 64
+        columns = 32 if block == 16 or query.dtype == torch.float32 else 64
+        self._project = launch.Launch(
+            _cca_decode_project_kernel,
+            (triton.cdiv(head_dim, columns), heads, triton.cdiv(rows, block)),
+            (),
+            (rows, heads, heads * head_dim // key_weight.shape[0], width),
+            {
+                "D": head_dim,
+                "BQ": block,
+                "BN": columns,
+                "BE": 32 if query.dtype == torch.float32 else 64,
+                "SPLITS": parts if in_product else 1,
+                "PRECISION": precision(query.dtype),
+                "STAGES": 3,
+            },
+            num_warps=4,
+        )
+        self.launches = _present(self._products.launch, attend, self._parts.launch, self._project)
+
+    def __call__(
+        self,
+        query: Tensor,
+        states: Tensor,
+        key_weight: Tensor,
+        value_weight: Tensor,
+        rows: Tensor,
+        rel_key: Tensor | None,
+        content_bias: Tensor | None,
+        position_bias: Tensor | None,
+        rel_bias: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        absorbed, rel = self._products(query, content_bias, key_weight, position_bias, rel_key)
+        mixed, lse = self._parts.space(query)
+        self._attend(absorbed, states, rows, rel, rel_bias, lengths, mixed, lse)
+        out = query.new_empty(query.shape)
+        self._project(self._parts.merged(mixed, lse, query), lse, value_weight, out)
+        return out
 
 
 def decode_triton(
@@ -528,11 +724,11 @@ def decode_triton(
     key: Tensor,  # [B, K, R, Hkv, D]
     value: Tensor,  # [B, K, R, Hkv, D]
     rows: Tensor,  # integers [B, T]
-    rel: Tensor | None,  # [H, B * T, G or more]
+    rel_key: Tensor | None,  # [H, G, D]
     content_bias: Tensor | None,  # [H, D]
+    position_bias: Tensor | None,  # [H, D]
     rel_bias: Tensor | None,  # [H, G]
     lengths: Tensor | None,  # integers [B, K]
-    columns: int,  # G
     scale: float,
 ) -> Tensor:  # [B, T, H, D]
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -541,80 +737,111 @@ def decode_triton(
     if query.numel() == 0 or key.numel() == 0:
         return query.new_zeros(query.shape)
     of_group = tokens * heads // kv_heads
-    rel_stride = columns if rel is None else rel.shape[-1]
+    columns = _columns(rel_key, rel_bias)
 
-    def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _Decode:
-        return _Decode.of(
+    def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _OverKeys:
+        query, _, _, _, rel_key, content_bias, position_bias, rel_bias, lengths = tensors
+        attend, parts = _attention(
             _cca_decode_kernel,
             query,
             batch * kv_heads * triton.cdiv(of_group, sizes["BQ"]),
             neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
-            (scale * math.log2(math.e), batch, tokens, heads, kv_heads, neighbours, columns, rel_stride),
+            (
+                scale * math.log2(math.e),
+                batch,
+                tokens,
+                heads,
+                kv_heads,
+                neighbours,
+                columns,
+                rel_stride(columns),
+            ),
             {
                 "R": neighbour_len,
                 "D": head_dim,
-                "HAS_REL": rel is not None,
+                "HAS_REL": rel_key is not None,
                 "HAS_U": content_bias is not None,
                 "HAS_BIAS": rel_bias is not None,
                 "HAS_LENGTHS": lengths is not None,
             },
             sizes,
         )
+        return _OverKeys(attend, parts, query, rel_key, position_bias)
 
     def fitting(attempt: Callable[[dict[str, int]], Tensor]) -> Tensor:
         sizes = decode_tile(head_dim, of_group, query.element_size())
         return _fitting(_cca_decode_kernel, sizes, attempt)
 
-    tensors = (query, key, value, rows, rel, content_bias, rel_bias, lengths)
-    return launch.run("decode", tensors, (scale, columns), make, fitting)
+    tensors = (query, key, value, rows, rel_key, content_bias, position_bias, rel_bias, lengths)
+    return launch.run("decode", tensors, (scale,), make, fitting)
 
 
 def absorbed_decode_triton(
-    absorbed: Tensor,  # [B, T, H, E]
+    query: Tensor,  # [B, T, H, D]
     states: Tensor,  # [B, K, R, E]
+    key_weight: Tensor,  # [Hkv * D, E]
+    value_weight: Tensor,  # [Hkv * D, E]
     rows: Tensor,  # integers [B, T]
-    rel: Tensor | None,  # [H, B * T, G or more]
+    rel_key: Tensor | None,  # [H, G, D]
+    content_bias: Tensor | None,  # [H, D]
+    position_bias: Tensor | None,  # [H, D]
     rel_bias: Tensor | None,  # [H, G]
     lengths: Tensor | None,  # integers [B, K]
-    columns: int,  # G
     scale: float,
-) -> Tensor:  # [B, T, H, E]
-    absorbed, states = absorbed.contiguous(), states.contiguous()
-    batch, tokens, heads, width = absorbed.shape
-    _, neighbours, neighbour_len, _ = states.shape
-    if absorbed.numel() == 0 or states.numel() == 0:
-        return absorbed.new_zeros(absorbed.shape)
-    rel_stride = columns if rel is None else rel.shape[-1]
+) -> Tensor:  # [B, T, H, D]
+    query, states = query.contiguous(), states.contiguous()
+    batch, tokens, heads, _ = query.shape
+    _, neighbours, neighbour_len, width = states.shape
+    if query.numel() == 0 or states.numel() == 0:
+        return query.new_zeros(query.shape)
+    columns = _columns(rel_key, rel_bias)
+    scale_log2 = scale * math.log2(math.e)
 
-    def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _Decode:
-        absorbed, states, rows, _, rel_bias, lengths = tensors
-        scale_log2 = scale * math.log2(math.e)
-        if decode_native.can_run(absorbed, states, rows, rel_bias, lengths):
-            parts = launch.splits(*decode_native.work(absorbed, states), slots(absorbed.device, 1))
-            job = decode_native.Launch(
-                absorbed, states, rows, rel_bias, lengths, columns, rel_stride, scale_log2, parts
+    def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _OverStates:
+        query, states, key_weight, _, rows, rel_key, content_bias, position_bias, rel_bias, lengths = tensors
+        if decode_native.can_run(states, rows, rel_bias, lengths):
+            parts = launch.splits(*decode_native.work(query, states), slots(query.device, 1))
+            attend = decode_native.Launch(
+                query, states, rows, rel_bias, lengths, columns, rel_stride(columns), scale_log2, parts
             )
-            return _Decode(job, parts, absorbed)
-        return _Decode.of(
-            _cca_absorbed_decode_kernel,
-            absorbed,
-            batch * triton.cdiv(tokens * heads, sizes["BQ"]),
-            neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
-            (scale_log2, batch, tokens, heads, neighbours, columns, rel_stride),
-            {
-                "R": neighbour_len,
-                "E": width,
-                "HAS_REL": rel is not None,
-                "HAS_BIAS": rel_bias is not None,
-                "HAS_LENGTHS": lengths is not None,
-            },
-            sizes,
-        )
+        else:
+            attend, parts = _attention(
+                _cca_absorbed_decode_kernel,
+                query,
+                batch * triton.cdiv(tokens * heads, sizes["BQ"]),
+                neighbours * triton.cdiv(neighbour_len, sizes["BN"]),
+                (scale_log2, batch, tokens, heads, neighbours, columns, rel_stride(columns)),
+                {
+                    "R": neighbour_len,
+                    "E": width,
+                    "HAS_REL": rel_key is not None,
+                    "HAS_BIAS": rel_bias is not None,
+                    "HAS_LENGTHS": lengths is not None,
+                },
+                sizes,
+            )
+        return _OverStates(attend, parts, query, key_weight, rel_key, content_bias, position_bias)
 
     def fitting(attempt: Callable[[dict[str, int]], Tensor]) -> Tensor:
-        arch = attention_tiles.architecture(absorbed.device)
-        sizes = absorbed_tile(width, tokens * heads, absorbed.element_size(), arch)
+        arch = attention_tiles.architecture(states.device)
+        sizes = absorbed_tile(width, tokens * heads, states.element_size(), arch)
         return _fitting(_cca_absorbed_decode_kernel, sizes, attempt)
 
-    tensors = (absorbed, states, rows, rel, rel_bias, lengths)
-    return launch.run("absorbed decode", tensors, (scale, columns), make, fitting)
+    tensors = (
+        query,
+        states,
+        key_weight,
+        value_weight,
+        rows,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        lengths,
+    )
+    return launch.run("absorbed decode", tensors, (scale,), make, fitting)
+
+
+def _columns(rel_key: Tensor | None, rel_bias: Tensor | None) -> int:
+    table = rel_bias if rel_key is None else rel_key
+    return 1 if table is None else table.shape[1]

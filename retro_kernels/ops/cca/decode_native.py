@@ -16,20 +16,18 @@ if WITH_CUDA:
 _BUILT: bool = WITH_CUDA and hasattr(_C, "AbsorbedDecode")
 
 
-def can_run(
-    absorbed: Tensor, states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tensor | None
-) -> bool:
+def can_run(states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tensor | None) -> bool:
     """Whether this build and GPU can, and the op takes these types; if not, the Triton kernel does it."""
     return (
         _BUILT
-        and absorbed.is_cuda
+        and states.is_cuda
         and torch.version.hip is None
-        and absorbed.dtype in (torch.float16, torch.bfloat16)
+        and states.dtype in (torch.float16, torch.bfloat16)
         and rows.dtype in _INTEGERS
         and (lengths is None or lengths.dtype in _INTEGERS)
-        and (rel_bias is None or rel_bias.dtype in (torch.float32, absorbed.dtype))
-        and all(x.data_ptr() % 16 == 0 for x in (absorbed, states))
-        and _C.absorbed_decode_fits(absorbed.shape[-1], *states.shape[1:3])
+        and (rel_bias is None or rel_bias.dtype in (torch.float32, states.dtype))
+        and states.data_ptr() % 16 == 0
+        and _C.absorbed_decode_fits(states.shape[-1], *states.shape[1:3])
     )
 
 
@@ -40,7 +38,7 @@ class Launch:
 
     def __init__(
         self,
-        absorbed: Tensor,  # [B, T, H, E]
+        query: Tensor,  # [B, T, H, D]
         states: Tensor,  # [B, K, R, E]
         rows: Tensor,  # integers [B, T]
         rel_bias: Tensor | None,  # [H, G]
@@ -50,13 +48,13 @@ class Launch:
         scale_log2: float,
         parts: int,
     ) -> None:
-        batch, tokens, heads, width = absorbed.shape
+        batch, tokens, heads, _ = query.shape
         self._job = _C.AbsorbedDecode(
             scale_log2=scale_log2,
             batch=batch,
             tokens=tokens,
             heads=heads,
-            width=width,
+            width=states.shape[3],
             neighbours=states.shape[1],
             keys=states.shape[2],
             columns=columns,
@@ -65,20 +63,20 @@ class Launch:
             row_bytes=rows.element_size(),
             length_bytes=0 if lengths is None else lengths.element_size(),
             bias_bytes=0 if rel_bias is None else rel_bias.element_size(),
-            half=absorbed.dtype == torch.float16,
+            half=states.dtype == torch.float16,
         )
-        self._device = absorbed.device
+        self._device = states.device
 
     def __call__(
         self,
-        absorbed: Tensor,
+        absorbed: Tensor,  # [B, T, H, E]
         states: Tensor,
         rows: Tensor,
         rel: Tensor | None,  # [H, B * T, rel_stride]
         rel_bias: Tensor | None,
         lengths: Tensor | None,
-        out: Tensor,  # [B, T, H, (parts,) E]
-        lse: Tensor | None,  # float32 [B, T, H, parts]
+        out: Tensor,  # [B * T * H, (parts,) E]
+        lse: Tensor | None,  # float32 [B * T * H, parts]
     ) -> None:
         addresses = [
             0 if x is None else x.data_ptr()
@@ -88,9 +86,9 @@ class Launch:
         _C.absorbed_decode_cuda(self._job, addresses, stream)
 
 
-def work(absorbed: Tensor, states: Tensor) -> tuple[int, int]:
+def work(query: Tensor, states: Tensor) -> tuple[int, int]:
     """Groups of rows, and tiles of keys for each of them."""
-    batch, tokens, heads, _ = absorbed.shape
+    batch, tokens, heads, _ = query.shape
     _, neighbours, keys, _ = states.shape
     groups = batch * triton.cdiv(tokens * heads, _C.absorbed_decode_rows(tokens * heads))
     return groups, neighbours * triton.cdiv(keys, _C.absorbed_decode_keys)
