@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,12 +102,40 @@ def test_choices_in_decoding() -> None:
         )
 
 
+def measured_on_a_gpu() -> list[dict[str, Any]]:
+    return json.loads((Path(__file__).parents[2] / "bench" / "results" / "gpu.json").read_text())["results"]
+
+
+def test_training_is_predicted_as_it_was_measured() -> None:
+    """Within a tenth of the times of a GPU; and what is chosen is not the slower way by more than 3 %."""
+    groups: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in measured_on_a_gpu():
+        extra = row["extra"]
+        if extra.get("what") == "absorbed training" and row["case"] in ("absorbed", "materialised"):
+            of = tuple(extra[name] for name in ("H", "D", "K", "pass", "B", "N", "E"))
+            groups.setdefault(of, {})[row["case"]] = row["median_s"]
+    assert len(groups) >= 16
+    for (heads, head_dim, neighbours, which, batch, tokens, width), measured in groups.items():
+        sizes = {
+            "head_dim": head_dim,
+            "encoder_dim": width,
+            "num_heads": heads,
+            "num_neighbours": neighbours,
+            "training": which != "forward",
+        }
+        costs = projection_costs(**sizes, device="cuda")
+        for way, seconds in measured.items():
+            predicted = costs[way] * batch * (tokens // 64)
+            assert seconds / 1.1 < predicted < seconds * 1.1, (sizes, way, predicted, seconds)
+        if len(measured) == 2:
+            chosen = choose_projection(**sizes, device="cuda")
+            assert measured[chosen] <= 1.03 * min(measured.values()), sizes
+
+
 def test_decoding_is_predicted_as_it_was_measured() -> None:
     """Within a quarter of the times of a GPU; and what is chosen is not the slower way by more than 3 %, with the
     projections of a chunk's keys and values spread over its tokens."""
-    results = json.loads((Path(__file__).parents[2] / "bench" / "results" / "gpu.json").read_text())[
-        "results"
-    ]
+    results = measured_on_a_gpu()
     groups: dict[tuple[str, int, int], dict[str, float]] = {}
     for row in results:
         extra = row["extra"]
