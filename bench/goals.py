@@ -400,6 +400,9 @@ def _default_over_graphs(rows: list[Row], n: int) -> Found:
 def _auto_over_best(rows: list[Row]) -> Found:
     found = []
     for auto in select(rows, "auto", what="absorbed training"):
+        if "over_best" in auto["extra"]:  # taken in turn
+            found.append((auto["extra"]["over_best"], _where(auto)))
+            continue
         rivals = [
             r["median_s"]
             for r in select(rows, None)
