@@ -109,9 +109,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<retro::AbsorbedDecode>(m, "AbsorbedDecode")
       .def(py::init(&absorbed_decode), py::kw_only(), "scale_log2"_a, "batch"_a, "tokens"_a, "heads"_a, "width"_a,
            "neighbours"_a, "keys"_a, "columns"_a, "rel_stride"_a, "splits"_a, "row_bytes"_a, "length_bytes"_a, "bias_bytes"_a,
-           "half"_a);
+           "half"_a)
+      .def_readwrite("cluster", &retro::AbsorbedDecode::cluster);
   m.attr("absorbed_decode_keys") = retro::kAbsorbedDecodeKeys;
   m.def("absorbed_decode_rows", &retro::absorbed_decode_rows, "of_sequence"_a);
+  m.def("absorbed_decode_clusters", &retro::absorbed_decode_clusters, "decode"_a);
   m.def("absorbed_decode_fits", &retro::absorbed_decode_fits, "width"_a, "neighbours"_a, "keys"_a);
   m.def(
       "absorbed_decode_cuda",

@@ -84,7 +84,8 @@ void attend_backward_cpu(const Attention& a, const Gradients& g, int threads);
 void gather_neighbours_cuda(Gather g, bool host_tokens, bool host_continuation, uintptr_t stream);
 
 // One new token or a few of every sequence against encoder states that are keys and values at once. Everything lies in
-// one piece, in fp16 (`half`) or bf16; `splits` programs share the neighbours of a row, and each leaves a part of its own.
+// one piece, in fp16 (`half`) or bf16; `splits` programs share the neighbours of a row. Each leaves a part of its own, or,
+// as a `cluster`, they merge the parts.
 struct AbsorbedDecode {
   const void* query;     // [B, T, H, E]
   const void* states;    // [B, K, R, E]
@@ -92,12 +93,12 @@ struct AbsorbedDecode {
   const void* rel;       // [H, B·T, rel_stride] logits by distance, not scaled, or null
   const void* rel_bias;  // [H, G] float32 (`bias_bytes` 4) or as the query, or null
   const void* lengths;   // integers of `length_bytes` [B, K], or null
-  void* out;             // [B, T, H, E] as the query, or with splits float32 [B, T, H, splits, E]
-  float* lse;            // with splits [B, T, H, splits], in units of log 2
+  void* out;             // [B, T, H, E] as the query, or of parts float32 [B, T, H, splits, E]
+  float* lse;            // of parts [B, T, H, splits], in units of log 2, or null
   float scale_log2;
   int batch, tokens, heads, width, neighbours, keys, columns, rel_stride, splits;
   int row_bytes, length_bytes, bias_bytes;  // 4 or 8; 2 or 4
-  bool half;
+  bool half, cluster;
   int key_tiles;      // of a neighbour, and its inverse in units of 2^-32; the op sets them
   uint64_t inverse;
 };
@@ -109,7 +110,9 @@ constexpr int absorbed_decode_rows(int of_sequence) { return of_sequence <= 16 ?
 
 // Whether states so wide, of so many neighbours of so many keys, can be taken on the current GPU.
 bool absorbed_decode_fits(int width, int neighbours, int keys);
-void absorbed_decode_cuda(const AbsorbedDecode& d, uintptr_t stream);
+// How many clusters of `splits` programs run at the same time on the current GPU; 0 where it has none so large.
+int absorbed_decode_clusters(AbsorbedDecode d);
+void absorbed_decode_cuda(AbsorbedDecode d, uintptr_t stream);
 #endif
 
 }  // namespace retro

@@ -6,6 +6,8 @@
 // passes twice from shared memory to the matrix units, and the query, whose fragments stay in registers, never again. A
 // tile that is used waits for none that is loaded: the copies of the next two are under way.
 //
+// Programs that share the keys of a row leave a part of it each; on sm_90 they may form a cluster, which merges the parts.
+//
 // Tensor cores by mma.sync: warpgroup products would need tiles of 64 states, of which shared memory has no second.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -17,6 +19,7 @@
 
 #include "../ops.h"
 #include "check.h"
+#include "ptx.h"
 
 namespace retro {
 namespace {
@@ -31,45 +34,6 @@ constexpr int kPartRow = 40;    // floats of a row of partial logits, likewise
 __host__ __device__ constexpr int stages_of(int arch, int steps) { return arch >= 900 || steps <= 4 ? 3 : 2; }
 
 void check(cudaError_t error) { retro::check(error, "absorbed_decode"); }
-
-__device__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
-
-__device__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-__device__ void load_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-// c [16, 8] += a [16, 16] · b [16, 8]
-template <class T>
-__device__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 16 bytes on their way, or zeros where the source is not to be read.
-__device__ void copy_later(uint32_t target, const void* source, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(real ? 16 : 0) : "memory");
-}
-
-__device__ void end_of_tile() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int Later>
-__device__ void wait_for_tile() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
-}
 
 __device__ int64_t integer(const void* p, int bytes, int64_t i) {
   return bytes == 8 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
@@ -90,6 +54,41 @@ __device__ uint32_t pair(float low, float high) {
   memcpy(&word, both, 4);
   return word;
 }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// The parts of a row lie in the shared memory of the programs that made them; each of those merges some rows.
+// `mine` [rows, width + 8] and its log-sum-exp `lse` [rows] are this program's. Not inlined, lest it cost the loop registers.
+template <class T, int Steps>
+__device__ __noinline__ void merge_cluster(const float* mine, const float* lse, T* out, int rows, int splits, int i_split) {
+  constexpr int kWidth = 128 * Steps;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int row = i_split + warp * splits; row < rows; row += kWarps * splits) {
+    float top = -INFINITY, total = 0.f;
+#pragma unroll 1
+    for (int i = 0; i < splits; ++i) top = fmaxf(top, of_cluster<float>(lse + row, i));
+    top = top == -INFINITY ? 0.f : top;
+#pragma unroll 1
+    for (int i = 0; i < splits; ++i) total += exp2f(of_cluster<float>(lse + row, i) - top);
+    const float whole = total == 0.f ? 0.f : 1.f / total;
+    float4 merged[Steps] = {};
+#pragma unroll 1
+    for (int i = 0; i < splits; ++i) {
+      const float weight = exp2f(of_cluster<float>(lse + row, i) - top) * whole;
+#pragma unroll
+      for (int n = 0; n < Steps; ++n) {
+        const float4 part = of_cluster<float4>(mine + row * (kWidth + kPad) + 128 * n + 4 * lane, i);
+        merged[n].x += weight * part.x, merged[n].y += weight * part.y;
+        merged[n].z += weight * part.z, merged[n].w += weight * part.w;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Steps; ++n)
+      *reinterpret_cast<uint2*>(out + row * kWidth + 128 * n + 4 * lane) =
+          make_uint2(pair<T>(merged[n].x, merged[n].y), pair<T>(merged[n].z, merged[n].w));
+  }
+}
+#endif
 
 // Steps: width / 128. Tiles: of 16 query rows.
 template <class T, int Steps, int Tiles>
@@ -336,31 +335,51 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
 
   __syncthreads();
   if (lane % kLanesEach == 0) {
+    const float lse = sum == 0.f ? kNone : highest + log2f(sum);
     factors[own] = sum == 0.f ? 0.f : 1.f / sum;
-    if (d.splits > 1 && own_row < of_sequence)
-      d.lse[(i_b * of_sequence + own_row) * d.splits + i_split] = sum == 0.f ? kNone : highest + log2f(sum);
+    parts[own] = lse;
+    if (d.lse != nullptr && own_row < of_sequence) d.lse[(i_b * of_sequence + own_row) * d.splits + i_split] = lse;
   }
   __syncthreads();
+  // `store` gets pairs of numbers of the first `rows` rows: the row, the first column, and the two
+  const auto each = [&](int rows, const auto& store) {
 #pragma unroll
-  for (int m = 0; m < Tiles; ++m)
+    for (int m = 0; m < Tiles; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = first_row + 16 * m + 8 * half + group;
-      if (row >= of_sequence) continue;
-      const float scale = factors[16 * m + 8 * half + group];
-      const int64_t at = ((i_b * of_sequence + row) * d.splits + i_split) * S::width + warp * kColumns + 2 * quad;
-      const auto low = [&](int n) { return acc[m][n][2 * half] * scale; };
-      const auto high = [&](int n) { return acc[m][n][2 * half + 1] * scale; };
-      if (d.splits > 1) {
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * m + 8 * half + group;
+        if (row >= rows) continue;
+        const float scale = factors[row];
 #pragma unroll
         for (int n = 0; n < 2 * Steps; ++n)
-          *reinterpret_cast<float2*>(static_cast<float*>(d.out) + at + 8 * n) = make_float2(low(n), high(n));
-      } else {
-#pragma unroll
-        for (int n = 0; n < 2 * Steps; ++n)
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(d.out) + at + 8 * n) = pair<T>(low(n), high(n));
+          store(row, warp * kColumns + 2 * quad + 8 * n, acc[m][n][2 * half] * scale, acc[m][n][2 * half + 1] * scale);
       }
-    }
+  };
+#if __CUDA_ARCH__ >= 900
+  if (d.cluster) {
+    constexpr int kRow = S::width + kPad;  // floats, so that eight rows lie in different banks
+    static_assert(S::rows * kRow * 4 <= Stages * S::stage_bytes);
+    float* const mine = reinterpret_cast<float*>(states);
+    each(S::rows, [&](int row, int column, float low, float high) {
+      *reinterpret_cast<float2*>(mine + row * kRow + column) = make_float2(low, high);
+    });
+    sync_cluster();
+    merge_cluster<T, Steps>(mine, parts, static_cast<T*>(d.out) + (i_b * of_sequence + first_row) * S::width,
+                            min(S::rows, of_sequence - first_row), d.splits, i_split);
+    sync_cluster();  // nobody ends while others read
+    return;
+  }
+#endif
+  const int64_t first = i_b * of_sequence + first_row;
+  if (d.splits > 1)
+    each(of_sequence - first_row, [&](int row, int column, float low, float high) {
+      float* const to = static_cast<float*>(d.out) + ((first + row) * d.splits + i_split) * S::width + column;
+      *reinterpret_cast<float2*>(to) = make_float2(low, high);
+    });
+  else
+    each(of_sequence - first_row, [&](int row, int column, float low, float high) {
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(d.out) + (first + row) * S::width + column) = pair<T>(low, high);
+    });
 #endif
 }
 
@@ -374,25 +393,24 @@ int attribute(cudaDeviceAttr which) {
 // Of the machine code that runs here, or more than that one takes.
 int stages_here(int steps) { return stages_of(attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 900 : 800, steps); }
 
-template <class T, int Steps, int Tiles>
-void start(AbsorbedDecode d, cudaStream_t stream) {
+// Calls `made` with the kernel and its launch.
+template <class T, int Steps, int Tiles, class Made>
+void with_grid(const AbsorbedDecode& d, cudaStream_t stream, Made made) {
   using S = Sizes<T, Steps, Tiles>;
   const auto kernel = absorbed_decode_kernel<T, Steps, Tiles>;
-  const int bytes = S::bytes(stages_here(Steps), d.neighbours);
-  d.key_tiles = (d.keys + kKeys - 1) / kKeys;
-  d.inverse = ((uint64_t(1) << 32) + d.key_tiles - 1) / d.key_tiles;  // exact as long as tiles · key_tiles < 2^32
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  const size_t bytes = S::bytes(stages_here(Steps), d.neighbours);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   const int64_t row_tiles = (int64_t(d.tokens) * d.heads + S::rows - 1) / S::rows;
-  kernel<<<static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, bytes, stream>>>(d);
-  check(cudaGetLastError());
+  made(kernel, Grid{static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, bytes, stream,
+                    static_cast<unsigned>(d.cluster ? d.splits : 1)});
 }
 
-template <class T, int Steps>
-void start(const AbsorbedDecode& d, cudaStream_t stream) {
+template <class T, int Steps, class Made>
+void with_grid(const AbsorbedDecode& d, cudaStream_t stream, Made made) {
   if (absorbed_decode_rows(d.tokens * d.heads) == 16)
-    start<T, Steps, 1>(d, stream);
+    with_grid<T, Steps, 1>(d, stream, made);
   else
-    start<T, Steps, 2>(d, stream);
+    with_grid<T, Steps, 2>(d, stream, made);
 }
 
 // Calls `made` with the steps of a width that there are kernels for; false where there are none.
@@ -407,11 +425,25 @@ bool with_steps(int width, Made made) {
   }
 }
 
-template <class T>
-void start(const AbsorbedDecode& d, cudaStream_t stream) {
-  if (!with_steps(d.width, [&](auto steps) { start<T, steps.value>(d, stream); }))
+template <class Made>
+void with_grid(const AbsorbedDecode& d, cudaStream_t stream, Made made) {
+  const bool known = with_steps(d.width, [&](auto steps) {
+    if (d.half)
+      with_grid<__half, steps.value>(d, stream, made);
+    else
+      with_grid<__nv_bfloat16, steps.value>(d, stream, made);
+  });
+  if (!known)
     throw std::invalid_argument("absorbed_decode (CUDA): states " + std::to_string(d.width) +
                                 " wide; 512, 768, 896 and 1024 are allowed.");
+}
+
+// Of what architecture the machine code is that runs here (80, 90, …); 0 where there is none.
+int architecture() {
+  cudaFuncAttributes code;
+  if (cudaFuncGetAttributes(&code, absorbed_decode_kernel<__half, 4, 1>) == cudaSuccess) return code.ptxVersion;
+  cudaGetLastError();  // built for other GPUs
+  return 0;
 }
 
 }  // namespace
@@ -421,24 +453,33 @@ bool absorbed_decode_fits(int width, int neighbours, int keys) {
   const bool known = with_steps(width, [&](auto steps) {
     bytes = Sizes<__half, steps.value, 2>::bytes(stages_here(steps.value), neighbours);
   });
-  if (!known) return false;
-  cudaFuncAttributes code;
-  if (cudaFuncGetAttributes(&code, absorbed_decode_kernel<__half, 4, 1>) != cudaSuccess) {  // built for other GPUs
-    cudaGetLastError();
-    return false;
-  }
-  if (code.ptxVersion < 80) return false;
+  if (!known || architecture() < 80) return false;
   const int64_t key_tiles = (keys + kKeys - 1) / kKeys, tiles = neighbours * key_tiles;
   // of offsets within a sequence, and of what is divided by a product
   if (int64_t(neighbours) * keys * width >= INT32_MAX || tiles * key_tiles >= INT32_MAX) return false;
   return bytes <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
-void absorbed_decode_cuda(const AbsorbedDecode& d, uintptr_t stream) {
-  if (d.half)
-    start<__half>(d, reinterpret_cast<cudaStream_t>(stream));
-  else
-    start<__nv_bfloat16>(d, reinterpret_cast<cudaStream_t>(stream));
+int absorbed_decode_clusters(AbsorbedDecode d) {
+  if (architecture() < 90 || d.splits < 2 || d.splits > 8) return 0;  // of more, not every GPU has any
+  d.cluster = true;
+  int found = 0;
+  with_grid(d, nullptr, [&](auto kernel, const Grid& grid) {
+    const cudaError_t error = grid.configured(
+        [&](const cudaLaunchConfig_t& config) { return cudaOccupancyMaxActiveClusters(&found, kernel, &config); });
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      found = 0;
+    }
+  });
+  return found;
+}
+
+void absorbed_decode_cuda(AbsorbedDecode d, uintptr_t stream) {
+  d.key_tiles = (d.keys + kKeys - 1) / kKeys;
+  d.inverse = ((uint64_t(1) << 32) + d.key_tiles - 1) / d.key_tiles;  // exact as long as tiles · key_tiles < 2^32
+  with_grid(d, reinterpret_cast<cudaStream_t>(stream),
+            [&](auto kernel, const Grid& grid) { check(grid.launch(kernel, d)); });
 }
 
 }  // namespace retro

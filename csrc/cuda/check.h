@@ -1,4 +1,4 @@
-// What the CUDA runtime refuses becomes an exception that names the op.
+// The CUDA runtime: what it refuses becomes an exception that names the op, and one way to launch.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,7 +8,34 @@
 namespace retro {
 
 inline void check(cudaError_t error, const char* op) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + " (CUDA): " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // it is told here, and not once more to who asks next
+  throw std::runtime_error(std::string(op) + " (CUDA): " + cudaGetErrorString(error));
 }
+
+// `cluster` blocks that follow one another run at the same time and read each other's shared memory.
+struct Grid {
+  unsigned blocks, threads;
+  size_t shared_bytes;
+  cudaStream_t stream;
+  unsigned cluster = 1;
+
+  template <class Call>
+  cudaError_t configured(Call call) const {
+    cudaLaunchAttribute size;
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    config.attrs = &size, config.numAttrs = cluster > 1 ? 1 : 0;
+    return call(config);
+  }
+
+  template <class Kernel, class Job>
+  cudaError_t launch(Kernel kernel, const Job& job) const {
+    return configured([&](const cudaLaunchConfig_t& config) { return cudaLaunchKernelEx(&config, kernel, job); });
+  }
+};
 
 }  // namespace retro

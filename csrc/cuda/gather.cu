@@ -68,12 +68,8 @@ void launch(const Gather& g, cudaStream_t stream) {
   const bool wide = g.chunk_size % kVec == 0 && g.row_stride % kVec == 0 &&
                     reinterpret_cast<uintptr_t>(g.tokens) % 16 == 0 && aligned(g.out);
   const int64_t blocks = std::min<int64_t>((g.n + kWarpsPerBlock - 1) / kWarpsPerBlock, 1 << 20);
-  const dim3 grid(static_cast<unsigned>(blocks)), block(kWarp * kWarpsPerBlock);
-  if (wide)
-    gather_neighbours_kernel<Token, Out, kVec><<<grid, block, 0, stream>>>(g);
-  else
-    gather_neighbours_kernel<Token, Out, 1><<<grid, block, 0, stream>>>(g);
-  check(cudaGetLastError());
+  const auto kernel = wide ? gather_neighbours_kernel<Token, Out, kVec> : gather_neighbours_kernel<Token, Out, 1>;
+  check(Grid{static_cast<unsigned>(blocks), kWarp * kWarpsPerBlock, 0, stream}.launch(kernel, g));
 }
 
 template <class T>

@@ -292,7 +292,8 @@ def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
         (2, 1, 32, 5, 48, 768),  # R no multiple of a tile
         (3, 2, 24, 2, 16, 896),  # rows of two tiles, R less than one
         (70, 1, 32, 2, 128, 896),  # one part of every row
-        (40, 1, 32, 2, 128, 896),  # a few, which are merged by the product with W_V
+        (40, 1, 32, 2, 128, 896),  # a few, which a cluster merges, or the product with W_V
+        (64, 1, 32, 4, 128, 896),
         (1, 3, 5, 40, 128, 1024),
         (2, 1, 16, 0, 128, 896),
     ],

@@ -804,6 +804,8 @@ def absorbed_decode_triton(
             attend = decode_native.Launch(
                 query, states, rows, rel_bias, lengths, columns, rel_stride(columns), scale_log2, parts
             )
+            if attend.merges:
+                parts = 1
         else:
             attend, parts = _attention(
                 _cca_absorbed_decode_kernel,

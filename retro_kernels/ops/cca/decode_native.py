@@ -13,7 +13,7 @@ _INTEGERS = (torch.int32, torch.int64)
 if WITH_CUDA:
     from retro_kernels import _C
 # an extension that was built before this op was written has everything else
-_BUILT: bool = WITH_CUDA and hasattr(_C, "AbsorbedDecode")
+_BUILT: bool = WITH_CUDA and hasattr(_C, "absorbed_decode_clusters")
 
 
 def can_run(states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tensor | None) -> bool:
@@ -32,7 +32,11 @@ def can_run(states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tens
 
 
 class Launch:
-    """The launch for one kind of call, as `launch.Launch`; `parts`: into how many the keys of every row are cut."""
+    """The launch for one kind of call, as `launch.Launch`; `parts`: into how many the keys of every row are cut.
+
+    `merges`: whether it merges them, as the programs can that share a row's keys where all of them run at once and read
+    each other's shared memory (a cluster). Else `out` and `lse` are of parts.
+    """
 
     compiled = True
 
@@ -65,6 +69,9 @@ class Launch:
             bias_bytes=0 if rel_bias is None else rel_bias.element_size(),
             half=states.dtype == torch.float16,
         )
+        groups, _ = work(query, states)
+        self.merges = groups <= _C.absorbed_decode_clusters(self._job)
+        self._job.cluster = self.merges
         self._device = states.device
 
     def __call__(
@@ -75,7 +82,7 @@ class Launch:
         rel: Tensor | None,  # [H, B * T, rel_stride]
         rel_bias: Tensor | None,
         lengths: Tensor | None,
-        out: Tensor,  # [B * T * H, (parts,) E]
+        out: Tensor,  # [B * T * H, E], or float32 [B * T * H, parts, E]
         lse: Tensor | None,  # float32 [B * T * H, parts]
     ) -> None:
         addresses = [
