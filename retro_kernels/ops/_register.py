@@ -6,8 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from retro_kernels.ops._shortcut import unseen
 
 _library = torch.library.Library("retro_kernels", "FRAGMENT")
+_implementations: dict[Any, dict[str, Callable[..., Any]]] = {}
+"""By op and device type."""
 
 
 def register(
@@ -45,6 +50,7 @@ def register(
     _library.impl(name, on_its_device, "CUDA")
     torch.library.register_fake(f"retro_kernels::{name}", fake, lib=_library)
     op = getattr(torch.ops.retro_kernels, name).default
+    _implementations[op] = {"cpu": below_autograd, "cuda": on_its_device}
     if differentiable is not None:
 
         def autograd(*args: Any) -> Any:
@@ -58,8 +64,12 @@ def register(
 
 
 def without_autograd(op: Any, *args: Any) -> Any:
-    """op(*args), past the kernel of `differentiable`: a call of it costs as much as all else that a call does."""
+    """op(*args), past the kernel of `differentiable`; past torch's dispatcher too where nobody is to see the call: to
+    take fifteen arguments apart and to put them together again costs as much as all else that a call does."""
     if torch.compiler.is_compiling():
         return op(*args)
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if unseen(tensors) and (implementation := _implementations[op].get(tensors[0].device.type)) is not None:
+        return implementation(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

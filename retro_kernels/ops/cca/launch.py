@@ -15,6 +15,9 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from retro_kernels.ops import _shortcut
+from retro_kernels.ops._shortcut import kind, note
+
 
 class Window:
     """By TMA a [1, rows, columns] window into `flat` [batch, rows, columns in all], else the tensor itself."""
@@ -104,13 +107,14 @@ def run(
 ) -> Any:
     """Calls the pass `what` with `tensors`: the one that was kept for this kind of call, else one that `make(tensors,
     sizes)` makes. `fitting` calls what it is given with block sizes, with others where those do not fit the GPU."""
-    kind = _kind(what, tensors, options)
-    made = _kept.get(kind)
+    key = kind(what, tensors, options)
+    made = _kept.get(key)
     if made is None:
         tensors = [_dense(x) for x in tensors]
-        kind = _kind(what, tensors, options)
-        made = _kept.get(kind)
+        key = kind(what, tensors, options)
+        made = _kept.get(key)
     if made is not None:
+        note(made, tensors)
         return made(*tensors)
 
     def attempt(sizes: Sizes) -> Any:
@@ -120,7 +124,8 @@ def run(
         if all(launch.compiled for launch in made.launches):
             if len(_kept) >= _MOST:
                 _kept.clear()
-            _kept[kind] = made
+            _kept[key] = made
+            note(made, tensors)
         return result
 
     return fitting(attempt)
@@ -142,19 +147,7 @@ def splits(programs: int, steps: int, slots: int, most: int | None = None) -> in
 def forget() -> None:
     """Block sizes are to be chosen anew."""
     _kept.clear()
-
-
-def _kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable:
-    """What launches depend on besides the addresses. Of those, whether they are multiples of 16: machine code for one
-    that is takes it for granted."""
-    return (
-        what,
-        options,
-        *(
-            None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0)
-            for x in tensors
-        ),
-    )
+    _shortcut.forget()
 
 
 def _dense(x: Tensor | None) -> Tensor | None:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
+from retro_kernels.ops._shortcut import look_up, remember
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -233,7 +234,7 @@ def _gradients(
     needs: tuple[bool, ...], grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Any, ...]:
     wanted = [need and x is not None for need, x in zip(needs, args[3:7], strict=True)]
-    grads = _cca_bwd(grad_out, out, lse, *args, wanted)
+    grads = without_autograd(_cca_bwd, grad_out, out, lse, *args, wanted)
     return (*grads[:3], *(grad if need else None for grad, need in zip(grads[3:], wanted, strict=True)))
 
 
@@ -283,6 +284,19 @@ def chunked_cross_attention(
         out = einsum(softmax(logits.flatten(-2)), value)
     """
     name = "chunked_cross_attention"
+    given = (
+        query,
+        key,
+        value,
+        rel_key,
+        content_bias,
+        position_bias,
+        rel_bias,
+        neighbour_lengths,
+    )
+    kind, known = look_up(name, given, (chunk_size, scale, dropout_p, backend))
+    if known is not None:
+        return known(*given)[0]
     _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
     batch, num_tokens, num_heads, _ = query.shape
     key_batch, num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim = key.shape
@@ -300,7 +314,7 @@ def chunked_cross_attention(
         )
         neighbour_lengths = neighbour_lengths.reshape(batch * num_chunks, num_neighbours)
     blocks = (batch * num_chunks, num_neighbours, neighbour_len, kv_heads, head_dim)
-    return _attend(
+    out = _attend(
         name,
         query,
         key.reshape(blocks),
@@ -317,6 +331,8 @@ def chunked_cross_attention(
         dropout_p,
         backend,
     )
+    remember(kind, given)
+    return out
 
 
 def block_attention(
@@ -361,6 +377,10 @@ def block_attention(
         out = einsum(softmax(logits.flatten(-2)), value)
     """
     name = "block_attention"
+    given = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths)
+    kind, known = look_up(name, given, (key_repeat, scale, dropout_p, backend))
+    if known is not None:
+        return known(*given)[0]
     _check_ranks(name, query, key, value, 5, "[G, J, TK, Hkv, D]")
     _check_count(name, "key_repeat", key_repeat)
     if query.shape[0] != key.shape[0] * key_repeat:
@@ -370,7 +390,7 @@ def block_attention(
         )
     if lengths is not None:
         _check_lengths(name, "lengths", lengths, tuple(key.shape[:2]), query)
-    return _attend(
+    out = _attend(
         name,
         query,
         key,
@@ -387,6 +407,8 @@ def block_attention(
         dropout_p,
         backend,
     )
+    remember(kind, given)
+    return out
 
 
 def _attend(

@@ -1,0 +1,120 @@
+"""Calls whose kind has run before, straight to its kernels.
+
+To check a call, to choose its backend and to pass torch's dispatcher takes twice as long as to launch its kernels. All
+of that depends on types, shapes and options only, so it is done for the first call of a kind. A call that somebody
+else takes part in (autograd, autocast, a transform, a mode, a tracer, a profiler) goes the long way each time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from retro_kernels.ops import _backend
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+_OPTIONS = (int, float, str, type(None))
+_MOST = 1024
+"""Kinds of calls that are kept: a program with more has lengths of every size, and little to gain."""
+_kept: dict[Hashable, Callable[..., Any]] = {}
+
+
+class _Thread(threading.local):
+    listening = False
+    ran: tuple[Callable[..., Any], list[Hashable]] | None = None
+
+
+_thread = _Thread()
+
+
+def unseen(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nobody but the op takes part in a call with these tensors. Of autograd and autocast see for yourself."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.autograd._profiler_enabled()
+        and torch._C._get_tracing_state() is None
+        and all(
+            x is None
+            or (
+                type(x) in _TENSORS
+                and x.layout is torch.strided
+                and not x.is_nested
+                and not x.is_neg()
+                and not x.is_meta
+            )
+            for x in tensors
+        )
+    )
+
+
+def kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Hashable:
+    """What launches depend on besides the addresses. Of those, whether they are multiples of 16: machine code for one
+    that is takes it for granted."""
+    return (
+        what,
+        options,
+        *(
+            None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0)
+            for x in tensors
+        ),
+    )
+
+
+def look_up(
+    what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
+) -> tuple[Hashable | None, Callable[..., Any] | None]:
+    """The kind of a call of the op `what`, None where it has to go the long way, and what to call with `tensors` if
+    such a call was remembered. Between this and `remember`, one pass of kernels may run (`note`)."""
+    if torch.compiler.is_compiling() or any(type(x) not in _OPTIONS for x in options):
+        return None, None
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+        return None, None
+    if not unseen(tensors) or not isinstance(first := tensors[0], Tensor):
+        return None, None
+    if torch.is_autocast_enabled(first.device.type):
+        return None, None
+    if first.is_cuda and first.device.index != torch.cuda.current_device():  # on which kernels are launched
+        return None, None
+    key = kind(what, tensors, (*options, _backend._preferred))
+    made = _kept.get(key)
+    _thread.listening, _thread.ran = made is None, None
+    return key, made
+
+
+def note(made: Callable[..., Any], tensors: Sequence[Tensor | None]) -> None:
+    """A pass has run with `tensors`, which `launch` keeps for its kind."""
+    if _thread.listening:
+        _thread.ran = made, [_memory(x) for x in tensors]
+
+
+def remember(key: Hashable | None, tensors: Sequence[Tensor | None]) -> None:
+    """The next call of the kind `key` may go to the pass that has run since `look_up`, if that got `tensors` as they
+    are, and nothing besides."""
+    if torch.compiler.is_compiling() or key is None:
+        return
+    ran, _thread.listening, _thread.ran = _thread.ran, False, None
+    if ran is None:
+        return
+    made, given = ran
+    missing = (None,) * (len(given) - len(tensors))
+    if given == [*map(_memory, tensors), *missing]:
+        if len(_kept) >= _MOST:
+            _kept.clear()
+        _kept[key] = lambda *tensors: made(*tensors, *missing)
+
+
+def forget() -> None:
+    _kept.clear()
+
+
+def _memory(x: Tensor | None) -> Hashable:
+    return None if x is None else (x.data_ptr(), x.dtype, x.numel())

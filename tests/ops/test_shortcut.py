@@ -1,0 +1,355 @@
+"""Calls that go straight to the kernels of an earlier one of their kind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import static
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from retro_kernels.ops import _shortcut, use_backend
+from retro_kernels.ops._shortcut import look_up, note, remember
+
+OPTIONS = (64, None, 0.0, "triton")
+
+
+@pytest.fixture(autouse=True)
+def own_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_shortcut, "_kept", {})
+
+
+class Pass:
+    def __init__(self) -> None:
+        self.got: list[tuple[Tensor | None, ...]] = []
+
+    def __call__(self, *tensors: Tensor | None) -> int:
+        self.got.append(tensors)
+        return len(self.got)
+
+
+def call(
+    tensors: tuple[Tensor | None, ...], passed: Any = None, options: tuple[Any, ...] = OPTIONS
+) -> tuple[Any, Pass]:
+    """The long way of a call, whose pass gets `passed` (else the tensors); what was found at first, and the pass."""
+    made = Pass()
+    key, known = look_up("op", tensors, options)
+    if known is None:
+        note(made, tensors if passed is None else passed)
+        remember(key, tensors)
+    return known, made
+
+
+def test_the_second_call_goes_to_the_pass_of_the_first() -> None:
+    x, y = torch.randn(4, 6), torch.randn(3)
+    known, made = call((x, None, y), (x.view(2, 2, 6), None, y, None))
+    assert known is None
+    other = torch.randn(4, 6), torch.randn(3)
+    key, known = look_up("op", (other[0], None, other[1]), OPTIONS)
+    assert key is not None and known is not None
+    assert known(other[0], None, other[1]) == 1
+    (got,) = made.got
+    assert got[0] is other[0] and got[1] is None and got[2] is other[1] and got[3] is None and len(got) == 4
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        lambda x, y: (x.clone(), y),
+        lambda x, y: (x, y, torch.zeros(1)),  # a seed, say, that each call draws anew
+        lambda x, y: (x, None),
+        lambda x, y: (x,),
+        lambda x, y: (x.view(torch.int32), y),
+        lambda x, y: (x[:2], y),
+    ],
+)
+def test_a_pass_that_got_something_else_is_not_taken(passed: Callable[..., Any]) -> None:
+    tensors = torch.randn(4, 6), torch.randn(3)
+    call(tensors, passed(*tensors))
+    assert call(tensors)[0] is None
+
+
+def test_a_pass_of_another_thread_or_time_is_not_taken() -> None:
+    x, made = torch.randn(4), Pass()
+    note(made, (x,))  # nobody asked
+    key, _ = look_up("op", (x,), OPTIONS)
+    other = threading.Thread(target=note, args=(made, (x,)))
+    other.start()
+    other.join()
+    remember(key, (x,))
+    assert look_up("op", (x,), OPTIONS)[1] is None
+    remember(None, (x,))
+    assert not _shortcut._kept
+
+
+def test_nothing_is_kept_alive() -> None:
+    import gc
+    import weakref
+
+    x = torch.randn(1000)
+    gone = weakref.ref(x)
+    look_up("op", (x,), OPTIONS)
+    note(Pass(), (x,))  # and an error, say, instead of `remember`
+    del x
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: ((x.double(),), OPTIONS),
+        lambda x: ((x.T.contiguous().T,), OPTIONS),
+        lambda x: ((x[:3],), OPTIONS),
+        lambda x: ((torch.empty(25)[1:].view(4, 6),), OPTIONS),  # at an odd address
+        lambda x: ((x, x), OPTIONS),
+        lambda x: ((x,), (32, *OPTIONS[1:])),
+        lambda x: ((x,), (64, 0.5, *OPTIONS[2:])),
+    ],
+)
+def test_another_kind_goes_the_long_way(other: Callable[..., Any]) -> None:
+    x = torch.randn(4, 6)
+    call((x,))
+    assert call((x,))[0] is not None
+    tensors, options = other(x)
+    key, known = look_up("op", tensors, options)
+    assert key is not None and known is None
+    with use_backend("reference"):
+        assert look_up("op", (x,), OPTIONS)[1] is None
+    assert look_up("another", (x,), OPTIONS)[1] is None
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class SeenAbove(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def transformed() -> Iterator[None]:
+    from torch._functorch.eager_transforms import grad_increment_nesting
+
+    with grad_increment_nesting():
+        yield
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        Seen,
+        SeenAbove,
+        transformed,
+        forward_ad.dual_level,
+        torch.profiler.profile,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=lambda x: getattr(x, "__name__", "autocast"),
+)
+def test_whoever_takes_part_sees_the_call(context: Callable[[], Any]) -> None:
+    x = torch.randn(4, 6)
+    call((x,))
+    assert look_up("op", (x,), OPTIONS)[1] is not None
+    with context():
+        assert look_up("op", (x,), OPTIONS) == (None, None)
+    assert look_up("op", (x,), OPTIONS)[1] is not None
+
+
+class Own(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda: torch.randn(4, requires_grad=True),
+        lambda: torch.randn(4).as_subclass(Own),
+        lambda: torch.randn(4, device="meta"),
+        lambda: torch.randn(4, 4).to_sparse(),
+        lambda: torch.randn(4, dtype=torch.complex64).conj().imag,  # its sign is a bit
+        lambda: [1.0, 2.0],
+        lambda: None,
+    ],
+)
+def test_other_tensors_go_the_long_way(tensor: Callable[[], Any]) -> None:
+    given = (tensor(), torch.randn(3))
+    assert look_up("op", given, OPTIONS) == (None, None)
+    with torch.no_grad():
+        if isinstance(given[0], Tensor) and given[0].requires_grad:
+            assert look_up("op", given, OPTIONS)[0] is not None
+
+
+@pytest.mark.parametrize("option", [True, torch.tensor(0.5), (1, 2)])
+def test_other_options_go_the_long_way(option: Any) -> None:
+    assert look_up("op", (torch.randn(3),), (64, option)) == (None, None)
+
+
+def test_tracers_see_the_call() -> None:
+    found = []
+
+    def traced(x: Tensor) -> Tensor:
+        found.append(look_up("op", (x,), OPTIONS))
+        return x + 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        torch.jit.trace(traced, torch.randn(3), check_trace=False)
+    assert found == [(None, None)]
+    compiled = torch.compile(
+        lambda x: x + (look_up("op", (x,), OPTIONS)[0] is None), backend="eager", fullgraph=True
+    )
+    assert torch.equal(compiled(torch.zeros(3)), torch.ones(3))
+
+
+SCRIPT = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = get_current_stream = lambda self, *device: 0
+
+calls = []
+
+def described(x):
+    if isinstance(x, torch.Tensor):
+        given = [i for i, y in enumerate(tensors) if y.data_ptr() == x.data_ptr()]
+        return x.dtype, x.numel(), given
+    if hasattr(x, "block_shape"):
+        return described(x.base), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
+    return "metadata" if type(x).__name__ == "LazyDict" else x
+
+def run(self):
+    return lambda *args: calls.append((self.hash, *map(described, args)))
+
+triton.runtime.driver.set_active(Driver())
+CompiledKernel._init_handles, CompiledKernel.function = lambda self: None, "function"
+CompiledKernel.run = property(run)
+
+from retro_kernels.ops import _shortcut, absorbed_decode, block_attention, chunked_cross_attention
+from retro_kernels.ops import chunked_cross_attention_decode
+from retro_kernels.ops.cca import decode, decode_kernel, op, tiles
+
+op.why_not_triton = decode.why_not_triton = lambda device, dtype: None
+tiles.architecture = lambda device: 90
+decode_kernel.slots = lambda device, resident: 132 * resident
+
+def draw(*shape):
+    x = torch.randn(shape).to(torch.bfloat16)
+    tensors.append(x)
+    return x
+
+def whole_numbers(high, *shape):
+    x = torch.randint(0, high, shape)
+    tensors.append(x)
+    return x
+
+def terms(columns):
+    return {
+        "rel_key": draw(2, columns, 32),
+        "content_bias": draw(2, 32),
+        "position_bias": draw(2, 32),
+        "rel_bias": draw(2, columns),
+        "backend": "triton",
+    }
+
+def whole():
+    options = {"chunk_size": 16, "neighbour_lengths": whole_numbers(65, 1, 4, 2)}
+    return chunked_cross_attention(
+        draw(1, 64, 2, 32), draw(1, 4, 2, 64, 2, 32), draw(1, 4, 2, 64, 2, 32), **terms(79), **options
+    )
+
+def blocks():
+    key, value = draw(3, 1, 16, 2, 32), draw(3, 1, 16, 2, 32)
+    return block_attention(draw(6, 32, 2, 32), key, value, key_repeat=2, lengths=whole_numbers(17, 3, 1), **terms(47))
+
+def keys():
+    options = {"rows": whole_numbers(16, 2, 1), "neighbour_lengths": whole_numbers(65, 2, 2)}
+    key, value = draw(2, 2, 64, 2, 32), draw(2, 2, 64, 2, 32)
+    return chunked_cross_attention_decode(draw(2, 1, 2, 32), key, value, **terms(79), **options)
+
+def states():
+    weights = draw(64, 48), draw(64, 48)
+    return absorbed_decode(draw(2, 1, 2, 32), draw(2, 2, 64, 48), *weights, rows=whole_numbers(16, 2, 1), **terms(79))
+
+with torch.no_grad():
+    for count, function in enumerate((whole, blocks, keys, states), 1):
+        found, shapes = [], []
+        for turn in range(3):
+            tensors, calls = [], []
+            if turn == 2:  # the long way is closed
+                closed = op._check_ranks, decode._check_floating
+                op._check_ranks = decode._check_floating = None
+            out = function()
+            found.append(calls)
+            shapes.append((out.shape, out.dtype, out.is_contiguous()))
+        op._check_ranks, decode._check_floating = closed
+        assert len(_shortcut._kept) == count, function
+        assert found[0] and found[0] == found[1] == found[2], (function, found)
+        assert len(set(shapes)) == 1, shapes
+print("the same")
+"""
+
+
+def test_the_short_way_launches_what_the_long_way_does(tmp_path: Path) -> None:
+    """By the installed Triton's compiler and objects, for a GPU that is not here: nothing is run."""
+    if reason := static.why_not():
+        pytest.skip(reason)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": str(root),
+        },
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0 and done.stdout.endswith("the same\n"), done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+def test_the_short_way_computes_the_same_on_the_gpu(seed: int) -> None:
+    from retro_kernels.ops import absorbed_decode, chunked_cross_attention
+    from retro_kernels.ops.cca import launch
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda").to(torch.bfloat16)
+
+    launch.forget()
+    for _ in range(3):
+        terms = {"rel_key": draw(4, 191, 64), "content_bias": draw(4, 64), "position_bias": draw(4, 64)}
+        query, key, value = draw(2, 300, 4, 64), draw(2, 4, 2, 128, 4, 64), draw(2, 4, 2, 128, 4, 64)
+        states, weights = draw(2, 2, 128, 896), (draw(256, 896), draw(256, 896))
+        rows = torch.randint(0, 64, (2, 1), device="cuda")
+        with torch.no_grad():
+            short = [
+                chunked_cross_attention(query, key, value, **terms),
+                absorbed_decode(query[:, :1].contiguous(), states, *weights, rows=rows, **terms),
+            ]
+            with SeenAbove():
+                long = [
+                    chunked_cross_attention(query, key, value, **terms),
+                    absorbed_decode(query[:, :1].contiguous(), states, *weights, rows=rows, **terms),
+                ]
+        assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+    assert len(_shortcut._kept) == 2
