@@ -40,7 +40,7 @@ def register(
 
     def on_its_device(*args: Any) -> Any:
         # Triton and our own CUDA launch on the current device, so it has to be the tensors' one
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor) and arg.is_cuda)
+        device = next(arg.device for arg in args if isinstance(arg, Tensor) and arg.is_cuda)
         if device.index == torch.cuda.current_device():
             return below_autograd(*args)
         with torch.cuda.device(device):
@@ -54,7 +54,7 @@ def register(
     if differentiable is not None:
 
         def autograd(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+            if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 return differentiable(*args)
             with torch._C._AutoDispatchBelowAutograd():
                 return op(*args)
@@ -69,7 +69,9 @@ def without_autograd(op: Any, *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return op(*args)
     tensors = [x for x in args if isinstance(x, Tensor)]
-    if unseen(tensors) and (implementation := _implementations[op].get(tensors[0].device.type)) is not None:
-        return implementation(*args)
+    if unseen(tensors):
+        device = "cuda" if any(x.is_cuda for x in tensors) else tensors[0].device.type
+        if (implementation := _implementations[op].get(device)) is not None:
+            return implementation(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

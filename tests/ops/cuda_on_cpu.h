@@ -308,7 +308,8 @@ inline bool __all_sync(unsigned, bool mine) {
   return std::all_of(all, all + on_cpu::kWarp, [](bool x) { return x; });
 }
 
-// The runtime, of a GPU of compute capability 9.0.
+// The runtime, of a GPU of the architecture that is compiled for.
+constexpr int kSharedBytes = (__CUDA_ARCH__ >= 900 ? 227 : 163) << 10;
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
@@ -320,17 +321,17 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrComputeCapabilityMajor ? 9 : 227 << 10;
+  *value = which == cudaDevAttrComputeCapabilityMajor ? __CUDA_ARCH__ / 100 : kSharedBytes;
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > 227 << 10) on_cpu::fail(std::to_string(bytes) + " bytes of shared memory");
+  if (bytes > kSharedBytes) on_cpu::fail(std::to_string(bytes) + " bytes of shared memory");
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel) {
-  return found->ptxVersion = 90, cudaSuccess;
+  return found->ptxVersion = __CUDA_ARCH__ / 10, cudaSuccess;
 }
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
