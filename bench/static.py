@@ -562,25 +562,28 @@ def why_not() -> str | None:
     return None
 
 
-def _work(item: tuple[Variant, str]) -> dict[str, dict[str, Any]]:
-    variant, cache = item
-    os.environ["TRITON_CACHE_DIR"] = cache
+def _figures(item: tuple[Variant, str]) -> dict[str, dict[str, Any]]:
+    variant, os.environ["TRITON_CACHE_DIR"] = item
     return figures(variant)
 
 
+def _with_sizes_of_one(item: tuple[Variant, str]) -> list[str]:
+    variant, os.environ["TRITON_CACHE_DIR"] = item
+    found = launches(variant, ones=True)
+    for launch in found:
+        compile_launch(launch, variant.arch)
+    return [f"{variant.name}: {launch.kernel.__name__} compiles with sizes of 1" for launch in found]
+
+
 def compile_all(
-    which: list[Variant], processes: int, tell: Callable[[dict[str, dict[str, Any]]], None]
-) -> dict[str, dict[str, Any]]:
-    """With an empty cache, so that the compiler's time is a cold one; `tell` gets each variant's rows at once."""
-    rows: dict[str, dict[str, Any]] = {}
+    work: Callable[[tuple[Variant, str]], Any], which: list[Variant], processes: int
+) -> Iterator[Any]:
+    """What `work` finds of every variant, with an empty cache, so that the compiler's time is a cold one."""
     with (
         tempfile.TemporaryDirectory() as cache,
         multiprocessing.get_context("spawn").Pool(processes) as pool,
     ):
-        for found in pool.imap(_work, [(variant, cache) for variant in which]):
-            rows |= found
-            tell(found)
-    return rows
+        yield from pool.imap(work, [(variant, cache) for variant in which])
 
 
 def save(rows: dict[str, dict[str, Any]], known: dict[str, Any], version: str) -> None:
@@ -626,10 +629,8 @@ def main() -> int:
     ]
     if args.ones:
         one_of_each = {(v.part, v.mode): v for v in variants() if v.arch == 90}
-        for variant in one_of_each.values():
-            for launch in launches(variant, ones=True):
-                compile_launch(launch, variant.arch)
-                print(f"{variant.name}: {launch.kernel.__name__} compiles with sizes of 1", flush=True)
+        for lines in compile_all(_with_sizes_of_one, list(one_of_each.values()), args.processes):
+            print("\n".join(lines), flush=True)
         return 0
     header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
     print(header, flush=True)
@@ -641,14 +642,13 @@ def main() -> int:
     known = {} if committed is None else committed["known"]
     saved = dict(committed["rows"]) if same and args.only else {}
 
-    def tell(found: dict[str, dict[str, Any]]) -> None:
+    rows: dict[str, dict[str, Any]] = {}
+    for found in compile_all(_figures, which, args.processes):
         for name, row in found.items():
             print(line(name, row), flush=True)
-        saved.update(found)
+        rows |= found
         if args.write:
-            save(saved, known, triton.__version__)
-
-    rows = compile_all(which, args.processes, tell)
+            save(saved | rows, known, triton.__version__)
     print(
         f"{len(rows)} kernels, {sum(r['compile_s'] for r in rows.values()):.0f} s of compiler, "
         f"triton {triton.__version__}"

@@ -34,7 +34,7 @@ def committed() -> dict[str, Any]:
 def compiled(*options: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, since this one interprets kernels."""
     return subprocess.run(
-        [sys.executable, static.__file__, *options],
+        [sys.executable, static.__file__, "--processes", "2", *options],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
