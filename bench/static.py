@@ -562,28 +562,25 @@ def why_not() -> str | None:
     return None
 
 
-def _figures(item: tuple[Variant, str]) -> dict[str, dict[str, Any]]:
-    variant, os.environ["TRITON_CACHE_DIR"] = item
-    return figures(variant)
+def _compile_into(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
 
 
-def _with_sizes_of_one(item: tuple[Variant, str]) -> list[str]:
-    variant, os.environ["TRITON_CACHE_DIR"] = item
+def with_sizes_of_one(variant: Variant) -> list[str]:
+    """A line for every kernel that compiles so."""
     found = launches(variant, ones=True)
     for launch in found:
         compile_launch(launch, variant.arch)
     return [f"{variant.name}: {launch.kernel.__name__} compiles with sizes of 1" for launch in found]
 
 
-def compile_all(
-    work: Callable[[tuple[Variant, str]], Any], which: list[Variant], processes: int
-) -> Iterator[Any]:
+def compile_all(work: Callable[[Variant], Any], which: list[Variant], processes: int) -> Iterator[Any]:
     """What `work` finds of every variant, with an empty cache, so that the compiler's time is a cold one."""
     with (
         tempfile.TemporaryDirectory() as cache,
-        multiprocessing.get_context("spawn").Pool(processes) as pool,
+        multiprocessing.get_context("spawn").Pool(processes, _compile_into, (cache,)) as pool,
     ):
-        yield from pool.imap(work, [(variant, cache) for variant in which])
+        yield from pool.imap(work, which)
 
 
 def save(rows: dict[str, dict[str, Any]], known: dict[str, Any], version: str) -> None:
@@ -629,7 +626,7 @@ def main() -> int:
     ]
     if args.ones:
         one_of_each = {(v.part, v.mode): v for v in variants() if v.arch == 90}
-        for lines in compile_all(_with_sizes_of_one, list(one_of_each.values()), args.processes):
+        for lines in compile_all(with_sizes_of_one, list(one_of_each.values()), args.processes):
             print("\n".join(lines), flush=True)
         return 0
     header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
@@ -643,7 +640,7 @@ def main() -> int:
     saved = dict(committed["rows"]) if same and args.only else {}
 
     rows: dict[str, dict[str, Any]] = {}
-    for found in compile_all(_figures, which, args.processes):
+    for found in compile_all(figures, which, args.processes):
         for name, row in found.items():
             print(line(name, row), flush=True)
         rows |= found

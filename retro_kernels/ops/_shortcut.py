@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from retro_kernels.ops import _backend
 
@@ -21,6 +20,7 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 _OPTIONS = (int, float, str, type(None))
 _MOST = 1024
 """Kinds of calls that are kept: a program with more has lengths of every size, and little to gain."""
+Made = TypeVar("Made")
 _kept: dict[Hashable, Callable[..., Any]] = {}
 
 
@@ -33,13 +33,12 @@ _thread = _Thread()
 
 
 def unseen(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nobody but the op takes part in a call with these tensors. Of autograd and autocast see for yourself."""
+    """Whether nobody but the op takes part in a call with these tensors. Who calls this has seen to torch.compile,
+    autograd and autocast."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
+        torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and _backend.why_not_transformed() is None
         and not torch.autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
         and all(
@@ -107,9 +106,13 @@ def remember(key: Hashable | None, tensors: Sequence[Tensor | None]) -> None:
     made, given = ran
     missing = (None,) * (len(given) - len(tensors))
     if given == [*map(_memory, tensors), *missing]:
-        if len(_kept) >= _MOST:
-            _kept.clear()
-        _kept[key] = lambda *tensors: made(*tensors, *missing)
+        keep(_kept, key, lambda *tensors: made(*tensors, *missing))
+
+
+def keep(kept: dict[Hashable, Made], key: Hashable, made: Made) -> None:
+    if len(kept) >= _MOST:
+        kept.clear()
+    kept[key] = made
 
 
 def forget() -> None:

@@ -28,7 +28,6 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-
 #define __noinline__
 
 struct dim3 {
@@ -140,10 +139,11 @@ inline Run& run() {
   return it;
 }
 
-inline unsigned random_number() {
-  static std::minstd_rand random(std::random_device{}());
-  return static_cast<unsigned>(random() >> 4);
+inline std::mt19937& random() {
+  static std::mt19937 it;
+  return it;
 }
+inline unsigned random_number() { return static_cast<unsigned>(random()()); }
 inline bool chance(unsigned one_in) { return random_number() % one_in == 0; }
 
 inline void fail(const std::string& what) { throw std::runtime_error("CUDA on a CPU: " + what); }
@@ -225,7 +225,6 @@ inline void enter() {
 
 // The clusters one after another.
 inline void launch(unsigned grid, unsigned block_size, size_t bytes, unsigned cluster, std::function<void()> kernel) {
-  static std::mt19937 random(std::random_device{}());
   if (grid % cluster != 0) fail("a grid of " + std::to_string(grid) + " blocks in clusters of " + std::to_string(cluster));
   Run& it = run();
   it.grid = grid;
@@ -254,7 +253,7 @@ inline void launch(unsigned grid, unsigned block_size, size_t bytes, unsigned cl
     }
     while (!left.empty()) {
       const long before = it.events;
-      std::shuffle(left.begin(), left.end(), random);
+      std::shuffle(left.begin(), left.end(), random());
       bool all = true;
       for (const auto& block : it.cluster)
         for (Warp& warp : block->warps) {
@@ -288,6 +287,9 @@ inline unsigned block_index() { return self().block->index; }
 inline unsigned grid_size() { return run().grid; }
 
 }  // namespace on_cpu
+
+// In what order threads run, and when copies are made.
+extern "C" __attribute__((used)) inline void on_cpu_seed(unsigned seed) { on_cpu::random().seed(seed); }
 
 inline constexpr on_cpu::Index<on_cpu::thread_index> threadIdx{};
 inline constexpr on_cpu::Index<on_cpu::block_index> blockIdx{};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.machinery
 import importlib.util
 import os
@@ -90,7 +91,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 @pytest.fixture
-def on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def on_cpu(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int) -> ModuleType:
+    assert emulated.__file__ is not None
+    ctypes.CDLL(emulated.__file__).on_cpu_seed(seed & 0xFFFFFFFF)
     for module in (decode_native, native):
         monkeypatch.setattr(module, "_C", emulated, raising=False)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

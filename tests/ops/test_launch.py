@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import static
 import torch
+import without_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -250,29 +246,10 @@ def test_memory_beyond_the_gradients_is_two_percent(monkeypatch, positions, head
 
 
 TRITONS_OWN = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
-from retro_kernels.ops.cca import backward, forward, launch, tiles
+from retro_kernels.ops.cca import backward, forward, launch
 
-class Driver:
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = get_current_stream = lambda self, *device: 0
-
-def described(x):
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.shape, x.stride()
-    if hasattr(x, "block_shape"):
-        return described(x.base), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
-    return "metadata" if type(x).__name__ == "LazyDict" else x
-
-def run(self):
-    return lambda *args: calls.append((self.hash, *map(described, args)))
-
-triton.runtime.driver.set_active(Driver())
-CompiledKernel._init_handles, CompiledKernel.function = lambda self: None, "function"
-CompiledKernel.run = property(run)
-tiles.architecture = lambda device: 90
+def tensor(x):
+    return x.dtype, x.shape, x.stride()
 
 def draw(*shape):
     return torch.randn(shape).to(torch.bfloat16)
@@ -296,22 +273,7 @@ print("the same")
 
 def test_tritons_own_launch_gets_what_its_first_one_got(tmp_path):
     """By the installed Triton's compiler and objects, for a GPU that is not here: nothing is run."""
-    if reason := static.why_not():
-        pytest.skip(reason)
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", TRITONS_OWN],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(root),
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0 and done.stdout.endswith("the same\n"), done.stdout + done.stderr
+    without_gpu.run(TRITONS_OWN, tmp_path)
 
 
 @pytest.mark.gpu

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import static
 import torch
+import without_gpu
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -217,38 +214,16 @@ def test_tracers_see_the_call() -> None:
 
 
 SCRIPT = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import CompiledKernel
-
-class Driver:
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_current_device = get_current_stream = lambda self, *device: 0
-
-calls = []
-
-def described(x):
-    if isinstance(x, torch.Tensor):
-        given = [i for i, y in enumerate(tensors) if y.data_ptr() == x.data_ptr()]
-        return x.dtype, x.numel(), given
-    if hasattr(x, "block_shape"):
-        return described(x.base), tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.padding
-    return "metadata" if type(x).__name__ == "LazyDict" else x
-
-def run(self):
-    return lambda *args: calls.append((self.hash, *map(described, args)))
-
-triton.runtime.driver.set_active(Driver())
-CompiledKernel._init_handles, CompiledKernel.function = lambda self: None, "function"
-CompiledKernel.run = property(run)
-
 from retro_kernels.ops import _shortcut, absorbed_decode, block_attention, chunked_cross_attention
 from retro_kernels.ops import chunked_cross_attention_decode
-from retro_kernels.ops.cca import decode, decode_kernel, op, tiles
+from retro_kernels.ops.cca import decode, decode_kernel, op
 
 op.why_not_triton = decode.why_not_triton = lambda device, dtype: None
-tiles.architecture = lambda device: 90
 decode_kernel.slots = lambda device, resident: 132 * resident
+
+def tensor(x):
+    given = [i for i, y in enumerate(tensors) if y.data_ptr() == x.data_ptr()]
+    return x.dtype, x.numel(), given
 
 def draw(*shape):
     x = torch.randn(shape).to(torch.bfloat16)
@@ -309,22 +284,7 @@ print("the same")
 
 def test_the_short_way_launches_what_the_long_way_does(tmp_path: Path) -> None:
     """By the installed Triton's compiler and objects, for a GPU that is not here: nothing is run."""
-    if reason := static.why_not():
-        pytest.skip(reason)
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "0",
-            "TRITON_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(root),
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0 and done.stdout.endswith("the same\n"), done.stdout + done.stderr
+    without_gpu.run(SCRIPT, tmp_path)
 
 
 @pytest.mark.gpu

@@ -190,11 +190,10 @@ def absorbed_decode(
         rel_bias,
         neighbour_lengths,
     )
-    kind = None
-    if key_bias is None and value_bias is None:
-        kind, known = look_up(name, given, (scale, backend))
-        if known is not None:
-            return known(*given)
+    without_biases = key_bias is None and value_bias is None  # of which the kernels know nothing
+    kind, known = look_up(name, given, (scale, backend)) if without_biases else (None, None)
+    if known is not None:
+        return known(*given)
     _check_floating(name, query=query, states=states, key_weight=key_weight, value_weight=value_weight)
     _check_shape(name, "states", states, (query.shape[0], None, None, None), "[B, K, R, E]")
     _check_shape(name, "key_weight", key_weight, (None, states.shape[-1]), "[Hkv * D, E]")
@@ -459,53 +458,16 @@ def _check_positions(
             _check_table(name, label, table, shape, query)
 
 
-def _decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    rel_key: Tensor | None,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _decode(*args: Any) -> Tensor:
     from retro_kernels.ops.cca.decode_kernel import decode_triton
 
-    return decode_triton(
-        query, key, value, rows, rel_key, content_bias, position_bias, rel_bias, lengths, scale
-    )
+    return decode_triton(*args)
 
 
-def _absorbed(
-    query: Tensor,
-    states: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    rows: Tensor,
-    rel_key: Tensor | None,
-    content_bias: Tensor | None,
-    position_bias: Tensor | None,
-    rel_bias: Tensor | None,
-    lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _absorbed(*args: Any) -> Tensor:
     from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
 
-    return absorbed_decode_triton(
-        query,
-        states,
-        key_weight,
-        value_weight,
-        rows,
-        rel_key,
-        content_bias,
-        position_bias,
-        rel_bias,
-        lengths,
-        scale,
-    )
+    return absorbed_decode_triton(*args)
 
 
 def _like_query(query: Tensor, *rest: object) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from retro_kernels.ops import _shortcut
-from retro_kernels.ops._shortcut import kind, note
+from retro_kernels.ops._shortcut import keep, kind, note
 
 
 class Window:
@@ -94,8 +94,6 @@ class Pass(Protocol):
 
 
 _kept: dict[Hashable, Pass] = {}
-_MOST = 1024
-"""Kinds of calls that are kept: a program with more has lengths of every size, and little to gain."""
 
 
 def run(
@@ -122,9 +120,7 @@ def run(
         result = made(*tensors)
         # where nothing was compiled there is nothing to keep
         if all(launch.compiled for launch in made.launches):
-            if len(_kept) >= _MOST:
-                _kept.clear()
-            _kept[key] = made
+            keep(_kept, key, made)
             note(made, tensors)
         return result
 
