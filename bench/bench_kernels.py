@@ -244,9 +244,37 @@ def test_memory(benchmark: Any, case: Case, name: str) -> None:
 OVERHEAD = Case(Shape(1, 128 if not TINY else 64, 4, 64, 2), "bias")
 
 
+NOTHING = "an autograd.Function that only allocates"
+
+
+class _Allocates(torch.autograd.Function):
+    """An op in Python that makes what ours does, and computes nothing: what no op in Python is cheaper than."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return tensors[0].new_empty(tensors[0].shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return tuple(x.new_empty(x.shape) for x in ctx.saved_tensors)
+
+
+def _only_allocates(case: Case, which: Pass) -> Callable[[], Any]:
+    t = Kept.tensors(case)[0]
+    if which == "forward":
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                return _Allocates.apply(*t.wanted())
+
+        return infer
+    return lambda: torch.autograd.grad(_Allocates.apply(*t.wanted()), t.wanted(), t.grad_out)
+
+
 @pytest.mark.skipif(not (ON_GPU or TINY), reason="on a CPU the work itself is all there is")
 @pytest.mark.parametrize("which", ["forward", "forward+backward"])
-@pytest.mark.parametrize("name", [OURS, "SDPA efficient", "FlexAttention, chunks as batch"])
+@pytest.mark.parametrize("name", [OURS, NOTHING, "SDPA efficient", "FlexAttention, chunks as batch"])
 @pytest.mark.parametrize("positions", ["bias", "relative"])
 def test_overhead(benchmark: Any, which: Pass, name: str, positions: cases.Positions) -> None:
     """The CPU's time for one call, at a size where the GPU has next to nothing to do."""
@@ -256,7 +284,7 @@ def test_overhead(benchmark: Any, which: Pass, name: str, positions: cases.Posit
     benchmark.extra_info.update(case=name, what="overhead", **case.fields(), **{"pass": which})
     if peer and (reason := peer.why_not(case, DEVICE.type, True)):
         pytest.skip(reason)
-    call = _calls(case, which, peer)[0]
+    call = _only_allocates(case, which) if name == NOTHING else _calls(case, which, peer)[0]
     timing.record(benchmark, [timing.cpu_seconds_per_call(call, 100 if ON_GPU else 2)])
 
 

@@ -85,7 +85,8 @@ void gather_neighbours_cuda(Gather g, bool host_tokens, bool host_continuation, 
 
 // One new token or a few of every sequence against encoder states that are keys and values at once. Everything lies in
 // one piece, in fp16 (`half`) or bf16; `splits` programs share the neighbours of a row. Each leaves a part of its own, or,
-// as a `cluster`, they merge the parts.
+// as a `cluster`, they merge the parts. It may begin before the launch before it in the stream has ended, which must write
+// nothing of what is given but query and rel.
 struct AbsorbedDecode {
   const void* query;     // [B, T, H, E]
   const void* states;    // [B, K, R, E]
@@ -108,8 +109,8 @@ constexpr int kAbsorbedDecodeKeys = 32;  // states of one tile
 // Query rows of a sequence that one program takes.
 constexpr int absorbed_decode_rows(int of_sequence) { return of_sequence <= 16 ? 16 : 32; }
 
-// Whether states so wide, of so many neighbours of so many keys, can be taken on the current GPU.
-bool absorbed_decode_fits(int width, int neighbours, int keys);
+// Whether states so wide, of so many neighbours of so many keys, can be taken on the current GPU, with so many rows.
+bool absorbed_decode_fits(int width, int neighbours, int keys, int of_sequence);
 // How many clusters of `splits` programs run at the same time on the current GPU; 0 where it has none so large.
 int absorbed_decode_clusters(AbsorbedDecode d);
 void absorbed_decode_cuda(AbsorbedDecode d, uintptr_t stream);

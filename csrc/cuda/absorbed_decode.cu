@@ -3,12 +3,16 @@
 //
 // The width is cut over the eight warps. A warp multiplies its part of query and states, the parts of the logits meet in
 // shared memory, and each warp adds the weighted states of its own columns, which it has still there. So every state
-// passes twice from shared memory to the matrix units, and the query, whose fragments stay in registers, never again. A
-// tile that is used waits for none that is loaded: the copies of the next two are under way.
+// passes twice from shared memory to the matrix units, and the query, whose fragments stay in registers, never again.
 //
-// Programs that share the keys of a row leave a part of it each; on sm_90 they may form a cluster, which merges the parts.
+// A tile takes some 2 us to come, and little less to be used, so nothing may wait in between: states come as bulk copies of
+// whole rows, which cost the warps no instructions, one or two tiles ahead; the first before the launch that makes the
+// query has ended. Logits by distance are the same for all neighbours, and are fetched once.
 //
-// Tensor cores by mma.sync: warpgroup products would need tiles of 64 states, of which shared memory has no second.
+// Programs that share the keys of a row leave a part of it each, or form a cluster, which merges the parts.
+//
+// Tensor cores by mma.sync: warpgroup products would need tiles of 64 states, of which shared memory has no second. sm_90
+// has what all of this needs; older GPUs have the kernel in Triton.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -29,9 +33,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kKeys = kAbsorbedDecodeKeys;
 constexpr int kPad = 8;         // elements behind a row, so that eight rows lie in different banks
 constexpr int kPartRow = 40;    // floats of a row of partial logits, likewise
-
-// Tiles that are there or under way: as many as a multiprocessor's shared memory holds.
-__host__ __device__ constexpr int stages_of(int arch, int steps) { return arch >= 900 || steps <= 4 ? 3 : 2; }
+constexpr int kNearPad = 32;    // elements behind a row of logits by distance, likewise
 
 void check(cudaError_t error) { retro::check(error, "absorbed_decode"); }
 
@@ -58,28 +60,50 @@ __device__ uint32_t pair(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 // The parts of a row lie in the shared memory of the programs that made them; each of those merges some rows.
 // `mine` [rows, width + 8] and its log-sum-exp `lse` [rows] are this program's. Not inlined, lest it cost the loop registers.
-template <class T, int Steps>
+template <class T, int Steps, int Tiles>
 __device__ __noinline__ void merge_cluster(const float* mine, const float* lse, T* out, int rows, int splits, int i_split) {
-  constexpr int kWidth = 128 * Steps;
+  constexpr int kWidth = 128 * Steps, kMost = 8;  // parts
+  constexpr int kRowsEach = Tiles;  // of a warp, at most: each of two programs or more has half of 16 or 32
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = i_split + warp * splits, step = kWarps * splits;
+  const auto there = [&](int i, int n, int other) {
+    return of_cluster<float4>(mine + (first + i * step) * (kWidth + kPad) + 128 * n + 4 * lane, other);
+  };
+  // what comes from afar is asked for at once: the parts of the next program, and of four rows, eight lanes each, the weights
+  float4 next[kRowsEach][Steps];
+#pragma unroll
+  for (int i = 0; i < kRowsEach; ++i)
+#pragma unroll
+    for (int n = 0; n < Steps; ++n)
+      if (first + i * step < rows) next[i][n] = there(i, n, i_split + 1 < splits ? i_split + 1 : 0);
+  const int weighted = first + lane / kMost * step, part = lane % kMost;
+  const float l = weighted < rows && part < splits ? of_cluster<float>(lse + weighted, part) : -INFINITY;
+  float top = l;
+#pragma unroll
+  for (int offset = kMost / 2; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, offset));
+  float weight = exp2f(l - (top == -INFINITY ? 0.f : top)), total = weight;
+#pragma unroll
+  for (int offset = kMost / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+  weight = total == 0.f ? 0.f : weight / total;
+#pragma unroll
+  for (int i = 0; i < kRowsEach; ++i) {
+    const int row = first + i * step;
+    if (row >= rows) break;
+    const float own = __shfl_sync(0xffffffffu, weight, i * kMost + i_split);
+    float4 merged[Steps];
+#pragma unroll
+    for (int n = 0; n < Steps; ++n) {
+      const float4 x = *reinterpret_cast<const float4*>(mine + row * (kWidth + kPad) + 128 * n + 4 * lane);
+      merged[n] = float4{own * x.x, own * x.y, own * x.z, own * x.w};
+    }
 #pragma unroll 1
-  for (int row = i_split + warp * splits; row < rows; row += kWarps * splits) {
-    float top = -INFINITY, total = 0.f;
-#pragma unroll 1
-    for (int i = 0; i < splits; ++i) top = fmaxf(top, of_cluster<float>(lse + row, i));
-    top = top == -INFINITY ? 0.f : top;
-#pragma unroll 1
-    for (int i = 0; i < splits; ++i) total += exp2f(of_cluster<float>(lse + row, i) - top);
-    const float whole = total == 0.f ? 0.f : 1.f / total;
-    float4 merged[Steps] = {};
-#pragma unroll 1
-    for (int i = 0; i < splits; ++i) {
-      const float weight = exp2f(of_cluster<float>(lse + row, i) - top) * whole;
+    for (int j = 1; j < splits; ++j) {
+      const int other = i_split + j < splits ? i_split + j : i_split + j - splits;
+      const float w = __shfl_sync(0xffffffffu, weight, i * kMost + other);
 #pragma unroll
       for (int n = 0; n < Steps; ++n) {
-        const float4 part = of_cluster<float4>(mine + row * (kWidth + kPad) + 128 * n + 4 * lane, i);
-        merged[n].x += weight * part.x, merged[n].y += weight * part.y;
-        merged[n].z += weight * part.z, merged[n].w += weight * part.w;
+        const float4 x = j == 1 ? next[i][n] : there(i, n, other);
+        merged[n].x += w * x.x, merged[n].y += w * x.y, merged[n].z += w * x.z, merged[n].w += w * x.w;
       }
     }
 #pragma unroll
@@ -91,25 +115,36 @@ __device__ __noinline__ void merge_cluster(const float* mine, const float* lse, 
 #endif
 
 // Steps: width / 128. Tiles: of 16 query rows.
-template <class T, int Steps, int Tiles>
+template <int Steps, int Tiles>
 struct Sizes {
   static constexpr int width = 128 * Steps;
   static constexpr int row = width + kPad;
   static constexpr int rows = 16 * Tiles;
+  // Tiles of states that are there or under way: as many as the shared memory of an H100 holds.
+  static constexpr int stages = Steps < 8 || Tiles == 1 ? 3 : 2;
   static constexpr int stage_bytes = kKeys * row * 2;
   static constexpr int part_bytes = kWarps * rows * kPartRow * 4;
   static constexpr int weight_row = kKeys + kPad;
   static constexpr int weight_bytes = rows * weight_row * 2;
-  static int bytes(int stages, int neighbours) {
-    return stages * stage_bytes + part_bytes + weight_bytes + rows * 4 + neighbours * 4;
+  static constexpr int barrier_bytes = 8 * (stages + 1);
+  static int near_row(int keys) { return (keys + kKeys - 1) / kKeys * kKeys + kNearPad; }
+  static int bytes(int neighbours, int keys) {
+    return stages * stage_bytes + part_bytes + weight_bytes + barrier_bytes + rows * near_row(keys) * 2 + rows * 4 +
+           neighbours * 4;
   }
+};
+
+// So many numbers of 16 bits in one load.
+template <class T, int Count>
+struct alignas(2 * Count) Few {
+  T x[Count];
 };
 
 template <class T, int Steps, int Tiles>
 __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDecode d) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  using S = Sizes<T, Steps, Tiles>;
-  constexpr int Stages = stages_of(__CUDA_ARCH__, Steps);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  using S = Sizes<Steps, Tiles>;
+  constexpr int Stages = S::stages;
   constexpr float kNone = -INFINITY;
   constexpr int kColumns = 16 * Steps;            // of a warp
   constexpr int kRowsEach = S::rows / kWarps;     // whose softmax a warp makes
@@ -119,8 +154,15 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
   unsigned char* const states = shared;
   float* const parts = reinterpret_cast<float*>(shared + Stages * S::stage_bytes);  // [warps, rows, kPartRow]
   T* const weights = reinterpret_cast<T*>(shared + Stages * S::stage_bytes + S::part_bytes);  // [rows, weight_row]
-  float* const factors = reinterpret_cast<float*>(shared + Stages * S::stage_bytes + S::part_bytes + S::weight_bytes);
+  // a stage's tile, and at last the query, has come
+  uint64_t* const here_is = reinterpret_cast<uint64_t*>(shared + Stages * S::stage_bytes + S::part_bytes + S::weight_bytes);
+  const int near_row = d.key_tiles * kKeys + kNearPad;
+  T* const near = reinterpret_cast<T*>(here_is + Stages + 1);  // [rows, near_row] logits by distance, of every key
+  float* const factors = reinterpret_cast<float*>(near + S::rows * near_row);
   int* const lengths = reinterpret_cast<int*>(factors + S::rows);  // [neighbours]
+  // of the rows, until the first tile's factors and weights: where in its chunk the token is, where its logits by distance
+  int* const positions = reinterpret_cast<int*>(factors);
+  int64_t* const rel_rows = reinterpret_cast<int64_t*>(weights);
 
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int group = lane / 4, quad = lane % 4;
@@ -133,49 +175,92 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
   const int per_split = (all_tiles + d.splits - 1) / d.splits;
   const int begin = i_split * per_split, end = min(all_tiles, begin + per_split);
 
-  // eight lanes a row of the query or a state; what is not real is zeros
-  const auto copy_rows = [&](const void* source, int first, int stage, int real) {
-    const int row = thread / 8;
-    const T* from = static_cast<const T*>(source) + (row < real ? (first + row) * S::width + thread % 8 * 8 : 0);
-    const uint32_t target = shared_address(states) + stage * S::stage_bytes + (row * S::row + thread % 8 * 8) * 2;
-#pragma unroll
-    for (int i = 0; i < 2 * Steps; ++i) copy_later(target + i * 128, from + i * 64, row < real);
-    end_of_tile();
-  };
-  // the query comes into the stage that is filled last
-  copy_rows(static_cast<const T*>(d.query) + i_b * of_sequence * S::width, first_row, Stages - 1, of_sequence - first_row);
+  if (thread == 0) {
+    for (int i = 0; i < Stages + 1; ++i) init_barrier(here_is + i, kWarps);
+    end_of_init();
+  }
+  if (thread < S::rows) {
+    const int row = first_row + thread, head = row % d.heads;
+    const int64_t token = i_b * d.tokens + row / d.heads;
+    positions[thread] = row < of_sequence ? static_cast<int>(integer(d.rows, d.row_bytes, token)) : -1;
+    rel_rows[thread] = (int64_t(head) * d.batch * d.tokens + token) * d.rel_stride;
+  }
   for (int j = thread; j < d.neighbours; j += kThreads)
     lengths[j] = d.lengths == nullptr ? d.keys
                                       : min(d.keys, int(integer(d.lengths, d.length_bytes, i_b * d.neighbours + j)));
   __syncthreads();
 
-  // the row whose softmax this lane shares in
-  const int own = warp * kRowsEach + lane / kLanesEach;
-  const int own_row = first_row + own;
-  const int own_key = lane % kLanesEach * kKeysEach;
-  int a = -1;
-  int64_t rel_row = 0;
-  int bias_row = 0;
-  if (own_row < of_sequence) {
-    const int64_t token = i_b * d.tokens + own_row / d.heads;
-    const int head = own_row % d.heads;
-    a = static_cast<int>(integer(d.rows, d.row_bytes, token));
-    rel_row = (int64_t(head) * d.batch * d.tokens + token) * d.rel_stride;
-    bias_row = head * d.columns;
-  }
-
   const auto neighbour = [&](int tile) { return int(uint64_t(tile) * d.inverse >> 32); };
-  // how many keys of a tile are real
+  // how many keys from the first one of a tile on are real
   const auto real_keys = [&](int tile) {
     const int j = neighbour(tile);
     return lengths[j] - (tile - j * d.key_tiles) * kKeys;
   };
-  const T* const of_this = static_cast<const T*>(d.states) + i_b * d.neighbours * d.keys * S::width;
-  const auto load = [&](int tile) {
-    const int j = neighbour(tile);
-    const bool any = tile < end;
-    copy_rows(of_this, j * d.keys + (tile - j * d.key_tiles) * kKeys, (tile - begin) % Stages, any ? real_keys(tile) : 0);
+  const auto next_tile = [&](int tile) {
+    while (tile < end && real_keys(tile) <= 0) ++tile;
+    return tile;
   };
+  // `real` rows of the query or of states set out for a stage
+  const auto set_out = [&](const T* from, int stage, uint64_t* barrier, int real) {
+    const int mine = warp + kWarps * lane;  // row
+    const int count = real > warp ? min((real - warp + kWarps - 1) / kWarps, kKeys / kWarps) : 0;  // of the warp
+    if (lane == 0) expect(barrier, count * S::width * 2);
+    if (lane < count)
+      copy_bulk(shared_address(states) + stage * S::stage_bytes + mine * S::row * 2, from + mine * S::width, S::width * 2, barrier);
+  };
+  const T* const of_this = static_cast<const T*>(d.states) + i_b * d.neighbours * d.keys * S::width;
+  int coming = next_tile(begin), coming_stage = 0;
+  const auto load_next = [&] {
+    if (coming >= end) return;
+    const int j = neighbour(coming), real = min(kKeys, real_keys(coming));
+    set_out(of_this + (j * d.keys + (coming - j * d.key_tiles) * kKeys) * S::width, coming_stage, here_is + coming_stage, real);
+    if (real < kKeys) {  // what is not real is zeros, since a weight of zero times whatever lay there may be NaN
+      for (int row = real + warp; row < kKeys; row += kWarps)
+        for (int i = 8 * lane; i < S::width; i += 256)
+          *reinterpret_cast<uint4*>(states + coming_stage * S::stage_bytes + (row * S::row + i) * 2) = uint4{};
+      before_bulk_copies();
+    }
+    coming = next_tile(coming + 1);
+    coming_stage = coming_stage + 1 == Stages ? 0 : coming_stage + 1;
+  };
+  int tile = coming;
+  if constexpr (Stages > 2) load_next();
+  wait_for_previous();  // which makes `query` and `rel`
+
+  // logits by distance of the warp's rows: asked for before the copies that would hold them up, stored after those
+  constexpr int kAtOnce = 128 / 32;
+  const auto by_key = [&](int i, int key) {
+    const int row = warp + kWarps * i, column = positions[row] + d.keys - 1 - key;
+    return static_cast<const T*>(d.rel)[rel_rows[row] + min(max(column, 0), d.columns - 1)];
+  };
+  const auto is_row = [&](int i) { return d.rel != nullptr && first_row + warp + kWarps * i < of_sequence; };
+  const int padded_keys = d.key_tiles * kKeys;
+  T first_keys[kRowsEach][kAtOnce];
+#pragma unroll
+  for (int i = 0; i < kRowsEach; ++i)
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n)
+      if (is_row(i) && lane + 32 * n < padded_keys) first_keys[i][n] = by_key(i, lane + 32 * n);
+  // the query comes into the stage that is filled last
+  set_out(static_cast<const T*>(d.query) + (i_b * of_sequence + first_row) * S::width, Stages - 1, here_is + Stages,
+          of_sequence - first_row);
+  load_next();
+
+  // the row whose softmax this lane shares in
+  const int own = warp * kRowsEach + lane / kLanesEach;
+  const int own_row = first_row + own;
+  const int own_key = lane % kLanesEach * kKeysEach;
+  const int a = positions[own], bias_row = d.rel_bias == nullptr ? 0 : own_row % d.heads * d.columns;
+
+#pragma unroll
+  for (int i = 0; i < kRowsEach; ++i) {
+    T* const to = near + (warp + kWarps * i) * near_row;
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n)
+      if (is_row(i) && lane + 32 * n < padded_keys) to[lane + 32 * n] = first_keys[i][n];
+#pragma unroll 1
+    for (int key = lane + 32 * kAtOnce; is_row(i) && key < padded_keys; key += 32) to[key] = by_key(i, key);
+  }
 
   float acc[Tiles][2 * Steps][4];
 #pragma unroll
@@ -186,12 +271,9 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
   float highest = kNone, sum = 0.f;
 
-#pragma unroll
-  for (int i = 0; i < Stages - 1; ++i) load(begin + i);
   // fragments of the query: the warp's columns of every row
   uint32_t q[Steps][Tiles][4];
-  wait_for_tile<Stages - 1>();
-  __syncthreads();
+  wait_for(here_is + Stages, 0);
 #pragma unroll
   for (int m = 0; m < Tiles; ++m)
 #pragma unroll
@@ -199,12 +281,9 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       load_matrices(q[k][m], shared_address(states) + (Stages - 1) * S::stage_bytes +
                                  ((16 * m + lane % 16) * S::row + warp * kColumns + 16 * k + lane / 16 * 8) * 2);
 
-  for (int tile = begin; tile < end; ++tile) {
-    wait_for_tile<Stages - 2>();
-    __syncthreads();  // everyone's copies are there, and nobody reads the tile before
-    load(tile + Stages - 1);
-
-    const uint32_t here = shared_address(states) + (tile - begin) % Stages * S::stage_bytes;
+  for (int stage = 0, phase = 0; tile < end; tile = next_tile(tile + 1)) {
+    wait_for(here_is + stage, phase);
+    const uint32_t here = shared_address(states) + stage * S::stage_bytes;
     {
       float logits[Tiles][4][4] = {};
       // states as [n, k]: keys 0-7 and 8-15 of a pair of blocks, columns 0-7 and 8-15
@@ -234,13 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
     const int j = neighbour(tile);
     const int key = (tile - j * d.key_tiles) * kKeys + own_key;
     const int column = a + d.keys - 1 - key;  // of the first key; the next are before it
-    T by_distance[kKeysEach];
     float bias[kKeysEach];
-    if (d.rel != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kKeysEach; ++i)
-        by_distance[i] = static_cast<const T*>(d.rel)[rel_row + min(max(column - i, 0), d.columns - 1)];
-    }
     if (d.rel_bias != nullptr) {
 #pragma unroll
       for (int i = 0; i < kKeysEach; ++i) {
@@ -250,6 +323,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       }
     }
     __syncthreads();
+    load_next();  // to where the tile before this one was, which nobody reads any more
 
     float s[kKeysEach] = {};
 #pragma unroll
@@ -262,11 +336,13 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
         s[i + 1] += two.y;
       }
     }
+    Few<T, kKeysEach> by_distance;
+    if (d.rel != nullptr) by_distance = *reinterpret_cast<const Few<T, kKeysEach>*>(near + own * near_row + key);
     const int real = a >= 0 ? lengths[j] - key : 0;
     float high = kNone;
 #pragma unroll
     for (int i = 0; i < kKeysEach; ++i) {
-      if (d.rel != nullptr) s[i] += float(by_distance[i]);
+      if (d.rel != nullptr) s[i] += float(by_distance.x[i]);
       s[i] *= d.scale_log2;
       if (d.rel_bias != nullptr) s[i] += 1.4426950408889634f * bias[i];
       s[i] = i < real ? s[i] : kNone;
@@ -330,8 +406,9 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
         }
       }
     }
+    if (++stage == Stages) stage = 0, phase ^= 1;
   }
-  wait_for_tile<0>();
+  let_next_begin();  // not before: it would fill the few multiprocessors that are idle, and be slow there
 
   __syncthreads();
   if (lane % kLanesEach == 0) {
@@ -355,7 +432,6 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
           store(row, warp * kColumns + 2 * quad + 8 * n, acc[m][n][2 * half] * scale, acc[m][n][2 * half + 1] * scale);
       }
   };
-#if __CUDA_ARCH__ >= 900
   if (d.cluster) {
     constexpr int kRow = S::width + kPad;  // floats, so that eight rows lie in different banks
     static_assert(S::rows * kRow * 4 <= Stages * S::stage_bytes);
@@ -364,12 +440,11 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       *reinterpret_cast<float2*>(mine + row * kRow + column) = make_float2(low, high);
     });
     sync_cluster();
-    merge_cluster<T, Steps>(mine, parts, static_cast<T*>(d.out) + (i_b * of_sequence + first_row) * S::width,
+    merge_cluster<T, Steps, Tiles>(mine, parts, static_cast<T*>(d.out) + (i_b * of_sequence + first_row) * S::width,
                             min(S::rows, of_sequence - first_row), d.splits, i_split);
     sync_cluster();  // nobody ends while others read
     return;
   }
-#endif
   const int64_t first = i_b * of_sequence + first_row;
   if (d.splits > 1)
     each(of_sequence - first_row, [&](int row, int column, float low, float high) {
@@ -390,19 +465,16 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Of the machine code that runs here, or more than that one takes.
-int stages_here(int steps) { return stages_of(attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 900 : 800, steps); }
-
 // Calls `made` with the kernel and its launch.
 template <class T, int Steps, int Tiles, class Made>
 void with_grid(const AbsorbedDecode& d, cudaStream_t stream, Made made) {
-  using S = Sizes<T, Steps, Tiles>;
+  using S = Sizes<Steps, Tiles>;
   const auto kernel = absorbed_decode_kernel<T, Steps, Tiles>;
-  const size_t bytes = S::bytes(stages_here(Steps), d.neighbours);
+  const size_t bytes = S::bytes(d.neighbours, d.keys);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   const int64_t row_tiles = (int64_t(d.tokens) * d.heads + S::rows - 1) / S::rows;
   made(kernel, Grid{static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, bytes, stream,
-                    static_cast<unsigned>(d.cluster ? d.splits : 1)});
+                    static_cast<unsigned>(d.cluster ? d.splits : 1), true});
 }
 
 template <class T, int Steps, class Made>
@@ -448,12 +520,13 @@ int architecture() {
 
 }  // namespace
 
-bool absorbed_decode_fits(int width, int neighbours, int keys) {
+bool absorbed_decode_fits(int width, int neighbours, int keys, int of_sequence) {
   int bytes = 0;
   const bool known = with_steps(width, [&](auto steps) {
-    bytes = Sizes<__half, steps.value, 2>::bytes(stages_here(steps.value), neighbours);
+    bytes = absorbed_decode_rows(of_sequence) == 16 ? Sizes<steps.value, 1>::bytes(neighbours, keys)
+                                                    : Sizes<steps.value, 2>::bytes(neighbours, keys);
   });
-  if (!known || architecture() < 80) return false;
+  if (!known || architecture() < 90) return false;
   const int64_t key_tiles = (keys + kKeys - 1) / kKeys, tiles = neighbours * key_tiles;
   // of offsets within a sequence, and of what is divided by a product
   if (int64_t(neighbours) * keys * width >= INT32_MAX || tiles * key_tiles >= INT32_MAX) return false;
@@ -461,11 +534,13 @@ bool absorbed_decode_fits(int width, int neighbours, int keys) {
 }
 
 int absorbed_decode_clusters(AbsorbedDecode d) {
-  if (architecture() < 90 || d.splits < 2 || d.splits > 8) return 0;  // of more, not every GPU has any
+  if (d.splits < 2 || d.splits > 8) return 0;  // of more, not every GPU has any
   d.cluster = true;
   int found = 0;
   with_grid(d, nullptr, [&](auto kernel, const Grid& grid) {
-    const cudaError_t error = grid.configured(
+    Grid alone = grid;
+    alone.early = false;
+    const cudaError_t error = alone.configured(
         [&](const cudaLaunchConfig_t& config) { return cudaOccupancyMaxActiveClusters(&found, kernel, &config); });
     if (error != cudaSuccess) {
       cudaGetLastError();

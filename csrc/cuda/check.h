@@ -13,22 +13,33 @@ inline void check(cudaError_t error, const char* op) {
   throw std::runtime_error(std::string(op) + " (CUDA): " + cudaGetErrorString(error));
 }
 
-// `cluster` blocks that follow one another run at the same time and read each other's shared memory.
+// `cluster` blocks that follow one another run at the same time and read each other's shared memory. `early`: they may
+// begin while the launch before them in the stream still runs, if that one lets them (`let_next_begin`).
 struct Grid {
   unsigned blocks, threads;
   size_t shared_bytes;
   cudaStream_t stream;
   unsigned cluster = 1;
+  bool early = false;
 
   template <class Call>
   cudaError_t configured(Call call) const {
-    cudaLaunchAttribute size;
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (cluster > 1) {
+      cudaLaunchAttribute& size = attributes[count++];
+      size.id = cudaLaunchAttributeClusterDimension;
+      size.val.clusterDim.x = cluster, size.val.clusterDim.y = 1, size.val.clusterDim.z = 1;
+    }
+    if (early) {
+      cudaLaunchAttribute& overlap = attributes[count++];
+      overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-    config.attrs = &size, config.numAttrs = cluster > 1 ? 1 : 0;
+    config.attrs = attributes, config.numAttrs = count;
     return call(config);
   }
 

@@ -35,19 +35,47 @@ __device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 bytes on their way, or zeros where the source is not to be read.
-__device__ inline void copy_later(uint32_t target, const void* source, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(real ? 16 : 0) : "memory");
-}
-
-__device__ inline void end_of_tile() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int Later>
-__device__ inline void wait_for_tile() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
-}
-
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+// The launch behind this one in the stream may begin, if it was made so.
+__device__ inline void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Until the launch before this one in the stream has ended, and this thread sees all that it wrote.
+__device__ inline void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// A barrier in shared memory, for `count` arrivals and the bytes that these expect; then its phase changes, 0, 1, 0, ….
+__device__ inline void init_barrier(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Barriers are there for copies too; other threads see them once they have met this one.
+__device__ inline void end_of_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+// This thread arrives, and so many bytes are to come.
+__device__ inline void expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Addresses and `bytes` are multiples of 16.
+__device__ inline void copy_bulk(uint32_t target, const void* source, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// What this thread wrote to shared memory comes before bulk copies to there that follow.
+__device__ inline void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Until a barrier's phase `phase` (0 or 1) is over; what came is seen.
+__device__ inline void wait_for(uint64_t* barrier, int phase) {
+  uint32_t over = 0;
+  while (!over)
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(over)
+                 : "r"(shared_address(barrier)), "r"(phase)
+                 : "memory");
+  __syncwarp();
+}
+
 // All threads of a cluster meet; what they wrote to shared memory can be read by all.
 __device__ inline void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");

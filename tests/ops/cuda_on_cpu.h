@@ -5,7 +5,8 @@
 // go on in random order, warps at changing speeds. So a barrier that is missing shows up as a wrong result sooner or
 // later, and one that not all threads reach at once, as do threads of a warp that execute different instructions
 // together. Shared memory is full of NaN before its block begins and after it ends, instructions that take its addresses
-// are checked against its end, and what is copied later is copied at any time until it is waited for.
+// are checked against its end, and bulk copies are made one by one, in any order, before their barrier is over. What the
+// launch before writes is there only when a thread waits for that.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -14,9 +15,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -42,6 +43,9 @@ struct float4 {
 };
 struct uint2 {
   uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
@@ -87,10 +91,18 @@ struct Warp {
   unsigned char given[kWarp][64];
 };
 
+// One of shared memory's barriers, with the bytes that are expected and have not come.
+struct CopyBarrier {
+  int count, arrived = 0;
+  int64_t expected = 0;
+  unsigned phase = 0;
+};
+
 struct Copy {
   uint32_t target;
   const void* source;
-  bool real;
+  size_t bytes;
+  uint32_t barrier;
 };
 
 struct Block {
@@ -100,6 +112,8 @@ struct Block {
   Barrier all;
   int left;  // threads that have not ended
   std::vector<Warp> warps;
+  std::vector<Copy> copies;
+  std::map<uint32_t, CopyBarrier> barriers;  // by address
   std::vector<unsigned char> memory;
 
   Block(unsigned index, int threads, size_t bytes)
@@ -117,8 +131,6 @@ struct Thread {
   ucontext_t start;
   jmp_buf state;
   bool begun = false, done = false;
-  std::vector<Copy> copies;
-  std::deque<std::vector<Copy>> groups;
 };
 
 struct Run {
@@ -148,11 +160,14 @@ inline bool chance(unsigned one_in) { return random_number() % one_in == 0; }
 
 inline void fail(const std::string& what) { throw std::runtime_error("CUDA on a CPU: " + what); }
 
-inline void copy_oldest_group();
+inline void make_a_copy();
 
 inline void yield() {
   Thread& self = *run().current;
-  if (!self.groups.empty() && chance(run().copies_wait)) copy_oldest_group();
+  if (!self.block->copies.empty()) {
+    ++run().events;
+    if (chance(run().copies_wait)) make_a_copy();
+  }
   if (_setjmp(self.state) == 0) _longjmp(run().scheduler, 1);
 }
 
@@ -190,15 +205,27 @@ inline unsigned char* shared_at(uint32_t address, size_t bytes, Block* of = null
   return block.shared + address;
 }
 
-inline void copy_oldest_group() {
-  for (const Copy& copy : self().groups.front()) {
-    unsigned char* target = shared_at(copy.target, 16);
-    if (copy.real)
-      std::memcpy(target, copy.source, 16);
-    else
-      std::memset(target, 0, 16);
-  }
-  self().groups.pop_front();
+inline CopyBarrier& barrier_at(uint32_t address) {
+  const auto found = self().block->barriers.find(address);
+  if (found == self().block->barriers.end()) fail("a barrier that was not made");
+  return found->second;
+}
+
+inline void see_whether_over(CopyBarrier& barrier) {
+  if (barrier.arrived > barrier.count) fail("more threads arrive at a barrier than it is for");
+  if (barrier.arrived == barrier.count && barrier.expected == 0) barrier.arrived = 0, ++barrier.phase;
+}
+
+inline void make_a_copy() {
+  std::vector<Copy>& copies = self().block->copies;
+  std::swap(copies[random_number() % copies.size()], copies.back());
+  const Copy copy = copies.back();
+  copies.pop_back();
+  shared_at(copy.target + copy.bytes - 16, 16);
+  std::memcpy(shared_at(copy.target, 16), copy.source, copy.bytes);
+  CopyBarrier& barrier = barrier_at(copy.barrier);
+  barrier.expected -= copy.bytes;
+  see_whether_over(barrier);
 }
 
 inline void resume(Thread& thread) {
@@ -216,10 +243,13 @@ inline void enter() {
   } catch (...) {
     run().failure = std::current_exception();
   }
-  while (!self().groups.empty()) copy_oldest_group();
   ++run().events;
   self().done = true;
-  if (--self().block->left == 0) std::fill(self().block->memory.begin(), self().block->memory.end(), 0xff);
+  if (--self().block->left == 0) {
+    if (!self().block->copies.empty() && !run().failure)
+      run().failure = std::make_exception_ptr(std::runtime_error("CUDA on a CPU: a block ends before its copies are made"));
+    std::fill(self().block->memory.begin(), self().block->memory.end(), 0xff);
+  }
   _longjmp(run().scheduler, 1);
 }
 
@@ -243,7 +273,6 @@ inline void launch(unsigned grid, unsigned block_size, size_t bytes, unsigned cl
       thread.index = i % block_size;
       thread.block = it.cluster.back().get();
       thread.begun = thread.done = false;
-      thread.copies.clear(), thread.groups.clear();
       getcontext(&thread.start);
       thread.start.uc_stack.ss_sp = thread.stack.get();
       thread.start.uc_stack.ss_size = kStack;
@@ -275,6 +304,21 @@ inline void launch(unsigned grid, unsigned block_size, size_t bytes, unsigned cl
   it.cluster.clear();
 }
 
+// What the launch before this one writes, and where; it is written when somebody waits for it.
+struct Written {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+inline std::vector<Written>& previous() {
+  static std::vector<Written> it;
+  return it;
+}
+inline void end_previous() {
+  for (const Written& written : previous()) std::memcpy(written.to, written.from, written.bytes);
+  previous().clear();
+}
+
 // What of the running thread `threadIdx.x` and its like are read from.
 template <unsigned (*Get)()>
 struct Index {
@@ -291,6 +335,10 @@ inline unsigned grid_size() { return run().grid; }
 // In what order threads run, and when copies are made.
 extern "C" __attribute__((used)) inline void on_cpu_seed(unsigned seed) { on_cpu::random().seed(seed); }
 
+extern "C" __attribute__((used)) inline void on_cpu_previous(void* to, const void* from, size_t bytes) {
+  on_cpu::previous().push_back({to, from, bytes});
+}
+
 inline constexpr on_cpu::Index<on_cpu::thread_index> threadIdx{};
 inline constexpr on_cpu::Index<on_cpu::block_index> blockIdx{};
 inline constexpr on_cpu::Index<on_cpu::grid_size> gridDim{};
@@ -302,6 +350,18 @@ T __shfl_xor_sync(unsigned, T mine, int offset) {
   T all[on_cpu::kWarp];
   on_cpu::exchange("shfl", mine, all);
   return all[on_cpu::lane() ^ offset];
+}
+
+template <class T>
+T __shfl_sync(unsigned, T mine, int lane) {
+  T all[on_cpu::kWarp];
+  on_cpu::exchange("shfl.idx", mine, all);
+  return all[lane];
+}
+
+inline void __syncwarp() {
+  char all[on_cpu::kWarp];
+  on_cpu::exchange("syncwarp", 'x', all);
 }
 
 inline bool __all_sync(unsigned, bool mine) {
@@ -335,11 +395,12 @@ template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, Kernel) {
   return found->ptxVersion = __CUDA_ARCH__ / 10, cudaSuccess;
 }
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -351,13 +412,20 @@ struct cudaLaunchConfig_t {
 };
 template <class Kernel, class Job>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, const Job& job) {
-  const unsigned cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  unsigned cluster = 1;
+  bool early = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i)
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension)
+      cluster = config->attrs[i].val.clusterDim.x;
+    else
+      early = config->attrs[i].val.programmaticStreamSerializationAllowed;
+  if (!early) on_cpu::end_previous();
   on_cpu::launch(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, cluster, [=] { kernel(job); });
   return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchConfig_t* config) {
-  return *found = 132 / config->attrs[0].val.clusterDim.x, cudaSuccess;
+  return *found = 132 / config->attrs[0].val.clusterDim.x, cudaSuccess;  // the first attribute, where there are two
 }
 inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) { return *device = host, cudaSuccess; }
 
@@ -403,20 +471,32 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   }
 }
 
-inline void copy_later(uint32_t target, const void* source, bool real) {
-  if (reinterpret_cast<uintptr_t>(source) % 16 != 0) on_cpu::fail("an address to copy from is not aligned");
-  on_cpu::self().copies.push_back({target, source, real});
+inline void init_barrier(uint64_t* barrier, int count) { on_cpu::self().block->barriers[shared_address(barrier)] = {count}; }
+inline void end_of_init() {}
+
+inline void expect(uint64_t* barrier, int bytes) {
+  on_cpu::CopyBarrier& at = on_cpu::barrier_at(shared_address(barrier));
+  ++at.arrived, at.expected += bytes;
+  ++on_cpu::run().events;
+  on_cpu::see_whether_over(at);
 }
 
-inline void end_of_tile() {
-  on_cpu::self().groups.push_back(std::move(on_cpu::self().copies));
-  on_cpu::self().copies.clear();
+inline void copy_bulk(uint32_t target, const void* source, int bytes, uint64_t* barrier) {
+  if (reinterpret_cast<uintptr_t>(source) % 16 != 0 || bytes % 16 != 0) on_cpu::fail("a bulk copy is not aligned");
+  on_cpu::barrier_at(shared_address(barrier));
+  on_cpu::self().block->copies.push_back({target, source, size_t(bytes), shared_address(barrier)});
 }
 
-template <int Later>
-void wait_for_tile() {
-  while (on_cpu::self().groups.size() > Later) on_cpu::copy_oldest_group();
+inline void before_bulk_copies() {}
+
+inline void wait_for(uint64_t* barrier, int phase) {
+  while (on_cpu::barrier_at(shared_address(barrier)).phase % 2 == unsigned(phase)) on_cpu::yield();
+  ++on_cpu::run().events;
+  __syncwarp();
 }
+
+inline void let_next_begin() {}
+inline void wait_for_previous() { on_cpu::end_previous(); }
 
 inline void sync_cluster() { on_cpu::wait(on_cpu::run().all); }
 

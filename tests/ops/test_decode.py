@@ -373,11 +373,11 @@ def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
     expected = absorbed_decode(**tensors, backend="triton")
     make_launch, limit, tried = decode_kernel._attention, {"STAGES": 1, "BN": 16}, []
 
-    def small(*args: Any) -> Any:
+    def small(*args: Any, **chain: bool) -> Any:
         tried.append(args[-1])
         if any(args[-1][name] > most for name, most in limit.items()):
             raise OutOfResources(132_096, 101_376, "shared memory")
-        return make_launch(*args)
+        return make_launch(*args, **chain)
 
     monkeypatch.setattr(decode_kernel, "_attention", small)
     monkeypatch.setattr(decode_kernel, "_fitted", {})

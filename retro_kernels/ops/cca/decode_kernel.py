@@ -13,7 +13,9 @@ The states' width is held in up to three panels of powers of two, as 896 = 512 +
 
 A call is a chain of launches that wait for one another, each of which costs some microseconds besides its bytes: what
 the query is multiplied with (W_K and the position table, in one launch), the attention, and over states the product
-with W_V, which merges a few parts as it reads them; many are merged before.
+with W_V, which merges a few parts as it reads them; many are merged before. From sm_90 on, a launch of the chain begins
+where there is room while the one before it still runs (programmatic dependent launch): it asks for what that one does
+not write, and then waits for it to end.
 
 Shapes: B batch · T new tokens · H heads · Hkv key heads · K neighbours · R tokens each · W panel widths.
 """
@@ -73,8 +75,11 @@ def _cca_decode_product_kernel(
     HAS_U: tl.constexpr,
     HAS_V: tl.constexpr,
     PRECISION: tl.constexpr,
+    LETS_NEXT: tl.constexpr,
 ):
     """Of BQ rows and one head: BN columns of (q + u)·W_K, or after those BN columns of (q + v)·rel_key."""
+    if LETS_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
     i_tile = tl.program_id(0)
     i_head = tl.program_id(1)
     o_n = tl.program_id(2) * BQ + tl.arange(0, BQ)
@@ -86,9 +91,9 @@ def _cca_decode_product_kernel(
         if i_tile < tiles_e:
             o_e = i_tile * BN + tl.arange(0, BN)
             m_e = o_e < E
-            b_q = _biased_rows(p_q, p_content_bias, i_head, o_n, m_n, H, D, BD, HAS_U)  # [BQ, BD]
             p = p_weight + ((i_head // GROUP).to(tl.int64) * D + o_d)[:, None] * E + o_e[None, :]
             b_w = tl.load(p, mask=m_d[:, None] & m_e[None, :], other=0.0)  # [BD, BN]
+            b_q = _biased_rows(p_q, p_content_bias, i_head, o_n, m_n, H, D, BD, HAS_U)  # [BQ, BD]
             b_out = tl.dot(b_q, b_w, input_precision=PRECISION)  # [BQ, BN]
             p = p_absorbed + (o_n.to(tl.int64) * H + i_head)[:, None] * E + o_e[None, :]
             tl.store(p, b_out.to(p_absorbed.dtype.element_ty), mask=m_n[:, None] & m_e[None, :])
@@ -96,9 +101,9 @@ def _cca_decode_product_kernel(
         if i_tile >= tiles_e:
             o_g = (i_tile - tiles_e) * BN + tl.arange(0, BN)
             m_g = o_g < G
-            b_q = _biased_rows(p_q, p_position_bias, i_head, o_n, m_n, H, D, BD, HAS_V)  # [BQ, BD]
             p = p_rel_key + (i_head.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :]
             b_w = tl.load(p, mask=m_g[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
+            b_q = _biased_rows(p_q, p_position_bias, i_head, o_n, m_n, H, D, BD, HAS_V)  # [BQ, BD]
             b_out = tl.dot(b_q, tl.trans(b_w), input_precision=PRECISION)  # [BQ, BN]
             p = p_rel + (i_head.to(tl.int64) * N + o_n)[:, None] * G_REL + o_g[None, :]
             tl.store(p, b_out.to(p_rel.dtype.element_ty), mask=m_n[:, None] & m_g[None, :])
@@ -187,6 +192,8 @@ def _cca_decode_kernel(
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    WAITS: tl.constexpr,
+    LETS_NEXT: tl.constexpr,
 ):
     group = H // HKV
     tiles = tl.cdiv(T * group, BQ)
@@ -213,6 +220,8 @@ def _cca_decode_kernel(
         b_q = (b_q + tl.load(p_content_bias + o_h[:, None] * D + o_d[None, :], mask=m_u, other=0.0)).to(
             b_q.dtype
         )
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
 
     TILES_R: tl.constexpr = (R + BN - 1) // BN
     per_split = tl.cdiv(K * TILES_R, SPLITS)
@@ -237,6 +246,8 @@ def _cca_decode_kernel(
         b_s = tl.where(m_tile, b_s, float("-inf"))
         b_p, b_alpha, b_max, b_sum = _online_softmax(b_s, b_max, b_sum)
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_alpha[:, None], input_precision=PRECISION)
+    if LETS_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
     _finish(b_acc, b_max, b_sum, p_out, p_lse, o_flat, o_d, m_row, m_d, i_split, D, SPLITS)
 
 
@@ -270,7 +281,11 @@ def _cca_absorbed_decode_kernel(
     HAS_LENGTHS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    WAITS: tl.constexpr,
+    LETS_NEXT: tl.constexpr,
 ):
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     tiles = tl.cdiv(T * H, BQ)
     pid = tl.program_id(0)
     i_split = pid % SPLITS
@@ -332,6 +347,8 @@ def _cca_absorbed_decode_kernel(
             b_acc1 = tl.dot(b_p, b_e1, b_acc1 * b_alpha[:, None], input_precision=PRECISION)
         if W2 > 0:
             b_acc2 = tl.dot(b_p, b_e2, b_acc2 * b_alpha[:, None], input_precision=PRECISION)
+    if LETS_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
     _finish(b_acc0, b_max, b_sum, p_out, p_lse, o_flat, o_w0, m_row, m_w0, i_split, E, SPLITS)
     if W1 > 0:
         _finish(b_acc1, b_max, b_sum, p_out, p_lse, o_flat, o_w1, m_row, m_w1, i_split, E, SPLITS)
@@ -347,21 +364,35 @@ def _cca_decode_merge_kernel(
     W,
     SPLITS,
     BW: tl.constexpr,
+    BS: tl.constexpr,
+    WAITS: tl.constexpr,
+    LETS_NEXT: tl.constexpr,
 ):
-    """The parts in ascending order, so that the result does not depend on who finished first."""
+    """The parts in a fixed order, BS of them at once, so that the result does not depend on who finished first."""
+    if LETS_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
+    if WAITS:
+        tl.extra.cuda.gdc_wait()
     i_row = tl.program_id(0).to(tl.int64)
     o_w = tl.program_id(1) * BW + tl.arange(0, BW)
     m_w = o_w < W
-    high = tl.load(p_lse + i_row * SPLITS)
-    for i in tl.range(1, SPLITS):
-        high = tl.maximum(high, tl.load(p_lse + i_row * SPLITS + i))
+    o_s = tl.arange(0, BS)
+    p_lse += i_row * SPLITS
+    high = tl.full([BS], float("-inf"), tl.float32)
+    for first in tl.range(0, SPLITS, BS):
+        high = tl.maximum(high, tl.load(p_lse + first + o_s, mask=first + o_s < SPLITS, other=float("-inf")))
+    high = tl.max(high, 0)
     base = tl.where(high == float("-inf"), 0.0, high)
-    total = 0.0
+    b_total = tl.zeros([BS], tl.float32)
     b_acc = tl.zeros([BW], tl.float32)
-    for i in tl.range(0, SPLITS):
-        weight = tl.exp2(tl.load(p_lse + i_row * SPLITS + i) - base)
-        total += weight
-        b_acc += weight * tl.load(p_parts + (i_row * SPLITS + i) * W + o_w, mask=m_w, other=0.0)  # [BW]
+    for first in tl.range(0, SPLITS, BS):
+        m_s = first + o_s < SPLITS
+        b_weight = tl.exp2(tl.load(p_lse + first + o_s, mask=m_s, other=float("-inf")) - base)  # [BS]
+        b_total += b_weight
+        p = p_parts + (i_row * SPLITS + first + o_s)[:, None] * W + o_w[None, :]
+        b_part = tl.load(p, mask=m_s[:, None] & m_w[None, :], other=0.0)  # [BS, BW]
+        b_acc += tl.sum(b_weight[:, None] * b_part, 0)
+    total = tl.sum(b_total, 0)
     b_acc = b_acc / tl.where(total == 0.0, 1.0, total)
     tl.store(p_out + i_row * W + o_w, b_acc.to(p_out.dtype.element_ty), mask=m_w)
 
@@ -383,6 +414,8 @@ def _cca_decode_project_kernel(
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    WAITS: tl.constexpr,
+    LINES: tl.constexpr,
 ):
     """What a head made of the states times W_V, for BQ rows and BN columns; SPLITS > 1: of parts, merged in order."""
     i_head = tl.program_id(1)
@@ -391,6 +424,20 @@ def _cca_decode_project_kernel(
     m_n, m_d = o_n < N, o_d < D
     o_row = o_n.to(tl.int64) * H + i_head
     o_weight = ((i_head // GROUP).to(tl.int64) * D + o_d) * E
+    if WAITS:
+        # the weight comes into the L2 meanwhile: an address of each of its LINES (or more) of 128 bytes
+        LINE: tl.constexpr = 128 // (p_weight.dtype.element_ty.primitive_bitwidth // 8)
+        o_line = tl.minimum(tl.arange(0, LINES) * LINE, E - 1)
+        p_line = p_weight + tl.where(m_d, o_weight, 0)[:, None] + o_line[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [p_line.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        tl.extra.cuda.gdc_wait()
     if SPLITS > 1:
         high = tl.full([BQ], float("-inf"), tl.float32)
         for i in tl.static_range(SPLITS):
@@ -464,6 +511,20 @@ def absorbed_tile(width: int, rows: int, itemsize: int, arch: int) -> dict[str, 
     }
 
 
+def project_tile(rows: int, itemsize: int, merges: bool, device: torch.device) -> dict[str, int]:
+    """Sizes of the product with W_V of `rows` query rows: enough programs to fill a GPU, though each reads its rows of
+    the weight anew; `merges`: several parts."""
+    if merges or itemsize == 4:
+        block = 16 if rows <= 32 else 32 if rows <= 64 or itemsize == 4 else 64
+        wide = block > 16 and itemsize < 4
+        return {"BQ": block, "BN": 64 if wide else 32, "BE": 64 if itemsize < 4 else 32, "STAGES": 3}
+    block = 64 if rows > 32 else 32 if rows > 16 else 16
+    # nearly all of it is asked for at once; then one program fills a multiprocessor, and those that begin before the
+    # attention has ended do not gather on the few that are free first
+    deep = 90 <= attention_tiles.architecture(device) < 120
+    return {"BQ": block, "BN": 32, "BE": 64, "STAGES": (10 if block == 64 else 14) if deep else 3}
+
+
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -472,6 +533,16 @@ def _multiprocessors(index: int) -> int:
 def slots(device: torch.device, resident: int) -> int:
     """Programs that run at the same time; an interpreter has one after another."""
     return resident * _multiprocessors(device.index or 0) if device.type == "cuda" else 1
+
+
+def _in_chain(
+    device: torch.device, first: bool = False, last: bool = False
+) -> tuple[bool, bool, dict[str, Any]]:
+    """Of a launch of a chain, where they overlap: whether it waits for the one before it, whether it lets the next one
+    begin, and Triton's options."""
+    if torch.version.hip is not None or attention_tiles.architecture(device) < 90:
+        return False, False, {}
+    return not first, not last, {} if first else {"launch_pdl": True}
 
 
 _fitted: dict[tuple[Any, ...], dict[str, int]] = {}
@@ -505,12 +576,25 @@ def _attention(
     scalars: tuple[int | float, ...],
     constants: dict[str, Any],
     sizes: dict[str, int],
+    first: bool,
+    alone: bool,
 ) -> tuple[launch.Launch, int]:
-    """A Triton kernel for `programs` groups of rows, each split over its `tiles` of keys, and the number of parts."""
+    """A Triton kernel for `programs` groups of rows, each split over its `tiles` of keys, and the number of parts.
+
+    `first` of its chain: nothing is launched before it; `alone`: nor behind it, where there is one part."""
     parts = launch.splits(programs, tiles, slots(query.device, sizes["resident"]))
-    given = {**constants, **sizes, "SPLITS": parts, "PRECISION": precision(query.dtype)}
+    waits, lets_next, options = _in_chain(query.device, first, alone and parts == 1)
+    given = {
+        **constants,
+        **sizes,
+        "SPLITS": parts,
+        "PRECISION": precision(query.dtype),
+        "WAITS": waits,
+        "LETS_NEXT": lets_next,
+    }
     names = {name: given[name] for name in kernel.arg_names if name in given}
-    return launch.Launch(kernel, (programs * parts,), (), scalars, names, num_warps=sizes["num_warps"]), parts
+    options["num_warps"] = sizes["num_warps"]
+    return launch.Launch(kernel, (programs * parts,), (), scalars, names, **options), parts
 
 
 class _Products:
@@ -541,6 +625,7 @@ class _Products:
         tiles = triton.cdiv(width, sizes["BN"]) + triton.cdiv(columns, sizes["BN"])
         self.launch = None
         if tiles:
+            _, lets_next, options = _in_chain(query.device, first=True)
             self.launch = launch.Launch(
                 _cca_decode_product_kernel,
                 (tiles, heads, triton.cdiv(rows, sizes["BQ"])),
@@ -554,8 +639,10 @@ class _Products:
                     "HAS_U": content_bias is not None,
                     "HAS_V": position_bias is not None,
                     "PRECISION": precision(query.dtype),
+                    "LETS_NEXT": lets_next,
                 },
                 num_warps=4,
+                **options,
             )
 
     def __call__(
@@ -584,19 +671,28 @@ def rel_stride(columns: int) -> int:
 class _Parts:
     """Of one kind of call: where attention writes its parts of every row, and their merging."""
 
-    def __init__(self, rows: int, width: int, parts: int, merged_later: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, rows: int, width: int, parts: int, last: bool, merged_later: bool = False
+    ) -> None:
         self._shape = (rows, width) if parts == 1 else (rows, parts, width)
         self._parts, self._width = parts, width
         self.launch = None
         if parts > 1 and not merged_later:
-            block = min(triton.next_power_of_2(width), 1024)
+            block = min(triton.next_power_of_2(width), 128)
+            waits, lets_next, options = _in_chain(device, last=last)
             self.launch = launch.Launch(
                 _cca_decode_merge_kernel,
                 (rows, triton.cdiv(width, block)),
                 (),
                 (width, parts),
-                {"BW": block},
+                {
+                    "BW": block,
+                    "BS": min(triton.next_power_of_2(parts), 32),
+                    "WAITS": waits,
+                    "LETS_NEXT": lets_next,
+                },
                 num_warps=4,
+                **options,
             )
 
     def space(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -632,7 +728,8 @@ class _OverKeys:
     ) -> None:
         self._attend = attend
         self._products = _Products(query, None, None, bias, rel_key)
-        self._parts = _Parts(query.numel() // query.shape[-1], query.shape[-1], parts)
+        width = query.shape[-1]
+        self._parts = _Parts(query.device, query.numel() // width, width, parts, last=True)
         self.launches = _present(self._products.launch, attend, self._parts.launch)
 
     def __call__(
@@ -676,25 +773,27 @@ class _OverStates:
         in_product = parts <= _MERGED_IN_PRODUCT
         self._attend = attend
         self._products = _Products(query, content_bias, key_weight, position_bias, rel_key)
-        self._parts = _Parts(rows * heads, width, parts, in_product)
-        # enough programs to fill a GPU, though each reads its rows of the weight anew
-        block = 16 if rows <= 32 else 32 if rows <= 64 or query.dtype == torch.float32 else 64
-        columns = 32 if block == 16 or query.dtype == torch.float32 else 64
+        self._parts = _Parts(query.device, rows * heads, width, parts, last=False, merged_later=in_product)
+        sizes = project_tile(rows, query.element_size(), in_product and parts > 1, query.device)
+        waits, _, options = _in_chain(query.device, last=True)
         self._project = launch.Launch(
             _cca_decode_project_kernel,
-            (triton.cdiv(head_dim, columns), heads, triton.cdiv(rows, block)),
+            (triton.cdiv(head_dim, sizes["BN"]), heads, triton.cdiv(rows, sizes["BQ"])),
             (),
             (rows, heads, heads * head_dim // key_weight.shape[0], width),
             {
                 "D": head_dim,
-                "BQ": block,
-                "BN": columns,
-                "BE": 32 if query.dtype == torch.float32 else 64,
+                "BQ": sizes["BQ"],
+                "BN": sizes["BN"],
+                "BE": sizes["BE"],
                 "SPLITS": parts if in_product else 1,
                 "PRECISION": precision(query.dtype),
-                "STAGES": 3,
+                "STAGES": sizes["STAGES"],
+                "WAITS": waits,
+                "LINES": triton.next_power_of_2(triton.cdiv(width * query.element_size(), 128)),
             },
             num_warps=4,
+            **options,
         )
         self.launches = _present(self._products.launch, attend, self._parts.launch, self._project)
 
@@ -765,6 +864,8 @@ def decode_triton(
                 "HAS_LENGTHS": lengths is not None,
             },
             sizes,
+            first=rel_key is None,
+            alone=True,
         )
         return _OverKeys(attend, parts, query, rel_key, position_bias)
 
@@ -799,7 +900,7 @@ def absorbed_decode_triton(
 
     def make(tensors: Sequence[Any], sizes: dict[str, int]) -> _OverStates:
         query, states, key_weight, _, rows, rel_key, content_bias, position_bias, rel_bias, lengths = tensors
-        if decode_native.can_run(states, rows, rel_bias, lengths):
+        if decode_native.can_run(query, states, rows, rel_bias, lengths):
             parts = launch.splits(*decode_native.work(query, states), slots(query.device, 1))
             attend = decode_native.Launch(
                 query, states, rows, rel_bias, lengths, columns, rel_stride(columns), scale_log2, parts
@@ -821,6 +922,8 @@ def absorbed_decode_triton(
                     "HAS_LENGTHS": lengths is not None,
                 },
                 sizes,
+                first=False,
+                alone=False,
             )
         return _OverStates(attend, parts, query, key_weight, rel_key, content_bias, position_bias)
 

@@ -16,7 +16,9 @@ if WITH_CUDA:
 _BUILT: bool = WITH_CUDA and hasattr(_C, "absorbed_decode_clusters")
 
 
-def can_run(states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tensor | None) -> bool:
+def can_run(
+    query: Tensor, states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tensor | None
+) -> bool:
     """Whether this build and GPU can, and the op takes these types; if not, the Triton kernel does it."""
     return (
         _BUILT
@@ -27,12 +29,16 @@ def can_run(states: Tensor, rows: Tensor, rel_bias: Tensor | None, lengths: Tens
         and (lengths is None or lengths.dtype in _INTEGERS)
         and (rel_bias is None or rel_bias.dtype in (torch.float32, states.dtype))
         and states.data_ptr() % 16 == 0
-        and _C.absorbed_decode_fits(states.shape[-1], *states.shape[1:3])
+        and _C.absorbed_decode_fits(
+            states.shape[3], states.shape[1], states.shape[2], query.shape[1] * query.shape[2]
+        )
     )
 
 
 class Launch:
     """The launch for one kind of call, as `launch.Launch`; `parts`: into how many the keys of every row are cut.
+
+    It comes behind the one that makes `absorbed` and `rel`, and may begin before that one has ended.
 
     `merges`: whether it merges them, as the programs can that share a row's keys where all of them run at once and read
     each other's shared memory (a cluster). Else `out` and `lse` are of parts.
