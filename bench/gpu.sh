@@ -124,15 +124,20 @@ sanitizer() {
     local tool status=0
     if ! command -v compute-sanitizer > /dev/null; then
         echo "compute-sanitizer is not here; its cases alone:"
-        "$PYTHON" bench/once.py --small --positions none bias relative -D 64 128
+        "$PYTHON" bench/once.py --small --positions none bias relative -D 64 128 && "$PYTHON" bench/once.py --decode
         return
     fi
     local -A running
+    local run kernels
+    local -A cases=([whole]="--small --positions bias relative -D 64" [decode]="--decode")
     for tool in memcheck racecheck synccheck initcheck; do  # without the caching allocator, bounds are those of tensors
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$BUDGET" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            --kernel-regex "kns=_kernel" "$PYTHON" bench/once.py --small --positions bias relative -D 64 \
-            > "$SCRATCH.$tool" 2>&1 &
-        running[$tool]=$!
+        kernels=(--kernel-regex "kns=_kernel")
+        [ "$tool" = initcheck ] && kernels=()  # it has to see who writes what ours read
+        for run in "${!cases[@]}"; do
+            PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$BUDGET" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                "${kernels[@]}" "$PYTHON" bench/once.py ${cases[$run]} > "$SCRATCH.$tool-$run" 2>&1 &
+            running[$tool-$run]=$!
+        done
     done
     for tool in "${!running[@]}"; do
         wait "${running[$tool]}" || status=$?

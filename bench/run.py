@@ -42,12 +42,16 @@ PACKAGES = (
 
 
 def processor() -> str:
-    """The processor's name as the kernel gives it; platform.processor() is empty on Linux."""
+    """The processor's name as the kernel gives it, since platform.processor() is empty on Linux; and, where a virtual
+    machine's name says less than its times, the instructions that make them others."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+        name = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+        flags = next((x for x in lines if x.startswith("flags")), "").split()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+    wide = [word for flag, word in (("avx512f", "AVX-512"), ("avx512_bf16", "bfloat16")) if flag in flags]
+    return " with ".join([name, " and ".join(wide)]) if wide else name
 
 
 def git(*words: str) -> str:

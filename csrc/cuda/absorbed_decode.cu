@@ -281,6 +281,8 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       load_matrices(q[k][m], shared_address(states) + (Stages - 1) * S::stage_bytes +
                                  ((16 * m + lane % 16) * S::row + warp * kColumns + 16 * k + lane / 16 * 8) * 2);
 
+  __syncthreads();  // zeros of the first tile are there too
+
   for (int stage = 0, phase = 0; tile < end; tile = next_tile(tile + 1)) {
     wait_for(here_is + stage, phase);
     const uint32_t here = shared_address(states) + stage * S::stage_bytes;

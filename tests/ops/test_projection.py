@@ -133,7 +133,7 @@ def test_training_is_predicted_as_it_was_measured() -> None:
 
 
 def test_decoding_is_predicted_as_it_was_measured() -> None:
-    """Within a quarter of the times of a GPU; and what is chosen is not the slower way by more than 3 %, with the
+    """Within a tenth of the times of a GPU; and what is chosen is not the slower way by more than 3 %, with the
     projections of a chunk's keys and values spread over its tokens."""
     results = measured_on_a_gpu()
     groups: dict[tuple[str, int, int], dict[str, float]] = {}
@@ -150,7 +150,7 @@ def test_decoding_is_predicted_as_it_was_measured() -> None:
         project = 4 * neighbours * 128 * 896 * heads * head_dim / 64 * batch / projection._GPU_FLOPS
         measured["materialised"] += project
         for way, seconds in costs.items():
-            bound = 1.25 if batch > 1 else 1.6  # one sequence is bound by launches, whose time varies
+            bound = 1.1 if batch > 1 else 1.3  # one sequence is bound by launches, whose time varies
             assert measured[way] / bound < seconds < measured[way] * bound, (model, batch, neighbours, way)
         chosen = choose_projection(**sizes, **options)
         assert measured[chosen] <= 1.03 * min(measured.values()), (model, batch, neighbours)

@@ -186,11 +186,21 @@ def test_comparison_with_committed() -> None:
 
 
 @compiles
+def with_triton(code: str) -> None:
+    """Runs `code` in a process that does not interpret kernels, with bench/static.py imported."""
+    root = Path(static.__file__).resolve().parents[1]
+    head = "import sys; sys.path[:0] = sys.argv[1:]\nimport static\n"
+    subprocess.run(
+        [sys.executable, "-c", head + code, str(root / "bench"), str(root)],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        check=True,
+        timeout=120,
+    )
+
+
 def test_launches_come_from_the_library() -> None:
     """Another choice in the library's table is another launch here."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "import static\n"
+    with_triton(
         "from retro_kernels.ops.cca import tiles\n"
         "tiles.forward_config = lambda *a: tiles.Config(32, 2, 5)\n"
         "v = static.Variant(90, 'forward', 64, 'bf16', 'none')\n"
@@ -198,10 +208,26 @@ def test_launches_come_from_the_library() -> None:
         "o = {**dict(zip(launch.kernel.arg_names, launch.args)), **launch.options}\n"
         "assert (o['BN'], o['num_warps'], o['num_stages'], o['TMA']) == (32, 2, 5, True), o\n"
     )
-    root = Path(static.__file__).resolve().parents[1]
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run(
-        [sys.executable, "-c", code, str(root / "bench"), str(root)], env=env, check=True, timeout=120
+
+
+def test_which_launches_of_decoding_overlap() -> None:
+    """From sm_90 on, one that may begin early waits for the one before it, and the first may not: what it reads may
+    still be written. Nobody behind the last one is let in early."""
+    with_triton(
+        """
+for arch in (80, 90, 100):
+    for part, dim, mode in (
+        ("decode", 64, "relative"), ("absorbed", 896, "decode"), ("absorbed", 896, "decode-many")
+    ):
+        chain = static.launches(static.Variant(arch, part, dim, "bf16", mode))
+        assert len(chain) >= 3, chain
+        for i, launch in enumerate(chain):
+            given = dict(zip(launch.kernel.arg_names, launch.args))
+            early = launch.options.get("launch_pdl", False)
+            assert early == (arch >= 90 and i > 0), (arch, part, mode, i)
+            assert given.get("WAITS", False) == early, (arch, part, mode, i)
+            assert given.get("LETS_NEXT", False) == (arch >= 90 and i + 1 < len(chain)), (arch, part, mode, i)
+"""
     )
 
 

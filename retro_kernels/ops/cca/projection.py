@@ -64,9 +64,9 @@ _GPU_MARGIN = 1.03
 # Decoding, fitted to the times of an H100 (bench/results/gpu.json): a call's bytes at 95 % of the copy bandwidth, after
 # what its launches take whatever the size, and for each part that is merged.
 _GPU_DECODE_BYTES = 2.87e12
-_GPU_MATERIALISED_LAUNCHES = 13e-6
-_GPU_ABSORBED_LAUNCHES = 26e-6
-_GPU_PART = 0.2e-6
+_GPU_MATERIALISED_LAUNCHES = 11e-6
+_GPU_ABSORBED_LAUNCHES = 17e-6
+_GPU_PART = 0.05e-6
 
 
 def projection_costs(
@@ -181,7 +181,7 @@ def _decoding(
             "materialised": materialised,
             "absorbed": folding + max(4 * states * _CPU_BYTE, attend * _CPU_THIN),
         }
-    per_row = heads * width * 24  # the query of width E and the two parts of the result, written and read
+    per_row = heads * width * 8  # the query of width E and the result, written and read
     absorbed = (2 * weights + per_row * batch + 2 * states * batch) / _GPU_DECODE_BYTES
     parts = max(1.0, min(keys / 32, 132 / batch))  # into which a few sequences are cut to fill the GPU
     absorbed = max(absorbed, (fold + attend) * batch / (_GPU_FLOPS / 2)) + parts * _GPU_PART
