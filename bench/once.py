@@ -14,8 +14,8 @@ from cases import DEVICE, DTYPE, Case, Shape, tensors
 
 from retro_kernels.ops import absorbed_decode, chunked_cross_attention, chunked_cross_attention_decode
 
-# batch, tokens, heads, neighbours, their tokens, width of the states: rows of one tile and of two, R less than a tile and
-# no multiple of it, one part of every row, a few and many
+# batch, tokens, heads, neighbours, their tokens, width of the states: rows of one tile and of two, R less than a tile
+# and no multiple of it, one part of every row, a few and many
 DECODED = (
     (2, 1, 12, 2, 64, 512),
     (3, 2, 24, 2, 16, 896),
@@ -27,7 +27,7 @@ DECODED = (
 
 
 def decode(batch: int, tokens: int, heads: int, neighbours: int, length: int, width: int) -> None:
-    """A few new tokens of every sequence, over states and over keys and values, with every term and short neighbours."""
+    """A few new tokens of every sequence, over states and over keys and values, with every term there is."""
     chunk, head_dim = 64, 64
 
     def normal(*shape: int) -> torch.Tensor:
