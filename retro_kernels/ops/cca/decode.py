@@ -123,13 +123,28 @@ def chunked_cross_attention_decode(
     content = (
         content.view(batch, tokens, kv_heads, group, head_dim).transpose(1, 2).flatten(2, 3)
     )  # [B, Hkv, T * g, D]
-    keys, values = key.flatten(1, 2).permute(0, 2, 3, 1), value.flatten(1, 2).transpose(1, 2)
+    values = value.flatten(1, 2).transpose(1, 2)
+    if chosen == "torch" and query.device.type == "cpu" and not gradient and why_not_transformed() is None:
+        out = _attention_of_torch(content, key.flatten(1, 2).transpose(1, 2), values, add.flatten(3), scale)
+        out = out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(batch, tokens, heads, head_dim)
+        # where there is no key, the softmax is NaN
+        return out.masked_fill_(~_present(rows, key.shape[1], neighbour_lengths), 0.0)
+    keys = key.flatten(1, 2).permute(0, 2, 3, 1)
     logits = _products(content, keys)  # [B, Hkv, T * g, K * R]
     logits = logits.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, K * R]
     weights = _weights(logits, add, scale).to(value.dtype)
     weights = weights.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, K * R]
     out = _products(weights, values)  # [B, Hkv, T * g, D]
     return out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(batch, tokens, heads, head_dim).to(dtype)
+
+
+def _attention_of_torch(content: Tensor, key: Tensor, value: Tensor, add: Tensor, scale: float) -> Tensor:
+    """[B, Hkv, T * g, D] of content in that shape, key and value [B, Hkv, K * R, D] and what is added [B, T, H or 1,
+    K * R]: PyTorch's attention reads a cache once, where it lies."""
+    kv_heads = content.shape[1]
+    heads = content.shape[2] * kv_heads // add.shape[1]
+    add = add.expand(-1, -1, heads, -1).unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
+    return torch.nn.functional.scaled_dot_product_attention(content, key, value, attn_mask=add, scale=scale)
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
