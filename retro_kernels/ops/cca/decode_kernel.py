@@ -91,9 +91,9 @@ def _cca_decode_product_kernel(
         if i_tile < tiles_e:
             o_e = i_tile * BN + tl.arange(0, BN)
             m_e = o_e < E
+            b_q = _biased_rows(p_q, p_content_bias, i_head, o_n, m_n, H, D, BD, HAS_U)  # [BQ, BD]
             p = p_weight + ((i_head // GROUP).to(tl.int64) * D + o_d)[:, None] * E + o_e[None, :]
             b_w = tl.load(p, mask=m_d[:, None] & m_e[None, :], other=0.0)  # [BD, BN]
-            b_q = _biased_rows(p_q, p_content_bias, i_head, o_n, m_n, H, D, BD, HAS_U)  # [BQ, BD]
             b_out = tl.dot(b_q, b_w, input_precision=PRECISION)  # [BQ, BN]
             p = p_absorbed + (o_n.to(tl.int64) * H + i_head)[:, None] * E + o_e[None, :]
             tl.store(p, b_out.to(p_absorbed.dtype.element_ty), mask=m_n[:, None] & m_e[None, :])
@@ -101,9 +101,9 @@ def _cca_decode_product_kernel(
         if i_tile >= tiles_e:
             o_g = (i_tile - tiles_e) * BN + tl.arange(0, BN)
             m_g = o_g < G
+            b_q = _biased_rows(p_q, p_position_bias, i_head, o_n, m_n, H, D, BD, HAS_V)  # [BQ, BD]
             p = p_rel_key + (i_head.to(tl.int64) * G + o_g)[:, None] * D + o_d[None, :]
             b_w = tl.load(p, mask=m_g[:, None] & m_d[None, :], other=0.0)  # [BN, BD]
-            b_q = _biased_rows(p_q, p_position_bias, i_head, o_n, m_n, H, D, BD, HAS_V)  # [BQ, BD]
             b_out = tl.dot(b_q, tl.trans(b_w), input_precision=PRECISION)  # [BQ, BN]
             p = p_rel + (i_head.to(tl.int64) * N + o_n)[:, None] * G_REL + o_g[None, :]
             tl.store(p, b_out.to(p_rel.dtype.element_ty), mask=m_n[:, None] & m_g[None, :])
