@@ -114,7 +114,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("absorbed_decode_keys") = retro::kAbsorbedDecodeKeys;
   m.def("absorbed_decode_rows", &retro::absorbed_decode_rows, "of_sequence"_a);
   m.def("absorbed_decode_clusters", &retro::absorbed_decode_clusters, "decode"_a);
-  m.def("absorbed_decode_fits", &retro::absorbed_decode_fits, "width"_a, "neighbours"_a, "keys"_a, "of_sequence"_a);
+  m.def("absorbed_decode_takes", &retro::absorbed_decode_takes, "width"_a, "neighbours"_a, "keys"_a, "of_sequence"_a);
   m.def(
       "absorbed_decode_cuda",
       [](retro::AbsorbedDecode d, std::array<uintptr_t, 8> to, uintptr_t stream) {

@@ -110,7 +110,7 @@ constexpr int kAbsorbedDecodeKeys = 32;  // states of one tile
 constexpr int absorbed_decode_rows(int of_sequence) { return of_sequence <= 16 ? 16 : 32; }
 
 // Whether states so wide, of so many neighbours of so many keys, can be taken on the current GPU, with so many rows.
-bool absorbed_decode_fits(int width, int neighbours, int keys, int of_sequence);
+bool absorbed_decode_takes(int width, int neighbours, int keys, int of_sequence);
 // How many clusters of `splits` programs run at the same time on the current GPU; 0 where it has none so large.
 int absorbed_decode_clusters(AbsorbedDecode d);
 void absorbed_decode_cuda(AbsorbedDecode d, uintptr_t stream);

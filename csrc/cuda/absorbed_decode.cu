@@ -37,7 +37,7 @@ constexpr int kNearPad = 32;    // elements behind a row of logits by distance, 
 
 void check(cudaError_t error) { retro::check(error, "absorbed_decode"); }
 
-__device__ int64_t integer(const void* p, int bytes, int64_t i) {
+[[maybe_unused]] __device__ int64_t integer(const void* p, int bytes, int64_t i) {
   return bytes == 8 ? static_cast<const int64_t*>(p)[i] : static_cast<const int32_t*>(p)[i];
 }
 
@@ -522,7 +522,7 @@ int architecture() {
 
 }  // namespace
 
-bool absorbed_decode_fits(int width, int neighbours, int keys, int of_sequence) {
+bool absorbed_decode_takes(int width, int neighbours, int keys, int of_sequence) {
   int bytes = 0;
   const bool known = with_steps(width, [&](auto steps) {
     bytes = absorbed_decode_rows(of_sequence) == 16 ? Sizes<steps.value, 1>::bytes(neighbours, keys)

@@ -210,9 +210,9 @@ def test_decoding_over_states(
 
 
 def test_decoding_over_states_of_other_widths(on_cpu: ModuleType) -> None:
-    assert not on_cpu.absorbed_decode_fits(640, 2, 64, 16)
+    assert not on_cpu.absorbed_decode_takes(640, 2, 64, 16)
     for width in (512, 768, 896, 1024):  # in the shared memory of an H100
-        assert on_cpu.absorbed_decode_fits(width, 40, 128, 16) and on_cpu.absorbed_decode_fits(
+        assert on_cpu.absorbed_decode_takes(width, 40, 128, 16) and on_cpu.absorbed_decode_takes(
             width, 40, 128, 32
         )
     query, states = torch.zeros(1, 1, 1, 640).half(), torch.zeros(1, 1, 16, 640).half()

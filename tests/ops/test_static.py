@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import static
 
+from retro_kernels.ops.gather import native
+
 compiles = pytest.mark.skipif(static.why_not() is not None, reason=str(static.why_not()))
 
 CHECKED = (
@@ -229,6 +231,30 @@ for arch in (80, 90, 100):
             assert given.get("LETS_NEXT", False) == (arch >= 90 and i + 1 < len(chain)), (arch, part, mode, i)
 """
     )
+
+
+def test_kernels_in_cuda_have_no_more_spills_than_those_in_triton() -> None:
+    """Of decoding over states, in the extension as it was built. 1,024 wide, 32 rows need more registers than there
+    are."""
+    if not native.WITH_CUDA:
+        pytest.skip("the extension is built without CUDA")
+    if not os.access(static.cuobjdump(), os.X_OK):
+        pytest.skip("this triton comes without cuobjdump")
+    from retro_kernels import _C
+
+    command = [str(static.cuobjdump()), "-arch", "sm_90", "-sass", _C.__file__]
+    sass = subprocess.run(command, capture_output=True, text=True).stdout
+    found = {}
+    for kernel in re.split(r"Function : ", sass)[1:]:
+        if of := re.match(r"\S*absorbed_decode_kernelI\d*(\w+?)Li(\d)ELi(\d)E", kernel):
+            found[of[1], 128 * int(of[2]), 16 * int(of[3])] = static.read_sass(kernel)
+    if not found:
+        pytest.skip("the extension has no code for sm_90")
+    assert len(found) == 16, sorted(found)
+    for (dtype, width, rows), row in found.items():
+        assert row["matrix_hot"] and row["atomics"] == 0, (dtype, width, rows)
+        most = 24 if (width, rows) == (1024, 32) else 8 if (width, rows) == (896, 32) else 0
+        assert row["spills_hot"] <= most, (dtype, width, rows, row["spills_hot"])
 
 
 def test_constants_are_made_without_max_and_min() -> None:

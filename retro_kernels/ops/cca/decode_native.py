@@ -13,7 +13,7 @@ _INTEGERS = (torch.int32, torch.int64)
 if WITH_CUDA:
     from retro_kernels import _C
 # an extension that was built before this op was written has everything else
-_BUILT: bool = WITH_CUDA and hasattr(_C, "absorbed_decode_clusters")
+_BUILT: bool = WITH_CUDA and hasattr(_C, "absorbed_decode_takes")
 
 
 def can_run(
@@ -29,7 +29,7 @@ def can_run(
         and (lengths is None or lengths.dtype in _INTEGERS)
         and (rel_bias is None or rel_bias.dtype in (torch.float32, states.dtype))
         and states.data_ptr() % 16 == 0
-        and _C.absorbed_decode_fits(
+        and _C.absorbed_decode_takes(
             states.shape[3], states.shape[1], states.shape[2], query.shape[1] * query.shape[2]
         )
     )
