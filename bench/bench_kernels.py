@@ -35,13 +35,17 @@ if not (ON_GPU or TINY):
 torch._functorch.config.donated_buffer = False
 
 
+Forward = tuple[Callable[[], Tensor], list[Tensor], Tensor]
+"""A forward, the tensors whose gradients are wanted, the gradient of the output."""
+
+
 class Kept:
     """The buffer sets of the case at hand: made once for all formulations of it, freed when the next case comes."""
 
     case: Case | None = None
     sets: list[cases.Tensors] = []
     key: tuple[Case, str] | None = None
-    calls: list[tuple[Callable[[], Tensor], list[Tensor], Tensor]] = []
+    calls: list[Forward] = []
 
     @classmethod
     def tensors(cls, case: Case) -> list[cases.Tensors]:
@@ -56,10 +60,8 @@ class Kept:
         return cls.sets
 
     @classmethod
-    def forwards(
-        cls, case: Case, peer: peers.Peer | None
-    ) -> list[tuple[Callable[[], Tensor], list[Tensor], Tensor]]:
-        """For each buffer set: the forward, the tensors whose gradients are wanted, the gradient of the output."""
+    def forwards(cls, case: Case, peer: peers.Peer | None) -> list[Forward]:
+        """One for each buffer set."""
         sets = cls.tensors(case)
         key = (case, peer.name if peer else OURS)
         if cls.key != key:
@@ -70,14 +72,12 @@ class Kept:
         return cls.calls
 
 
-def _ours(t: cases.Tensors) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
+def _ours(t: cases.Tensors) -> Forward:
     arguments: dict[str, Any] = t.arguments()
     return lambda: chunked_cross_attention(t.query, t.key, t.value, **arguments), t.wanted(), t.grad_out
 
 
-def _theirs(
-    case: Case, peer: peers.Peer, t: cases.Tensors
-) -> tuple[Callable[[], Tensor], list[Tensor], Tensor]:
+def _theirs(case: Case, peer: peers.Peer, t: cases.Tensors) -> Forward:
     blocks = peers.leaf_blocks(t, peer.positions)
     attend = peer.build(case, blocks)
     return lambda: attend(blocks), blocks.leaves, blocks.grad_out
@@ -169,7 +169,7 @@ def test_cca(
     if peer and (reason := peer.why_not(case, DEVICE.type, which != "forward")):
         pytest.skip(reason)
     try:
-        calls = _calls(case, which, peer)
+        calls = _calls(Kept.forwards(case, peer), which)
         for call in calls:
             call()
     except Exception as error:
@@ -181,8 +181,7 @@ def test_cca(
     benchmark.extra_info["share_of_floor"] = round(floor / median, 4)
 
 
-def _calls(case: Case, which: Pass, peer: peers.Peer | None) -> list[Callable[[], Any]]:
-    forwards = Kept.forwards(case, peer)
+def _calls(forwards: list[Forward], which: Pass) -> list[Callable[[], Any]]:
     if which == "forward":
 
         def infer(forward: Callable[[], Tensor]) -> Callable[[], Any]:
@@ -260,16 +259,9 @@ class _Allocates(torch.autograd.Function):
         return tuple(x.new_empty(x.shape) for x in ctx.saved_tensors)
 
 
-def _only_allocates(case: Case, which: Pass) -> Callable[[], Any]:
+def _only_allocates(case: Case) -> Forward:
     t = Kept.tensors(case)[0]
-    if which == "forward":
-
-        def infer() -> Tensor:
-            with torch.no_grad():
-                return _Allocates.apply(*t.wanted())
-
-        return infer
-    return lambda: torch.autograd.grad(_Allocates.apply(*t.wanted()), t.wanted(), t.grad_out)
+    return lambda: _Allocates.apply(*t.wanted()), t.wanted(), t.grad_out
 
 
 @pytest.mark.skipif(not (ON_GPU or TINY), reason="on a CPU the work itself is all there is")
@@ -284,7 +276,8 @@ def test_overhead(benchmark: Any, which: Pass, name: str, positions: cases.Posit
     benchmark.extra_info.update(case=name, what="overhead", **case.fields(), **{"pass": which})
     if peer and (reason := peer.why_not(case, DEVICE.type, True)):
         pytest.skip(reason)
-    call = _only_allocates(case, which) if name == NOTHING else _calls(case, which, peer)[0]
+    forwards = [_only_allocates(case)] if name == NOTHING else Kept.forwards(case, peer)
+    call = _calls(forwards, which)[0]
     timing.record(benchmark, [timing.cpu_seconds_per_call(call, 100 if ON_GPU else 2)])
 
 

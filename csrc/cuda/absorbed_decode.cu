@@ -443,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
     });
     sync_cluster();
     merge_cluster<T, Steps, Tiles>(mine, parts, static_cast<T*>(d.out) + (i_b * of_sequence + first_row) * S::width,
-                            min(S::rows, of_sequence - first_row), d.splits, i_split);
+                                   min(S::rows, of_sequence - first_row), d.splits, i_split);
     sync_cluster();  // nobody ends while others read
     return;
   }
