@@ -777,6 +777,11 @@ class _FaissSearcher:
             if type(mine).__name__ in _WRAPPERS:
                 mine.ntotal += theirs.ntotal
                 theirs.ntotal = 0
+            elif type(mine).__name__ == "IndexIVFPQFastScan":
+                mine.check_compatible_for_merge(theirs)
+                _move_blocks(mine.invlists, theirs.invlists, mine.ntotal)
+                mine.ntotal += theirs.ntotal
+                theirs.ntotal = 0
             else:  # inverted lists keep ids; elsewhere the place is the id
                 mine.merge_from(theirs, mine.ntotal if hasattr(mine, "nlist") else 0)
 
@@ -862,6 +867,33 @@ def _nested(index: Any) -> list[Any]:
     elif isinstance(index, faiss.IndexPreTransform):
         inner = [index.index]
     return [index, *(part for one in inner for part in _nested(one))]
+
+
+def _move_blocks(to: Any, source: Any, first_id: int) -> None:
+    """Moves vectors in blocks of 32 behind those of `to`, list by list, `first_id` added to their ids.
+
+    Not by FAISS's merge_from: where a list has a number of vectors that the bytes of a block divide, 1.15 writes past
+    the list's end (BlockInvertedLists::add_entries compares vectors with bytes, and copies all blocks behind the first
+    ones). Lists of whole blocks are copied here, others are repacked by FAISS, which does that right.
+    """
+    faiss = require_faiss()
+    to, source = faiss.downcast_InvertedLists(to), faiss.downcast_InvertedLists(source)
+    for i in range(source.nlist):
+        n, before = source.list_size(i), to.list_size(i)
+        if n == 0:
+            continue
+        ids = faiss.rev_swig_ptr(source.get_ids(i), n) + first_id
+        if before % to.n_per_block:
+            to.add_entries(i, n, faiss.swig_ptr(ids), source.get_codes(i))
+        else:
+            to.resize(i, before + n)
+            start = before // to.n_per_block * to.block_size
+            size = -(-n // to.n_per_block) * to.block_size
+            faiss.rev_swig_ptr(to.get_ids(i), before + n)[before:] = ids
+            faiss.rev_swig_ptr(to.get_codes(i), start + size)[start:] = faiss.rev_swig_ptr(
+                source.get_codes(i), size
+            )
+        source.resize(i, 0)
 
 
 def _serialised(index: Any) -> np.ndarray:

@@ -1,8 +1,14 @@
 """Whatever finds the neighbours finds them in squared L2, ascending, with −1 and +inf where there are none."""
 
 import math
+import os
 import re
+import subprocess
+import sys
+import textwrap
 import weakref
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -408,7 +414,9 @@ def stored(folder, index: Index, vectors: np.ndarray, trained: str | None) -> Ch
     return store
 
 
-def parts_and_whole(folder, factory: str, vectors: np.ndarray) -> tuple[list[ChunkStore], Index]:
+def parts_and_whole(
+    folder, factory: str, vectors: np.ndarray, ends: Sequence[int] = (903, 950)
+) -> tuple[list[ChunkStore], Index]:
     """Sets whose indexes began with the same trained one, and that one with the vectors of all of them."""
     whole = Index.train(vectors, factory)
     trained = whole.trained_state()
@@ -416,7 +424,7 @@ def parts_and_whole(folder, factory: str, vectors: np.ndarray) -> tuple[list[Chu
     first = Index.load(folder / "trained", factory)
     assert first.trained_state() == trained
     stores: list[ChunkStore] = []
-    for i, rows in enumerate((vectors[:903], vectors[903:950], vectors[950:])):
+    for i, rows in enumerate(np.split(vectors, ends)):
         index = Index.open_trained(stores[0]) if stores else first
         assert len(index) == 0
         index.add(rows)
@@ -465,6 +473,45 @@ def test_joined_indexes_find_what_one_index_finds(factory, seed, tmp_path):
                     assert torch.equal(found, expected)
     joined.add(vectors[:5])
     assert len(joined) == len(vectors) + 5
+
+
+def test_lists_of_blocks_are_joined_at_every_place_in_a_block(seed, tmp_path):
+    """One list, in blocks of 32 vectors and 64 bytes: joined within a block, at its end, and where the vectors before
+    are as many as the bytes of one or several blocks."""
+    vectors = clustered(seed, 300, 8)
+    stores, whole = parts_and_whole(tmp_path, "IVF1,PQ4x4fs", vectors, (31, 32, 64, 65, 128, 192, 197, 256))
+    joined = Index.join(stores)
+    lists = faiss.downcast_InvertedLists(joined._searcher.index.invlists)
+    assert (lists.n_per_block, lists.block_size) == (32, 64)
+    for found, expected in zip(joined.search(vectors, 300), whole.search(vectors, 300), strict=True):
+        assert torch.equal(found, expected)
+
+
+JOINED_AT_WHOLE_BLOCKS = """
+    import sys, numpy as np
+    from pathlib import Path
+    from retrieval.test_index import clustered, parts_and_whole
+    from retro_kernels.retrieval import Index
+
+    vectors = clustered(int(sys.argv[2]), 64 * 3000 + 5, 8)
+    stores, whole = parts_and_whole(Path(sys.argv[1]), "IVF1,PQ4x4fs", vectors, (64 * 3000,))
+    joined = Index.join(stores)
+    for found, expected in zip(joined.search(vectors[-5:], 10), whole.search(vectors[-5:], 10)):
+        assert np.array_equal(found, expected)
+"""
+
+
+def test_joining_writes_nothing_past_a_list(seed, tmp_path):
+    """FAISS's own way copies 384 kB behind the end of such a list, which ends the process: so in one of its own."""
+    tests = Path(__file__).resolve().parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(JOINED_AT_WHOLE_BLOCKS), tmp_path, str(seed)],
+        env={**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_every_kind_that_is_said_to_be_joinable_is_tested(tmp_path):
