@@ -2,7 +2,8 @@
 
 To check a call, to choose its backend and to pass torch's dispatcher takes twice as long as to launch its kernels. All
 of that depends on types, shapes and options only, so it is done for the first call of a kind. A call that somebody
-else takes part in (autograd, autocast, a transform, a mode, a tracer, a profiler) goes the long way each time.
+else takes part in (autocast, a transform, a mode, a tracer, a profiler) goes the long way each time; so does one that
+autograd records, unless the op says how it is recorded (`with_gradient`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _kept: dict[Hashable, Callable[..., Any]] = {}
 
 class _Thread(threading.local):
     listening = False
+    gradients = False  # whether the call that listens is recorded by autograd
     ran: tuple[Callable[..., Any], list[Hashable]] | None = None
 
 
@@ -69,13 +71,16 @@ def kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) 
 
 
 def look_up(
-    what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]
+    what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...], differentiable: bool = False
 ) -> tuple[Hashable | None, Callable[..., Any] | None]:
     """The kind of a call of the op `what`, None where it has to go the long way, and what to call with `tensors` if
-    such a call was remembered. Between this and `remember`, one pass of kernels may run (`note`)."""
+    such a call was remembered. Between this and `remember`, one pass of kernels may run (`note`).
+
+    `differentiable`: calls that autograd records are remembered too, if between the two `with_gradient` says how."""
     if torch.compiler.is_compiling() or any(type(x) not in _OPTIONS for x in options):
         return None, None
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors):
+    gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    if gradients and not differentiable:
         return None, None
     if not unseen(tensors) or not isinstance(first := tensors[0], Tensor):
         return None, None
@@ -83,9 +88,9 @@ def look_up(
         return None, None
     if first.is_cuda and first.device.index != torch.cuda.current_device():  # on which kernels are launched
         return None, None
-    key = kind(what, tensors, (*options, _backend._preferred))
+    key = kind(what, tensors, (*options, _backend._preferred, gradients))
     made = _kept.get(key)
-    _thread.listening, _thread.ran = made is None, None
+    _thread.listening, _thread.gradients, _thread.ran = made is None, gradients, None
     return key, made
 
 
@@ -95,13 +100,20 @@ def note(made: Callable[..., Any], tensors: Sequence[Tensor | None]) -> None:
         _thread.ran = made, [_memory(x) for x in tensors]
 
 
+def with_gradient(recorded: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """The pass that has run since `look_up`, if one has, is what `recorded` makes of it for autograd to see."""
+    if _thread.gradients and _thread.ran is not None:
+        made, given = _thread.ran
+        _thread.gradients, _thread.ran = False, (recorded(made), given)
+
+
 def remember(key: Hashable | None, tensors: Sequence[Tensor | None]) -> None:
     """The next call of the kind `key` may go to the pass that has run since `look_up`, if that got `tensors` as they
     are, and nothing besides."""
     if torch.compiler.is_compiling() or key is None:
         return
     ran, _thread.listening, _thread.ran = _thread.ran, False, None
-    if ran is None:
+    if ran is None or _thread.gradients:  # alone a pass has no gradient
         return
     made, given = ran
     missing = (None,) * (len(given) - len(tensors))

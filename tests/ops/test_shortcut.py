@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels.ops import _shortcut, use_backend
-from retro_kernels.ops._shortcut import look_up, note, remember
+from retro_kernels.ops._shortcut import look_up, note, remember, with_gradient
+from retro_kernels.ops.cca import op
 
 OPTIONS = (64, None, 0.0, "triton")
 
@@ -191,6 +192,30 @@ def test_other_tensors_go_the_long_way(tensor: Callable[[], Any]) -> None:
             assert look_up("op", given, OPTIONS)[0] is not None
 
 
+def test_a_recorded_call_goes_to_what_autograd_sees() -> None:
+    x, made = torch.randn(4, requires_grad=True), Pass()
+
+    def called(recorded: Callable[..., Any] | None = None) -> Callable[..., Any] | None:
+        key, known = look_up("op", (x,), OPTIONS, differentiable=True)
+        if known is None:
+            note(made, (x.view(2, 2),))
+            if recorded is not None:
+                with_gradient(recorded)
+            remember(key, (x,))
+        return known
+
+    assert called() is None and called() is None  # a pass alone, which autograd would not see
+    assert called(lambda made: lambda x: ("seen", made(x))) is None
+    known = called()
+    assert known is not None and known(x) == ("seen", 1) and made.got[-1][0] is x
+    with torch.no_grad():  # is another kind
+        assert called() is None
+        known = called()
+    assert known is not None and known(x) == 2
+    with_gradient(lambda made: None)  # nobody asked
+    assert called() is not None
+
+
 @pytest.mark.parametrize("option", [True, torch.tensor(0.5), (1, 2)])
 def test_other_options_go_the_long_way(option: Any) -> None:
     assert look_up("op", (torch.randn(3),), (64, option)) == (None, None)
@@ -226,7 +251,7 @@ def tensor(x):
     return x.dtype, x.numel(), given
 
 def draw(*shape):
-    x = torch.randn(shape).to(torch.bfloat16)
+    x = torch.randn(shape).to(torch.bfloat16).requires_grad_(torch.is_grad_enabled())
     tensors.append(x)
     return x
 
@@ -263,21 +288,34 @@ def states():
     weights = draw(64, 48), draw(64, 48)
     return absorbed_decode(draw(2, 1, 2, 32), draw(2, 2, 64, 48), *weights, rows=whole_numbers(16, 2, 1), **terms(79))
 
-with torch.no_grad():
-    for count, function in enumerate((whole, blocks, keys, states), 1):
-        found, shapes = [], []
-        for turn in range(3):
-            tensors, calls = [], []
-            if turn == 2:  # the long way is closed
-                closed = op._check_ranks, decode._check_floating
-                op._check_ranks = decode._check_floating = None
+count, launched = 0, {}
+cases = [(f, False) for f in (whole, blocks, keys, states)] + [(f, True) for f in (whole, blocks)]
+for function, gradients in cases:
+    found, shapes = [], []
+    for turn in range(3):
+        tensors, calls = [], []
+        if turn == 2:  # the long way is closed
+            closed = op._check_ranks, decode._check_floating
+            op._check_ranks = decode._check_floating = None
+        with torch.set_grad_enabled(gradients):
             out = function()
-            found.append(calls)
-            shapes.append((out.shape, out.dtype, out.is_contiguous()))
-        op._check_ranks, decode._check_floating = closed
-        assert len(_shortcut._kept) == count, function
-        assert found[0] and found[0] == found[1] == found[2], (function, found)
-        assert len(set(shapes)) == 1, shapes
+        results = [out]
+        if gradients:
+            inputs = [x for x in tensors if x.requires_grad]
+            assert len(inputs) == 7 and out.requires_grad
+            results += torch.autograd.grad(out, inputs, torch.ones_like(out))
+            assert [x.shape for x in results[1:]] == [x.shape for x in inputs]
+        found.append(calls)
+        shapes.append(tuple((x.shape, x.dtype, x.is_contiguous()) for x in results))
+    op._check_ranks, decode._check_floating = closed
+    count += 1
+    assert len(_shortcut._kept) == count, function
+    assert found[0] and found[0] == found[1] == found[2], (function, found)
+    assert len(set(shapes)) == 1, shapes
+    launched[function, gradients] = found[0]
+for function in (whole, blocks):
+    assert launched[function, True][: len(launched[function, False])] == launched[function, False]
+    assert len(launched[function, True]) > 2 * len(launched[function, False])
 print("the same")
 """
 
@@ -285,6 +323,43 @@ print("the same")
 def test_the_short_way_launches_what_the_long_way_does(tmp_path: Path) -> None:
     """By the installed Triton's compiler and objects, for a GPU that is not here: nothing is run."""
     without_gpu.run(SCRIPT, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 2, 8), (12, 20, 2, 8)])
+def test_gradients_of_the_short_way(shape: tuple[int, ...], seed: int) -> None:
+    """Its tensors are as they were given: keys and lengths of chunks have an axis more than those of blocks."""
+    keys = (2, 2, 3, 12, 2, 8) if shape[0] == 2 else (4, 3, 12, 2, 8)
+    block, shift, repeat = (16, 15, 1) if shape[0] == 2 else (20, 0, 3)
+    columns = block + 11
+    drawn = [torch.randn(x) for x in (shape, keys, keys, (2, columns, 8), (2, 8), (2, 8), (2, columns))]
+    given = [x.requires_grad_() for x in drawn]
+    lengths = torch.randint(0, 13, keys[:-3])
+    grad = torch.randn(shape)
+    query, key, value, *tables = given
+    names = ("rel_key", "content_bias", "position_bias", "rel_bias")
+    terms: dict[str, Any] = {**dict(zip(names, tables, strict=True)), "scale": 0.3, "backend": "torch"}
+    if shape[0] == 2:
+        out = op.chunked_cross_attention(query, key, value, chunk_size=16, neighbour_lengths=lengths, **terms)
+    else:
+        out = op.block_attention(query, key, value, key_repeat=3, lengths=lengths, **terms)
+    expected = (out, *torch.autograd.grad(out, given, grad))
+
+    def made(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+        blocks = [x.reshape(-1, *keys[-4:]) for x in (key, value)]
+        lengths = others[4]
+        assert lengths is not None and lengths.shape == keys[:-3]
+        rest = (*others[:4], lengths.reshape(-1, 3), None, block, shift, repeat, 0.3, 0.0, "torch")
+        return torch.ops.retro_kernels.cca_fwd(query, *blocks, *rest)
+
+    short, _ = op._BlockAttention.apply(made, *given, lengths, None, block, shift, repeat, 0.3, 0.0, "torch")
+    for a, b in zip((short, *torch.autograd.grad(short, given, grad)), expected, strict=True):
+        assert torch.equal(a, b) and a.shape == b.shape
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        short, _ = op._BlockAttention.apply(
+            made, *given, lengths, None, block, shift, repeat, 0.3, 0.0, "torch"
+        )
+        (once,) = torch.autograd.grad(short.sum(), query, create_graph=True)
+        once.sum().backward()
 
 
 @pytest.mark.gpu
@@ -312,4 +387,12 @@ def test_the_short_way_computes_the_same_on_the_gpu(seed: int) -> None:
                     absorbed_decode(query[:, :1].contiguous(), states, *weights, rows=rows, **terms),
                 ]
         assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
-    assert len(_shortcut._kept) == 2
+        leaves = [x.requires_grad_() for x in (query, key, value, *terms.values())]
+        grad = torch.randn_like(query)
+        out = chunked_cross_attention(query, key, value, **terms)
+        short = [out, *torch.autograd.grad(out, leaves, grad)]
+        with SeenAbove():
+            out = chunked_cross_attention(query, key, value, **terms)
+            long = [out, *torch.autograd.grad(out, leaves, grad)]
+        assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
+    assert len(_shortcut._kept) == 3

@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
-from retro_kernels.ops._shortcut import look_up, remember
+from retro_kernels.ops._shortcut import look_up, remember, with_gradient
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -184,7 +185,7 @@ _cca_fwd = register(
     f"cca_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    lambda *args: _BlockAttention.apply(*args),
+    lambda *args: _BlockAttention.apply(None, *args),
 )
 _cca_bwd = register(
     f"cca_bwd(Tensor grad_out, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}, bool[] needs)"
@@ -195,11 +196,20 @@ _cca_bwd = register(
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Keeps the inputs, the output and the log-sum-exp; the weights are computed again."""
+    """Keeps the inputs, the output and the log-sum-exp; the weights are computed again.
+
+    `made`: the pass that calls of this kind run (`_shortcut`), whose tensors are as they were given: keys and lengths
+    have an axis for the batch and one for its chunks."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = without_autograd(_cca_fwd, *args)
+    def forward(ctx: Any, made: Callable[..., Any] | None, *args: Any) -> tuple[Tensor, Tensor]:
+        if made is not None:
+            out, lse = made(*args[:9])
+        else:
+            out, lse = without_autograd(_cca_fwd, *args)
+            if not torch.compiler.is_compiling():
+                options = args[9:]
+                with_gradient(lambda made: lambda *tensors: _BlockAttention.apply(made, *tensors, *options))
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)  # or there would be zeros in place of a gradient of lse
         ctx.save_for_backward(out, lse, *args[:9])
@@ -210,10 +220,10 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
-        args = (ctx.needs_input_grad[3:7], grad_out, *ctx.saved_tensors, *ctx.options)
+        args = (ctx.needs_input_grad[4:8], grad_out, *ctx.saved_tensors, *ctx.options)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_FirstDerivative.apply(*args), *(None,) * 8)  # create_graph=True
-        return (*_gradients(*args), *(None,) * 8)
+            return (None, *_FirstDerivative.apply(*args), *(None,) * 8)  # create_graph=True
+        return (None, *_gradients(*args), *(None,) * 8)
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -231,11 +241,28 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 def _gradients(
-    needs: tuple[bool, ...], grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any
+    needs: tuple[bool, ...],
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *args: Any,
 ) -> tuple[Any, ...]:
-    wanted = [need and x is not None for need, x in zip(needs, args[3:7], strict=True)]
-    grads = without_autograd(_cca_bwd, grad_out, out, lse, *args, wanted)
-    return (*grads[:3], *(grad if need else None for grad, need in zip(grads[3:], wanted, strict=True)))
+    tables, (lengths, *rest) = args[:4], args[4:]
+    wanted = [need and x is not None for need, x in zip(needs, tables, strict=True)]
+    shape = key.shape
+    if key.dim() == 6:
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        lengths = None if lengths is None else lengths.flatten(0, 1)
+    grad_query, grad_key, grad_value, *others = without_autograd(
+        _cca_bwd, grad_out, out, lse, query, key, value, *tables, lengths, *rest, wanted
+    )
+    if len(shape) == 6:
+        grad_key, grad_value = grad_key.view(shape), grad_value.view(shape)
+    kept = (grad if need else None for grad, need in zip(others, wanted, strict=True))
+    return grad_query, grad_key, grad_value, *kept
 
 
 def chunked_cross_attention(
@@ -294,7 +321,7 @@ def chunked_cross_attention(
         rel_bias,
         neighbour_lengths,
     )
-    kind, known = look_up(name, given, (chunk_size, scale, dropout_p, backend))
+    kind, known = look_up(name, given, (chunk_size, scale, dropout_p, backend), differentiable=True)
     if known is not None:
         return known(*given)[0]
     _check_ranks(name, query, key, value, 6, "[B, L, K, R, Hkv, D]")
@@ -378,7 +405,7 @@ def block_attention(
     """
     name = "block_attention"
     given = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths)
-    kind, known = look_up(name, given, (key_repeat, scale, dropout_p, backend))
+    kind, known = look_up(name, given, (key_repeat, scale, dropout_p, backend), differentiable=True)
     if known is not None:
         return known(*given)[0]
     _check_ranks(name, query, key, value, 5, "[G, J, TK, Hkv, D]")
@@ -485,7 +512,7 @@ def _attend(
             return block_attention_reference(*tensors, **options)  # type: ignore[arg-type]
         args = (*tensors, block, shift, repeat, scale, dropout_p, chosen)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return _BlockAttention.apply(*args)[0]
+            return _BlockAttention.apply(None, *args)[0]
         return without_autograd(_cca_fwd, *args)[0]
 
 
