@@ -8,6 +8,7 @@ after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import difflib
 import json
@@ -470,7 +471,8 @@ def _add_dedup(parser: _Parser) -> None:
 
 
 def _print_json(values: Any) -> None:
-    print(json.dumps(values, ensure_ascii=False))
+    encoding = codecs.lookup(sys.stdout.encoding or "ascii").name
+    print(json.dumps(values, ensure_ascii=not encoding.startswith("utf")))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -89,10 +89,11 @@ def demo(
     corpus: files or a folder instead of the standard library. steps: of each model. embedder: as
     `build_retrieval_set`. size: other amounts. say: is handed what is told on the way.
     In the folder: set/, retro/, plain/, report.md, result.json, curve.png. Interrupted, the same call goes on.
-    Raises InputError where there is too little text.
+    Raises InputError where there is too little text, or the folder holds something else.
     """
     size = size or Size()
     folder = Path(out)
+    _check_target(folder)
     clock = _Clock(say)
     steps = steps or size.steps
     if steps < 2:
@@ -242,6 +243,15 @@ def demo(
     say(passage)
     say(f"Written: {folder / 'report.md'}")
     return result
+
+
+def _check_target(folder: Path) -> None:
+    """InputError where results would replace files that are no demo's."""
+    results = [name for name in ("report.md", "result.json", "curve.png") if (folder / name).exists()]
+    if results and not (folder / "set").is_dir():
+        raise InputError(
+            f"demo: {folder} holds {', '.join(results)}, and no demo: that would be replaced. Give another --out."
+        )
 
 
 def _keep(run: Path, copy: Path) -> None:

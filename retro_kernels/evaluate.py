@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .config import InputError, check_seed
+from .config import InputError, as_count, check_seed
 from .data.corpus import Document
 from .data.packing import TokenDocuments
 from .nn import RetroFitted
@@ -75,6 +75,8 @@ class Found:
     """float64 [C], r(C) of each chunk with its ten nearest neighbours."""
     shuffled: Tensor | None
     """int64 [C]: the chunk whose neighbours each gets in the control; None where there is only one chunk."""
+    own: Tensor | None
+    """bool [C, K]: which of those are of the chunk's own document, and are left out."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,9 @@ def evaluate(
     if opened is None and found is None:
         check_plain("eval", loaded, {"-k": num_neighbours, "--retriever": retriever, "--plot": plot})
     size = model.config.chunk_size
-    window = loaded.sequence_length if window is None else window
-    stride = max(size, window // 2 // size * size) if stride is None else stride
+    batch_size = as_count("eval", "batch_size", batch_size)
+    window = loaded.sequence_length if window is None else as_count("eval", "window", window)
+    stride = max(size, window // 2 // size * size) if stride is None else as_count("eval", "stride", stride)
     if window < size or window % size or stride < size or stride % size or stride > window:
         raise InputError(
             f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
@@ -150,9 +153,7 @@ def evaluate(
         raise InputError(
             f"eval: window is {window}; the pretrained model was made for at most {longest} tokens."
         )
-    k = loaded.num_neighbours if num_neighbours is None else num_neighbours
-    if k < 1:
-        raise InputError(f"eval: -k is {k}; it must be at least 1.")
+    k = as_count("eval", "-k", loaded.num_neighbours if num_neighbours is None else num_neighbours)
     if opened is not None:
         opened.check_num_neighbours(k)
     corpus = text.tokenise(tokenizer, size)
@@ -226,6 +227,8 @@ def _check_plot(path: Path) -> None:
         raise InputError("eval: --plot needs matplotlib, which is missing: pip install matplotlib")
     if not path.absolute().parent.is_dir():
         raise InputError(f"eval: --plot is {path}, but the folder {path.absolute().parent} does not exist.")
+    if path.is_dir() or (path.exists() and path.open("rb").read(8) not in (b"", b"\x89PNG\r\n\x1a\n")):
+        raise InputError(f"eval: --plot is {path}, which is there and no PNG. Give another name.")
 
 
 def check_plain(verb: str, run: Run, options: dict[str, Any]) -> None:
@@ -312,7 +315,11 @@ def find_neighbours(
         def gather(rows: Tensor) -> tuple[Tensor, Tensor]:
             return retriever.gather(near_ids[rows])
 
-    return Found(near_ids, gather, r, None if order is None else torch.from_numpy(order))
+    if order is None:
+        return Found(near_ids, gather, r, None, None)
+    shuffled = torch.from_numpy(order)
+    own = torch.from_numpy(ids)[:, None]
+    return Found(near_ids, gather, r, shuffled, (own >= 0) & (retriever.documents(near_ids[shuffled]) == own))
 
 
 def derangement(owner: np.ndarray, seed: int) -> np.ndarray | None:
@@ -451,7 +458,8 @@ class _Scorer:
             rows[b, :whole] = torch.arange(first, first + whole)
             there[b, :whole] = 1
         if mode == "shuffled":
-            assert found.shuffled is not None
+            assert found.shuffled is not None and found.own is not None
+            there = there * ~found.own[rows]
             rows = found.shuffled[rows]
         near, lengths = found.gather(rows)
         return NeighbourBatch(near.to(self.device), (lengths * there).to(self.device), None, None)

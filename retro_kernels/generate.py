@@ -19,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError, check_count, check_seed
+from .config import InputError, as_count, check_count, check_seed
 from .data.tokenizer import Tokenizer
 from .evaluate import check_plain, open_set
+from .nn import RetroFitted
+from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
 from .runs import Run, autocast, load_run, pick_device, pick_dtype
 
@@ -78,6 +80,8 @@ def generate(
     retrieval_seconds, and chunks: every complete chunk of prompt and text with its neighbours (`ChunkTrace`, as dicts).
     Raises InputError for settings out of range, or where set and model do not fit.
     """
+    max_tokens = as_count("generate", "max_tokens", max_tokens)
+    top_k = None if top_k is None else as_count("generate", "top_k", top_k)
     check_sampling(max_tokens, temperature, top_k, top_p, seed)
     where = pick_device(device)
     loaded = run if isinstance(run, Run) else load_run(run, where)
@@ -88,7 +92,7 @@ def generate(
     else:
         check_plain("generate", loaded, {"--set": set, "-k": num_neighbours, "--retriever": retriever})
     k = loaded.num_neighbours if num_neighbours is None else num_neighbours
-    check_count("generate", "the number of neighbours", k)
+    k = as_count("generate", "the number of neighbours", k)
     if opened is not None:
         opened.check_num_neighbours(k)
     reader = _Reader(loaded, opened, k, pick_dtype(dtype, where))
@@ -169,6 +173,8 @@ class _Reader:
         self.device = next(run.model.parameters()).device
         self.size = run.model.config.chunk_size
         self.window = max(run.sequence_length, 2 * self.size)
+        if isinstance(run.model, RetroFitted):
+            self.window = int(min(self.window, longest_sequence(run.model.base, run.model.bos_id)))
         self.tokens: list[int] = []  # all
         self.start = 0  # of the tokens in the cache
         self.cache = self.model.new_cache(1)
@@ -185,7 +191,7 @@ class _Reader:
         if len(self.tokens) - self.start <= self.window:
             return self._decode(new, self.cache, self._between(len(self.tokens) - len(new), len(self.tokens)))
         # Whole chunks are dropped, so the grid stays that of the document.
-        keep = max(self.size, self.window // 2 // self.size * self.size)
+        keep = self.window // 2 // self.size * self.size or self.window - self.size + 1
         self.start = (len(self.tokens) - keep) // self.size * self.size
         self.cache = self.model.new_cache(1)
         return self._decode(

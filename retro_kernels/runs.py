@@ -9,6 +9,7 @@ interruption.
     RUN/checkpoint-00001000/             weights, optimiser, RNG at one moment; the newest is kept
     RUN/tokens/                          the text in tokens, for the next start
     RUN/eval-….partial                   an evaluation that was interrupted (evaluate.py)
+    RUN/lock                             while a process trains
 
 A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser
 always belong together. `model.safetensors` beside it is a hard link to the same bytes where the file system has such.
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import InputError
+from .config import InputError, TrainConfig
 from .data.corpus import Document
 from .data.packing import TokenDocuments
 from .data.text import Text as Text
@@ -41,11 +42,12 @@ from .data.text import progress_bar as progress_bar
 from .data.text import taken_up as taken_up
 from .data.tokenizer import Tokenizer, _write_whole
 from .nn import Retro, RetroFitted
+from .nn.saving import CONFIG, WEIGHTS
 from .ops._backend import cpu_has_bf16
 from .ops._backend import pick_device as pick_device
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
-TOKENS, _ABOUT = "tokens", "about.json"
+TOKENS, _ABOUT, _LOCK = "tokens", "about.json", "lock"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -124,6 +126,51 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, TypeError, KeyError, NotADirectoryError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def check_target(folder: Path, config: TrainConfig) -> None:
+    """InputError where training would replace what is in `folder` and is no run's, or where the run would lie in what
+    it is made from, and go with that."""
+    for name in ("set", "retrofit"):
+        source = getattr(config, name)
+        if source and Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise InputError(
+                f"train: out is {folder}, which is {name} ({source}) or lies in it. Give another --out."
+            )
+    if not folder.is_dir():
+        return
+    found = {path.name for path in folder.iterdir()} & {
+        *(CONFIG, WEIGHTS, TOKENIZER, SETTINGS, METRICS, TOKENS, "manifest.json")
+    }
+    if found:
+        try:
+            read_settings(folder)
+        except InputError:
+            raise InputError(
+                f"train: {folder} holds {', '.join(sorted(found))}, and no training run: that would be replaced. Give "
+                "another --out."
+            ) from None
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While it lasts no other process trains in `folder`; InputError if one does. The folder is made, and is gone again
+    where nothing was written into it. What a process left that was killed while it saved is removed."""
+    from .retrieval.writing import locked
+
+    path = folder / _LOCK
+    missing = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(path, f"Another process trains in {folder}. Wait for it, or give another --out."):
+        try:
+            for staged in folder.glob("checkpoint-*.tmp-*"):
+                shutil.rmtree(staged, ignore_errors=True)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for place in missing:
+                    place.rmdir()
 
 
 def places(path: str, config: dict[str, Any], folder: Path) -> list[str]:
@@ -268,7 +315,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{checkpoint / STATE} cannot be read ({reason}). Remove {checkpoint} and start again."
+            f"{checkpoint / STATE} cannot be read ({reason}). If no other process trains there, remove {checkpoint} "
+            "and start again."
         ) from None
 
 
@@ -276,6 +324,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Arithmetic of the forward pass. `"auto"`: bf16 where the device multiplies in it."""
     if name in ("fp32", "bf16"):
         return torch.float32 if name == "fp32" else torch.bfloat16
+    if name != "auto":
+        raise InputError(f"dtype is {name!r}; it must be auto, fp32 or bf16.")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32

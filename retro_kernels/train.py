@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -40,7 +41,9 @@ from .runs import (
     Interrupted,
     KeptTokens,
     Text,
+    alone_in,
     autocast,
+    check_target,
     checkpoints,
     dtype_name,
     interruptible,
@@ -90,7 +93,8 @@ def train(
     `config.neighbours` had, the others were searched for; None without one), without_neighbours and neighbours_filled
     (the share of the chunks that had none at all, and of the places for neighbours that were filled; None without a
     set), parameters, dtype.
-    Raises InputError where data, set, tokenizer or run do not fit, Interrupted after Ctrl-C, with a checkpoint written.
+    Raises InputError where data, set, tokenizer or run do not fit, where the folder holds something else or another
+    process trains in it, Interrupted after Ctrl-C, with a checkpoint written.
     """
     from .retrieval.writing import check_writable
 
@@ -101,6 +105,20 @@ def train(
             f"train: out is {folder}, and so is data. What is written there would be read as text when the run is "
             "continued: give a folder in it, or another one."
         )
+    check_target(folder, config)
+    with alone_in(folder):
+        return _train(config, folder, resume, stop_after, documents, progress)
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    stop_after: int | None,
+    documents: list[Document] | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """See `train`."""
     saved = checkpoints(folder)
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
@@ -161,11 +179,10 @@ def train(
     trainer = _Trainer(config, folder, model, packed, retriever, settings, progress)
     if saved:
         trainer.load(saved[-1][1], read_settings(folder))
-    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, trainer.settings)  # first: by it a folder is known for a run's
     kept.keep(corpus)
     _cut_metrics(folder / METRICS, trainer.step)
     tokenizer.save(folder / TOKENIZER)
-    write_json(folder / SETTINGS, trainer.settings)
     try:
         return trainer.run(
             config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
@@ -584,6 +601,13 @@ def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> Retro
         raise InputError(
             f"train: sequence_length is {config.sequence_length}; {folder} was made for at most {longest} tokens."
         )
+    _check_whole_chunks(config, chunk_size)
+    if (entries := base.get_input_embeddings().num_embeddings) < tokenizer.vocab_size:
+        raise InputError(
+            f"retrofit: the tokenizer of {folder} has {tokenizer.vocab_size:,} tokens, but the model's table only "
+            f"{entries:,}. Make it larger in Python: model.resize_token_embeddings({tokenizer.vocab_size}), and "
+            "save_pretrained."
+        )
     given = parse_overrides(config.model)
     if useless := sorted(given.keys() & {"ffn_dim", "self_attention", "tie_embeddings"}):
         raise InputError(
@@ -633,7 +657,9 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retrieve
     name = config.preset or before.get("preset") or DEFAULT_PRESET
     given = parse_overrides(config.model)
     overrides: dict[str, Any] = {**parse_overrides(tuple(before.get("model", ()))), **given}
-    overrides.update(_fixed(given, "by the tokenizer", vocab_size=tokenizer.vocab_size))
+    overrides.update(
+        _fixed(given, "by the tokenizer", vocab_size=tokenizer.vocab_size, pad_id=tokenizer.pad_id)
+    )
     if retriever is None:
         overrides["cca_layers"] = ()
     else:
@@ -644,12 +670,16 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer, retriever: Retrieve
         raise InputError(
             "train: the model has no cca_layers, so it cannot use the set. Name layers, or leave out --set."
         )
-    if config.sequence_length % model_config.chunk_size:
+    _check_whole_chunks(config, model_config.chunk_size)
+    return model_config
+
+
+def _check_whole_chunks(config: TrainConfig, chunk_size: int) -> None:
+    if config.sequence_length % chunk_size:
         raise InputError(
             f"train: sequence_length is {config.sequence_length}; it must be a multiple of the chunk size, "
-            f"{model_config.chunk_size}."
+            f"{chunk_size}."
         )
-    return model_config
 
 
 def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
@@ -694,13 +724,13 @@ def _tokenizer(config: TrainConfig, retriever: Retriever | None, text: Text, res
                 f"{found.vocab_size} entries. It is for a tokenizer that is trained here: leave it out."
             )
         return found
-    path = Path(config.out) / TOKENIZER
     if resumed:
-        return Tokenizer(path)
+        return Tokenizer(Path(config.out) / TOKENIZER)
     check_vocab_size(config.vocab_size)
     sampler = TextSampler()
     text.survey(sampler)
-    return Tokenizer.train_on_sample(sampler, path, config.vocab_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        return Tokenizer.train_on_sample(sampler, Path(scratch) / TOKENIZER, config.vocab_size)
 
 
 def _set_fingerprint(retriever: Retriever) -> str:

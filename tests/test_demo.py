@@ -112,6 +112,16 @@ def test_too_little_text() -> None:
         split([Document("a", "b" * 100)], replace(Size(), held_out_share=0.5), 0)
 
 
+@pytest.mark.parametrize("name", ["report.md", "result.json", "curve.png"])
+def test_what_is_no_demos_is_not_replaced(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert run("demo", "--out", tmp_path) == 2
+    assert f"holds {name}, and no demo: that would be replaced" in capfd.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_both_models_need_a_step_of_their_own(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run("demo", "--steps", 1, "--out", tmp_path / "d") == 2
     error = capfd.readouterr().err

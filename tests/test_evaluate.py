@@ -19,6 +19,7 @@ import pytest
 import torch
 from small import CHUNK, MODEL, SEQUENCE, World, run, watch_reading
 
+from retro_kernels import evaluate as evaluate_module
 from retro_kernels import runs
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, document_hash, read_documents
@@ -155,7 +156,8 @@ def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
     ids = retriever.find_documents([document_hash(d.text) for d in documents]).numpy()
     assert (ids >= 0).all()
     held = sum(x.nbytes for x in vars(found).values() if isinstance(x, torch.Tensor))
-    assert held == len(corpus.chunks) * (2 * 8 + 8 + 8)  # ids, overlap and control, but no neighbour's tokens
+    # ids, overlap and control with what is left out of it, but no neighbour's tokens
+    assert held == len(corpus.chunks) * (2 * 8 + 8 + 8 + 2)
     for chunk, (tokens, lengths) in enumerate(zip(*found.gather(torch.arange(len(found.ids))), strict=True)):
         own = torch.from_numpy(corpus.tokens(corpus.of_chunks()[chunk]).astype(np.int32)).unfold(0, CHUNK, 1)
         for neighbour, length in zip(tokens, lengths, strict=True):
@@ -163,6 +165,29 @@ def test_a_document_of_the_set_does_not_see_itself(world: World) -> None:
                 assert not (own[:, None] == neighbour[:CHUNK]).all(-1).any() or _elsewhere(
                     corpus, chunk, neighbour
                 )
+
+
+def test_nor_in_the_control(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two documents each gets the other's neighbours, which are its own chunks: none of them is shown."""
+    loaded, retriever = load_run(world.run), Retriever.from_pretrained(world.set)
+    documents = list(read_documents([world.train]))[:2]
+    corpus = tokenise(documents, loaded.tokenizer, CHUNK)
+    found = find_neighbours(corpus, retriever, 2, 0, progress=False)
+    assert found.shuffled is not None and found.own is not None
+    ids = retriever.find_documents(corpus.hashes)[torch.from_numpy(corpus.of_chunks())]
+    theirs = retriever.documents(found.ids[found.shuffled])
+    assert torch.equal(found.own, theirs == ids[:, None]) and 0 < found.own.sum() < found.own.numel()
+    shown = {"on": 0, "shuffled": 0}
+    before = evaluate_module._Scorer._neighbours
+
+    def counted(self: Any, batch: Any, tokens: Any, found: Any, mode: str) -> Any:
+        given = before(self, batch, tokens, found, mode)
+        shown[mode] += int((given.lengths > 0).sum())
+        return given
+
+    monkeypatch.setattr(evaluate_module._Scorer, "_neighbours", counted)
+    evaluate(loaded, documents=documents, found=found, num_neighbours=2, device="cpu", progress=False)
+    assert 0 < shown["shuffled"] < shown["on"]
 
 
 def _elsewhere(corpus, chunk: int, neighbour: torch.Tensor) -> bool:  # type: ignore[no-untyped-def]
@@ -393,9 +418,10 @@ def test_no_plot_is_refused_before_the_work(
     for plot, model, said in [
         (missing, world.run, f"the folder {missing.parent} does not exist"),
         (tmp_path / "curve.png", world.plain, "--plot means nothing without neighbours"),
+        (world.held_out / "held-out-0.txt", world.run, "which is there and no PNG"),
         (tmp_path / "curve.png", world.run, "pip install matplotlib"),
     ]:
-        if model == world.run and plot != missing:
+        if plot == tmp_path / "curve.png" and model == world.run:
             monkeypatch.setitem(sys.modules, "matplotlib", None)
         else:
             pytest.importorskip("matplotlib")
@@ -430,6 +456,11 @@ def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
     empty.write_text("")
     with pytest.raises(InputError, match="no document"):
         evaluate(world.run, [empty], device="cpu", progress=False)
+    for name, value in {"batch_size": 0, "num_neighbours": 1.5, "window": 16.0}.items():
+        with pytest.raises(InputError, match="must be an integer of at least 1"):
+            evaluate(world.run, [world.held_out], device="cpu", progress=False, **{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="dtype is 'fp16'; it must be auto, fp32 or bf16"):
+        evaluate(world.run, [world.held_out], device="cpu", progress=False, dtype="fp16")
     asked: dict[str, Any] = {"num_neighbours": 3, "retriever": "bm25"}
     for name, value in asked.items():  # a plain decoder without a set
         with pytest.raises(InputError, match="means nothing without neighbours"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from small import CHUNK, SEQUENCE, World, run
 from retro_kernels import generate as module
 from retro_kernels.config import InputError
 from retro_kernels.generate import generate, sample
+from retro_kernels.nn import RetroFitted
 from retro_kernels.retrieval import Retriever
 from retro_kernels.runs import load_run
 
@@ -59,6 +61,31 @@ def test_text_longer_than_the_window(world: World) -> None:
     assert len(reader.traces) == 3 * SEQUENCE // CHUNK
     whole = module._Reader(loaded, retriever, 2, torch.float32).read(text)  # a prompt longer than the window
     assert torch.isfinite(whole).all()
+
+
+@pytest.mark.parametrize("positions", [16, 17, 24, 31, 40])
+def test_a_model_with_few_positions(tmp_path: Path, world: World, positions: int, seed: int) -> None:
+    """A pretrained one's window may hold no two chunks, and not even whole ones."""
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=positions)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    loaded = load_run(world.run)
+    loaded.model = RetroFitted(base, chunk_size=CHUNK, neighbour_len=2 * CHUNK).eval()
+    torch.nn.init.normal_(loaded.model.added["2"]["cca"].o_proj.weight, std=0.3)
+    loaded.settings["config"]["sequence_length"] = CHUNK
+    retriever = Retriever.from_pretrained(world.set)
+    reader = module._Reader(loaded, retriever, 2, torch.float32)
+    text = torch.randint(4, 400, (4 * CHUNK,)).tolist()
+    for token in text:
+        logits = reader.read([token])
+        assert reader.start % CHUNK == 0 and 0 < len(reader.tokens) - reader.start <= min(
+            positions, 2 * CHUNK
+        )
+        context = torch.tensor([reader.tokens[reader.start :]])
+        with torch.no_grad():
+            expected = loaded.model(context, retriever(context, num_neighbours=2))[0, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_same_seed_same_text_and_the_stream_is_the_text(world: World, seed: int) -> None:

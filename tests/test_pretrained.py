@@ -207,3 +207,19 @@ def test_what_does_not_fit(
         evaluate(fitted[1], [world.held_out], window=128, progress=False)
     with pytest.raises(InputError, match="base"):
         RetroFitted.from_pretrained(world.run)
+
+
+def test_more_tokens_than_the_table_has(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As where a padding token was added to the tokenizer alone; said before the training, and not after it."""
+    folder = small.pretrained(tmp_path / "model", world.train)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([f"<|{i}|>" for i in range(17)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    words = ["--tokenizer", folder / "tokenizer.json", "--embedder", "hashing:64", "--chunk-size", CHUNK]
+    assert run("index", world.train, "--out", tmp_path / "set", *words) == 0
+    assert train(world, tmp_path / "set", folder, tmp_path / "run", "--steps", 1) == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "has 417 tokens, but the model's table only 416" in said and "resize_token_embeddings(417)" in said
+    assert not (tmp_path / "run").exists()

@@ -31,7 +31,7 @@ from retro_kernels.generate import generate
 from retro_kernels.nn import Retro, attention
 from retro_kernels.ops import NeighbourBatch
 from retro_kernels.retrieval import Retriever, writing
-from retro_kernels.runs import Interrupted, checkpoints, load_state
+from retro_kernels.runs import Interrupted, alone_in, checkpoints, load_state
 from retro_kernels.train import learning_rate, train
 
 
@@ -656,6 +656,7 @@ def test_data_that_has_moved(
             "dim is 64 by --preset or --model",
         ),
         (["--set", "{set}", "--retrofit", "{plain}", "--model", "norm_eps=0.1"], "has 1e-06. Its own"),
+        (["--model", "pad_id=3"], "pad_id=3, but it is 0, fixed by the tokenizer"),
         (["--retriever", "bm25"], "retriever needs a retrieval set"),
         (["--set", "{set}", "--retriever", "bm52"], "'bm52' is not one of dense, bm25, random"),
     ],
@@ -884,6 +885,80 @@ def test_a_start_anew_leaves_nothing_of_an_attempt_without_checkpoint(world: Wor
     small = tmp_path / "small.txt"
     small.write_text("hello world")
     assert run("train", "--data", small, "--out", tmp_path / "s", "--steps", 1, *PLAIN) == 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "train.json", "metrics.jsonl", "tokens"])
+def test_what_is_no_runs_is_not_replaced(
+    world: World, tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("as they are")
+    if name == "tokens":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "about.json").write_text("{}")
+    else:
+        (tmp_path / name).write_text('{"model_type": "gpt2"}\n')
+    before = contents(tmp_path)
+    for words in ([], ["--resume"][: name != "train.json"]):  # that one is said to be damaged
+        assert run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path, *words) == 2
+        said = capfd.readouterr().err.splitlines()[-1]
+        assert f"holds {name}, and no training run: that would be replaced" in said
+        assert contents(tmp_path) == before
+    if name == "tokens":
+        shutil.rmtree(tmp_path / name)
+    else:
+        (tmp_path / name).unlink()
+    assert (
+        run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path) == 0
+    )  # beside other files
+    assert contents(tmp_path)["notes.txt"] == b"as they are" and not (tmp_path / "lock").exists()
+
+
+def test_a_run_does_not_lie_in_what_it_is_made_from(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world.set, tmp_path / "set")
+    before = contents(tmp_path)
+    words = ["train", "--data", world.train, "--set", tmp_path / "set", "--steps", 1, *MODEL, "--out"]
+    for out, said in [(tmp_path / "set", "which is set"), (tmp_path / "set" / "runs" / "r", "or lies in it")]:
+        assert run(*words, out) == 2
+        assert said in capfd.readouterr().err.splitlines()[-1]
+    assert run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path / "set") == 2
+    assert "manifest.json" in capfd.readouterr().err.splitlines()[-1]
+    assert contents(tmp_path) == before
+
+
+def test_one_process_trains_in_a_folder(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--data", world.train, *PLAIN, "--out", tmp_path / "new" / "r"]
+    with alone_in(tmp_path / "new" / "r"):
+        for more in (["--steps", 1], ["--steps", 1, "--resume"]):
+            assert run(*words, *more) == 2
+            assert f"Another process trains in {tmp_path / 'new' / 'r'}" in capfd.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert run(*words, "--steps", 2, "--stop-after", 1) == 0
+    left = tmp_path / "new" / "r" / "checkpoint-00000002.tmp-123"
+    left.mkdir()  # by one that was killed while it saved
+    (left / "model.safetensors").write_bytes(b"half")
+    assert run("train", "--data", world.train, "--out", tmp_path / "new" / "r", "--resume") == 0
+    assert not left.exists() and [step for step, _ in checkpoints(tmp_path / "new" / "r")] == [2]
+
+
+def test_a_file_system_without_locks(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import fcntl
+
+    def refused(*args: Any) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path / "r") == 0
+    assert "no lock is to be had there (Operation not supported)" in capfd.readouterr().err
 
 
 def test_compiled_steps_are_the_same(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ _SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
 _OWN_FOLDERS = {
     "a training run": ("train.json", "tokenizer.model"),
     "a retrieval set": ("manifest.json", "chunks.npy"),
+    "an unfinished retrieval set": ("plan.json", "lock"),
 }
 """By files in them: no text of the user's, and it changes with every step."""
 

@@ -7,12 +7,14 @@ import functools
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -173,13 +175,18 @@ class RetroFitted(Retrieving):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes what was added, `config.json` and `model.safetensors`, into `directory` (made if needed). The base is
         named by where it came from; one that is or was trained too is written into the folder `base`. Raises InputError
-        where that would replace the folder that the base came from."""
+        where that would replace the folder that the base came from, or another model of transformers."""
         folder = Path(directory)
         frozen = self.frozen and not any(parameter.requires_grad for parameter in self.base.parameters())
         description = _description(self.base)
-        own, owned = folder / _OWN_BASE, False
+        own, there = folder / _OWN_BASE, {}
         with contextlib.suppress(InputError):  # nothing is there, or it is damaged
-            owned = _owns_base(saving.read_config(folder), folder)
+            there = saving.read_config(folder)
+        if "model_type" in there or str(folder.resolve()) == description["source"]:
+            raise InputError(
+                f"RetroFitted: {folder} holds a model of transformers, which would be replaced. Give another directory."
+            )
+        owned = _owns_base(there, folder)
         if not frozen:
             if own.is_dir() and not owned and str(own.resolve()) == description["source"]:
                 raise InputError(
@@ -338,7 +345,7 @@ class RetroFitted(Retrieving):
         state = (x + attended).to(next(norm.parameters()).dtype)
         added = contribution(number, norm, cca, state[:, lead:]).to(attended.dtype)
         attended = attended + (F.pad(added, (0, 0, lead, 0)) if lead else added)
-        return (attended, *output[1:]) if isinstance(output, tuple) else attended
+        return type(output)((attended, *output[1:])) if type(output) in (tuple, list) else attended
 
 
 _OF_THE_BASE = ("vocab_size", "dim", "num_layers")
@@ -352,7 +359,7 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
         raise ImportError("A pretrained base needs transformers: pip install transformers") from error
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"The base {source} cannot be loaded ({reason}). Name its folder with base= (eval, generate: --base)."
@@ -518,7 +525,11 @@ def _site(calls: list[_Call]) -> nn.Module | None:
     *parts, (_, x, out) = calls
     if x is None or out is None:
         return None
-    results = [(i, part.result) for i, part in enumerate(parts) if _alike(part.result, x)]
+    # a module that serves twice, as a dropout behind the attention and the network, would add the contribution twice
+    times = Counter(part.module for part in parts)
+    results = [
+        (i, part.result) for i, part in enumerate(parts) if times[part.module] == 1 and _alike(part.result, x)
+    ]
     for i, result in reversed(results):
         if any(_alike(later.given, x) and _equal(later.given, x + result) for later in parts[i + 1 :]):
             return parts[i].module

@@ -23,6 +23,7 @@ from safetensors.numpy import load as unpacked
 from safetensors.numpy import save as packed
 
 from retro_kernels.config import InputError
+from retro_kernels.data.text import note
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.store import token_dtype
@@ -45,6 +46,10 @@ def locked(path: Path, busy: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(busy) from None
+        except OSError as error:
+            note(
+                f"{path}: no lock is to be had there ({error.strerror}); see that no other process does the same."
+            )
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise InputError(busy)  # it finished, and deleted the file, just now
         yield

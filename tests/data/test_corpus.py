@@ -281,6 +281,7 @@ def test_runs_and_retrieval_sets_are_no_text(tmp_path):
     for folder, names in (
         ("run", ["train.json", "tokenizer.model"]),
         ("set", ["manifest.json", "chunks.npy"]),
+        ("set.build", ["plan.json", "lock"]),
     ):
         (tmp_path / "in" / folder).mkdir(parents=True)
         for name in names:
@@ -288,7 +289,8 @@ def test_runs_and_retrieval_sets_are_no_text(tmp_path):
     (tmp_path / "in" / "mine").mkdir()
     (tmp_path / "in" / "mine" / "manifest.json").write_text("{}")
     assert read(tmp_path / "in")[0] == [("mine/manifest.json", "{}")]
-    for name, kind in (("run", "a training run"), ("set", "a retrieval set")):
+    kinds = {"run": "a training run", "set": "a retrieval set", "set.build": "an unfinished retrieval set"}
+    for name, kind in kinds.items():
         with pytest.raises(
             InputError, match=f"{name} is {kind}, and no text. Give the text that it was made from"
         ):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from retro_kernels import InputError, NeighbourBatch, RetroFitted
 from retro_kernels.config import default_cca_layers
+from retro_kernels.nn.retrofit import load_base
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,8 +46,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-NeoX, side by side": ("GPTNeoX", COMMON | {"use_parallel_residual": True}),
     "GPT-NeoX, one after another": ("GPTNeoX", COMMON | {"use_parallel_residual": False}),
     "GPT-J": ("GPTJ", GPT2 | {"rotary_dim": 8}),
+    "Phi, one dropout for both": ("Phi", COMMON),
 }
-SIDE_BY_SIDE = {"GPT-NeoX, side by side", "GPT-J"}
+SIDE_BY_SIDE = {"GPT-NeoX, side by side", "GPT-J", "Phi, one dropout for both"}
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -155,6 +157,7 @@ def test_stands_behind_self_attention(seed: int, kind: str) -> None:
         "Gemma2": "pre_feedforward_layernorm",
         "GPT-2": "ln_2",
         "GPT-J": "ln_1",
+        "Phi": "input_layernorm",
     }
     before = getattr(layer, feed.get(kind.split(",")[0], "post_attention_layernorm"))
     parts = dict(layer=layer, behind=behind, norm=norm, before=before, cca=model.added["2"]["cca"])
@@ -412,6 +415,32 @@ def test_a_frozen_base_takes_no_other_ones_place(seed: int, tmp_path: Path) -> N
         fitted(load(tmp_path / "base"), freeze=False).save_pretrained(tmp_path)
     fitted(load(tmp_path / "base")).save_pretrained(tmp_path)
     assert (tmp_path / "base").is_dir()
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_no_model_of_transformers_is_replaced(seed: int, tmp_path: Path, freeze: bool) -> None:
+    for name in ("base", "other"):
+        base_model().save_pretrained(tmp_path / name)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base = load(tmp_path / "base")
+    for name in ("base", "other"):
+        before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        with pytest.raises(InputError, match="holds a model of transformers, which would be replaced"):
+            fitted(base, freeze=freeze).save_pretrained(tmp_path / name)
+        assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "of other sizes"])
+def test_a_damaged_base(seed: int, tmp_path: Path, damage: str) -> None:
+    base_model().save_pretrained(tmp_path)
+    if damage == "truncated":
+        weights = (tmp_path / "model.safetensors").read_bytes()
+        (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "n_embd": 64}))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_base(tmp_path)
 
 
 def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
