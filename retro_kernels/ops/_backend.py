@@ -27,7 +27,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Every op called inside runs on backend `name` ("reference", "torch", "triton", …); None chooses again by itself.
 
     An op that does not have this backend, or cannot run it here, raises ValueError: an explicit choice never
-    falls back. A `backend=` argument of the op goes before this.
+    falls back. A `backend=` argument of the op goes before this. For the whole process: one thread at a time.
     """
     global _preferred
     before, _preferred = _preferred, name

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from retro_kernels.ops._shortcut import unseen
 
@@ -54,6 +55,11 @@ def register(
     if differentiable is not None:
 
         def autograd(*args: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+                raise RuntimeError(
+                    f"retro_kernels::{name} has no forward-mode derivative, the tangents of its arguments would be "
+                    "lost. The library's function has one; the op itself, which an exported program calls, has not."
+                )
             if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 return differentiable(*args)
             with torch._C._AutoDispatchBelowAutograd():
@@ -61,6 +67,10 @@ def register(
 
         _library.impl(name, autograd, "Autograd")
     return op
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def without_autograd(op: Any, *args: Any) -> Any:

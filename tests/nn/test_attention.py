@@ -283,9 +283,10 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
         make(**options)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("projection", ["materialised", "absorbed"])
-def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: str) -> None:
-    cca = make(projection=projection)
+def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: str, bias: bool) -> None:
+    cca = make(projection=projection, bias=bias)
     given = inputs(3 * M + 1)
     exported = torch.export.export(cca, given).module()
     out = exported(*given)
@@ -294,8 +295,27 @@ def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: 
     out.backward(grad)
     cca(*given).backward(grad)
     wanted = dict(cca.named_parameters())
+    assert len(dict(exported.named_parameters())) == len(wanted)
     for name, parameter in exported.named_parameters():  # it can be trained as well
         torch.testing.assert_close(parameter.grad, wanted[name].grad, msg=lambda m, name=name: f"{name}: {m}")
+    x = given[0]
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda x: exported(x, *given[1:]), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        torch.testing.assert_close(exported(*given), out)
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            exported(torch.autograd.forward_ad.make_dual(x, x), *given[1:])
+
+
+@pytest.mark.parametrize("position", ["relative", "bias", "none"])
+def test_weights_assigned_to_a_module_without_memory(seed: int, position: str) -> None:
+    cca = make(position).float()
+    with torch.device("meta"):
+        other = make(position).float()
+    other.load_state_dict(cca.state_dict(), assign=True)
+    x, neighbours, lengths = inputs(3 * M + 1)
+    given = x.float(), neighbours.float(), lengths
+    assert torch.equal(other(*given), cca(*given)) and torch.equal(other(*given), cca(*given))
 
 
 def test_bad_shapes(seed: int) -> None:

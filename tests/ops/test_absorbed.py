@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -305,6 +306,27 @@ def test_fullgraph(seed: int) -> None:
     torch.testing.assert_close(ours, eager)
     for name in GRADIENTS:
         torch.testing.assert_close(grads[name], eager_grads[name])
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_bias_that_forbids_all_keys(backend: str, seed: int) -> None:
+    tensors = make(2, 17, 2, 1, 16, 8, 2, 16, 16, torch.float32, lengths=False)
+    tensors["rel_bias"][1] = -math.inf
+    tensors["value_bias"] = None
+    leaves = [tensors[name].requires_grad_() for name in ("query", "states")]
+    out = absorbed_cross_attention(**tensors, backend=backend)
+    assert not out[:, :, 1].any() and out[:, 7:, 0].ne(0).any(-1).all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_biases_of_a_wider_dtype(dropout_p: float, seed: int) -> None:
+    tensors = make(1, 17, 2, 1, 16, 8, 2, 16, 16, torch.bfloat16)
+    for name in ("key_bias", "value_bias"):
+        tensors[name] = tensors[name].float()
+    for backend in ("torch", "reference"):
+        out = absorbed_cross_attention(**tensors, dropout_p=dropout_p, backend=backend)
+        assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
 def test_autocast_casts(seed: int) -> None:

@@ -669,6 +669,22 @@ def test_a_bias_of_minus_infinity_forbids(seed, backend, tables):
         torch.testing.assert_close(ours, definition, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("large", [-math.inf, "finite"])
+def test_keys_that_forbid(seed, dtype, large):
+    """Rows whose logits are all −inf have no key, whatever made them so: infinite keys, or products that overflow."""
+    (query, key, value), _ = inputs(batch=1, tokens=4 * M - 1, lengths=False)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query[..., 0] = query[..., 0].abs() + 1.0
+    key[:, 1, ..., 0] = large if large != "finite" else torch.finfo(dtype).min
+    query[:, 2 * M - 1 : 3 * M - 1, :, 0] *= 4 / D**-0.5
+    out = chunked_cross_attention(query, key, value, chunk_size=M, backend="torch")
+    definition = chunked_cross_attention(query, key, value, chunk_size=M, backend="reference")
+    assert not out[:, 2 * M - 1 : 3 * M - 1].any()
+    assert out[:, M - 1 : 2 * M - 1].any(-1).all() and out[:, 3 * M - 1 :].any(-1).all()
+    torch.testing.assert_close(out, definition, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("backend", "dtype"), [("torch", torch.float32), ("torch", torch.float64), ("triton", torch.float32)]
 )

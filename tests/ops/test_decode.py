@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -200,6 +201,37 @@ def test_nothing_to_attend_to(backend: str, split: None, seed: int) -> None:
         assert out.eq(0).all()
     tensors["neighbour_lengths"] = None
     assert absorbed_decode(**tensors, backend=backend)[1].ne(0).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_forbids_all_keys(backend: str, split: None, seed: int) -> None:
+    """Of one head and of some rows."""
+    tensors = project(make(*SIZES[1], dtype=torch.float32))
+    tensors["rel_bias"][1, :24] = -math.inf
+    tensors["rows"][:] = torch.randint(0, 5, tensors["rows"].shape)
+    out = chunked_cross_attention_decode(**tensors, backend=backend)
+    lengths = tensors["neighbour_lengths"] = torch.full_like(tensors["neighbour_lengths"], 48)
+    assert out.isfinite().all()
+    tensors["rel_bias"][1, :] = -math.inf
+    out = chunked_cross_attention_decode(**tensors, backend=backend)
+    assert lengths.min() == 48 and not out[:, :, 1].any() and out[:, :, [0, 2]].ne(0).any(-1).all()
+
+
+def test_no_tokens_and_layouts(seed: int) -> None:
+    """Results are contiguous, also those of which a gradient is wanted."""
+    tensors = project(make(*SIZES[1], dtype=torch.float32))
+    none = {**tensors, "query": tensors["query"][:, :0], "rows": tensors["rows"][:, :0]}
+    for backend in ("torch", "reference"):
+        out = chunked_cross_attention_decode(**none, backend=backend)
+        assert out.shape == none["query"].shape and out.dtype == torch.float32
+        for query in (
+            tensors["query"].detach().requires_grad_(),
+            tensors["query"].transpose(1, 2).contiguous(),
+        ):
+            given = query if query.requires_grad else query.transpose(1, 2)
+            assert chunked_cross_attention_decode(
+                **{**tensors, "query": given}, backend=backend
+            ).is_contiguous()
 
 
 @needs_triton

@@ -103,9 +103,11 @@ def _softmax(
     if lengths is not None:
         missing = torch.arange(neighbour_len, device=lengths.device) >= lengths[:, :, None]  # [P, K, R]
         wide.masked_fill_(missing[:, None, None], float("-inf"))
-    weights = torch.softmax(wide.flatten(3), -1)
-    if lengths is not None:
-        weights.masked_fill_((lengths <= 0).all(1)[:, None, None, None], 0.0)
+    wide = wide.flatten(3)
+    weights = torch.softmax(wide, -1)
+    # NaN is of a row without any key; a GPU would be waited for
+    if weights.is_cuda or weights[..., 0].isnan().any():
+        weights.masked_fill_((wide == float("-inf")).all(-1, keepdim=True), 0.0)
     logits.copy_(weights.flatten(1, 2))
     return logits if seed is None else _dropped(logits, seed, block, heads, dropout_p)
 
@@ -169,6 +171,7 @@ def _forward(
     dropout_p: float,
     fused: bool,
     keep: bool,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns out [B, N, H, D], and what backward needs: weights [P, M * H, K * R] and mixed states [P, M * H, E]."""
     batch, tokens, heads, head_dim = query.shape
@@ -360,6 +363,7 @@ def _forward_fake(
     dropout_p: float,
     fused: bool,
     keep: bool,
+    key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, chunks, neighbours, neighbour_len, width = states.shape
     blocks, rows = batch * chunks, chunk_size * query.shape[2]
@@ -403,12 +407,11 @@ _INPUTS = (
     "float dropout_p, bool fused"
 )
 _cca_absorbed_fwd = register(
-    f"cca_absorbed_fwd({_INPUTS}, bool keep) -> (Tensor, Tensor, Tensor)",
+    f"cca_absorbed_fwd({_INPUTS}, bool keep, Tensor? key_bias=None) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    # what an exported program does not keep is needed where it is trained; key_bias, which has no effect, is none of
-    # the op's tensors, and gets no gradient there
-    lambda *args: _AbsorbedCrossAttention.apply(None, *args[:-1]),
+    # what an exported program does not keep is needed where it is trained
+    lambda *args: _AbsorbedCrossAttention.apply(args[15] if len(args) > 15 else None, *args[:14]),
 )
 _cca_absorbed_bwd = register(
     f"cca_absorbed_bwd(Tensor grad_out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
@@ -423,7 +426,7 @@ class _AbsorbedCrossAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, key_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, weights, mixed = without_autograd(_cca_absorbed_fwd, *args, True)
+        out, weights, mixed = without_autograd(_cca_absorbed_fwd, *args, True, key_bias)
         ctx.mark_non_differentiable(weights, mixed)
         ctx.set_materialize_grads(False)  # or there would be zeros in place of gradients of both
         ctx.save_for_backward(weights, mixed, *args[:10], key_bias)
@@ -583,7 +586,7 @@ def absorbed_cross_attention(
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
             out, _, _ = _AbsorbedCrossAttention.apply(key_bias, *args)
         else:
-            out, _, _ = without_autograd(_cca_absorbed_fwd, *args, False)
+            out, _, _ = without_autograd(_cca_absorbed_fwd, *args, False, key_bias)
     if value_bias is None or dropout_p > 0.0:
         return out
     bias = value_bias.view(-1, 1, head_dim).expand(-1, heads * head_dim // value_bias.shape[0], -1)
@@ -732,6 +735,6 @@ def _check(
             f"{name}: query is {query.dtype}, states {states.dtype}, key_weight {key_weight.dtype} and value_weight "
             f"{value_weight.dtype}; they have to be the same (cast them, or use torch.autocast)."
         )
-    if tensors[6] is not None:
-        tensors[6] = tensors[6].to(tensors[0].dtype)
+    for i in (4, 5, 6):  # what is added to products; the biases of the query are cast where they are added
+        tensors[i] = None if tensors[i] is None else tensors[i].to(tensors[0].dtype)
     return tensors

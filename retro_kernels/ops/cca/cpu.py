@@ -61,7 +61,6 @@ class _Call:
     bias_tile: Tensor | None  # [Hkv, 1, W, TQ, 1, TK], without `reversed_key` only
     missing: Tensor | None  # bool [G, J * TK]
     absent: frozenset[int]  # groups without a key
-    forbids: bool  # whether rel_bias has −inf, which can take a row all its keys
     seed: Tensor | None
     num_keys: int
     block: int
@@ -182,6 +181,19 @@ class _Call:
 
     def weights(self, unit: _Unit, content: Tensor, key: Tensor, position: Tensor | None) -> Tensor:
         """The softmax of one unit, before dropout: [g·h, T, J·TK] in the wide dtype."""
+        logits = self.logits(unit, content, key, position)
+        torch.softmax(logits, -1, out=logits)
+        if logits[..., 0].isnan().any():  # of a row whose logits are all −inf, which has no key; or of a NaN
+            again = self.logits(unit, content, key, position)
+            logits.masked_fill_((again == float("-inf")).all(-1, keepdim=True), 0.0)
+        by_group = logits.view(unit.group.stop - unit.group.start, -1, logits.shape[2])
+        for i, group in enumerate(range(unit.group.start, unit.group.stop)):
+            if group in self.absent:
+                by_group[i].zero_()
+        return logits
+
+    def logits(self, unit: _Unit, content: Tensor, key: Tensor, position: Tensor | None) -> Tensor:
+        """[g·h, T, J·TK]"""
         logits = torch.bmm(content, key.transpose(1, 2)).to(self.wide)
         if position is not None:
             by_distance = torch.bmm(position, self.table(unit))
@@ -194,13 +206,6 @@ class _Call:
         by_group = logits.view(unit.group.stop - unit.group.start, -1, logits.shape[2])
         if self.missing is not None:
             by_group.masked_fill_(self.missing[unit.group, None], float("-inf"))
-        nothing = (logits == float("-inf")).all(-1, keepdim=True) if self.forbids else None
-        torch.softmax(logits, -1, out=logits)
-        if nothing is not None:
-            logits.masked_fill_(nothing, 0.0)
-        for i, group in enumerate(range(unit.group.start, unit.group.stop)):
-            if group in self.absent:
-                by_group[i].zero_()
         return logits
 
     def dropout(self, unit: _Unit) -> Tensor:
@@ -263,7 +268,6 @@ def _prepare(
         bias_tile=bias_tile,
         missing=missing,
         absent=absent,
-        forbids=rel_bias is not None and bool(rel_bias.isneginf().any()),
         seed=seed,
         num_keys=num_keys,
         block=block,

@@ -117,6 +117,8 @@ def chunked_cross_attention_decode(
         scale,
         neighbour_len,
     )
+    if query.numel() == 0:
+        return query.new_empty(query.shape, dtype=dtype)
     content = query if content_bias is None else (query + content_bias).to(dtype).to(query.dtype)
     batch, tokens, heads, head_dim = query.shape
     group = heads // kv_heads
@@ -125,17 +127,21 @@ def chunked_cross_attention_decode(
     )  # [B, Hkv, T * g, D]
     values = value.flatten(1, 2).transpose(1, 2)
     if chosen == "torch" and query.device.type == "cpu" and not gradient and why_not_transformed() is None:
-        out = _attention_of_torch(content, key.flatten(1, 2).transpose(1, 2), values, add.flatten(3), scale)
-        out = out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(batch, tokens, heads, head_dim)
+        add = add.flatten(3)
+        out = _attention_of_torch(content, key.flatten(1, 2).transpose(1, 2), values, add, scale)
+        out = out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(query.shape).contiguous()
         # where there is no key, the softmax is NaN
-        return out.masked_fill_(~_present(rows, key.shape[1], neighbour_lengths), 0.0)
+        nothing = ~_present(rows, key.shape[1], neighbour_lengths)
+        if rel_bias is not None:  # it may forbid them all
+            nothing = nothing | (add == float("-inf")).all(-1, keepdim=True)
+        return out.masked_fill_(nothing, 0.0)
     keys = key.flatten(1, 2).permute(0, 2, 3, 1)
     logits = _products(content, keys)  # [B, Hkv, T * g, K * R]
     logits = logits.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3)  # [B, T, H, K * R]
     weights = _weights(logits, add, scale).to(value.dtype)
     weights = weights.unflatten(2, (kv_heads, group)).transpose(1, 2).flatten(2, 3)  # [B, Hkv, T * g, K * R]
     out = _products(weights, values)  # [B, Hkv, T * g, D]
-    return out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(batch, tokens, heads, head_dim).to(dtype)
+    return out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(query.shape).to(dtype).contiguous()
 
 
 def _attention_of_torch(content: Tensor, key: Tensor, value: Tensor, add: Tensor, scale: float) -> Tensor:

@@ -76,7 +76,7 @@ def block_attention_reference(
         weights = weights * dropout_keep(seed, weights.shape, dropout_p) / (1.0 - dropout_p)
     out = torch.einsum("phik,pkhd->pihd", weights.to(narrow), v.flatten(1, 2))
     out = out.to(query.dtype).reshape(num_seqs, per_seq * block, num_heads, head_dim)
-    return F.pad(out[:, : max(num_rows - shift, 0)], (0, 0, 0, 0, min(shift, num_rows), 0))
+    return F.pad(out[:, : max(num_rows - shift, 0)], (0, 0, 0, 0, min(shift, num_rows), 0)).contiguous()
 
 
 def relative_column(block: int, num_keys: int, device: torch.device | None = None) -> Tensor:
