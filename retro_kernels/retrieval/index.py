@@ -47,6 +47,10 @@ _BLOCK_ROWS = 1 << 16
 _BLOCK_QUERIES = 1 << 10  # 256 MB of scores
 _GPU_TEMP_BYTES = 256 << 20
 _GPU_MAX_K = 2048
+_CANDIDATES = 1 << 22
+"""Which FAISS may keep at a time where it refines: 12 bytes each, and as much again to choose from them."""
+_MOST_CANDIDATES = 1000
+"""For each neighbour."""
 _SEARCH_SETTING = re.compile(r"[A-Za-z_]{1,32}=[0-9]{1,9}(,[A-Za-z_]{1,32}=[0-9]{1,9}){0,3}")
 _MISSING = (
     "FAISS is not installed. On the CPU: pip install 'retro-kernels[faiss-cpu]' (or faiss-cpu); with an NVIDIA GPU: "
@@ -115,8 +119,14 @@ def check_factory(factory: str | None, dim: int) -> None:
     """
     if factory in (None, EXACT, "CAGRA"):
         return
+    assert factory is not None
+    # FAISS divides by some of these, reads what is not there, or never ends
+    if re.search(r"(?<![\d.])0+(?![\d.])|HNSW1(?!\d)", factory):
+        raise InputError(
+            f"The index {factory} cannot be used: none of its numbers can be 0, nor a graph's 1. {_BY_SIZE}"
+        )
     index = _empty_index(factory, dim)
-    if why := _why_not_l2(index):
+    if why := _why_not_l2(index) or _why_not_trained(index):
         raise InputError(f"The index {factory} cannot be used: {why}.")
     if not index.is_trained:
         return
@@ -161,6 +171,20 @@ def _why_not_l2(index: Any) -> str | None:
             return "it normalises vectors, so its distances are not the squared L2 distances of what it was given"
         if isinstance(step, faiss.PCAMatrix) and step.eigen_power:
             return "it whitens vectors (PCAW), so its distances are not squared L2 ones; take PCA or PCAR"
+    return None
+
+
+def _why_not_trained(index: Any) -> str | None:
+    """Why training will fail, however many vectors there are; None where nothing speaks against it."""
+    faiss = require_faiss()
+    chains = [part.chain for part in _nested(index) if isinstance(part, faiss.IndexPreTransform)]
+    for step in (
+        faiss.downcast_VectorTransform(chain.at(i)) for chain in chains for i in range(chain.size())
+    ):
+        if isinstance(step, faiss.PCAMatrix) and step.d_out > step.d_in:
+            return f"PCA makes {step.d_out} dimensions out of {step.d_in}; ask for as many or fewer"
+        if isinstance(step, faiss.OPQMatrix) and step.d_out % step.M:
+            return f"OPQ cuts {step.d_out} dimensions into {step.M}; take a number that divides them"
     return None
 
 
@@ -719,26 +743,50 @@ class _FaissSearcher:
         faiss = require_faiss()
         distances = torch.empty(len(queries), k, dtype=torch.float32, device=self.device)
         ids = torch.empty(len(queries), k, dtype=torch.int64, device=self.device)
+        if self.device.type != "cuda":
+            faiss.cvar.distance_compute_blas_threshold = _blas_threshold(faiss.__version__, self.index.d)
+            at_once = max(1, int(_CANDIDATES / (k * self._factor())))
+            for first in range(0, len(queries), at_once):
+                some = slice(first, first + at_once)
+                self.index.search_c(
+                    len(queries[some]),
+                    faiss.cast_integer_to_float_ptr(queries[some].data_ptr()),
+                    k,
+                    faiss.cast_integer_to_float_ptr(distances[some].data_ptr()),
+                    faiss.cast_integer_to_idx_t_ptr(ids[some].data_ptr()),
+                )
+            return distances, ids
+        if k > _GPU_MAX_K:
+            raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
         address = (
             faiss.cast_integer_to_float_ptr(queries.data_ptr()),
             faiss.cast_integer_to_float_ptr(distances.data_ptr()),
             faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()),
         )
-        if self.device.type != "cuda":
-            faiss.cvar.distance_compute_blas_threshold = _blas_threshold(faiss.__version__, self.index.d)
-            self.index.search_c(len(queries), address[0], k, address[1], address[2])
-            return distances, ids
-        if k > _GPU_MAX_K:
-            raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
         with self._on_stream():
             self.index.search_c(len(queries), address[0], k, address[1], address[2])
         return distances, ids
 
+    def _factor(self) -> float:
+        """How many candidates a neighbour is chosen from, all of which FAISS keeps for all queries of a call."""
+        return math.prod(float(part.k_factor) for part in _nested(self.index) if hasattr(part, "k_factor"))
+
     def configure(self, setting: str) -> None:
         faiss = require_faiss()
+        values = {name: int(value) for name, value in (pair.split("=") for pair in setting.split(","))}
+        for name in ("nprobe", "k_factor_rf"):
+            if not 1 <= values.get(name, 1) <= (10**9 if name == "nprobe" else _MOST_CANDIDATES):
+                raise InputError(
+                    f"Index: {name} is {values[name]:,}; it must be at least 1"
+                    + ("." if name == "nprobe" else f" and at most {_MOST_CANDIDATES:,}.")
+                )
+        if "nprobe" in values and (
+            lists := self.tunable()[0]
+        ):  # some kinds keep a place for each that is asked for
+            values["nprobe"] = min(values["nprobe"], lists)
         space = faiss.GpuParameterSpace() if self.device.type == "cuda" else faiss.ParameterSpace()
         try:
-            space.set_index_parameters(self.index, setting)
+            space.set_index_parameters(self.index, ",".join(f"{name}={x}" for name, x in values.items()))
         except RuntimeError:
             kind = type(self.index).__name__
             raise InputError(
@@ -870,30 +918,50 @@ def _nested(index: Any) -> list[Any]:
 
 
 def _move_blocks(to: Any, source: Any, first_id: int) -> None:
-    """Moves vectors in blocks of 32 behind those of `to`, list by list, `first_id` added to their ids.
+    """Moves vectors in blocks of 4-bit codes behind those of `to`, list by list, `first_id` added to their ids.
 
     Not by FAISS's merge_from: where a list has a number of vectors that the bytes of a block divide, 1.15 writes past
     the list's end (BlockInvertedLists::add_entries compares vectors with bytes, and copies all blocks behind the first
-    ones). Lists of whole blocks are copied here, others are repacked by FAISS, which does that right.
+    ones); it leaves whatever was in memory in places without a vector; and it takes blocks of more than 32 for such.
     """
     faiss = require_faiss()
     to, source = faiss.downcast_InvertedLists(to), faiss.downcast_InvertedLists(source)
+    per, size = to.n_per_block, to.block_size
     for i in range(source.nlist):
         n, before = source.list_size(i), to.list_size(i)
         if n == 0:
             continue
         ids = faiss.rev_swig_ptr(source.get_ids(i), n) + first_id
-        if before % to.n_per_block:
-            to.add_entries(i, n, faiss.swig_ptr(ids), source.get_codes(i))
+        codes = faiss.rev_swig_ptr(source.get_codes(i), -(-n // per) * size)
+        to.resize(i, before + n)  # new blocks are zeros
+        faiss.rev_swig_ptr(to.get_ids(i), before + n)[before:] = ids
+        place = faiss.rev_swig_ptr(to.get_codes(i), -(-(before + n) // per) * size)[before // per * size :]
+        if head := before % per:  # of the first block that is written
+            rows = np.zeros((len(place) // size * per, 2 * size // per), np.uint8)
+            rows[:head] = _codes_of_blocks(place[:size], per, size)[:head]
+            rows[head : head + n] = _codes_of_blocks(codes, per, size)[:n]
+            place[:] = _blocks_of_codes(rows, per, size)
         else:
-            to.resize(i, before + n)
-            start = before // to.n_per_block * to.block_size
-            size = -(-n // to.n_per_block) * to.block_size
-            faiss.rev_swig_ptr(to.get_ids(i), before + n)[before:] = ids
-            faiss.rev_swig_ptr(to.get_codes(i), start + size)[start:] = faiss.rev_swig_ptr(
-                source.get_codes(i), size
-            )
+            place[:] = codes
         source.resize(i, 0)
+
+
+def _codes_of_blocks(blocks: np.ndarray, per: int, size: int) -> np.ndarray:
+    """FAISS's blocks (bytes, `size` for `per` vectors) as 4-bit codes [vectors, two for each byte of a vector].
+
+    Of every 32 vectors and two codes there are 32 bytes, 16 of each code: vectors 0, 8, 1, 9, … 7, 15 in the low
+    halves, the next 16 vectors in the high ones.
+    """
+    parts = blocks.reshape(-1, size // per, per // 32, 2, 8, 2)  # block, two codes, 32 vectors, code, 8, 2
+    halves = np.stack([parts & 15, parts >> 4])
+    return halves.transpose(1, 3, 0, 6, 5, 2, 4).reshape(-1, 2 * size // per)
+
+
+def _blocks_of_codes(codes: np.ndarray, per: int, size: int) -> np.ndarray:
+    """The inverse of `_codes_of_blocks`."""
+    parts = codes.reshape(-1, per // 32, 2, 2, 8, size // per, 2)
+    low, high = parts.transpose(2, 0, 5, 1, 6, 4, 3)
+    return (low | high << 4).reshape(-1)
 
 
 def _serialised(index: Any) -> np.ndarray:
@@ -970,13 +1038,18 @@ def _refusals(what: str) -> Iterator[None]:
 def _training_sample(vectors: np.ndarray, factory: str, seed: int) -> np.ndarray:
     """fp32 rows to train on: 64 for each inverted list and 65,536 at least, or all. (FAISS advises 39 to 256; k-means
     takes as long as this number times that of the lists.)"""
-    lists = re.search(r"IVF(\d+)", factory)
-    wanted = min(len(vectors), max(65_536, 64 * int(lists[1]) if lists else 0))
+    wanted = min(len(vectors), max(65_536, 64 * _lists_of(factory)))
     rows = np.sort(np.random.default_rng(seed).choice(len(vectors), size=wanted, replace=False))
     sample = np.empty((wanted, vectors.shape[1]), dtype=np.float32)
     for start in range(0, wanted, _BLOCK_ROWS):
         sample[start : start + _BLOCK_ROWS] = vectors[rows[start : start + _BLOCK_ROWS]]
     return sample
+
+
+def _lists_of(factory: str) -> int:
+    """The number of inverted lists; FAISS's k is 1,024, and its M 1,024 of those."""
+    found = re.search(r"IVF(\d+)([kM]?)", factory)
+    return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
 
 
 def _block(vectors: np.ndarray, start: int) -> np.ndarray:

@@ -267,6 +267,12 @@ def test_factories_that_do_not_work(factory, message):
         *((factory, "it normalises vectors") for factory in ("L2norm,Flat", "L2norm,SQ8", "ITQ16,Flat")),
         ("PCAW16,Flat", "take PCA or PCAR"),
         ("SQ8_direct", "not near the squared L2 distances"),
+        *((factory, "PCA makes 64 dimensions out of 32") for factory in ("PCA64,Flat", "PCAR64,IVF4,SQ8")),
+        ("OPQ7,IVF4,PQ8", "OPQ cuts 32 dimensions into 7"),
+        *(
+            (factory, "can be 0")
+            for factory in ("PQ8x0", "IVF16,PQ8x4fs_0", "HNSW0", "HNSW1,Flat", "RR0,SQ8")
+        ),
     ],
 )
 def test_factories_that_are_none_of_vectors_by_squared_l2(factory, why):
@@ -290,6 +296,48 @@ def test_factories_that_work_are_let_through(factory, seed):
 def test_what_faiss_refuses_while_it_is_filled_is_bad_input():
     with pytest.raises(InputError, match="These vectors cannot be added to IndexNSG.*Without --index"):
         Index.build(clustered(0, 50), "NSG16,Flat")
+
+
+@pytest.mark.parametrize("name", ["IVF32", "IVF2k", "PCAR16,IVF1k,PQ8x4fs,RFlat", "HNSW32,SQ8"])
+def test_number_of_lists(name):
+    index = faiss.index_factory(32, name if "," in name else f"{name},Flat")
+    parts = index_module._nested(index)
+    assert index_module._lists_of(name) == next((part.nlist for part in parts if hasattr(part, "nlist")), 0)
+    assert index_module._lists_of("IVF2M,Flat") == 2 << 20
+
+
+def test_settings_out_of_range(seed):
+    vectors = clustered(seed)
+    index = Index.build(vectors, "IVF16,PQ16x4fs,RFlat")
+    for setting in ("nprobe=0", "k_factor_rf=0", "nprobe=2,k_factor_rf=1001"):
+        with pytest.raises(InputError, match="it must be at least 1"):
+            index.configure(setting)
+    index.configure("nprobe=16,k_factor_rf=1000")
+    expected = index.search(vectors[:5], 3)
+    index.configure("nprobe=999999999,k_factor_rf=1000")  # all lists, and no memory for more
+    for a, b in zip(index.search(vectors[:5], 3), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "factory", ["IVF16,PQ16x4fs,RFlat", "HNSW8,SQ8,Refine(SQfp16)", "PCAR16,IVF4,SQ8,RFlat"]
+)
+def test_queries_are_refined_some_at_a_time(factory, seed, monkeypatch):
+    vectors, queries = clustered(seed), clustered(seed + 1, 50)
+    index = Index.build(vectors, factory)
+    index.configure("k_factor_rf=7")
+    expected, calls = index.search(queries, 5), []
+    searched = type(index._searcher.index).search_c
+
+    def search(self, n, *args):
+        calls.append(n)
+        return searched(self, n, *args)
+
+    monkeypatch.setattr(type(index._searcher.index), "search_c", search)
+    monkeypatch.setattr(index_module, "_CANDIDATES", 5 * 7 * 12)
+    for a, b in zip(index.search(queries, 5), expected, strict=True):
+        assert torch.equal(a, b)
+    assert calls == [12, 12, 12, 12, 2]
 
 
 def test_settings_that_do_not_exist(seed):
@@ -475,14 +523,21 @@ def test_joined_indexes_find_what_one_index_finds(factory, seed, tmp_path):
     assert len(joined) == len(vectors) + 5
 
 
-def test_lists_of_blocks_are_joined_at_every_place_in_a_block(seed, tmp_path):
-    """One list, in blocks of 32 vectors and 64 bytes: joined within a block, at its end, and where the vectors before
-    are as many as the bytes of one or several blocks."""
+@pytest.mark.parametrize("per_block", [32, 64, 96])
+def test_lists_of_blocks_are_joined_at_every_place_in_a_block(seed, tmp_path, per_block):
+    """One list: joined within a block, at its end, and where the vectors before are as many as the bytes of one or
+    several blocks. The file is the same too, so no memory is left in it where there is no vector."""
     vectors = clustered(seed, 300, 8)
-    stores, whole = parts_and_whole(tmp_path, "IVF1,PQ4x4fs", vectors, (31, 32, 64, 65, 128, 192, 197, 256))
+    factory = f"IVF1,PQ3x4fs_{per_block}" if per_block > 32 else "IVF1,PQ4x4fs"
+    vectors = vectors if per_block == 32 else clustered(seed, 300, 6)
+    stores, whole = parts_and_whole(tmp_path, factory, vectors, (31, 32, 64, 65, 128, 192, 197, 256))
     joined = Index.join(stores)
     lists = faiss.downcast_InvertedLists(joined._searcher.index.invlists)
-    assert (lists.n_per_block, lists.block_size) == (32, 64)
+    assert (lists.n_per_block, lists.block_size) == (per_block, 2 * per_block)
+    joined.configure("nprobe=1"), whole.configure("nprobe=1")
+    assert np.array_equal(
+        faiss.serialize_index(joined._searcher.index), faiss.serialize_index(whole._searcher.index)
+    )
     for found, expected in zip(joined.search(vectors, 300), whole.search(vectors, 300), strict=True):
         assert torch.equal(found, expected)
 
