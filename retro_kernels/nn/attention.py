@@ -188,7 +188,7 @@ class ChunkedCrossAttention(nn.Module):
     device, dtype  of the parameters
 
     Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`; `rel_proj`, `content_bias`, `position_bias` [H, D] ("relative");
-    `rel_bias` [H, M+R−1] ("bias"). Raises ValueError for sizes that do not fit together.
+    `rel_bias` [H, M+R−1] ("bias"). Raises ValueError for sizes that do not fit together, TypeError for what is none.
     """
 
     def __init__(
@@ -210,6 +210,11 @@ class ChunkedCrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "num_heads": num_heads, "head_dim": head_dim, "encoder_dim": encoder_dim}
+        sizes |= {"num_kv_heads": num_kv_heads, "chunk_size": chunk_size, "neighbour_len": neighbour_len}
+        for name, size in sizes.items():
+            if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__")):
+                raise TypeError(f"ChunkedCrossAttention: {name} is {size!r}; it must be an integer.")
         head_dim = _head_dim(dim, num_heads, head_dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:

@@ -283,6 +283,13 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
         make(**options)
 
 
+@pytest.mark.parametrize("name", ["head_dim", "encoder_dim", "num_kv_heads", "chunk_size", "neighbour_len"])
+@pytest.mark.parametrize("size", [2.0, True, "4"])
+def test_sizes_that_are_no_integers(name: str, size: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} is {size!r}; it must be an integer"):
+        make(**{name: size})
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("projection", ["materialised", "absorbed"])
 def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: str, bias: bool) -> None:

@@ -586,7 +586,8 @@ def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...
         raise TypeError(f"{name}: {label} is of type {type(lengths).__name__}; it has to be a tensor.")
     if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
         raise TypeError(
-            f"{name}: {label} is {lengths.dtype}; it has to hold integers (a mask: use mask.sum(-1))."
+            f"{name}: {label} is {lengths.dtype}; it has to hold integers"
+            + (" (a mask: use mask.sum(-1))." if label.endswith("lengths") else ".")
         )
     if lengths.shape != shape:
         raise ValueError(f"{name}: {label} has shape {tuple(lengths.shape)}; expected {tuple(shape)}.")
