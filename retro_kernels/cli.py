@@ -471,7 +471,7 @@ def _add_dedup(parser: _Parser) -> None:
 
 
 def _print_json(values: Any) -> None:
-    encoding = codecs.lookup(sys.stdout.encoding or "ascii").name
+    encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
     print(json.dumps(values, ensure_ascii=not encoding.startswith("utf")))
 
 

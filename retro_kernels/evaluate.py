@@ -162,6 +162,7 @@ def evaluate(
         "corpus": corpus.fingerprint(),
         "num_neighbours": k,
         "seed": seed,
+        "control": "without the document's own chunks",
         "window": window,
         "stride": stride,
         "batch_size": batch_size,
@@ -227,8 +228,15 @@ def _check_plot(path: Path) -> None:
         raise InputError("eval: --plot needs matplotlib, which is missing: pip install matplotlib")
     if not path.absolute().parent.is_dir():
         raise InputError(f"eval: --plot is {path}, but the folder {path.absolute().parent} does not exist.")
-    if path.is_dir() or (path.exists() and path.open("rb").read(8) not in (b"", b"\x89PNG\r\n\x1a\n")):
-        raise InputError(f"eval: --plot is {path}, which is there and no PNG. Give another name.")
+    try:
+        with open(path, "rb") as file:
+            replaces = file.read(8) not in (b"", b"\x89PNG\r\n\x1a\n")
+    except FileNotFoundError:
+        return
+    except OSError:  # a folder, or not ours to read
+        replaces = True
+    if replaces:
+        raise InputError(f"eval: --plot is {path}, which exists and is no PNG. Give another name.")
 
 
 def check_plain(verb: str, run: Run, options: dict[str, Any]) -> None:

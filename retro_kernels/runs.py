@@ -9,7 +9,7 @@ interruption.
     RUN/checkpoint-00001000/             weights, optimiser, RNG at one moment; the newest is kept
     RUN/tokens/                          the text in tokens, for the next start
     RUN/eval-….partial                   an evaluation that was interrupted (evaluate.py)
-    RUN/lock                             while a process trains
+    RUN/.train.lock                      while a process trains
 
 A checkpoint is written into a folder of another name and renamed when whole, so that weights and optimiser
 always belong together. `model.safetensors` beside it is a hard link to the same bytes where the file system has such.
@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -47,7 +48,7 @@ from .ops._backend import cpu_has_bf16
 from .ops._backend import pick_device as pick_device
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
-TOKENS, _ABOUT, _LOCK = "tokens", "about.json", "lock"
+TOKENS, _ABOUT, _LOCK = "tokens", "about.json", ".train.lock"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -129,33 +130,41 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_target(folder: Path, config: TrainConfig) -> None:
-    """InputError where training would replace what is in `folder` and is no run's, or where the run would lie in what
+    """InputError where training would replace what is in `folder` and is no run's, or where a new run would lie in what
     it is made from, and go with that."""
+    found: set[str] = set()
+    if folder.is_dir():
+        names = {CONFIG, WEIGHTS, TOKENIZER, SETTINGS, METRICS, TOKENS, "manifest.json"}
+        found = {path.name for path in folder.iterdir()} & names
+    if SETTINGS in found:
+        with contextlib.suppress(InputError):
+            read_settings(folder)
+            return
     for name in ("set", "retrofit"):
         source = getattr(config, name)
         if source and Path(source).resolve() in (folder.resolve(), *folder.resolve().parents):
             raise InputError(
                 f"train: out is {folder}, which is {name} ({source}) or lies in it. Give another --out."
             )
-    if not folder.is_dir():
-        return
-    found = {path.name for path in folder.iterdir()} & {
-        *(CONFIG, WEIGHTS, TOKENIZER, SETTINGS, METRICS, TOKENS, "manifest.json")
-    }
-    if found:
-        try:
-            read_settings(folder)
-        except InputError:
-            raise InputError(
-                f"train: {folder} holds {', '.join(sorted(found))}, and no training run: that would be replaced. Give "
-                "another --out."
-            ) from None
+    # an attempt of an earlier version, which wrote its settings last
+    if found and not (found <= {TOKENS, TOKENIZER} and _keeps_tokens(folder)):
+        raise InputError(
+            f"train: {folder} holds {', '.join(sorted(found))}, and no training run: that would be replaced. Give "
+            "another --out."
+        )
+
+
+def _keeps_tokens(folder: Path) -> bool:
+    from .retrieval.writing import load_json
+
+    about = load_json(folder / TOKENS / _ABOUT)
+    return isinstance(about, dict) and about.keys() >= {"text", "tokenizer", "chunk_size"}
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """While it lasts no other process trains in `folder`; InputError if one does. The folder is made, and is gone again
-    where nothing was written into it. What a process left that was killed while it saved is removed."""
+    where nothing was written into it."""
     from .retrieval.writing import locked
 
     path = folder / _LOCK
@@ -163,8 +172,6 @@ def alone_in(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(path, f"Another process trains in {folder}. Wait for it, or give another --out."):
         try:
-            for staged in folder.glob("checkpoint-*.tmp-*"):
-                shutil.rmtree(staged, ignore_errors=True)
             yield
         finally:
             path.unlink(missing_ok=True)
@@ -276,6 +283,13 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every whole checkpoint, oldest first."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
     return sorted((int(step), path) for step, path in found if step.isdecimal())
+
+
+def remove_staged(folder: Path) -> None:
+    """What a process left that was killed while it saved a checkpoint, of the run in `folder`."""
+    for path in folder.glob("checkpoint-*.tmp-*"):
+        if re.fullmatch(r"checkpoint-\d{8}\.tmp-\d+", path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: dict[str, Any]) -> None:

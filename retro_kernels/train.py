@@ -55,6 +55,7 @@ from .runs import (
     places,
     progress_bar,
     read_settings,
+    remove_staged,
     save_checkpoint,
     text_of,
     write_json,
@@ -179,7 +180,8 @@ def _train(
     trainer = _Trainer(config, folder, model, packed, retriever, settings, progress)
     if saved:
         trainer.load(saved[-1][1], read_settings(folder))
-    write_json(folder / SETTINGS, trainer.settings)  # first: by it a folder is known for a run's
+    write_json(folder / SETTINGS, trainer.settings)  # first: it marks the folder as a run's
+    remove_staged(folder)
     kept.keep(corpus)
     _cut_metrics(folder / METRICS, trainer.step)
     tokenizer.save(folder / TOKENIZER)

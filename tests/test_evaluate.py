@@ -417,8 +417,9 @@ def test_no_plot_is_refused_before_the_work(
     missing = tmp_path / "no" / "curve.png"
     for plot, model, said in [
         (missing, world.run, f"the folder {missing.parent} does not exist"),
+        (world.held_out, world.run, "which exists and is no PNG"),
         (tmp_path / "curve.png", world.plain, "--plot means nothing without neighbours"),
-        (world.held_out / "held-out-0.txt", world.run, "which is there and no PNG"),
+        (world.held_out / "held-out-0.txt", world.run, "which exists and is no PNG"),
         (tmp_path / "curve.png", world.run, "pip install matplotlib"),
     ]:
         if plot == tmp_path / "curve.png" and model == world.run:

@@ -219,6 +219,10 @@ def test_more_tokens_than_the_table_has(
     tokenizer.save(str(folder / "tokenizer.json"))
     words = ["--tokenizer", folder / "tokenizer.json", "--embedder", "hashing:64", "--chunk-size", CHUNK]
     assert run("index", world.train, "--out", tmp_path / "set", *words) == 0
+    assert (
+        train(world, tmp_path / "set", folder, tmp_path / "run", "--steps", 1, "--sequence-length", 50) == 2
+    )
+    assert "it must be a multiple of the chunk size" in capfd.readouterr().err.splitlines()[-1]
     assert train(world, tmp_path / "set", folder, tmp_path / "run", "--steps", 1) == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert "has 417 tokens, but the model's table only 416" in said and "resize_token_embeddings(417)" in said

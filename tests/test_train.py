@@ -23,6 +23,7 @@ import pytest
 import torch
 from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run, watch_reading
 
+from retro_kernels import runs
 from retro_kernels.config import InputError, TrainConfig
 from retro_kernels.data.corpus import Document
 from retro_kernels.data.packing import IGNORE, Packed, tokenise
@@ -914,7 +915,7 @@ def test_what_is_no_runs_is_not_replaced(
     assert (
         run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path) == 0
     )  # beside other files
-    assert contents(tmp_path)["notes.txt"] == b"as they are" and not (tmp_path / "lock").exists()
+    assert contents(tmp_path)["notes.txt"] == b"as they are" and not (tmp_path / ".train.lock").exists()
 
 
 def test_a_run_does_not_lie_in_what_it_is_made_from(
@@ -929,6 +930,28 @@ def test_a_run_does_not_lie_in_what_it_is_made_from(
     assert run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path / "set") == 2
     assert "manifest.json" in capfd.readouterr().err.splitlines()[-1]
     assert contents(tmp_path) == before
+    inside = tmp_path / "set" / "r"  # a run of an earlier version that lies there goes on
+    assert run(*words[:-1], "--stop-after", 1, "--steps", 2, "--out", tmp_path / "r") == 0
+    shutil.move(tmp_path / "r", inside)
+    assert run("train", "--data", world.train, "--resume", "--out", inside) == 0
+
+
+def test_an_attempt_of_an_earlier_version_is_taken_up(world: World, tmp_path: Path) -> None:
+    """Which wrote its settings last; and a run is known as one from the first file on."""
+    words = ["train", "--data", world.train, "--steps", 1, *PLAIN, "--out"]
+    assert run(*words, tmp_path / "a") == 0
+    (tmp_path / "b").mkdir()
+    shutil.copytree(tmp_path / "a" / "tokens", tmp_path / "b" / "tokens")
+    shutil.copy(tmp_path / "a" / "tokenizer.model", tmp_path / "b")
+    assert run(*words, tmp_path / "b") == 0
+    shutil.rmtree(tmp_path / "b" / "tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.KeptTokens, "keep", lambda *args: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*words, tmp_path / "c")
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["train.json"] and run(
+        *words, tmp_path / "c"
+    ) == 0
 
 
 def test_one_process_trains_in_a_folder(
@@ -940,7 +963,13 @@ def test_one_process_trains_in_a_folder(
             assert run(*words, *more) == 2
             assert f"Another process trains in {tmp_path / 'new' / 'r'}" in capfd.readouterr().err
     assert not (tmp_path / "new").exists()
+    (tmp_path / "new" / "r" / "checkpoint-best.tmp-old").mkdir(
+        parents=True
+    )  # a user's, and so is a file "lock"
+    (tmp_path / "new" / "r" / "lock").write_text("mine")
     assert run(*words, "--steps", 2, "--stop-after", 1) == 0
+    assert (tmp_path / "new" / "r" / "checkpoint-best.tmp-old").is_dir()
+    assert (tmp_path / "new" / "r" / "lock").read_text() == "mine"
     left = tmp_path / "new" / "r" / "checkpoint-00000002.tmp-123"
     left.mkdir()  # by one that was killed while it saved
     (left / "model.safetensors").write_bytes(b"half")

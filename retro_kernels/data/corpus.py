@@ -311,7 +311,7 @@ def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadRep
         report.skip(_NOT_UTF8, f"{where}, byte {error.start:,}")
         return
     if text.strip():
-        yield Document(title, text)
+        yield Document(title.encode(errors="replace").decode(), text)  # a name may be no text
     else:
         report.skip(_EMPTY, where)
 

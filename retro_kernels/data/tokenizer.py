@@ -268,7 +268,7 @@ class _SentencePiece:
         for part in re.split(f"({_SPACE})", text) if _SPACE in text else (text,):
             start = 0
             while len(part) - start > _SEGMENT_CHARS:
-                cut = _word_start(part, start + _SEGMENT_CHARS)
+                cut = _word_start(part, start + _SEGMENT_CHARS, len(part))
                 yield self._processor.encode(part[start:cut])
                 start = cut
             if part == _SPACE:
@@ -317,19 +317,30 @@ def _training_pieces(text: str) -> Iterator[str]:
     for part in _UNTRAINABLE.split(text):
         start = 0
         while start < len(part):
-            cut = _word_start(part, start + _SAMPLE_CHARS)
+            cut = _piece_end(part, start)
             if piece := part[start:cut].strip("\n"):
                 yield piece.encode(errors="replace").decode()
             start = cut
 
 
-def _word_start(text: str, start: int) -> int:
-    """The first place from `start` on where a space follows something else; the end of the text where there is none."""
-    while (space := text.find(" ", start)) >= 0:
+def _piece_end(text: str, start: int) -> int:
+    """Where a piece that begins at `start` ends: where a word begins, or if none does for long, as in Chinese, at the
+    end of a line or anywhere."""
+    end = start + _SAMPLE_CHARS
+    stop = end + _SAMPLE_CHARS
+    if stop >= len(text):
+        return _word_start(text, end, len(text))
+    cut = _word_start(text, end, stop)
+    return cut if cut < stop else text.rfind("\n", start, end) + 1 or end
+
+
+def _word_start(text: str, start: int, stop: int) -> int:
+    """The first place from `start` on where a space follows something else; `stop` where there is none before it."""
+    while (space := text.find(" ", start, stop)) >= 0:
         if text[space - 1] != " ":
             return space
         start = space + 1
-    return len(text)
+    return stop
 
 
 def _train(sample: list[str], vocab_size: int) -> bytes:

@@ -39,6 +39,8 @@ class TokenizerJson:
             self._falls_back = values["model"].get("byte_fallback", False)
             self.file_bos_id = _before_text(values.get("post_processor"))
             values |= {"normalizer": self._normalizer(), "post_processor": None}
+            if values["model"].get("dropout"):  # each call would cut a text another way
+                values["model"]["dropout"] = None
             if (values.get("pre_tokenizer") or {}).get("type") == "Metaspace":
                 values["pre_tokenizer"] |= {"prepend_scheme": "never", "add_prefix_space": False}
             backend = tokenizers.Tokenizer.from_str(json.dumps(values))

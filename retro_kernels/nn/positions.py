@@ -50,10 +50,10 @@ class DistanceTable(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """The table in the dtype of `like`: [G, dim]."""
-        if (
-            self.table.is_meta and not like.is_meta
-        ):  # after load_state_dict(assign=True), which brings parameters only
-            self.table = self._compute(like.device)
+        # after load_state_dict(assign=True), which brings parameters only
+        if self.table.is_meta and not like.is_meta:
+            with torch.inference_mode(False):  # it may serve training later
+                self.table = self._compute(like.device)
         return self.table.to(like.dtype)
 
     def extra_repr(self) -> str:

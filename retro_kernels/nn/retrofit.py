@@ -345,7 +345,11 @@ class RetroFitted(Retrieving):
         state = (x + attended).to(next(norm.parameters()).dtype)
         added = contribution(number, norm, cca, state[:, lead:]).to(attended.dtype)
         attended = attended + (F.pad(added, (0, 0, lead, 0)) if lead else added)
-        return type(output)((attended, *output[1:])) if type(output) in (tuple, list) else attended
+        if isinstance(output, Tensor):
+            return attended
+        if hasattr(output, "_replace"):  # a named tuple
+            return output._replace(**{output._fields[0]: attended})
+        return type(output)((attended, *output[1:]))
 
 
 _OF_THE_BASE = ("vocab_size", "dim", "num_layers")
@@ -359,6 +363,8 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
         raise ImportError("A pretrained base needs transformers: pip install transformers") from error
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(

@@ -280,7 +280,7 @@ Reader = Callable[[ReadReport], Iterator[Document]]
 
 def own_folders(out: str | os.PathLike[str]) -> list[str]:
     """Where `out` and the work on it lie: nothing to be read as text."""
-    name = os.path.abspath(out)
+    name = os.path.realpath(out)
     return [name, _work_folder(name), name + APPEND, _work_folder(name + APPEND)]
 
 
@@ -327,8 +327,13 @@ def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Docume
         if not document.text.strip():
             report.skip("empty", document.title)
             continue
+        try:
+            size = len(document.text.encode())
+        except UnicodeEncodeError:
+            report.skip("with lone surrogates", document.title)
+            continue
         report.documents += 1
-        report.text_bytes += len(document.text.encode())
+        report.text_bytes += size
         yield document
 
 
@@ -428,7 +433,7 @@ class Builder:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.out = Path(os.path.abspath(self.out))
+        self.out = Path(os.path.realpath(self.out))  # what a link points to is replaced, not the link
         self.folder = Path(_work_folder(str(self.out)))
         self.set = self.folder / "set"
         self.journal = self.folder / "cut.json"
@@ -467,8 +472,21 @@ class Builder:
         # of a damaged set the manifest may be what is damaged
         if names and not ours and not {files.MANIFEST, files.CHUNKS, files.EMBEDDINGS} <= names:
             raise InputError(f"{self.out} holds other files, and no retrieval set. Choose another folder.")
-        if files.MANIFEST in names and not overwrite:
+        if overwrite:
+            self.check_nothing_else()
+        elif files.MANIFEST in names:
             files.read_manifest(self.out)
+
+    def check_nothing_else(self) -> None:
+        """InputError where replacing the set would delete what is no part of one."""
+        own = {*files.REQUIRED_FILES, files.INDEX, files.MANIFEST}
+        names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
+        if others := [name for name in names if name not in own and ".tmp-" not in name]:
+            shown = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+            raise InputError(
+                f"{self.out} also holds {shown}, which would be gone with the set that is replaced. Move that away, "
+                "and give the same command again: what is done by then is kept."
+            )
 
     def recover(self) -> None:
         """Gives the set its name back where a replacement was killed between two renames (`swap`)."""
@@ -907,6 +925,7 @@ class Builder:
 
     def publish(self) -> dict[str, Any]:
         """The finished folder takes the name of the set."""
+        self.check_nothing_else()
         for path in self.set.iterdir():
             if path.name not in (*files.REQUIRED_FILES, files.INDEX, files.MANIFEST):
                 path.unlink()  # a temporary file of a process that was killed

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, document_hash, one_or_more
 from retro_kernels.data.text import Text, progress_bar, taken_up
+from retro_kernels.data.words import terms
 from retro_kernels.retrieval.build import reader_of
 from retro_kernels.retrieval.writing import Journal, check_no_folder, journal
 
@@ -38,10 +38,10 @@ THRESHOLD = 0.8
 _MISSED = 0.01
 _PERMUTATIONS = 128
 _LOWEST = 0.01  # 459 permutations, each a band
-_WORD = re.compile(r"\w+")
 _SLAB = 1 << 10  # hashes permuted at a time: 128 × 1 Ki × 8 B stays in the cache
 _GRAMS = 1 << 16  # hashes of evaluation documents that are looked up at a time, and one document
 _SEED = 20_211_208
+_FIRST_LINE = 1 << 20  # bytes of it that are looked at
 _PART = 4 << 20  # characters compared between two savings: a second's work
 
 
@@ -53,7 +53,7 @@ class _Words:
 
     def __call__(self, text: str) -> np.ndarray:
         known = self._known
-        words = _WORD.findall(text.lower())
+        words = terms(text, pairs=False)
         for word in set(words) - known.keys():
             known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
         if len(known) > 4_000_000:  # a stream of numbers and names need not stay in memory
@@ -147,7 +147,9 @@ class DuplicateFinder:
         self._grams: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = {}
         self._sizes: list[int] = []
-        digest = hashlib.blake2b(repr((n, threshold, self._minhash.a.tolist())).encode(), digest_size=16)
+        digest = hashlib.blake2b(
+            repr(("words of any script", n, threshold, self._minhash.a.tolist())).encode(), digest_size=16
+        )
         seen: set[bytes] = set()
         for document in documents:
             grams = self._hashes(document.text)
@@ -342,13 +344,22 @@ def _check_out(out: Path, data: Sequence[Any], against: Sequence[Any]) -> None:
         )
     if not out.parent.is_dir():
         raise InputError(f"dedup: out is {out}, but there is no folder {out.parent}. Make it first.")
+    if not out.exists() or not out.stat().st_size:
+        return
     read, place = [Path(path).resolve() for path in data], out.resolve()
-    compared = [Path(path).resolve() for path in against]
     # in a folder of training text it may be an earlier result, which is not read
-    if out.exists() and (place in read or any(place.is_relative_to(path) for path in compared)):
+    if place in read or any(place.is_relative_to(Path(path).resolve()) for path in against):
         raise InputError(
             f"dedup: out is {out}, which is there and among the texts to read. Give another name, or remove it first."
         )
+    with open(out, "rb") as file:
+        first = file.readline(_FIRST_LINE)
+    try:
+        ours = not first.endswith(b"\n") or list(json.loads(first)) == ["title", "text"]
+    except (ValueError, TypeError):
+        ours = False
+    if not (first.startswith(b'{"title": ') and ours):
+        raise InputError(f"dedup: out is {out}, which is there and no result of dedup. Give another name.")
 
 
 class _writer:

@@ -117,9 +117,8 @@ def check_factory(factory: str | None, dim: int) -> None:
 
     What can be filled untrained is tried with a few random vectors; of the rest it is looked at what it consists of.
     """
-    if factory in (None, EXACT, "CAGRA"):
+    if factory is None or factory in (EXACT, "CAGRA"):
         return
-    assert factory is not None
     # FAISS divides by some of these, reads what is not there, or never ends
     if re.search(r"(?<![\d.])0+(?![\d.])|HNSW1(?!\d)", factory):
         raise InputError(
@@ -745,7 +744,7 @@ class _FaissSearcher:
         ids = torch.empty(len(queries), k, dtype=torch.int64, device=self.device)
         if self.device.type != "cuda":
             faiss.cvar.distance_compute_blas_threshold = _blas_threshold(faiss.__version__, self.index.d)
-            at_once = max(1, int(_CANDIDATES / (k * self._factor())))
+            at_once = 1 if len(queries) == 1 else max(1, int(_CANDIDATES / (k * self._factor())))
             for first in range(0, len(queries), at_once):
                 some = slice(first, first + at_once)
                 self.index.search_c(

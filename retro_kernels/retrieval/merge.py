@@ -132,9 +132,10 @@ def append_to_retrieval_set(
     Where the set holds every document already, nothing is done. Errors are those of `build_retrieval_set`.
     """
     device = pick_device(device or "cpu")
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     whole = Builder(target, SHARD_CHUNKS, progress)
     whole.recover()
+    whole.check_nothing_else()
     store = ChunkStore.open(target)
     loaded = load_described(store.manifest["embedder"], target, embedder, device)
     known = set(store.document_hashes.tolist())

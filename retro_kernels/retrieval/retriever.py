@@ -159,6 +159,14 @@ class Retriever:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
         if metric not in ("l2", "inner product"):
             raise InputError(f'Retriever: metric is {metric!r}; "l2" or "inner product" can be had.')
+        if not retriever.startswith("dense") and (metric != "l2" or query_embedder is not None):
+            raise InputError(
+                f"Retriever: {retriever!r} has neither metric nor query_embedder; leave them out."
+            )
+        if query_embedder is not None and not embed_unknown:
+            raise InputError(
+                "Retriever: query_embedder embeds every query, which embed_unknown=False forbids."
+            )
         check_seed("Retriever", seed)
         cache = as_count("Retriever", "cache", cache, least=0)
         rerank_fetch = as_count("Retriever", "rerank_fetch", rerank_fetch)
@@ -179,6 +187,7 @@ class Retriever:
                 encoder = load()  # no query does without it
                 candidates += f" by {encoder.name} ({encoder.fingerprint[:12]})"
             candidates += f", {metric}" if product else ""
+            candidates += "" if embed_unknown else ", of known chunks"
             searcher = DenseSearcher(
                 store,
                 _index(store, device, index_device, device_store, product),

@@ -207,7 +207,8 @@ class ChunkStore:
 
     def find_documents(self, hashes: Iterable[int]) -> np.ndarray:
         """int64 [n]: the id of the document with each hash (`data.corpus.document_hash`), −1 where the set has none."""
-        wanted = as_integers("hashes", hashes)
+        iterates = isinstance(hashes, Iterable) and not hasattr(hashes, "__array__")
+        wanted = as_integers("hashes", list(hashes) if iterates else hashes)
         sorted_hashes, order = self._sorted_document_hashes
         place = np.searchsorted(sorted_hashes, wanted)
         place = np.minimum(place, self.num_documents - 1)

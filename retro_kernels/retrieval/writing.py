@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -47,6 +48,8 @@ def locked(path: Path, busy: str) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(busy) from None
         except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
             note(
                 f"{path}: no lock is to be had there ({error.strerror}); see that no other process does the same."
             )

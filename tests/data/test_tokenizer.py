@@ -177,6 +177,23 @@ def test_sample_is_bounded_and_spread(seed):
     assert len(origins) > 10
 
 
+@pytest.mark.parametrize("line", [0, 70, 20_000])
+def test_text_without_spaces_is_sampled_too(seed, line):
+    """Of a language that has none, in lines or without."""
+    rng = random.Random(seed)
+    text = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(300_000))
+    if line:
+        text = "\n".join(text[i : i + line] for i in range(0, len(text), line))
+    sampler = TextSampler(100_000)
+    sampler.add(text)
+    sample = sampler.sample()
+    assert 80_000 < sum(len(piece.encode()) for piece in sample) <= 100_000 and len(sample) >= 6
+    assert all(piece in text for piece in sample)
+    whole = TextSampler()
+    whole.add(text)
+    assert "".join(whole.sample()).replace("\n", "") == text.replace("\n", "")
+
+
 def test_files_that_are_no_tokenizer(tmp_path):
     path = tmp_path / "t.model"
     with pytest.raises(InputError, match="cannot read"):

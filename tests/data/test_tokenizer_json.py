@@ -209,3 +209,14 @@ def test_gpt2(data: Path, seed: int, tmp_path: Path) -> None:
     assert tokenizer.encode("Hello world!") == [15496, 995, 50_256]
     text = some_text(seed)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_tokenizer_that_drops_merges_encodes_one_way(tmp_path: Path) -> None:
+    """BPE with dropout, as it may be left in a file after training."""
+    made(tmp_path / "t.json")
+    values = json.loads((tmp_path / "t.json").read_text())
+    expected = Tokenizer(tmp_path / "t.json").encode(WORDS)
+    values["model"]["dropout"] = 0.5
+    (tmp_path / "d.json").write_text(json.dumps(values))
+    tokenizer = Tokenizer(tmp_path / "d.json")
+    assert all(tokenizer.encode(WORDS) == expected for _ in range(5))

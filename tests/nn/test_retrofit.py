@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -510,3 +510,18 @@ def test_default_layers() -> None:
         (4, 8),
         (6, 9),
     ]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "named tuple", "tensor"])
+def test_outputs_of_every_kind_stay_what_they_are(seed: int, kind: str) -> None:
+    class Attended(NamedTuple):
+        states: torch.Tensor
+        weights: str
+
+    x = torch.randn(2, 4, 32)
+    output: Any = {"tuple": (x, "w"), "list": [x, "w"], "named tuple": Attended(x, "w"), "tensor": x}[kind]
+    model = fitted(base_model(), cca_layers=(2,))
+    result = model._added(2, lambda number, norm, cca, state: torch.ones_like(state), 0, x, None, (), output)  # type: ignore[arg-type]
+    assert type(result) is type(output)
+    states = result if kind == "tensor" else result[0]
+    assert torch.equal(states, x + 1) and (kind == "tensor" or result[1] == "w")

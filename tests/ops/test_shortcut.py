@@ -389,10 +389,11 @@ def test_the_short_way_computes_the_same_on_the_gpu(seed: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
         leaves = [x.requires_grad_() for x in (query, key, value, *terms.values())]
         grad = torch.randn_like(query)
-        out = chunked_cross_attention(query, key, value, **terms)
+        lengths = torch.randint(0, 129, (2, 4, 2), device="cuda", dtype=torch.int32)
+        out = chunked_cross_attention(query, key, value, neighbour_lengths=lengths, **terms)
         short = [out, *torch.autograd.grad(out, leaves, grad)]
         with SeenAbove():
-            out = chunked_cross_attention(query, key, value, **terms)
+            out = chunked_cross_attention(query, key, value, neighbour_lengths=lengths, **terms)
             long = [out, *torch.autograd.grad(out, leaves, grad)]
         assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
     assert len(_shortcut._kept) == 3

@@ -285,6 +285,46 @@ def test_what_is_no_set_is_never_replaced(tmp_path, model):
     ).num_documents == 20
 
 
+def test_nothing_that_is_kept_in_a_set_goes_with_it(tmp_path, model):
+    """Replaced, appended to, or given another index, it would; the same command goes on when it was moved away."""
+    out = tmp_path / "set"
+    build(CORPUS[:14], out, tokenizer=model)
+    (out / "notes.txt").write_text("mine")
+    (out / "evals").mkdir()
+    before = (out / MANIFEST).read_bytes()
+    for change in (
+        lambda: build(CORPUS, out, tokenizer=model, overwrite=True),
+        lambda: build(CORPUS[:14], out, tokenizer=model, index="HNSW8,SQ8"),
+        lambda: append_to_retrieval_set(out, CORPUS, progress=False),
+    ):
+        with pytest.raises(InputError, match="also holds evals, notes.txt, which would be gone"):
+            change()
+        assert (out / "notes.txt").read_text() == "mine" and (out / MANIFEST).read_bytes() == before
+    assert build(CORPUS[:14], out, tokenizer=model)["num_documents"] == 14  # nothing to do
+    (out / "evals").rmdir()
+    (out / "notes.txt").unlink()
+    assert build(CORPUS[:14], out, tokenizer=model, index="HNSW8,SQ8")["index"]["factory"] == "HNSW8,SQ8"
+
+
+def test_a_set_behind_a_link(tmp_path, model, monkeypatch):
+    """What the link points to is replaced, and the link stays one."""
+    build(CORPUS[:10], tmp_path / "real" / "set", tokenizer=model)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "set")
+    append_to_retrieval_set(tmp_path / "link", CORPUS[:14], progress=False)
+    build(CORPUS[:14], tmp_path / "link", tokenizer=model, index="HNSW8,SQ8", overwrite=True)
+    monkeypatch.chdir(tmp_path / "link")
+    append_to_retrieval_set(".", CORPUS, progress=False)
+    assert (tmp_path / "link").is_symlink()
+    assert ChunkStore.open(tmp_path / "link", verify="full").num_documents == len(CORPUS)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["link", "real", "set"]
+
+
+def test_documents_with_lone_surrogates_are_left_out(tmp_path, model):
+    build([*CORPUS[:3], Document("torn", "half a pair \ud800")], tmp_path / "set", tokenizer=model)
+    store = ChunkStore.open(tmp_path / "set")
+    assert store.num_documents == 3 and "with lone surrogates" in json.dumps(store.manifest)
+
+
 def test_large_vocabularies_take_wider_tokens(tmp_path, model, monkeypatch):
     for module in (build_module, build_module.files, sys.modules["retro_kernels.retrieval.writing"]):
         monkeypatch.setattr(module, "token_dtype", lambda size: np.dtype(np.int32))

@@ -376,3 +376,41 @@ def test_bad_names_are_refused_before_anything_is_read(tmp_path: Path, name: str
     with pytest.raises(InputError, match=message):
         deduplicate(tmp_path / "missing", tmp_path / "a.txt", out=tmp_path / name, progress=False)
     assert [x.name for x in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_is_no_result_is_not_replaced(tmp_path: Path) -> None:
+    """Lines of others, and a text that is read; only what looks like an earlier result is written over."""
+    train, test = tmp_path / "train", tmp_path / "test.txt"
+    train.mkdir()
+    (train / "a.txt").write_text("some text of its own")
+    test.write_text("another text")
+    for place in (train / "data.jsonl", tmp_path / "data.jsonl"):
+        for line in ('{"text": "mine", "meta": 1}', '{"title": "a", "text": "b", "id": 3}', "no JSON"):
+            place.write_text(line + "\n")
+            with pytest.raises(InputError, match="is there and no result of dedup"):
+                deduplicate(train, test, out=place, progress=False)
+            assert place.read_text() == line + "\n"
+        place.write_text("")
+        assert deduplicate(train, test, out=place, progress=False)["kept"] == 1
+        place.unlink()
+
+
+def test_scripts_without_spaces(seed: int) -> None:
+    """Letters are their words: a copy with a letter changed here and there is one."""
+    rng = random.Random(seed)
+    letters = [chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(1500)]
+    text = "".join(x + "，" * (i % 15 == 14) for i, x in enumerate(letters))
+    for i in rng.sample(range(1500), 4):
+        letters[i] = "が"
+    copy = "".join(x + "。" * (i % 15 == 14) for i, x in enumerate(letters))
+    found = DuplicateFinder([Document("a", text)]).find(copy)
+    assert found is not None and 0.9 < found[1] < 1.0
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
+        file.write("some text")
+    (tmp_path / "test").write_text("another")
+    deduplicate(tmp_path, tmp_path / "test", out=tmp_path / "o.jsonl", progress=False)
+    titles = [json.loads(line)["title"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert "?.txt" in titles

@@ -197,6 +197,21 @@ def test_queries_may_have_an_encoder_of_their_own(folder: Path) -> None:
         Retriever.from_pretrained(folder, query_embedder=QueryEncoder(3))(tokens)
 
 
+def test_options_that_mean_nothing_are_refused(
+    folder: Path, tmp_path: Path, documents: list[Document]
+) -> None:
+    for kind in ("bm25", "random", "bm25:tokens+edit"):
+        for options in ({"metric": "inner product"}, {"query_embedder": QueryEncoder(64)}):
+            with pytest.raises(InputError, match="has neither metric nor query_embedder"):
+                Retriever.from_pretrained(folder, retriever=kind, **options)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="which embed_unknown=False forbids"):
+        Retriever.from_pretrained(folder, query_embedder=QueryEncoder(64), embed_unknown=False)
+    known = Retriever.from_pretrained(folder, embed_unknown=False)
+    assert (
+        known.candidates != Retriever.from_pretrained(folder).candidates
+    )  # nor is a file of the one the other's
+
+
 def test_unknown_kinds_and_missing_sets(folder: Path, tmp_path: Path) -> None:
     for name in ("dpr", "bm25+bm25"):  # of which the second would sort by what it was sorted by
         with pytest.raises(InputError, match="dense, bm25"):

@@ -107,7 +107,7 @@ def _softmax(
     weights = torch.softmax(wide, -1)
     # NaN is of a row without any key; a GPU would be waited for
     if weights.is_cuda or weights[..., 0].isnan().any():
-        weights.masked_fill_((wide == float("-inf")).all(-1, keepdim=True), 0.0)
+        weights.masked_fill_(wide.amax(-1, keepdim=True) == float("-inf"), 0.0)
     logits.copy_(weights.flatten(1, 2))
     return logits if seed is None else _dropped(logits, seed, block, heads, dropout_p)
 

@@ -185,7 +185,7 @@ class _Call:
         torch.softmax(logits, -1, out=logits)
         if logits[..., 0].isnan().any():  # of a row whose logits are all −inf, which has no key; or of a NaN
             again = self.logits(unit, content, key, position)
-            logits.masked_fill_((again == float("-inf")).all(-1, keepdim=True), 0.0)
+            logits.masked_fill_(again.amax(-1, keepdim=True) == float("-inf"), 0.0)
         by_group = logits.view(unit.group.stop - unit.group.start, -1, logits.shape[2])
         for i, group in enumerate(range(unit.group.start, unit.group.stop)):
             if group in self.absent:
