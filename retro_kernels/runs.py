@@ -132,9 +132,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def check_target(folder: Path, config: TrainConfig) -> None:
     """InputError where training would replace what is in `folder` and is no run's, or where a new run would lie in what
     it is made from, and go with that."""
+    from .retrieval.store import MANIFEST
+
     found: set[str] = set()
     if folder.is_dir():
-        names = {CONFIG, WEIGHTS, TOKENIZER, SETTINGS, METRICS, TOKENS, "manifest.json"}
+        names = {CONFIG, WEIGHTS, TOKENIZER, SETTINGS, METRICS, TOKENS, MANIFEST}
         found = {path.name for path in folder.iterdir()} & names
     if SETTINGS in found:
         with contextlib.suppress(InputError):
@@ -329,8 +331,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"{checkpoint / STATE} cannot be read ({reason}). If no other process trains there, remove {checkpoint} "
-            "and start again."
+            f"{checkpoint / STATE} cannot be read ({reason}). Remove {checkpoint} and start again."
         ) from None
 
 

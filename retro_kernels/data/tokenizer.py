@@ -327,11 +327,9 @@ def _piece_end(text: str, start: int) -> int:
     """Where a piece that begins at `start` ends: where a word begins, or if none does for long, as in Chinese, at the
     end of a line or anywhere."""
     end = start + _SAMPLE_CHARS
-    stop = end + _SAMPLE_CHARS
-    if stop >= len(text):
-        return _word_start(text, end, len(text))
+    stop = min(end + _SAMPLE_CHARS, len(text))
     cut = _word_start(text, end, stop)
-    return cut if cut < stop else text.rfind("\n", start, end) + 1 or end
+    return cut if cut < stop or stop == len(text) else text.rfind("\n", start, end) + 1 or end
 
 
 def _word_start(text: str, start: int, stop: int) -> int:

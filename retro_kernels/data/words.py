@@ -6,6 +6,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
+_ASCII = re.compile(r"\w+")
 _UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
     "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
@@ -45,6 +46,3 @@ def terms(text: str, pairs: bool = True) -> list[str]:
         else:
             found.append(piece)
     return found
-
-
-_ASCII = re.compile(r"\w+")

@@ -479,9 +479,8 @@ class Builder:
 
     def check_nothing_else(self) -> None:
         """InputError where replacing the set would delete what is no part of one."""
-        own = {*files.REQUIRED_FILES, files.INDEX, files.MANIFEST}
         names = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-        if others := [name for name in names if name not in own and ".tmp-" not in name]:
+        if others := [name for name in names if name not in files.ALL_FILES and ".tmp-" not in name]:
             shown = ", ".join(others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
             raise InputError(
                 f"{self.out} also holds {shown}, which would be gone with the set that is replaced. Move that away, "
@@ -927,7 +926,7 @@ class Builder:
         """The finished folder takes the name of the set."""
         self.check_nothing_else()
         for path in self.set.iterdir():
-            if path.name not in (*files.REQUIRED_FILES, files.INDEX, files.MANIFEST):
+            if path.name not in files.ALL_FILES:
                 path.unlink()  # a temporary file of a process that was killed
         sync_folder(self.set)
         self.journal.unlink(

@@ -162,10 +162,7 @@ def _why_not_l2(index: Any) -> str | None:
     deciding = _nested(outer)
     if any(isinstance(part, (faiss.IndexLSH, faiss.IndexIVFSpectralHash)) for part in deciding):
         return "it counts differing bits, which are no squared L2 distances. Refine it (…,RFlat), or take another"
-    chains = [part.chain for part in deciding if isinstance(part, faiss.IndexPreTransform)]
-    for step in (
-        faiss.downcast_VectorTransform(chain.at(i)) for chain in chains for i in range(chain.size())
-    ):
+    for step in _transforms(deciding):
         if isinstance(step, (faiss.NormalizationTransform, faiss.ITQTransform)):
             return "it normalises vectors, so its distances are not the squared L2 distances of what it was given"
         if isinstance(step, faiss.PCAMatrix) and step.eigen_power:
@@ -176,15 +173,20 @@ def _why_not_l2(index: Any) -> str | None:
 def _why_not_trained(index: Any) -> str | None:
     """Why training will fail, however many vectors there are; None where nothing speaks against it."""
     faiss = require_faiss()
-    chains = [part.chain for part in _nested(index) if isinstance(part, faiss.IndexPreTransform)]
-    for step in (
-        faiss.downcast_VectorTransform(chain.at(i)) for chain in chains for i in range(chain.size())
-    ):
+    for step in _transforms(_nested(index)):
         if isinstance(step, faiss.PCAMatrix) and step.d_out > step.d_in:
             return f"PCA makes {step.d_out} dimensions out of {step.d_in}; ask for as many or fewer"
         if isinstance(step, faiss.OPQMatrix) and step.d_out % step.M:
             return f"OPQ cuts {step.d_out} dimensions into {step.M}; take a number that divides them"
     return None
+
+
+def _transforms(parts: list[Any]) -> Iterator[Any]:
+    """What FAISS does to vectors before those of `parts` that are for it get them."""
+    faiss = require_faiss()
+    for part in parts:
+        if isinstance(part, faiss.IndexPreTransform):
+            yield from (faiss.downcast_VectorTransform(part.chain.at(i)) for i in range(part.chain.size()))
 
 
 def check_recall(recall: float) -> None:
@@ -742,28 +744,26 @@ class _FaissSearcher:
         faiss = require_faiss()
         distances = torch.empty(len(queries), k, dtype=torch.float32, device=self.device)
         ids = torch.empty(len(queries), k, dtype=torch.int64, device=self.device)
+
+        def find(some: slice) -> None:
+            self.index.search_c(
+                len(queries[some]),
+                faiss.cast_integer_to_float_ptr(queries[some].data_ptr()),
+                k,
+                faiss.cast_integer_to_float_ptr(distances[some].data_ptr()),
+                faiss.cast_integer_to_idx_t_ptr(ids[some].data_ptr()),
+            )
+
         if self.device.type != "cuda":
             faiss.cvar.distance_compute_blas_threshold = _blas_threshold(faiss.__version__, self.index.d)
             at_once = 1 if len(queries) == 1 else max(1, int(_CANDIDATES / (k * self._factor())))
             for first in range(0, len(queries), at_once):
-                some = slice(first, first + at_once)
-                self.index.search_c(
-                    len(queries[some]),
-                    faiss.cast_integer_to_float_ptr(queries[some].data_ptr()),
-                    k,
-                    faiss.cast_integer_to_float_ptr(distances[some].data_ptr()),
-                    faiss.cast_integer_to_idx_t_ptr(ids[some].data_ptr()),
-                )
+                find(slice(first, first + at_once))
             return distances, ids
         if k > _GPU_MAX_K:
             raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
-        address = (
-            faiss.cast_integer_to_float_ptr(queries.data_ptr()),
-            faiss.cast_integer_to_float_ptr(distances.data_ptr()),
-            faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()),
-        )
         with self._on_stream():
-            self.index.search_c(len(queries), address[0], k, address[1], address[2])
+            find(slice(None))
         return distances, ids
 
     def _factor(self) -> float:
@@ -773,15 +773,12 @@ class _FaissSearcher:
     def configure(self, setting: str) -> None:
         faiss = require_faiss()
         values = {name: int(value) for name, value in (pair.split("=") for pair in setting.split(","))}
-        for name in ("nprobe", "k_factor_rf"):
-            if not 1 <= values.get(name, 1) <= (10**9 if name == "nprobe" else _MOST_CANDIDATES):
-                raise InputError(
-                    f"Index: {name} is {values[name]:,}; it must be at least 1"
-                    + ("." if name == "nprobe" else f" and at most {_MOST_CANDIDATES:,}.")
-                )
-        if "nprobe" in values and (
-            lists := self.tunable()[0]
-        ):  # some kinds keep a place for each that is asked for
+        for name, most in (("nprobe", math.inf), ("k_factor_rf", _MOST_CANDIDATES)):
+            if not 1 <= values.get(name, 1) <= most:
+                limit = "" if most == math.inf else f" and at most {most:,}"
+                raise InputError(f"Index: {name} is {values[name]:,}; it must be at least 1{limit}.")
+        # some kinds of lists keep a place for each that is asked for
+        if "nprobe" in values and (lists := self.tunable()[0]):
             values["nprobe"] = min(values["nprobe"], lists)
         space = faiss.GpuParameterSpace() if self.device.type == "cuda" else faiss.ParameterSpace()
         try:
@@ -821,16 +818,15 @@ class _FaissSearcher:
     def take(self, other: _FaissSearcher) -> None:
         """Moves the vectors of `other`, of the same kind, behind those that are here."""
         for mine, theirs in zip(_nested(self.index), _nested(other.index), strict=True):
-            if type(mine).__name__ in _WRAPPERS:
-                mine.ntotal += theirs.ntotal
-                theirs.ntotal = 0
-            elif type(mine).__name__ == "IndexIVFPQFastScan":
+            kind = type(mine).__name__
+            if kind == "IndexIVFPQFastScan":
                 mine.check_compatible_for_merge(theirs)
                 _move_blocks(mine.invlists, theirs.invlists, mine.ntotal)
-                mine.ntotal += theirs.ntotal
-                theirs.ntotal = 0
-            else:  # inverted lists keep ids; elsewhere the place is the id
+            elif kind not in _WRAPPERS:  # inverted lists keep ids; elsewhere the place is the id
                 mine.merge_from(theirs, mine.ntotal if hasattr(mine, "nlist") else 0)
+                continue
+            mine.ntotal += theirs.ntotal
+            theirs.ntotal = 0
 
     def on_cpu(self) -> Any:
         return require_faiss().index_gpu_to_cpu(self.index) if self.device.type == "cuda" else self.index

@@ -142,7 +142,7 @@ class ShardedRetriever(Retriever):
     def find_documents(self, hashes: Iterable[int]) -> Tensor:
         """See `Retriever.find_documents`. Collective; each rank may ask for others."""
         with self._alone():
-            mine = as_integers("hashes", list(hashes)).tolist()
+            mine = as_integers("hashes", hashes).tolist()
         asked: list[Any] = [None] * self.world
         dist.all_gather_object(asked, mine, group=self.group)
         with self._alone():

@@ -59,6 +59,7 @@ REQUIRED_FILES = (
     CHUNK_HASHES,
     CHUNK_ORDER,
 )
+ALL_FILES = (*REQUIRED_FILES, INDEX, MANIFEST)
 MAX_MANIFEST_BYTES = 1 << 20
 VERIFIED_BYTES = 256 << 20
 """The largest set of which every byte is read each time it is opened: a quarter of a second."""
@@ -207,8 +208,7 @@ class ChunkStore:
 
     def find_documents(self, hashes: Iterable[int]) -> np.ndarray:
         """int64 [n]: the id of the document with each hash (`data.corpus.document_hash`), −1 where the set has none."""
-        iterates = isinstance(hashes, Iterable) and not hasattr(hashes, "__array__")
-        wanted = as_integers("hashes", list(hashes) if iterates else hashes)
+        wanted = as_integers("hashes", hashes)
         sorted_hashes, order = self._sorted_document_hashes
         place = np.searchsorted(sorted_hashes, wanted)
         place = np.minimum(place, self.num_documents - 1)
@@ -294,7 +294,10 @@ def as_integers(name: str, values: Any) -> np.ndarray:
 
 
 def _as_array(values: Any) -> Any:
-    return values.cpu().numpy() if hasattr(values, "cpu") else values
+    if hasattr(values, "cpu"):
+        return values.cpu().numpy()
+    # of a set or an iterator numpy would make one object
+    return list(values) if isinstance(values, Iterable) and not hasattr(values, "__array__") else values
 
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)

@@ -428,6 +428,9 @@ def test_no_model_of_transformers_is_replaced(seed: int, tmp_path: Path, freeze:
         with pytest.raises(InputError, match="holds a model of transformers, which would be replaced"):
             fitted(base, freeze=freeze).save_pretrained(tmp_path / name)
         assert {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} == before
+    (tmp_path / "base" / "config.json").unlink()  # it is known without, as the place where the base came from
+    with pytest.raises(InputError, match="holds a model of transformers"):
+        fitted(base, freeze=freeze).save_pretrained(tmp_path / "base")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "of other sizes"])

@@ -390,6 +390,9 @@ def test_what_is_no_result_is_not_replaced(tmp_path: Path) -> None:
             with pytest.raises(InputError, match="is there and no result of dedup"):
                 deduplicate(train, test, out=place, progress=False)
             assert place.read_text() == line + "\n"
+        place.write_text('{"title": "a", "text": "b", "id": 3}')  # without an end of line
+        with pytest.raises(InputError, match="is there and no result of dedup"):
+            deduplicate(train, test, out=place, progress=False)
         place.write_text("")
         assert deduplicate(train, test, out=place, progress=False)["kept"] == 1
         place.unlink()

@@ -410,7 +410,7 @@ _cca_absorbed_fwd = register(
     f"cca_absorbed_fwd({_INPUTS}, bool keep, Tensor? key_bias=None) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    # what an exported program does not keep is needed where it is trained
+    # what an exported program does not keep is needed where it is trained; torch leaves out what is its default
     lambda *args: _AbsorbedCrossAttention.apply(args[15] if len(args) > 15 else None, *args[:14]),
 )
 _cca_absorbed_bwd = register(

@@ -130,7 +130,7 @@ def chunked_cross_attention_decode(
         add = add.flatten(3)
         out = _attention_of_torch(content, key.flatten(1, 2).transpose(1, 2), values, add, scale)
         out = out.unflatten(2, (tokens, group)).transpose(1, 2).reshape(query.shape).contiguous()
-        # where there is no key, the softmax is NaN
+        # where there is no key, PyTorch's versions and kernels do not agree
         nothing = ~_present(rows, key.shape[1], neighbour_lengths)
         if rel_bias is not None:  # it may forbid them all
             nothing = nothing | (add == float("-inf")).all(-1, keepdim=True)

@@ -241,23 +241,16 @@ class _FirstDerivative(torch.autograd.Function):
 
 
 def _gradients(
-    needs: tuple[bool, ...],
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *args: Any,
+    needs: tuple[bool, ...], grad_out: Tensor, out: Tensor, lse: Tensor, *args: Any
 ) -> tuple[Any, ...]:
-    tables, (lengths, *rest) = args[:4], args[4:]
+    query, key, value, *tables, lengths = args[:8]
     wanted = [need and x is not None for need, x in zip(needs, tables, strict=True)]
     shape = key.shape
     if key.dim() == 6:
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         lengths = None if lengths is None else lengths.flatten(0, 1)
     grad_query, grad_key, grad_value, *others = without_autograd(
-        _cca_bwd, grad_out, out, lse, query, key, value, *tables, lengths, *rest, wanted
+        _cca_bwd, grad_out, out, lse, query, key, value, *tables, lengths, *args[8:], wanted
     )
     if len(shape) == 6:
         grad_key, grad_value = grad_key.view(shape), grad_value.view(shape)
