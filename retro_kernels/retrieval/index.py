@@ -752,6 +752,7 @@ class _FaissSearcher:
                 k,
                 faiss.cast_integer_to_float_ptr(distances[some].data_ptr()),
                 faiss.cast_integer_to_idx_t_ptr(ids[some].data_ptr()),
+                self._parameters(k),
             )
 
         if self.device.type != "cuda":
@@ -765,6 +766,10 @@ class _FaissSearcher:
         with self._on_stream():
             find(slice(None))
         return distances, ids
+
+    def _parameters(self, k: int) -> Any:
+        """FAISS's search parameters of a call; None for those that the index holds."""
+        return None
 
     def _factor(self) -> float:
         """How many candidates a neighbour is chosen from, all of which FAISS keeps for all queries of a call."""
@@ -841,7 +846,12 @@ class _FaissSearcher:
 
 
 class _CagraSearcher(_FaissSearcher):
-    """cuVS's graph. It is built from all vectors at once; on disk it is an HNSW graph that a CPU can search too."""
+    """cuVS's graph. It is built from all vectors at once; on disk it is an HNSW graph that a CPU can search too.
+
+    Its search setting is that graph's, efSearch: the candidates that a search keeps, which cuVS calls itopk_size.
+    """
+
+    _kept = 64
 
     @classmethod
     def new_cagra(cls, dim: int, device: torch.device) -> _CagraSearcher:
@@ -879,6 +889,20 @@ class _CagraSearcher(_FaissSearcher):
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         self._finish()
         return super().search(queries, k)
+
+    def _parameters(self, k: int) -> Any:
+        made = require_faiss().SearchParametersCagra()
+        made.itopk_size = -(-max(self._kept, k) // 32) * 32  # cuVS refuses fewer than k
+        return made
+
+    def configure(self, setting: str) -> None:
+        name, _, value = setting.partition("=")
+        if name != "efSearch" or "," in value or int(value) < 1:
+            raise InputError(f"CAGRA has no search setting {setting!r} (efSearch, from 1 on).")
+        self._kept = int(value)
+
+    def tunable(self) -> tuple[int, bool, bool]:
+        return 0, False, True
 
     def trained_state(self) -> str | None:
         return None
