@@ -46,7 +46,8 @@ _EXACT_UP_TO = {"cpu": 100_000, "cuda": 20_000_000}
 _BLOCK_ROWS = 1 << 16
 _BLOCK_QUERIES = 1 << 10  # 256 MB of scores
 _GPU_TEMP_BYTES = 256 << 20
-_GPU_MAX_K = 2048
+_MOST_ON_GPU = 2048
+_MOST_OF_CAGRA = 1024
 _CANDIDATES = 1 << 22
 """Which FAISS may keep at a time where it refines: 12 bytes each, and as much again to choose from them."""
 _MOST_CANDIDATES = 1000
@@ -203,6 +204,9 @@ class _Searcher(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def most(self) -> int | None: ...
+
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]: ...
     def add(self, vectors: np.ndarray) -> None: ...
 
@@ -227,6 +231,11 @@ class Index:
     @property
     def is_exact(self) -> bool:
         return self.factory == EXACT
+
+    @property
+    def most(self) -> int | None:
+        """How many neighbours of a query a search finds at most; None where only the index's size is a limit."""
+        return self._searcher.most
 
     @classmethod
     def train(cls, vectors: np.ndarray, factory: str, *, device: Any = None, seed: int = 0) -> Index:
@@ -381,6 +390,10 @@ class Index:
         origin = queries.device
         queries = queries.to(self.device, torch.float32).contiguous()
         reachable = min(k, len(self))
+        if self.most is not None and reachable > self.most:
+            raise ValueError(
+                f"Index.search: k is {k:,}; the index {self.factory} on {self.device} finds at most {self.most:,}."
+            )
         if len(queries) == 0:
             distances, ids = (
                 queries.new_zeros(0, reachable),
@@ -614,6 +627,8 @@ def exact_search(
 class _TorchSearcher:
     """Exact search without FAISS. On a GPU the vectors are kept in fp16, and widened block by block."""
 
+    most = None
+
     def __init__(self, dim: int, device: torch.device) -> None:
         self.device = device
         self._dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -645,6 +660,10 @@ class _FaissSearcher:
     @property
     def size(self) -> int:
         return int(self.index.ntotal)
+
+    @property
+    def most(self) -> int | None:
+        return _MOST_ON_GPU if self.device.type == "cuda" else None
 
     @property
     def is_l2(self) -> bool:
@@ -761,8 +780,6 @@ class _FaissSearcher:
             for first in range(0, len(queries), at_once):
                 find(slice(first, first + at_once))
             return distances, ids
-        if k > _GPU_MAX_K:
-            raise ValueError(f"Index.search: k is {k:,}; FAISS on a GPU finds at most {_GPU_MAX_K:,}.")
         with self._on_stream():
             find(slice(None))
         return distances, ids
@@ -852,6 +869,10 @@ class _CagraSearcher(_FaissSearcher):
     """
 
     _kept = 64
+
+    @property
+    def most(self) -> int:
+        return _MOST_OF_CAGRA
 
     @classmethod
     def new_cagra(cls, dim: int, device: torch.device) -> _CagraSearcher:

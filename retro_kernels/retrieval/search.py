@@ -25,7 +25,8 @@ from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval.embedder import TextEmbedder
 from retro_kernels.retrieval.store import ChunkStore
 
-WIDEST_FETCH = 2048  # FAISS on the GPU returns no more; beyond it a row is cheaper compared with everything
+# FAISS on the GPU returns no more, for some kinds of indexes fewer; beyond it a row is cheaper compared with everything
+WIDEST_FETCH = 2048
 _GROWTH = 4
 # The same for every k up to 16, since an index that refines or walks a graph finds others where more is asked for. On
 # real text k = 2 and a fetch of 50 fills 99.8 % of the rows, 13 fills 84 %.
@@ -192,7 +193,7 @@ def search_excluding(
     stats = stats if stats is not None else Stats()
     most = k if exclude is None else k + exclude.shape[1] * documents.longest
     most = min(most, documents.num_chunks)
-    without_waiting = documents.document_ids.is_cuda and not waits and most <= WIDEST_FETCH
+    without_waiting = documents.document_ids.is_cuda and not waits and most <= max_fetch
     fetch = most if exclude is None or without_waiting else max(_GROWTH * k, _FIRST_FETCH)
     fetch = min(fetch, documents.num_chunks, max_fetch)
     with stats.time("search"):
@@ -354,7 +355,15 @@ class DenseSearcher:
 
         on_host = self.device.type == "cuda" and getattr(self.index, "device", self.device).type == "cpu"
         return search_excluding(
-            candidates, documents, keys.shape[0], k, exclude, scan=scan, stats=self.stats, waits=on_host
+            candidates,
+            documents,
+            keys.shape[0],
+            k,
+            exclude,
+            scan=scan,
+            stats=self.stats,
+            max_fetch=min(WIDEST_FETCH, getattr(self.index, "most", None) or WIDEST_FETCH),
+            waits=on_host,
         )
 
 

@@ -669,7 +669,7 @@ def test_on_a_gpu(factory, seed, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("k", [1, 100, 600, 1500])
+@pytest.mark.parametrize("k", [1, 100, 600, 1024])
 def test_a_graph_on_a_gpu_finds_more_than_it_keeps_by_itself(k, seed):
     if not index_module._has_gpu_faiss() or not hasattr(faiss, "GpuIndexCagra"):
         pytest.skip("this FAISS has no cuVS")
@@ -703,6 +703,9 @@ def test_a_graph_of_cuvs_is_asked_for_as_many_candidates_as_it_has_to_keep(monke
     for setting in ("nprobe=3", "efSearch=0", "efSearch=3,nprobe=3"):
         with pytest.raises(InputError, match="CAGRA has no search setting"):
             index.configure(setting)
+    Graph.ntotal = 2000
+    with pytest.raises(ValueError, match="k is 1,025; the index CAGRA on cpu finds at most 1,024"):
+        index.search(torch.zeros(5, 8), 1025)
 
 
 @pytest.mark.gpu

@@ -447,9 +447,12 @@ def test_tokens_that_a_gpu_does_not_hold_are_pinned(seed: int, monkeypatch: pyte
     assert module._free_memory() > 0 or not Path("/proc/meminfo").exists()
 
 
-@pytest.mark.parametrize(("on_host", "first"), [(False, 2 + 2 * 100), (True, 64)])
-def test_no_more_is_fetched_from_a_host_than_there(seed: int, on_host: bool, first: int) -> None:
-    """On a GPU the first fetch is so large that nothing has to be waited for; a host is waited for in any case."""
+@pytest.mark.parametrize(
+    ("on_host", "most", "first"), [(False, 2048, 2 + 2 * 100), (True, 2048, 64), (False, 201, 64)]
+)
+def test_no_more_is_fetched_from_a_host_than_there(seed: int, on_host: bool, most: int, first: int) -> None:
+    """On a GPU the first fetch is so large that nothing has to be waited for, if an index finds so many; a host is
+    waited for in any case."""
     table = DocumentTable(np.arange(1000) // 100, 10)
     on_gpu = SimpleNamespace(
         document_ids=SimpleNamespace(is_cuda=True),
@@ -465,8 +468,20 @@ def test_no_more_is_fetched_from_a_host_than_there(seed: int, on_host: bool, fir
         return torch.zeros(1, fetch), torch.randperm(1000)[None, :fetch]
 
     exclude = torch.tensor([[3, 4]])
-    search_excluding(candidates, on_gpu, 1, 2, exclude, scan=None, waits=on_host)  # type: ignore[arg-type]
+    search_excluding(candidates, on_gpu, 1, 2, exclude, scan=None, max_fetch=most, waits=on_host)  # type: ignore[arg-type]
     assert asked[0] == first
+
+
+def test_no_more_is_fetched_than_the_index_finds(seed: int) -> None:
+    """Rows that are short then are compared with everything."""
+    store = MemoryStore([list(range(1, 60)) * 40, *make_documents(30)], BagEmbedder())
+    index = CountingIndex(store.embeddings)
+    index.most = 5  # type: ignore[attr-defined]
+    tokens = torch.from_numpy(store.chunks[:1].astype(np.int64))
+    exclude = torch.tensor([[0]])
+    got = dense(store, index=index)(tokens, num_neighbours=3, exclude_documents=exclude)
+    assert {k for _, k in index.calls} == {5}
+    assert torch.equal(got.ids, dense(store)(tokens, num_neighbours=3, exclude_documents=exclude).ids)
 
 
 class Largest(TorchDispatchMode):
