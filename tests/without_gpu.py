@@ -38,14 +38,48 @@ tiles.architecture = lambda device: 90
 """By the installed Triton's compiler and objects: what is launched goes into a list `calls`, its tensors as a function
 `tensor` describes them, both of the script's own."""
 
+LAUNCHER = (
+    DRIVER.partition("triton.runtime")[0]
+    + """
+from triton.backends.nvidia import driver as nvidia
 
-def run(script: str, cache: Path) -> None:
+class Map:
+    def __init__(self, *fields):
+        self.fields = [tuple(x) if isinstance(x, (list, torch.Size)) else x for x in fields]
+        encoded.append(self.fields)
+
+class Utils:
+    fill_tma_descriptor = fill_tma_descriptor_tiled = Map
+    build_signature_metadata = staticmethod(tuple)
+    get_device_properties = lambda self, device: {"max_shared_mem": 232448}
+    load_binary = lambda self, *given: ("module", "function", 32, 0, 1024)
+    launch = lambda self, *given: passed(given[:-1], given[-1])
+
+def passed(given, own):
+    calls.append([*given, *own])
+
+def compiled(**given):  # by older Tritons, for each kernel
+    return type("Module", (), {"launch": staticmethod(lambda *given: passed(given, ()))})
+
+Driver.utils, Driver.launcher_cls = Utils(), nvidia.CudaLauncher
+nvidia.PyKernelArg = lambda **fields: fields
+nvidia.make_launcher, nvidia.library_dirs, nvidia.compile_module_from_src = str, list, compiled
+triton.runtime.driver.set_active(Driver())
+tiles.architecture = lambda device: 90
+encoded = []
+"""
+)
+"""The same with Triton's own launcher: `calls` are of its native function, and `encoded` what maps of TMA windows are
+made of."""
+
+
+def run(script: str, cache: Path, driver: str = DRIVER) -> None:
     """In a process of its own, since this one interprets kernels; it has to print "the same" at last."""
     if reason := static.why_not():
         pytest.skip(reason)
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER + script],
+        [sys.executable, "-c", driver + script],
         env={
             **os.environ,
             "TRITON_INTERPRET": "0",

@@ -7,6 +7,7 @@ has done so: it holds the launches of its kernels, and its call allocates and la
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -17,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from retro_kernels.ops import _shortcut
 from retro_kernels.ops._shortcut import keep, kind, note
+from retro_kernels.ops.cca.launcher import launcher
 
 
 class Window:
@@ -69,17 +71,26 @@ class Launch:
         return self._run is not None
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        count = len(self._windows)
-        args = [
-            x if x is None or window is None else window(x)
-            for x, window in zip(tensors, self._windows, strict=False)
-        ]
         if self._run is not None:
-            self._run(*args, *tensors[count:], *self._rest)
+            self._run(*tensors)
             return
-        made = self._kernel[self._grid](*args, *tensors[count:], *self._rest, **self._options)
+        made = self._kernel[self._grid](*self._described(tensors), **self._options)
         if made is not None:  # an interpreter makes nothing
-            self._run = made[self._grid]
+            self._run = self._launcher(made, tensors)
+
+    def _described(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        first = zip(tensors, self._windows, strict=False)
+        return [
+            *(x if x is None or window is None else window(x) for x, window in first),
+            *tensors[len(self._windows) :],
+            *self._rest,
+        ]
+
+    def _launcher(self, made: Any, tensors: Sequence[Tensor | None]) -> Callable[..., Any]:
+        with contextlib.suppress(Exception):  # whatever is not as expected in there is no reason to fail
+            return launcher(made, self._grid, self._described, tensors)
+        ordinary = made[self._grid]
+        return lambda *tensors: ordinary(*self._described(tensors))
 
 
 Sizes = TypeVar("Sizes")
