@@ -53,6 +53,7 @@ class Utils:
     build_signature_metadata = staticmethod(tuple)
     get_device_properties = lambda self, device: {"max_shared_mem": 232448}
     load_binary = lambda self, *given: ("module", "function", 32, 0, 1024)
+    unload_module = lambda self, module: None
     launch = lambda self, *given: passed(given[:-1], given[-1])
 
 def passed(given, own):
@@ -63,7 +64,8 @@ def compiled(**given):  # by older Tritons, for each kernel
 
 Driver.utils, Driver.launcher_cls = Utils(), nvidia.CudaLauncher
 nvidia.PyKernelArg = lambda **fields: fields
-nvidia.make_launcher, nvidia.library_dirs, nvidia.compile_module_from_src = str, list, compiled
+nvidia.make_launcher, nvidia.library_dirs = lambda *given: "", list
+nvidia.compile_module_from_src = compiled
 triton.runtime.driver.set_active(Driver())
 tiles.architecture = lambda device: 90
 encoded = []
