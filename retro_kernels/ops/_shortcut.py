@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,51 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 _OPTIONS = (int, float, str, type(None))
 _MOST = 1024
 """Kinds of calls that are kept: a program with more has lengths of every size, and little to gain."""
+_EACH = 8
+"""And that are tried one after another, where only shapes differ."""
 Made = TypeVar("Made")
 _kept: dict[Hashable, Callable[..., Any]] = {}
+
+
+class Recent(Generic[Made]):
+    """What was found for the last kinds of calls, where all tensors lie at multiples of 16.
+
+    Whether tensors are like earlier ones torch.compile has native code for: of the same type, dispatch keys (a bit of
+    sign, a nested tensor, autocast and modes are among them), dtype, device, shape and strides, with or without a
+    gradient. It takes a tenth of the time that `unseen` and `kind` take, and is asked first."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, list[tuple[Callable[..., bool], Made]]] = {}
+
+    def find(self, key: Hashable, tensors: list[Tensor]) -> Made | None:
+        """`tensors`: without missing ones. All else that a kind depends on has to be in `key`, their number too."""
+        candidates = self._made.get(key)
+        if candidates is None or not _plain(tensors):
+            return None
+        for alike, made in candidates:
+            if alike(*tensors):
+                return made
+        return None
+
+    def add(self, key: Hashable, tensors: list[Tensor], made: Made) -> None:
+        if not _plain(tensors):
+            return
+        try:
+            from torch._C._dynamo.guards import TensorGuards
+
+            alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            if not alike(*tensors):
+                return
+        except Exception:  # it is no interface of torch's, and without it a call takes a little longer
+            return
+        keep(self._made, key, [(alike, made), *self._made.get(key, ())][:_EACH])
+
+    def clear(self) -> None:
+        self._made.clear()
+
+
+_recent: Recent[tuple[Hashable, str, int | None, Callable[..., Any]]] = Recent()
+"""By what is no tensor: a kind, the type of its device, the number of its GPU, and what to call."""
 
 
 class _Thread(threading.local):
@@ -37,23 +80,24 @@ _thread = _Thread()
 def unseen(tensors: Iterable[Tensor | None]) -> bool:
     """Whether nobody but the op takes part in a call with these tensors. Who calls this has seen to torch.compile,
     autograd and autocast."""
+    if not _nobody():
+        return False
+    for x in tensors:
+        if x is not None and (
+            type(x) not in _TENSORS or x.layout is not torch.strided or x.is_nested or x.is_neg() or x.is_meta
+        ):
+            return False
+    return True
+
+
+def _nobody() -> bool:
+    """The same, as far as it does not depend on the tensors."""
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and _backend.why_not_transformed() is None
         and not torch.autograd._profiler_enabled()
         and torch._C._get_tracing_state() is None
-        and all(
-            x is None
-            or (
-                type(x) in _TENSORS
-                and x.layout is torch.strided
-                and not x.is_nested
-                and not x.is_neg()
-                and not x.is_meta
-            )
-            for x in tensors
-        )
     )
 
 
@@ -63,10 +107,10 @@ def kind(what: str, tensors: Sequence[Tensor | None], options: tuple[Any, ...]) 
     return (
         what,
         options,
-        *(
+        *[
             None if x is None else (x.dtype, x.shape, x.stride(), x.device, x.data_ptr() % 16 == 0)
             for x in tensors
-        ),
+        ],
     )
 
 
@@ -77,21 +121,46 @@ def look_up(
     such a call was remembered. Between this and `remember`, one pass of kernels may run (`note`).
 
     `differentiable`: calls that autograd records are remembered too, if between the two `with_gradient` says how."""
-    if torch.compiler.is_compiling() or any(type(x) not in _OPTIONS for x in options):
+    if torch.compiler.is_compiling():
         return None, None
+    short = (
+        what,
+        differentiable,
+        _backend._preferred,
+        torch.is_grad_enabled(),
+        *map(type, tensors),
+        *map(type, options),
+        options,
+    )
+    present = [x for x in tensors if x is not None]
+    try:
+        found = _recent.find(short, present)
+    except TypeError:  # an option without a hash
+        return None, None
+    if found is not None:
+        key, device, index, made = found
+        return (None, None) if not _nobody() or _elsewhere(device, index) else (key, made)
     gradients = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
     if gradients and not differentiable:
         return None, None
+    if any(type(x) not in _OPTIONS for x in options):
+        return None, None
     if not unseen(tensors) or not isinstance(first := tensors[0], Tensor):
         return None, None
-    if torch.is_autocast_enabled(first.device.type):
+    device, index = first.device.type, first.device.index if first.is_cuda else None
+    if _elsewhere(device, index):
         return None, None
-    if first.is_cuda and first.device.index != torch.cuda.current_device():  # on which kernels are launched
-        return None, None
-    key = kind(what, tensors, (*options, _backend._preferred, gradients))
-    made = _kept.get(key)
-    _thread.listening, _thread.gradients, _thread.ran = made is None, gradients, None
-    return key, made
+    key = kind(what, tensors, (*options, *map(type, options), _backend._preferred, gradients))
+    known = _kept.get(key)
+    if known is not None:
+        _recent.add(short, present, (key, device, index, known))
+    _thread.listening, _thread.gradients, _thread.ran = known is None, gradients, None
+    return key, known
+
+
+def _elsewhere(device: str, index: int | None) -> bool:
+    """Whether autocast takes part, or kernels would be launched on another GPU."""
+    return torch.is_autocast_enabled(device) or (index is not None and index != torch.cuda.current_device())
 
 
 def note(made: Callable[..., Any], tensors: Sequence[Tensor | None]) -> None:
@@ -129,6 +198,18 @@ def keep(kept: dict[Hashable, Made], key: Hashable, made: Made) -> None:
 
 def forget() -> None:
     _kept.clear()
+    _recent.clear()
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    """Whether all lie at a multiple of 16, and none is a nested one, at which the native check ends the process."""
+    try:
+        for x in tensors:
+            if x.data_ptr() % 16 or x.is_nested:
+                return False
+    except RuntimeError:  # it lies nowhere
+        return False
+    return True
 
 
 def _memory(x: Tensor | None) -> Hashable:

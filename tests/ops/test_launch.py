@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from retro_kernels.ops import _shortcut
 from retro_kernels.ops.cca import backward, launch, table_gradients, tiles
 from retro_kernels.ops.cca.tiles import Config
 
@@ -21,6 +22,7 @@ TABLES = ("rel_key", "content_bias", "position_bias", "rel_bias")
 @pytest.fixture(autouse=True)
 def own_passes(monkeypatch):
     monkeypatch.setattr(launch, "_kept", {})
+    monkeypatch.setattr(launch, "_recent", _shortcut.Recent())
 
 
 class Kernel:

@@ -27,6 +27,7 @@ OPTIONS = (64, None, 0.0, "triton")
 @pytest.fixture(autouse=True)
 def own_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_shortcut, "_kept", {})
+    monkeypatch.setattr(_shortcut, "_recent", _shortcut.Recent())
 
 
 class Pass:
@@ -114,6 +115,7 @@ def test_nothing_is_kept_alive() -> None:
         lambda x: ((torch.empty(25)[1:].view(4, 6),), OPTIONS),  # at an odd address
         lambda x: ((x, x), OPTIONS),
         lambda x: ((x,), (32, *OPTIONS[1:])),
+        lambda x: ((x,), (64.0, *OPTIONS[1:])),  # which the long way would not take
         lambda x: ((x,), (64, 0.5, *OPTIONS[2:])),
     ],
 )
@@ -127,6 +129,32 @@ def test_another_kind_goes_the_long_way(other: Callable[..., Any]) -> None:
     with use_backend("reference"):
         assert look_up("op", (x,), OPTIONS)[1] is None
     assert look_up("another", (x,), OPTIONS)[1] is None
+
+
+def test_later_calls_work_out_no_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 6)
+    call((x, None))
+    known = call((x, None))[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(_shortcut, "kind", None)
+        for _ in range(2):
+            assert known is not None and look_up("op", (torch.randn(4, 6), None), OPTIONS)[1] is known
+        assert look_up("op", (x, None), (64, [], 0.0, "triton")) == (None, None)  # what has no hash
+    shapes = [torch.randn(4, 7 + i) for i in range(3 * _shortcut._EACH)]
+    for other in shapes:
+        call((other, None))
+    for other in (*shapes, x, *shapes):
+        assert look_up("op", (other, None), OPTIONS)[1] is not None
+        assert {len(found) for found in _shortcut._recent._made.values()} <= set(range(_shortcut._EACH + 1))
+
+
+def test_calls_are_known_without_torchs_check_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 6)
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", None)
+    call((x,))
+    for _ in range(3):
+        assert call((x,))[0] is not None
+    assert not _shortcut._recent._made
 
 
 class Seen(TorchDispatchMode):
@@ -190,6 +218,40 @@ def test_other_tensors_go_the_long_way(tensor: Callable[[], Any]) -> None:
     with torch.no_grad():
         if isinstance(given[0], Tensor) and given[0].requires_grad:
             assert look_up("op", given, OPTIONS)[0] is not None
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        lambda x: x.as_subclass(Own),
+        lambda x: x.to("meta"),
+        torch._neg_view,
+        lambda x: x.clone().requires_grad_(),
+        lambda x: torch.nested.nested_tensor([*x]),  # the native check ends the process for one
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to_mkldnn(),
+        lambda x: None,
+    ],
+)
+def test_what_is_only_like_a_known_call_goes_the_long_way(alike: Callable[[Tensor], Any]) -> None:
+    x, y = torch.randn(4, 6), torch.randn(3)
+    for _ in range(3):
+        known = call((x, y))[0]
+    assert known is not None
+    for _ in range(2):
+        assert look_up("op", (alike(x), y), OPTIONS) == (None, None)
+    assert look_up("op", (x, alike(x)), OPTIONS)[1] is None
+
+
+def test_gradients_are_another_kind() -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    with torch.no_grad():
+        for _ in range(3):
+            known = call((x,))[0]
+        assert known is not None
+    assert look_up("op", (x,), OPTIONS) == (None, None)
+    assert look_up("op", (x,), OPTIONS, differentiable=True)[1] is None
 
 
 def test_a_recorded_call_goes_to_what_autograd_sees() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from retro_kernels.ops import _shortcut
-from retro_kernels.ops._shortcut import keep, kind, note
+from retro_kernels.ops._shortcut import Recent, keep, kind, note
 from retro_kernels.ops.cca.launcher import launcher
 
 
@@ -105,6 +105,7 @@ class Pass(Protocol):
 
 
 _kept: dict[Hashable, Pass] = {}
+_recent: Recent[Pass] = Recent()
 
 
 def run(
@@ -116,8 +117,13 @@ def run(
 ) -> Any:
     """Calls the pass `what` with `tensors`: the one that was kept for this kind of call, else one that `make(tensors,
     sizes)` makes. `fitting` calls what it is given with block sizes, with others where those do not fit the GPU."""
-    key = kind(what, tensors, options)
-    made = _kept.get(key)
+    short, present = (what, options, *map(type, tensors)), [x for x in tensors if x is not None]
+    made = _recent.find(short, present)
+    if made is None:
+        key = kind(what, tensors, options)
+        made = _kept.get(key)
+        if made is not None:
+            _recent.add(short, present, made)
     if made is None:
         tensors = [_dense(x) for x in tensors]
         key = kind(what, tensors, options)
@@ -154,6 +160,7 @@ def splits(programs: int, steps: int, slots: int, most: int | None = None) -> in
 def forget() -> None:
     """Block sizes are to be chosen anew."""
     _kept.clear()
+    _recent.clear()
     _shortcut.forget()
 
 
