@@ -312,11 +312,31 @@ def test_fullgraph(seed: int) -> None:
 def test_a_bias_that_forbids_all_keys(backend: str, seed: int) -> None:
     tensors = make(2, 17, 2, 1, 16, 8, 2, 16, 16, torch.float32, lengths=False)
     tensors["rel_bias"][1] = -math.inf
-    tensors["value_bias"] = None
     leaves = [tensors[name].requires_grad_() for name in ("query", "states")]
+    for bias in (None, tensors["value_bias"]):
+        out = absorbed_cross_attention(**{**tensors, "value_bias": bias}, backend=backend)
+        assert not out[:, :, 1].any() and out[:, 7:, 0].ne(0).any(-1).all()
+        assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_bias_that_forbids_the_keys_of_some_rows(backend: str, seed: int) -> None:
+    """All that short neighbours have, for rows near the chunk's end; of one head."""
+    tensors = make(2, 26, 2, 1, 16, 8, 2, 16, 16, torch.float32)
+    tensors["rel_bias"][1, 16:] = -math.inf
+    tensors["neighbour_lengths"] = torch.tensor([[[0, 3], [2, 5], [16, 1]], [[0, 0], [1, 1], [0, 16]]])
+    tensors["neighbour_lengths"] = tensors["neighbour_lengths"].to(DEVICE)
+    given = dict(tensors)
+    states = given.pop("states")
+    for name in ("key", "value"):
+        projected = F.linear(states, given.pop(f"{name}_weight"), given.pop(f"{name}_bias"))
+        given[name] = projected.unflatten(-1, (-1, 16))
+    expected = chunked_cross_attention(**given, backend="reference")
+    nothing = expected.eq(0).all(-1)
+    assert nothing[:, :, 1].sum() > nothing[:, :, 0].sum()
     out = absorbed_cross_attention(**tensors, backend=backend)
-    assert not out[:, :, 1].any() and out[:, 7:, 0].ne(0).any(-1).all()
-    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), leaves))
+    assert torch.equal(out.eq(0).all(-1), nothing)
+    torch.testing.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

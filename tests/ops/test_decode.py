@@ -217,6 +217,21 @@ def test_a_bias_that_forbids_all_keys(backend: str, split: None, seed: int) -> N
     assert lengths.min() == 48 and not out[:, :, 1].any() and out[:, :, [0, 2]].ne(0).any(-1).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_that_forbids_all_keys_of_the_states(backend: str, split: None, seed: int) -> None:
+    """The bias of the values goes with the keys: of all rows of one head, of some rows of another."""
+    tensors = make(*SIZES[1], dtype=torch.float32)
+    tensors["rel_bias"][1], tensors["rel_bias"][2, 50:] = -math.inf, -math.inf
+    tensors["rows"] = torch.tensor([[-1, 2, 15], [0, 9, 14]], device=DEVICE)
+    tensors["neighbour_lengths"] = torch.tensor([[3, 0, 1], [2, 9, 4]], device=DEVICE)
+    expected = chunked_cross_attention_decode(**project(tensors), backend="reference")
+    out = absorbed_decode(**tensors, backend=backend)
+    nothing = torch.zeros(2, 3, 3, dtype=torch.bool)
+    nothing[:, :, 1] = nothing[0, 0] = nothing[0, 2, 2] = nothing[1, 2, 2] = True
+    assert torch.equal(expected.eq(0).all(-1).cpu(), nothing) and torch.equal(out.eq(0), expected.eq(0))
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_no_tokens_and_layouts(seed: int) -> None:
     """Results are contiguous, also those of which a gradient is wanted."""
     tensors = project(make(*SIZES[1], dtype=torch.float32))

@@ -590,18 +590,33 @@ def absorbed_cross_attention(
     if value_bias is None or dropout_p > 0.0:
         return out
     bias = value_bias.view(-1, 1, head_dim).expand(-1, heads * head_dim // value_bias.shape[0], -1)
-    return out + bias.reshape(heads, head_dim) * _attending(query, states, neighbour_lengths, chunk_size)
+    attending = _attending(query, states, neighbour_lengths, rel_bias, chunk_size)
+    return out + bias.reshape(heads, head_dim) * attending
 
 
-def _attending(query: Tensor, states: Tensor, lengths: Tensor | None, chunk_size: int) -> Tensor:
-    """1 for tokens which have any key, 0 for the others: [B, N, 1, 1] in the query's dtype."""
-    tokens, shift = query.shape[1], chunk_size - 1
+def _attending(
+    query: Tensor, states: Tensor, lengths: Tensor | None, rel_bias: Tensor | None, chunk_size: int
+) -> Tensor:
+    """1 for tokens which have any key, 0 for the others: [B, N, H or 1, 1] in the query's dtype."""
+    tokens, shift, neighbour_len = query.shape[1], chunk_size - 1, states.shape[3]
     if lengths is None:
-        present = query.new_ones(states.shape[:2]) if states.shape[2] else query.new_zeros(states.shape[:2])
+        longest = torch.full(states.shape[:2], neighbour_len, device=query.device)
     else:
-        present = (lengths > 0).any(2).to(query.dtype)
-    rows = present.repeat_interleave(chunk_size, 1)[:, : max(tokens - shift, 0)]
-    return F.pad(rows, (tokens - rows.shape[1], 0))[..., None, None]
+        longest = lengths.amax(2)
+    rows = longest.repeat_interleave(chunk_size, 1)[..., None]  # [B, L * M, 1]
+    if rel_bias is None:
+        present = rows > 0
+    else:  # it may forbid them all
+        column = relative_column(chunk_size, neighbour_len, query.device)
+        forbidden = leading_forbidden(rel_bias[:, column]).T  # [M, H]
+        present = rows > forbidden.repeat(states.shape[1], 1)
+    present = present[:, : max(tokens - shift, 0)].to(query.dtype)
+    return F.pad(present, (0, 0, tokens - present.shape[1], 0))[..., None]
+
+
+def leading_forbidden(bias: Tensor) -> Tensor:
+    """How many leading keys are forbidden by a bias of minus infinity: int64 [...] of [..., R]."""
+    return (bias == float("-inf")).cumprod(-1).sum(-1)
 
 
 def _projected(

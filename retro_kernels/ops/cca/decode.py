@@ -16,7 +16,7 @@ from torch import Tensor
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember
-from retro_kernels.ops.cca.absorbed import _by_head
+from retro_kernels.ops.cca.absorbed import _by_head, leading_forbidden
 from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
 
@@ -313,7 +313,12 @@ def absorbed_decode(
         out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
     if value_bias is not None:
         bias = _by_head(value_bias[:, None], heads, head_dim)[..., 0]
-        out = out + bias * _present(rows, neighbours, neighbour_lengths)
+        present = _present(rows, neighbours, neighbour_lengths)
+        if rel_bias is not None:  # it may forbid them all
+            forbidden = leading_forbidden(rel_bias[:, _columns(rows, neighbour_len)])  # [H, B, T]
+            longest = neighbour_len if neighbour_lengths is None else neighbour_lengths.amax(1)[:, None]
+            present = present & (forbidden < longest).permute(1, 2, 0)[..., None]
+        out = out + bias * present
     return out.contiguous()
 
 
@@ -323,6 +328,12 @@ def _present(rows: Tensor, neighbours: int, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         any_key = any_key & (lengths > 0).any(1, keepdim=True)
     return any_key[..., None, None]
+
+
+def _columns(rows: Tensor, neighbour_len: int) -> Tensor:
+    """Of the position tables, by key: int64 [B, T, R]."""
+    keys = torch.arange(neighbour_len, device=rows.device)
+    return (rows[..., None] - keys + neighbour_len - 1).clamp_(min=0)
 
 
 def _relative_logits(query: Tensor, rel_key: Tensor, position_bias: Tensor | None) -> Tensor:
@@ -346,7 +357,7 @@ def _added_logits(
     batch, tokens, heads, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
     keys = torch.arange(neighbour_len, device=query.device)
-    column = (rows[..., None] - keys + neighbour_len - 1).clamp_(min=0)  # [B, T, R]
+    column = _columns(rows, neighbour_len)
     add = torch.zeros((batch, tokens, 1, neighbour_len), dtype=wide, device=query.device)
     if rel_key is not None:
         rel = _relative_logits(query, rel_key.to(query.dtype), position_bias).to(wide)
