@@ -509,7 +509,8 @@ def _zero_own(module: nn.Module) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is what its weights say: neither replaced nor parametrised, and without hooks."""
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    own = "forward" in vars(module)  # as accelerate sets it, to bring weights from elsewhere
+    return type(module) is nn.Linear and not (own or module._forward_hooks or module._forward_pre_hooks)
 
 
 def _heads(table: Tensor, num_heads: int) -> Tensor:

@@ -72,12 +72,14 @@ def set_projection(model: Retro, projection: str) -> None:
 def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
     sizes = dict(head_dim=256, encoder_dim=64, num_kv_heads=4)  # where absorbing pays
     assert make("auto", **sizes).absorbs(2, torch.device("cpu"), training=True)
-    hooked, parametrised, replaced = (make("auto", **sizes) for _ in range(3))
+    hooked, parametrised, replaced, wrapped = (make("auto", **sizes) for _ in range(4))
     hooked.k_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
     torch.nn.utils.parametrizations.weight_norm(parametrised.v_proj)
     replaced.k_proj = torch.nn.Sequential(replaced.k_proj, torch.nn.Tanh())
+    forward = wrapped.v_proj.forward
+    wrapped.v_proj.forward = lambda states: 2 * forward(states)  # type: ignore[method-assign]
     x, neighbours = torch.randn(1, 9, 12).double(), torch.randn(1, 2, 2, 8, 64).double()
-    for module in (hooked, parametrised, replaced):
+    for module in (hooked, parametrised, replaced, wrapped):
         assert not module.absorbs(2, torch.device("cpu"), training=True)
         out, module.projection = module(x, neighbours), "materialised"
         assert torch.equal(out, module(x, neighbours))
