@@ -147,15 +147,16 @@ def sample(
     """One token id by logits [V]. top_p keeps the smallest set of likeliest tokens with that probability or more."""
     if temperature == 0:
         return int(logits.argmax())
-    # seen from the likeliest, and by no number that float32 does not have: nothing becomes infinite, or 0 / 0
-    logits = logits.float() - logits.max()
-    logits = logits / max(temperature, torch.finfo(torch.float32).tiny)
+    # seen from the likeliest, and by no number that float32 does not have: nothing becomes infinite, 0 / 0 or −∞ / ∞
+    logits, limits = logits.float() - logits.max(), torch.finfo(torch.float32)
+    logits = logits / min(max(temperature, limits.tiny), limits.max)
     logits, order = logits.sort(descending=True, stable=True)
     if top_k is not None:
         logits, order = logits[:top_k], order[:top_k]
     probabilities = logits.softmax(-1)
     if top_p is not None:
-        probabilities = probabilities.masked_fill(probabilities.cumsum(-1) - probabilities >= top_p, 0.0)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= max(top_p, limits.tiny), 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 

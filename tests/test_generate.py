@@ -126,7 +126,10 @@ def test_sampling_keeps_what_it_should(seed: int) -> None:
     assert set(drawn(top_k=2)) == {1, 3}
     assert set(drawn(top_p=0.6)) == {1, 3} and set(drawn(top_p=0.7)) == {1, 3, 4}
     assert set(drawn()) == {0, 1, 2, 3, 4}
-    assert set(drawn(temperature=1e-40)) == set(drawn(temperature=1e-300)) == {1}
+    assert set(drawn(temperature=1e-40)) == set(drawn(temperature=1e-300)) == set(drawn(top_p=1e-300)) == {1}
+    logits[3] = -torch.inf  # as what stands for no text
+    assert set(drawn(temperature=1e300)) == {0, 1, 2, 4}
+    logits[3] = probabilities[3].log()
     assert abs(drawn()[1] / 400 - 0.4) < 0.15
     assert drawn(temperature=0.25)[1] > 300
 
