@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timing
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retro_kernels import InputError, Retro, RetroConfig, preset
 from retro_kernels.nn import NeighbourEncoder
@@ -171,6 +171,39 @@ def test_encoder_sees_the_state_after_self_attention_of_the_first_cca_layer(seed
     h = h + second.attention(second.attention_norm(h))
     assert len(seen) == 1
     torch.testing.assert_close(seen[0], h.view(1, 2, M, -1))
+
+
+def test_what_stands_between_the_attentions_is_the_papers(seed: int) -> None:
+    """Algorithm 1, written out: order, RMSNorm before each part and behind all, two matrices with a GELU."""
+    model = tiny_model()
+    x, neighbours = torch.randint(50, (2, 3 * M + 2)), random_neighbours(2, 3)
+
+    def norm(h: Tensor, module: nn.Module) -> Tensor:
+        return h * (h.square().mean(-1, keepdim=True) + TINY.norm_eps).rsqrt() * module.weight
+
+    def network(h: Tensor, layer: nn.Module) -> Tensor:
+        up = norm(h, layer.ffn_norm) @ layer.ffn.up_proj.weight.T
+        return h + up * (1 + torch.erf(up / 2**0.5)) / 2 @ layer.ffn.down_proj.weight.T
+
+    def encode(h: Tensor) -> Tensor:
+        encoder = model.encoder
+        chunks = norm(h[:, : 3 * M].reshape(6, M, -1), encoder.conditioning_norm)
+        e = encoder.embedding.weight[neighbours.tokens.flatten(0, 2)]
+        for number, layer in enumerate(encoder.layers, 1):
+            e = e + layer.attention(norm(e, layer.attention_norm), lengths=neighbours.lengths.flatten())
+            if number in TINY.encoder_cross_layers:
+                e = e + layer.cross(norm(e, layer.cross_norm), chunks)
+            e = network(e, layer)
+        return norm(e, encoder.norm).unflatten(0, neighbours.tokens.shape[:3])
+
+    h, encoded = model.embedding.weight[x], None
+    for number, layer in enumerate(model.layers, 1):
+        h = h + layer.attention(norm(h, layer.attention_norm))
+        if number in TINY.cca_layers:
+            encoded = encode(h) if encoded is None else encoded
+            h = h + layer.cca(norm(h, layer.cca_norm), encoded, neighbours.lengths)
+        h = network(h, layer)
+    torch.testing.assert_close(model(x, neighbours), norm(h, model.norm) @ model.embedding.weight.T)
 
 
 def test_neighbours_are_encoded_one_by_one(seed: int) -> None:
