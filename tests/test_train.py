@@ -124,6 +124,20 @@ def test_learning_rate() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.2 < rates[99] < 0.21
 
 
+def test_matrices_alone_decay_and_gradients_are_clipped(world: World, tmp_path: Path) -> None:
+    """To nearly nothing here, so that the decay is what a step does."""
+    words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r", *MODEL]
+    options = ["--steps", 1, "--lr", 0.1, "--weight-decay", 0.5, "--clip", 1e-12]
+    assert run("train", *words, *options) == 0
+    trained = Retro.from_pretrained(tmp_path / "r")
+    torch.manual_seed(0)
+    for (name, before), after in zip(
+        Retro(trained.config).named_parameters(), trained.parameters(), strict=True
+    ):
+        decays = before.ndim == 2 and name.endswith(".weight")
+        torch.testing.assert_close(after, 0.95 * before if decays else before, rtol=0, atol=1e-4)
+
+
 def test_resume_is_bit_for_bit(world: World, tmp_path: Path, seed: int) -> None:
     """With live retrieval, dropout and accumulation: 4 and 4 steps are the 8 steps of a run that never stopped."""
     options = [
@@ -1010,14 +1024,19 @@ def test_compiled_steps_are_the_same(world: World, tmp_path: Path, monkeypatch: 
 
 
 def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None:
-    """The same sequences in one forward pass or in two: the same first loss and nearly the same gradient."""
+    """The same sequences in one forward pass or in two: the same first loss and nearly the same gradient, whatever the
+    number of tokens that is scored in each."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i}.txt").write_text("lomi ka ter " * (1 + 3 * (i % 5)), encoding="utf-8")
     for name, size, parts in (("one", 4, 1), ("two", 2, 2)):
         words = [*MODEL[:4], "--batch-size", size, "--accumulate", parts, *MODEL[6:]]
         assert (
             run(
                 "train",
                 "--data",
-                world.train,
+                texts,
                 "--set",
                 world.set,
                 "--out",
