@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,28 @@ def test_bits_per_byte_is_its_definition(
     assert len({*result["bits_per_byte"].values()}) == 3
     assert result["filtered"]["1"] == pytest.approx(result["bits_per_byte"]["on"], rel=1e-12)
     assert result["filtered_off"]["1"] == pytest.approx(result["bits_per_byte"]["off"], rel=1e-12)
+
+
+def test_documents_that_are_better_with_neighbours_are_counted(world: World) -> None:
+    paths = sorted(world.held_out.iterdir())
+    alone = [evaluate(world.run, [path], device="cpu", progress=False)["bits_per_byte"] for path in paths]
+    result = evaluate(world.run, paths, device="cpu", progress=False)
+    assert len(alone) == 3 and result["better_on"]["off"] == sum(bits["on"] < bits["off"] for bits in alone)
+
+
+def test_leakage_is_that_of_ten_neighbours_however_many_are_read(world: World) -> None:
+    retriever = Retriever.from_pretrained(world.set)
+    corpus = tokenise(read_documents([world.held_out]), retriever.tokenizer, CHUNK)
+    found = find_neighbours(corpus, retriever, 1, seed=0, progress=False)
+    assert found.ids.shape[1] == 1
+    near = retriever(torch.from_numpy(corpus.chunks.reshape(1, -1).astype(np.int64)), num_neighbours=10)
+    for u, chunk in enumerate(corpus.chunks.tolist()):
+        chunk = chunk[: np.count_nonzero(chunk)]
+        longest = 0
+        for tokens, length in zip(near.tokens[0, u].tolist(), near.lengths[0, u].tolist(), strict=True):
+            match = SequenceMatcher(None, chunk, tokens[:length], autojunk=False)
+            longest = max(longest, match.find_longest_match().size)
+        assert found.overlap[u] == longest / len(chunk)
 
 
 def test_text_is_read_as_a_stream(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from small import MODEL, World, run
 
 from retro_kernels import NeighbourBatch, Retro
+from retro_kernels import train as train_module
 from retro_kernels.config import InputError, TrainConfig, retro_tiny
 from retro_kernels.train import give_lessons, learning_rate
 
@@ -104,6 +105,41 @@ def test_a_start_that_copies_needs_room_in_the_encoder() -> None:
     for changes in ({"encoder_dim": 64}, {"encoder_heads": 2}):
         with pytest.raises(InputError, match="copy needs an encoder"):
             Retro.from_decoder(plain, (2, 3), copy=0.5, **changes)
+
+
+def test_lessons_become_fewer(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in the last fifth of the steps."""
+    shares = []
+
+    def watched(tokens, neighbours, share, generator):  # type: ignore[no-untyped-def]
+        shares.append(share)
+        return give_lessons(tokens, neighbours, share, generator)
+
+    monkeypatch.setattr(train_module, "give_lessons", watched)
+    words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r", *MODEL]
+    assert run("train", *words, "--lessons", 0.5, "--steps", 10) == 0
+    assert shares == pytest.approx([0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625, 0, 0])
+
+
+def test_what_is_added_has_a_rate_of_its_own(world: World, tmp_path: Path) -> None:
+    """Adam's first step is as long as the rate, whatever the gradient; output projections start at zero."""
+    words = [
+        "train",
+        "--data",
+        world.train,
+        "--set",
+        world.set,
+        "--retrofit",
+        world.plain,
+        "--unfreeze",
+        *MODEL,
+    ]
+    options = ["--steps", 1, "--lr", 0.01, "--added-rate", 3, "--weight-decay", 0]
+    assert run(*words, "--out", tmp_path / "r", *options) == 0
+    trained, before = Retro.from_pretrained(tmp_path / "r"), Retro.from_pretrained(world.plain)
+    step = (trained.embedding.weight - before.embedding.weight).abs().max().item()
+    added = trained.layers[0].cca.o_proj.weight.abs().max().item()
+    assert (step, added) == (pytest.approx(0.01, rel=1e-3), pytest.approx(0.03, rel=1e-3))
 
 
 def test_lessons_from_the_command_line_resume_bit_for_bit(world: World, tmp_path: Path) -> None:
