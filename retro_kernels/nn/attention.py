@@ -5,6 +5,7 @@ B batch, N tokens, L chunks, M chunk size, K neighbours, R tokens per neighbour,
 
 from __future__ import annotations
 
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -215,6 +216,11 @@ class ChunkedCrossAttention(nn.Module):
         for name, size in sizes.items():
             if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__")):
                 raise TypeError(f"ChunkedCrossAttention: {name} is {size!r}; it must be an integer.")
+        # numpy's would be data to torch.compile, on which nothing may depend
+        dim, num_heads, chunk_size, neighbour_len = map(index, (dim, num_heads, chunk_size, neighbour_len))
+        head_dim, encoder_dim, num_kv_heads = (
+            None if size is None else index(size) for size in (head_dim, encoder_dim, num_kv_heads)
+        )
         head_dim = _head_dim(dim, num_heads, head_dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:

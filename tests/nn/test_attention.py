@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import peers
 import pytest
 import timing
@@ -288,6 +289,17 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 def test_sizes_that_are_no_integers(name: str, size: object) -> None:
     with pytest.raises(TypeError, match=f"{name} is {size!r}; it must be an integer"):
         make(**{name: size})
+
+
+def test_sizes_that_are_numpys(seed: int) -> None:
+    sizes = dict(head_dim=8, encoder_dim=10, num_kv_heads=1, chunk_size=4, neighbour_len=8)
+    cca = ChunkedCrossAttention(
+        np.int64(12), np.int8(2), **{name: np.int16(size) for name, size in sizes.items()}
+    )
+    x, neighbours = torch.randn(1, 9, 12), torch.randn(1, 2, 3, 8, 10)
+    compiled = torch.compile(cca, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, neighbours), cca(x, neighbours))
+    assert all(type(getattr(cca, name)) is int for name in ("dim", "num_heads", *sizes))
 
 
 @pytest.mark.parametrize("bias", [False, True])
