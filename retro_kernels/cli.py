@@ -11,6 +11,7 @@ import argparse
 import codecs
 import dataclasses
 import difflib
+import io
 import json
 import os
 import re
@@ -27,6 +28,7 @@ PROG = "retro-kernels"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
+    _print_any_character()
     try:
         args = _parser().parse(sys.argv[1:] if argv is None else list(argv))
     except SystemExit as stop:  # --help, --version, or a bad argument that has been reported
@@ -48,6 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(verb, _message(error))
         return 2
+
+
+def _print_any_character() -> None:
+    """What the terminal's encoding lacks is printed as a question mark: hours of work are not to end at a sign."""
+    if not _prints_unicode() and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _prints_unicode() -> bool:
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
 
 
 def _complain(verb: str, message: str) -> None:
@@ -471,8 +483,7 @@ def _add_dedup(parser: _Parser) -> None:
 
 
 def _print_json(values: Any) -> None:
-    encoding = codecs.lookup(sys.stdout.encoding or "utf-8").name
-    print(json.dumps(values, ensure_ascii=not encoding.startswith("utf")))
+    print(json.dumps(values, ensure_ascii=not _prints_unicode()))
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -208,6 +208,36 @@ def test_reader_that_left(world: World) -> None:
     assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_characters(world: World, encoding: str) -> None:
+    for words, shown in (
+        (["search", "naïve 文字", "--set", world.set, "-k", "2"], "1. train-"),
+        (["eval", "--run", world.run, "--data", world.held_out], "leakage filter"),
+        (
+            [
+                "generate",
+                "naïve 文字 🙂 lomi ka " * 2,
+                "--run",
+                world.run,
+                "--show-neighbours",
+                "--max-tokens",
+                "9",
+            ],
+            "chunk 0",
+        ),
+        (["generate", "--help"], "usage: "),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "retro_kernels", *map(str, words)],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )
+        text = done.stdout.decode(encoding)
+        assert done.returncode == 0 and shown in text, done.stderr
+        if words[1].startswith("naïve") and words[0] == "generate":
+            assert ("文字 🙂" in text) == (encoding == "utf-8")
+
+
 def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("info", "--json") == 0
     found = json.loads(capfd.readouterr().out)
