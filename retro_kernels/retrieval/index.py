@@ -39,7 +39,7 @@ import torch  # before FAISS: the other order mixes up their OpenMP libraries (f
 
 from retro_kernels.config import InputError, as_count
 from retro_kernels.ops._backend import numbered
-from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum
+from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum, opened_again
 
 EXACT = "Flat"
 _EXACT_UP_TO = {"cpu": 100_000, "cuda": 20_000_000}
@@ -272,6 +272,7 @@ class Index:
         return index
 
     @classmethod
+    @opened_again
     def open(
         cls, store: ChunkStore | str | os.PathLike[str], *, device: Any = None, or_cpu: bool = False
     ) -> Index:
@@ -281,8 +282,9 @@ class Index:
             so and why.
 
         The checksum of an index file is compared before FAISS parses it, since a damaged file can make it crash.
-        Raises InputError where file and manifest do not fit, or where this kind of index cannot run on a GPU,
-        ImportError where FAISS is missing, or has no GPUs.
+        Raises InputError where file and manifest do not fit, where `store` was opened before its folder was given to
+        another set (of a path that set is opened), or where this kind of index cannot run on a GPU; ImportError where
+        FAISS is missing, or has no GPUs.
         """
         if not isinstance(store, ChunkStore):
             store = ChunkStore.open(store)
@@ -296,9 +298,14 @@ class Index:
                 f"Retrieval set {store.path}: its index {factory[:80]} has no {INDEX}. Build it again."
             )
         require_faiss()
-        check_checksum(store.path, INDEX, entry)
         device = numbered(device)
-        searcher = _FaissSearcher.read(store.path / INDEX, factory, device, or_cpu)
+        try:
+            check_checksum(store.path, INDEX, entry)
+            searcher = _FaissSearcher.read(store.path / INDEX, factory, device, or_cpu)
+        except (InputError, OSError):
+            store.check_index_is_its_own()
+            raise
+        store.check_index_is_its_own()  # it may have been exchanged after its checksum was compared
         if searcher.index.d != dim or searcher.size != store.num_chunks or not searcher.is_l2:
             found = f"{searcher.size:,} vectors of {searcher.index.d}"
             raise InputError(

@@ -48,7 +48,7 @@ from retro_kernels.retrieval.search import (
     to_device,
     unfilled,
 )
-from retro_kernels.retrieval.store import ChunkStore
+from retro_kernels.retrieval.store import ChunkStore, opened_again
 
 RETRIEVERS = (
     "dense",
@@ -111,6 +111,7 @@ class Retriever:
         self._lock = threading.RLock()
 
     @classmethod
+    @opened_again
     def from_pretrained(
         cls,
         path: str | os.PathLike[str],

@@ -19,6 +19,7 @@ out of the folder are refused, JSON is read up to a limit, and every size is che
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -28,7 +29,7 @@ import re
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -66,6 +67,7 @@ VERIFIED_BYTES = 256 << 20
 MAX_TITLE_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 16
 _BLOCK = 1 << 16  # rows handled at a time
+_ATTEMPTS = 2  # to open a set that is replaced meanwhile
 
 # what a manifest must hold: path of keys -> type
 _MANIFEST_TYPES: dict[tuple[str, ...], type] = {
@@ -87,6 +89,28 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
+class Replaced(InputError):
+    """Another set has the name of the one that is being opened."""
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def opened_again(opening: _F) -> _F:
+    """`opening` anew, once, where the set was replaced meanwhile by another build."""
+
+    @functools.wraps(opening)
+    def repeated(*args: Any, **options: Any) -> Any:
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return opening(*args, **options)
+            except Replaced:
+                continue
+        return opening(*args, **options)
+
+    return repeated  # type: ignore[return-value]
+
+
 class ChunkStore:
     """An opened retrieval set, memory-mapped: opening costs no memory, whatever its size.
 
@@ -98,6 +122,7 @@ class ChunkStore:
         """Use `ChunkStore.open`."""
         self.path = path
         self.manifest = manifest
+        self._index_entry = dict(manifest["files"].get(INDEX) or {})
         self.num_chunks: int = manifest["num_chunks"]
         self.num_documents: int = manifest["num_documents"]
         self.chunk_size: int = manifest["chunk_size"]
@@ -121,25 +146,29 @@ class ChunkStore:
             every byte: checksums, order of the document ids, range of the token ids. "auto" is "full" for sets of up
             to 256 MiB.
 
-        A set that is replaced meanwhile is opened as it was or as it is then; every file is open when this returns, so
-        that replacing it later does no harm.
+        A set that is replaced meanwhile is opened as it was or as it is then; every file but the index's is open when
+        this returns, so that replacing it later does no harm.
 
         Raises InputError where there is no set, where it is half copied or damaged, or of another format version.
         """
         if verify not in ("auto", "sizes", "full"):
             raise InputError(f'ChunkStore.open: verify is {verify!r}; "auto", "sizes" and "full" can be had.')
         folder = Path(path)
-        for _ in range(2):
-            manifest, failure = read_manifest(folder), None
+        for _ in range(_ATTEMPTS):
+            manifest = read_manifest(folder)
+            failure: Exception | None = None
             try:
                 store = cls._open(folder, manifest, verify)
-            except InputError as error:
+            except (
+                ValueError,
+                OSError,
+            ) as error:  # not InputError alone: between two looks at a file it went
                 failure = error
             if read_manifest(folder) == manifest:
                 if failure:
                     raise failure
                 return store
-        raise InputError(f"Retrieval set {folder} was replaced twice while it was being opened. Try again.")
+        raise Replaced(f"Retrieval set {folder} was replaced twice while it was being opened. Try again.")
 
     @classmethod
     def _open(cls, folder: Path, manifest: dict[str, Any], verify: str) -> ChunkStore:
@@ -150,6 +179,18 @@ class ChunkStore:
             store._check_contents()
         _ = store.tokenizer
         return store
+
+    def check_index_is_its_own(self) -> None:
+        """`Replaced` where the index file is by now that of another set, so that what was read of it is not this
+        one's."""
+        try:
+            now = read_manifest(self.path)["files"].get(INDEX) or {}
+        except InputError:
+            return  # there is no other set
+        if now != self._index_entry:
+            raise Replaced(
+                f"Retrieval set {self.path} was replaced while it was being opened. Open it again."
+            ) from None
 
     def _array(self, name: str, dtype: Any, shape: tuple[int, ...], scattered: bool = False) -> np.ndarray:
         array = open_array(self.path / name, np.dtype(dtype), shape)
@@ -323,14 +364,22 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """A `.npy` file as a read-only map, if it holds just this dtype and shape and all of its bytes; else InputError."""
     try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            found_shape, fortran, found_dtype = read_header(file, max_header_size=4096)
-            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        file = open(path, "rb")
+    except OSError as error:
+        raise _damaged(path.parent, f"{path.name} cannot be read ({error.strerror or error})") from None
+    with file:  # opened once: by the next opening the set may be another one
+        return _mapped_array(file, path, dtype, shape)
+
+
+def _mapped_array(file: Any, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        found_shape, fortran, found_dtype = read_header(file, max_header_size=4096)
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise _damaged(path.parent, f"{path.name} cannot be read ({error.strerror or error})") from None
     except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
@@ -344,7 +393,7 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
         )
     if 0 in shape:
         return np.zeros(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

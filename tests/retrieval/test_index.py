@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from retrieval.sets import MemoryStore
 from retro_kernels.config import InputError
 from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval import index as index_module
+from retro_kernels.retrieval import store as store_module
 from retro_kernels.retrieval.index import (
     GroundTruth,
     Index,
@@ -29,6 +31,8 @@ from retro_kernels.retrieval.index import (
     faiss_status,
     least,
 )
+from retro_kernels.retrieval.merge import tune_retrieval_set
+from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.store import INDEX, ChunkStore, file_sha256
 
 faiss = pytest.importorskip("faiss")
@@ -420,6 +424,59 @@ class TestInASet:
         finally:
             (path / INDEX).write_bytes(content)
             (path / "lists").unlink(missing_ok=True)
+
+    @pytest.mark.parametrize("moment", ["before it is checked", "before it is read"])
+    @pytest.mark.parametrize("replacements", [["Flat"], ["IVF2,SQfp16"], ["IVF2,SQfp16", "IVF3,SQfp16"]])
+    def test_a_set_that_is_replaced_before_its_index_is_read(
+        self, path, tmp_path, monkeypatch, moment, replacements
+    ):
+        copy = shutil.copytree(path, tmp_path / "copy")
+        where, name = (
+            (index_module, "check_checksum") if "checked" in moment else (index_module._FaissSearcher, "read")
+        )
+        usual, left = getattr(where, name), list(replacements)
+
+        def replace_first(*args, **options):
+            if left:
+                with monkeypatch.context() as patch:
+                    patch.setattr(where, name, usual)
+                    build(documents(4, 40), copy, index=left.pop(0), recall=0.9, overwrite=True)
+            return usual(*args, **options)
+
+        monkeypatch.setattr(where, name, replace_first)
+        if len(replacements) == 2:
+            with pytest.raises(InputError, match="was replaced while it was being opened. Open it again"):
+                Index.open(copy)
+            return
+        retriever = Retriever.from_pretrained(copy)
+        assert retriever.searcher.index.factory == replacements[0] and not left
+        vectors = ChunkStore.open(copy).embeddings
+        assert np.array_equal(retriever.store.embeddings, vectors)
+        nearest = retriever.searcher.index.search(vectors[:50], 1)[0]
+        torch.testing.assert_close(nearest, torch.zeros(50, 1), atol=1e-2, rtol=0)
+
+    def test_a_file_that_goes_while_a_set_is_opened(self, path, tmp_path, monkeypatch):
+        copy = shutil.copytree(path, tmp_path / "copy")
+        usual, left = store_module.check_checksum, ["Flat"]  # which has no index file
+
+        def replace_first(folder, name, entry):
+            if name == INDEX and left:
+                build(documents(4, 40), copy, index=left.pop(), overwrite=True)
+            usual(folder, name, entry)
+
+        monkeypatch.setattr(store_module, "check_checksum", replace_first)
+        assert ChunkStore.open(copy).manifest["index"]["factory"] == "Flat" and not left
+
+    def test_a_set_that_was_replaced_since_it_was_opened_is_not_called_damaged(self, path, tmp_path):
+        copy = shutil.copytree(path, tmp_path / "copy")
+        store = ChunkStore.open(copy)
+        build(documents(4, 40), copy, index="Flat", overwrite=True)
+        with pytest.raises(InputError, match="was replaced while it was being opened"):
+            Index.open(store)
+        tuned = shutil.copytree(path, tmp_path / "tuned")
+        store = ChunkStore.open(tuned)
+        tune_retrieval_set(tuned, 0.5, progress=False)  # which exchanges the manifest alone
+        assert len(Index.open(store)) == store.num_chunks
 
     def test_another_index_is_refused(self, path):
         store = ChunkStore.open(path)
