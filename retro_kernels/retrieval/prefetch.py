@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Inputs = Callable[[Any], "tuple[Tensor, Tensor | None]"]
 _POLL_SECONDS = 0.05  # how soon the thread notices that no one listens any more
+_LEAVE_SECONDS = (
+    10.0  # how long the loop, when it is left, waits for the thread: many times what a batch takes
+)
 
 
 def default_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +77,10 @@ class Prefetcher:
 
     Starts anew with every `for`, as a loader does. The loader is read on the thread, at most depth + 1 batches ahead of
     the loop. An exception of the loader or the retriever is raised in the loop, with the thread's traceback, after
-    the batches before it. Leaving the loop early ends the thread; `close()` does so too.
+    the batches before it. Leaving the loop early ends the thread; `close()` does so too. It ends when the batch that it
+    is at is there: for that the loop waits ten seconds at most. A loader that hangs is then left to its thread, which a
+    warning says; the thread hands out nothing any more, ends with the loader's next batch, and keeps no program alive.
+    What is raised on it after the loop was left belongs to batches that nobody asked for, and is dropped.
     Attributes: steps, stall_seconds (time the loop waited; of it first_seconds for the first batch, which
     nothing can hide).
     """
@@ -134,7 +141,7 @@ class Prefetcher:
                 del batch, neighbours  # or they would live until the next one is there
         finally:
             lane.stop.set()
-            thread.join()
+            _wait_for(thread)
 
     def close(self) -> None:
         """Ends the thread of the loop that is running, if one is. Its batches end."""
@@ -144,6 +151,19 @@ class Prefetcher:
                 self._lane.ready.put_nowait(("end", None))
             except queue.Full:
                 pass
+
+
+def _wait_for(thread: threading.Thread) -> None:
+    if thread is threading.current_thread():  # which collects garbage, an iterator of its own among it
+        return
+    thread.join(_LEAVE_SECONDS)
+    if thread.is_alive():
+        warnings.warn(
+            f"prefetch: the loop was left, but the loader or the retriever is still busy after {_LEAVE_SECONDS:g} "
+            "seconds. Its thread ends by itself when the batch is there.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _work(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -15,6 +19,7 @@ from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
 from retro_kernels.ops._backend import can_limit_threads
+from retro_kernels.retrieval import prefetch
 from retro_kernels.retrieval.retriever import Retriever
 
 
@@ -131,6 +136,64 @@ def test_leaving_early_ends_the_thread(retriever: Retriever) -> None:
             break
     assert not threads()
     assert len(read) <= 4 + 2  # depth + 1 ahead of the loop
+
+
+@pytest.mark.parametrize("way", ["break", "exception"])
+def test_a_loader_that_hangs_does_not_hold_a_loop_that_is_left(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(prefetch, "_LEAVE_SECONDS", 0.2)
+    release, asked = threading.Event(), []
+
+    def hanging() -> Iterator[Tensor]:
+        yield torch.ones(1, M, dtype=torch.int64)
+        release.wait(60)
+        asked.append(1)
+        yield torch.ones(1, M, dtype=torch.int64)
+        asked.append(2)
+
+    def leave() -> None:
+        for _ in retriever.prefetch(hanging()):
+            if way == "exception":
+                raise OSError("of the loop")
+            break
+
+    calls, start = retriever.stats.calls, time.perf_counter()
+    try:
+        with pytest.warns(
+            RuntimeWarning, match="the loop was left, but the loader or the retriever is still"
+        ):
+            if way == "break":
+                leave()
+            else:
+                with pytest.raises(OSError, match="of the loop"):
+                    leave()
+        assert time.perf_counter() - start < 30
+        [left] = [t for t in threading.enumerate() if t.name == "retro-kernels-prefetch"]
+        assert left.daemon
+        assert retriever(torch.ones(1, M, dtype=torch.int64)).ids.shape == (1, 1, 2)  # which it does not hold
+    finally:
+        release.set()
+    left.join(30)
+    assert not left.is_alive() and asked == [1] and retriever.stats.calls == calls + 2
+
+
+def test_a_program_ends_though_its_loader_hangs() -> None:
+    program = """
+        import threading, torch
+        from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
+        from retro_kernels.retrieval import prefetch
+        prefetch._LEAVE_SECONDS = 0.2
+        def hanging():
+            yield torch.ones(1, M, dtype=torch.int64)
+            threading.Event().wait()
+        retriever = dense(MemoryStore(make_documents(40, shared=False), BagEmbedder()))
+        for _ in retriever.prefetch(hanging()):
+            raise SystemExit(7)
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, timeout=120)
+    assert ended.returncode == 7
 
 
 def test_close_ends_a_loop_that_waits(retriever: Retriever) -> None:
