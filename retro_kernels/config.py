@@ -40,17 +40,32 @@ def check_count(verb: str, name: str, value: Any, least: int = 1) -> None:
 
 def as_count(verb: str, name: str, given: Any, least: int = 1) -> int:
     """`given`, an integer of Python's, numpy's or torch's, as one of Python's; InputError as of `check_count`."""
-    count = given
-    with contextlib.suppress(TypeError):
-        count = given if isinstance(given, bool) else operator.index(given)
+    count = as_integer(given)
     check_count(verb, name, count, least)
     return count
 
 
-def check_seed(verb: str, seed: Any) -> None:
-    """InputError for what no random generator can begin with."""
+def as_integer(given: Any) -> Any:
+    """An integer of numpy's or torch's as one of Python's, which JSON can hold; anything else as it is."""
+    if isinstance(given, bool) or str(getattr(given, "dtype", "")) == "torch.bool":
+        return given
+    with contextlib.suppress(TypeError):
+        return operator.index(given)
+    return given
+
+
+def _make_plain(config: Any, *names: str) -> None:
+    """`as_integer` for fields of a frozen dataclass."""
+    for name in names:
+        object.__setattr__(config, name, as_integer(getattr(config, name)))
+
+
+def as_seed(verb: str, given: Any) -> int:
+    """`given` as an integer of Python's; InputError for what no random generator can begin with."""
+    seed = as_integer(given)
     if not _is_integer(seed) or not 0 <= seed <= MAX_SEED:
         raise InputError(f"{verb}: seed is {seed!r}; it must be an integer from 0 to {MAX_SEED:,}.")
+    return int(seed)
 
 
 @dataclass(frozen=True)
@@ -97,13 +112,14 @@ class RetroConfig:
     def __post_init__(self) -> None:
         for name in ("cca_layers", "encoder_cross_layers"):
             given = getattr(self, name)
-            layers = tuple(given) if isinstance(given, Iterable) else (None,)  # JSON gives lists
+            # JSON gives lists
+            layers = tuple(map(as_integer, given)) if isinstance(given, Iterable) else (None,)
             if not all(map(_is_integer, layers)):
                 raise InputError(
                     f"RetroConfig: {name} is {given!r}; it must be layer numbers, integers, such as (6, 9, 12)."
                 )
             object.__setattr__(self, name, tuple(sorted(layers)))
-        for name in (
+        counts = (
             "vocab_size",
             "dim",
             "num_layers",
@@ -117,7 +133,9 @@ class RetroConfig:
             "encoder_ffn_dim",
             "chunk_size",
             "neighbour_len",
-        ):
+        )
+        _make_plain(self, *counts, "pad_id", "dropout", "norm_eps")
+        for name in counts:
             check_count("RetroConfig", name, getattr(self, name))
         for name, most in (("cca_layers", self.num_layers), ("encoder_cross_layers", self.encoder_layers)):
             given = getattr(self, name)
@@ -246,6 +264,7 @@ def preset(name: str, **overrides: Any) -> RetroConfig:
     if name not in _PRESETS:
         raise InputError(f"preset: {name!r} is not one of {', '.join(PRESETS)}.")
     values = {**_PRESETS[name], **overrides}
+    values["num_layers"] = as_integer(values["num_layers"])
     if isinstance(values["num_layers"], int):  # else RetroConfig says what is wrong
         values.setdefault("cca_layers", default_cca_layers(values["num_layers"]))
     return RetroConfig(**values)
@@ -364,7 +383,7 @@ class TrainConfig:
         for name in PLACES[1:]:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        for name in (
+        counts = (
             "steps",
             "batch_size",
             "accumulate",
@@ -372,12 +391,15 @@ class TrainConfig:
             "num_neighbours",
             "save_every",
             "log_every",
-        ):
+        )
+        numbers = ("learning_rate", "weight_decay", "clip", "copy", "added_rate")
+        _make_plain(self, *counts, *numbers, "seed", "warmup", "vocab_size", "first_step", "lessons")
+        for name in counts:
             check_count("train", name, getattr(self, name))
-        check_seed("train", self.seed)
+        as_seed("train", self.seed)
         if self.warmup is not None and (not _is_integer(self.warmup) or self.warmup < 0):
             raise InputError(f"train: warmup is {self.warmup!r}; it must be an integer of at least 0.")
-        for name in ("learning_rate", "weight_decay", "clip", "copy", "added_rate"):
+        for name in numbers:
             value = getattr(self, name)
             if not _is_number(value) or value < 0.0:
                 raise InputError(f"train: {name} is {value!r}; it must be a finite number of at least 0.")

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .config import InputError, as_count, check_seed
+from .config import InputError, as_count, as_seed
 from .data.corpus import Document
 from .data.packing import TokenDocuments
 from .nn import RetroFitted
@@ -129,7 +129,7 @@ def evaluate(
     Raises InputError where nothing can be read, set and model do not fit, what was asked for cannot be done, or another
     process is at the same evaluation.
     """
-    check_seed("eval", seed)
+    seed = as_seed("eval", seed)
     where = pick_device(device)
     if plot is not None:
         _check_plot(Path(plot))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError, as_count, check_count, check_seed
+from .config import InputError, as_count, as_seed, check_count
 from .data.tokenizer import Tokenizer
 from .evaluate import check_plain, open_set
 from .nn import RetroFitted
@@ -82,6 +82,7 @@ def generate(
     """
     max_tokens = as_count("generate", "max_tokens", max_tokens)
     top_k = None if top_k is None else as_count("generate", "top_k", top_k)
+    seed = as_seed("generate", seed)
     check_sampling(max_tokens, temperature, top_k, top_p, seed)
     where = pick_device(device)
     loaded = run if isinstance(run, Run) else load_run(run, where)
@@ -132,7 +133,7 @@ def check_sampling(
     max_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
 ) -> None:
     check_count("generate", "max_tokens", max_tokens)
-    check_seed("generate", seed)
+    as_seed("generate", seed)
     if not 0.0 <= temperature < float("inf"):
         raise InputError(f"generate: temperature is {temperature}; it must be 0 or more.")
     if top_k is not None:

@@ -1075,6 +1075,15 @@ def test_settings_out_of_range(fields: dict[str, object], said: str) -> None:
         TrainConfig(**{"data": ("x",), "out": "y", **fields})  # type: ignore[arg-type]
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    """And stand in train.json as any other."""
+    names = ("steps", "seed", "batch_size", "sequence_length", "num_neighbours", "warmup", "vocab_size")
+    given: dict[str, Any] = {name: np.int64(300) for name in names}
+    config = TrainConfig(data="x", out="y", clip=np.int32(1), **given)  # type: ignore[arg-type]
+    assert config == TrainConfig(data=("x",), out="y", **{name: 300 for name in names})  # type: ignore[arg-type]
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_one_path_alone_is_one_path() -> None:
     """Not its characters; and paths of any kind, in settings that are JSON."""
     assert TrainConfig(data="./", out="x").data == ("./",)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, as_integer
 from retro_kernels.data.corpus import (
     Document,
     Fingerprint,
@@ -128,18 +128,23 @@ def build_retrieval_set(
     Raises InputError for input that cannot be used, for two builders on one folder, and as said above; OSError where
     the disk is full or read-only. `out` is untouched then, and what was done is kept.
     """
+    part = None if part is None else (as_integer(part[0]), as_integer(part[1]))
     if part is not None and not (0 <= part[0] < part[1]):
         raise InputError(f"part is {part}; (i, n) with 0 ≤ i < n is needed.")
     if part is not None and tokenizer is None:
         raise InputError("Parts of one set need one tokenizer: train it first and give it to each of them.")
     if vocab_size is not None and tokenizer is not None:
         raise InputError("Give a tokenizer, or the vocab_size of one to be trained, not both.")
+    vocab_size = as_integer(vocab_size)
     check_vocab_size(vocab_size)
     check_recall(recall)
+    recall = float(recall)  # numpy's, too, for the plan, which is JSON
     device = pick_device(device or "cpu")
-    if not 1 <= chunk_size <= 65_536:
+    chunk_size = as_integer(chunk_size)
+    if not (type(chunk_size) is int and 1 <= chunk_size <= 65_536):
         raise InputError(f"chunk_size is {chunk_size}; 1 to 65,536 tokens can be had (the paper has 64).")
-    if shard_chunks < 1:
+    shard_chunks = as_integer(shard_chunks)
+    if not (type(shard_chunks) is int and shard_chunks >= 1):
         raise InputError(f"shard_chunks is {shard_chunks}; at least 1 is needed.")
     if index not in (None, EXACT) or trained_index is not None:
         require_faiss()

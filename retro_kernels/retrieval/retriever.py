@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, as_count, check_seed
+from retro_kernels.config import InputError, as_count, as_seed
 from retro_kernels.ops._backend import numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
@@ -168,7 +168,7 @@ class Retriever:
             raise InputError(
                 "Retriever: query_embedder embeds every query, which embed_unknown=False forbids."
             )
-        check_seed("Retriever", seed)
+        seed = as_seed("Retriever", seed)
         cache = as_count("Retriever", "cache", cache, least=0)
         rerank_fetch = as_count("Retriever", "rerank_fetch", rerank_fetch)
         device = numbered(pick_device(device or "cpu"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import timing
 import torch
@@ -29,6 +32,9 @@ def test_a_presets_other_depth_has_its_own_layers_of_attention() -> None:
     "fields, said",
     [
         ({"dim": True}, "dim is True"),
+        ({"dim": np.True_}, "dim is "),
+        ({"dim": torch.tensor(True)}, r"dim is tensor\(True\)"),
+        ({"dim": np.float64(896)}, "dim is "),
         ({"norm_eps": -1}, "norm_eps is -1"),
         ({"norm_eps": float("nan")}, "norm_eps is nan"),
         ({"dropout": "0.1"}, "dropout is '0.1'"),
@@ -43,6 +49,13 @@ def test_a_presets_other_depth_has_its_own_layers_of_attention() -> None:
 def test_fields_out_of_range(fields: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         RetroConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_integers_of_numpy_and_torch_are_integers() -> None:
+    given = preset("retro_tiny", dim=np.int64(64), num_layers=torch.tensor(4), cca_layers=np.array([2, 4]))
+    assert given == preset("retro_tiny", dim=64, num_layers=4, cca_layers=(2, 4))
+    assert json.loads(json.dumps(given.to_dict()))["dim"] == 64
+    assert preset("retro_tiny", num_layers=np.uint8(4)) == preset("retro_tiny", num_layers=4)
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,8 @@ def test_unreadable_documents_are_counted(tmp_path, capsys):
     [
         (dict(vocab_size=100_000), "at most .* entries"),
         (dict(chunk_size=0), "chunk_size is 0"),
+        (dict(chunk_size=16.0), "chunk_size is 16.0"),
+        (dict(shard_chunks=1.5), "shard_chunks is 1.5"),
         (dict(shard_chunks=0), "shard_chunks is 0"),
         (dict(recall=2), "recall is 2; above 0"),
         (dict(device="gpu"), "device is 'gpu'"),
@@ -262,6 +264,13 @@ def test_arguments_that_do_not_work(tmp_path, options, message):
 def test_a_tokenizer_and_a_size_contradict(tmp_path, model):
     with pytest.raises(InputError, match="not both"):
         build(CORPUS, tmp_path / "set", tokenizer=model, vocab_size=500)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, model):
+    given = dict(chunk_size=np.int64(16), shard_chunks=np.int32(60), recall=np.float32(0.5))
+    manifest = build(CORPUS, tmp_path / "a", tokenizer=model, part=tuple(np.array([0, 2])), **given)
+    usual = build(CORPUS, tmp_path / "b", tokenizer=model, part=(0, 2), recall=0.5)
+    assert manifest["build"] == usual["build"]
 
 
 def test_what_is_no_set_is_never_replaced(tmp_path, model):
