@@ -80,10 +80,15 @@ class ShardedRetriever(Retriever):
 
     @classmethod
     def of(cls, local: Retriever) -> ShardedRetriever:
-        """From this rank's dense retriever. Collective."""
+        """From this rank's dense retriever. Collective.
+
+        InputError, on every rank, where one of them cannot be taken."""
         _check_initialised()
-        if not isinstance(local.searcher, DenseSearcher) or not local.searcher.embed_unknown:
-            raise InputError("ShardedRetriever: a dense retriever with its embedder is needed.")
+        with _together(None, _meeting_place()):
+            if not isinstance(local.searcher, DenseSearcher) or not local.searcher.embed_unknown:
+                raise InputError("ShardedRetriever: a dense retriever with its embedder is needed.")
+            if local.drop_copies is not None:
+                raise InputError("ShardedRetriever: drop_copies is not available for a sharded set.")
         made = cls(
             local.store,
             local.searcher,
@@ -92,6 +97,7 @@ class ShardedRetriever(Retriever):
             device_store=local.device_store,
             stats=local.stats,
         )
+        made.name, made.candidates = local.name, local.candidates
         made._join()
         return made
 
@@ -99,7 +105,8 @@ class ShardedRetriever(Retriever):
         self.group = dist.new_group()
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         manifest = self.store.manifest
-        mine = (self.chunk_size, manifest["tokenizer"]["fingerprint"], manifest["embedder"]["fingerprint"])
+        fingerprints = (manifest[name]["fingerprint"] for name in ("tokenizer", "embedder"))
+        mine = (self.chunk_size, *fingerprints, self.candidates)
         sizes = (self.store.num_chunks, self.store.num_documents)
         everyone: list[Any] = [None] * self.world
         dist.all_gather_object(
@@ -109,8 +116,9 @@ class ShardedRetriever(Retriever):
             if theirs != everyone[0][0]:
                 raise InputError(
                     f"ShardedRetriever: the sets of ranks 0 and {rank} have different chunk sizes, "
-                    f"tokenizers "
-                    "or embedders. Build all parts with the same ones."
+                    "tokenizers "
+                    "or embedders, or another metric is asked for. Build all parts with the same ones, and open them "
+                    "with the same options."
                 )
         chunks, documents = (np.cumsum([0, *(one[1][i] for one in everyone)]) for i in (0, 1))
         self._first_chunk, self._first_document = int(chunks[self.rank]), int(documents[self.rank])

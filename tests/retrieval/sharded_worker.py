@@ -96,10 +96,11 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     documents = corpus(seed)
     embedder = BagEmbedder()
-    retriever = ShardedRetriever.of(
-        dense(MemoryStore(share(documents, rank, world), embedder), embedder=embedder)
-    )
+    local = dense(MemoryStore(share(documents, rank, world), embedder), embedder=embedder)
+    local.name = local.candidates = "dense"  # as from_pretrained says
+    retriever = ShardedRetriever.of(local)
     found: dict[str, Any] = {"num": (retriever.num_chunks, retriever.num_documents)}
+    found["names"] = [retriever.name, retriever.candidates]
     for call, sizes in enumerate(BATCHES):
         tokens, exclude = batch(documents, rank, call, sizes[rank])
         near = retriever(tokens, num_neighbours=K, exclude_documents=exclude)
@@ -125,6 +126,13 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
         found["too many"] = str(error)
     again = retriever(*batch(documents, rank, 0, BATCHES[0][rank])[:1], num_neighbours=K)
     found["after failures"] = again.ids.shape
+    for option, value in (("drop_copies", 0.5), ("candidates", "dense, inner product")):
+        other: Any = dense(retriever.store, embedder=embedder)
+        setattr(other, option, value if rank else getattr(other, option))
+        try:
+            ShardedRetriever.of(other)
+        except InputError as error:
+            found[option] = str(error)
     retriever.store.manifest["tokenizer"]["fingerprint"] = str(rank)
     try:
         ShardedRetriever.of(dense(retriever.store, embedder=embedder))

@@ -74,6 +74,8 @@ def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
         assert {h["continuation"] for h in found["hits"][:2]} == {h.continuation for h in want_hits[:2]}
         assert "different numbers of neighbours, [2, 3]" in found["different k"]
         assert "ranks 0 and 1 have different" in found["different tokenizer"]
+        assert "ranks 0 and 1 have different" in found["candidates"] and found["names"] == ["dense", "dense"]
+        assert "drop_copies is not available for a sharded set" in found["drop_copies"]
         whole = f"the retrieval set on 2 ranks holds {one.num_chunks:,} chunks"
         assert whole in found["too many"] and found["after failures"][0] == sharded_worker.BATCHES[0][rank]
         for name, failing, said in (
