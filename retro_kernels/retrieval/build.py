@@ -405,7 +405,14 @@ def _survey(
         builder.say(warning)
     if duplicates:
         builder.say(f"{duplicates:,} copies of documents are left out.")
-    return Corpus(fingerprint.hex(), documents, duplicates, text_bytes, dict(report.skipped), sampler)
+    # every part has seen them all, and merged the parts are to have them once
+    skipped = {reason: n for reason, count in report.skipped.items() if (n := _share(count, part))}
+    return Corpus(fingerprint.hex(), documents, _share(duplicates, part), text_bytes, skipped, sampler)
+
+
+def _share(count: int, part: tuple[int, int] | None) -> int:
+    """Of `count` things those of this part, if they are dealt out one by one."""
+    return count if part is None else len(range(part[0], count, part[1]))
 
 
 def _title(document: Document) -> str:

@@ -371,6 +371,22 @@ def test_parts_merge_into_the_whole(whole, model, tmp_path):
     assert twice["num_documents"] == 20 and twice["corpus"]["duplicates"] == 20
 
 
+def test_what_was_left_out_is_counted_once_in_merged_parts(model, tmp_path):
+    corpus = [
+        *CORPUS,
+        *CORPUS[:4],
+        Document("empty", " "),
+        Document("no text", "\ud800"),
+        Document("two", "\udfff"),
+    ]
+    expected = build(corpus, tmp_path / "whole", tokenizer=model)["corpus"]
+    assert expected == {"duplicates": 4, "skipped": {"empty": 1, "with lone surrogates": 2}}
+    parts = [tmp_path / f"part{i}" for i in range(3)]
+    for i, part in enumerate(parts):
+        build(corpus, part, tokenizer=model, part=(i, 3))
+    assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False)["corpus"] == expected
+
+
 def parts_trained_alike(model, folder, factory, count=3):
     """Sets, all of whose indexes began with the one that was trained for the first."""
     parts = [folder / f"part{i}" for i in range(count)]
