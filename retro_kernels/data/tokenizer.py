@@ -22,6 +22,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -262,19 +263,33 @@ class _SentencePiece:
     def encode(self, text: str) -> Iterator[list[int]]:
         """The ids of `text`, in parts: cut where no piece can reach across, so that they are those of the whole.
 
-        U+2581 comes as a part of its own. A piece holds a space only in front or throughout, so a long text may be
-        cut before any space that follows something else.
+        U+2581 comes as a part of its own. A long text is cut between two characters that stand side by side in no
+        piece: before a space, if one follows something else soon, for the pieces that are trained here hold a space
+        only in front or throughout.
         """
         for part in re.split(f"({_SPACE})", text) if _SPACE in text else (text,):
             start = 0
             while len(part) - start > _SEGMENT_CHARS:
-                cut = _word_start(part, start + _SEGMENT_CHARS, len(part))
+                cut = self._cut(part, start + _SEGMENT_CHARS)
                 yield self._processor.encode(part[start:cut])
                 start = cut
             if part == _SPACE:
                 yield self._space_ids
             elif start < len(part):
                 yield self._processor.encode(part[start:])
+
+    def _cut(self, text: str, start: int) -> int:
+        """The first such place from `start` on; the end of the text where there is none."""
+        stop, pairs = min(start + _SEGMENT_CHARS, len(text)), self._pairs
+        if (cut := _word_start(text, start, stop)) < stop and text[cut - 1 : cut + 1] not in pairs:
+            return cut
+        return next((i for i in range(start, len(text)) if text[i - 1 : i + 1] not in pairs), len(text))
+
+    @cached_property
+    def _pairs(self) -> set[str]:
+        """Any two characters that stand side by side in a piece: nothing else is ever joined."""
+        texts = (piece.decode(errors="ignore") for piece in self.pieces)
+        return {text[i : i + 2] for text in texts for i in range(len(text) - 1)}
 
 
 def check_vocab_size(vocab_size: int | None) -> None:

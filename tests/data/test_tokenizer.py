@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_kernels.config import InputError
+from retro_kernels.data import tokenizer as tokenizer_module
 from retro_kernels.data.tokenizer import MIN_VOCAB_SIZE, TextSampler, Tokenizer
 
 CODE = "def f(x):\n    if x:\n        return '\u00e9t\u00e9'\n\treturn None\n\n\n" * 100
@@ -82,6 +83,58 @@ def test_long_texts_are_cut_where_it_makes_no_difference(tokenizer, seed):
     assert tokenizer.encode(text) == tokenizer._backend._processor.encode(text)
     np.testing.assert_array_equal(tokenizer.encode_array(text), tokenizer.encode(text))
     assert tokenizer.encode_array("").shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "letters",
+    ["aeinorst", "abcdefghij0123456789+/", "ab\n,.;", "\u4e00\u4e01\u4e02a", "a", "\t\r\na", "\ufffd\u00e9e"],
+)
+def test_long_texts_without_a_space_are_cut_too(tokenizer, seed, letters, monkeypatch):
+    text = "".join(random.Random(seed).choices(letters, k=20_000)) + " " + "e" * 2000
+    backend = tokenizer._backend
+    want, longest = backend._processor.encode(text), 0
+    monkeypatch.setattr(tokenizer_module, "_SEGMENT_CHARS", 256)
+
+    class Watched:
+        def encode(self, part):
+            nonlocal longest
+            longest = max(longest, len(part))
+            return processor.encode(part)
+
+    processor, backend._processor = backend._processor, Watched()
+    try:
+        assert tokenizer.encode(text) == want
+    finally:
+        backend._processor = processor
+    if len(letters) > 3:  # else all may be joined to all
+        assert longest < 2500
+
+
+def test_a_model_with_spaces_inside_its_pieces_is_cut_beside_them(seed, monkeypatch):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([some_text(1)]),
+        model_writer=model,
+        vocab_size=500,
+        model_type="bpe",
+        split_by_whitespace=False,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        required_chars="\u2581\n",
+        minloglevel=3,
+        max_sentence_length=1 << 20,
+    )
+    tokenizer = tokenizer_module._from_model(model.getvalue(), "model")
+    assert any(b" " in piece[1:] and piece.strip() for piece in tokenizer._pieces)
+    monkeypatch.setattr(tokenizer_module, "_SEGMENT_CHARS", 64)
+    text = some_text(seed)
+    assert tokenizer.encode(text) == tokenizer._backend._processor.encode(text)
 
 
 def test_batches_are_the_single_calls(tokenizer):
