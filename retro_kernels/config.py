@@ -11,6 +11,7 @@ import dataclasses
 import math
 import operator
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,13 @@ MAX_SEED = 2**63 - 1
 
 class InputError(ValueError):
     """Something a user gave cannot be used. The message says what was given, what is allowed and what to do."""
+
+
+def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
+    """What safetensors raised while it wrote `path`, as the OSError that it tells of: the disk is full, …"""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
+    return OSError(f"{path} cannot be written: {error}")
 
 
 def _is_integer(value: Any) -> bool:

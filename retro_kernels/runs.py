@@ -303,7 +303,7 @@ def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: 
     staged = folder / f"{final.name}.tmp-{os.getpid()}"
     try:
         model.save_pretrained(staged)
-        torch.save(state, staged / STATE)
+        _save_state(state, staged / STATE)
         for path in (*staged.rglob("*"), staged):
             if path.is_dir():
                 sync_folder(path)
@@ -322,6 +322,32 @@ def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: 
     for old, path in checkpoints(folder):
         if old != step:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    """OSError where it cannot be written: of a full disk torch says that it is at an unexpected place."""
+    failed: list[OSError] = []
+
+    class File:
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failed.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, File())  # type: ignore[arg-type]
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, OSError):
+            failed.append(error)
+        if failed:
+            raise OSError(failed[0].errno, failed[0].strerror, str(path)) from None
+        raise
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -29,7 +30,7 @@ from retro_kernels.data.corpus import Document
 from retro_kernels.data.packing import IGNORE, Packed, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
-from retro_kernels.nn import Retro, attention
+from retro_kernels.nn import Retro, attention, saving
 from retro_kernels.ops import NeighbourBatch
 from retro_kernels.retrieval import Retriever, writing
 from retro_kernels.runs import Interrupted, alone_in, checkpoints, load_state
@@ -498,6 +499,28 @@ def test_a_resumed_run_does_not_tokenise_again(
 
 def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["weights", "state"])
+@pytest.mark.parametrize("room", [0, 1000, 70_000, 399_000])
+def test_what_torch_and_safetensors_cannot_write_is_an_error_of_the_disk(
+    tmp_path: Path, what: str, room: int
+) -> None:
+    tensors = {"a": torch.zeros(50_000), "b": torch.zeros(50_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: '.*(model.safetensors|training.pt)'") as caught:
+            if what == "weights":
+                saving.save(tensors, {}, tmp_path)
+            else:
+                runs._save_state(tensors, tmp_path / "training.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    runs._save_state({**tensors, "step": 3}, tmp_path / "training.pt")
+    state = runs.load_state(tmp_path)
+    assert state["step"] == 3 and torch.equal(state["b"], tensors["b"])
 
 
 def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -12,20 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import InputError, RetroConfig
+from ..config import InputError, RetroConfig, as_os_error
 from .positions import DistanceTable
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
-    """Writes both files; each appears under its name only when it is whole, the weights first."""
+    """Writes both files; each appears under its name only when it is whole, the weights first. OSError: disk full, …"""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous() for name, value in weights.items()}
     staged = directory / f"{WEIGHTS}.tmp-{os.getpid()}"
     staged_config = directory / f"{CONFIG}.tmp-{os.getpid()}"
     try:
-        save_file(weights, staged, metadata={"format": "pt"})
+        try:
+            save_file(weights, staged, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise as_os_error(error, directory / WEIGHTS) from None
         staged_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         os.replace(staged, directory / WEIGHTS)
         os.replace(staged_config, directory / CONFIG)

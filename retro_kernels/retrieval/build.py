@@ -585,9 +585,12 @@ class Builder:
                     self._tidy()
                 raise
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-                    text = f"{error.strerror}. What is done is kept in {self.folder}: run the same command again."
-                    raise OSError(error.errno, f"The build of {self.out} stopped: {text}") from error
+                # FAISS, which writes the index, gives no number
+                if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                    reason = error.strerror or str(error).rstrip(".")
+                    text = f"{reason}. What is done is kept in {self.folder}: run the same command again."
+                    stopped = f"The build of {self.out} stopped: {text}"
+                    raise (OSError(error.errno, stopped) if error.errno else OSError(stopped)) from error
                 raise
 
     @contextlib.contextmanager

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, as_count
+from retro_kernels.config import InputError, as_count, as_os_error
 from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
@@ -467,12 +467,16 @@ def _checksum(arrays: dict[str, Tensor]) -> str:
 
 
 def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, temporary, metadata)
+        try:
+            save_file(arrays, temporary, metadata)
+        except SafetensorError as error:
+            raise as_os_error(error, path) from None
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

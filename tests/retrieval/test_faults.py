@@ -219,6 +219,23 @@ def test_full_disk(model, tmp_path, expected, monkeypatch, room):
     assert contents(tmp_path / "set") == expected
 
 
+def test_a_disk_that_is_full_when_the_index_is_written(model, tmp_path, expected, monkeypatch):
+    """FAISS says why it failed, but not with a number."""
+
+    def full(self, path):
+        raise OSError("The index could not be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, "save", full)
+        with pytest.raises(
+            OSError,
+            match="The build of .*set stopped: The index .*No space left on device. What is done is kept",
+        ):
+            build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16")
+    build(CORPUS, tmp_path / "set", tokenizer=model, index="IVF2,SQfp16")
+    assert contents(tmp_path / "set") == expected
+
+
 def on_a_small_file_system(program, size, *arguments):
     """Standard output of a Python program to which /mnt is an empty file system of `size`; skips where this user may
     not mount one."""

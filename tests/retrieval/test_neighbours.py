@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import weakref
 from pathlib import Path
 from typing import Any
@@ -360,3 +362,28 @@ def test_only_neighbours_are_replaced(store: MemoryStore, tmp_path: Path) -> Non
         out.write_bytes(damaged)
         precompute(*arguments, per_chunk=4)
         assert torch.equal(NeighbourFile.open(out).ids, ids)
+
+
+def test_a_disk_that_fills_up_while_the_file_is_written(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors says it in its own way."""
+    live, out = dense(store), tmp_path / "near"
+    save = module._save
+
+    def with_room_for_1000_bytes(*args: Any) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_save", with_room_for_1000_bytes)
+        with pytest.raises(OSError, match="File too large: '.*near'") as caught:
+            precompute(live, store.chunks, store.document_ids, out)
+    assert caught.value.errno == errno.EFBIG and [p.name for p in tmp_path.iterdir()] == ["near.partial"]
+    searched = live.stats.queries
+    precompute(live, store.chunks, store.document_ids, out)
+    assert live.stats.queries == searched and NeighbourFile.open(out).num_rows
