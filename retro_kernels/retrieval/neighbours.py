@@ -125,6 +125,8 @@ class NeighbourFile:
                 f"{path} was made with another retrieval set than {store.path}, or before it was changed. "
                 "Make it again: retro-kernels neighbours"
             )
+        if store is not None and bool((arrays["ids"] >= store.num_chunks).any()):
+            raise InputError(f"{path} is damaged: it names chunks that {store.path} does not have.")
         if retriever is not None and metadata.get("retriever") != retriever:
             raise InputError(
                 f"{path} holds the neighbours of the retriever {metadata.get('retriever')!r}, not of {retriever!r}."
@@ -232,7 +234,8 @@ class CachingSearcher:
                 self._distances[place], self._ids[place] - 2, self._on_host, excluded, k
             )
             live = (~(complete & usable)).nonzero().squeeze(1)
-        self.stats.reused += len(queries) - live.numel() - fresh.numel()
+        searched = torch.cat([fresh, live]).unique()  # some both: what was learnt did not suffice
+        self.stats.reused += len(queries) - searched.numel()
         device = self.documents.document_ids.device
         distances, ids = to_device(distances, device), to_device(ids, device)
         return _fill_live(self.inner, queries, k, exclude, live, distances, ids)

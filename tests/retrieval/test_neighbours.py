@@ -387,3 +387,33 @@ def test_a_disk_that_fills_up_while_the_file_is_written(
     searched = live.stats.queries
     precompute(live, store.chunks, store.document_ids, out)
     assert live.stats.queries == searched and NeighbourFile.open(out).num_rows
+
+
+def test_a_file_that_names_chunks_beyond_the_set_is_refused(store: MemoryStore, tmp_path: Path) -> None:
+    """Whoever made it, with a checksum that is right; on a GPU such a number would be the end of the process."""
+    out = tmp_path / "near"
+    precompute(dense(store), store.chunks, store.document_ids, out, per_chunk=4)
+    table = NeighbourFile.open(out, store=store)
+    arrays = {name: getattr(table, name) for name in module._ARRAYS}
+    arrays["ids"][-1, -1] = store.num_chunks
+    module._save(arrays, out, {**table.metadata, "checksum": module._checksum(arrays)})
+    with pytest.raises(InputError, match="damaged: it names chunks that memory does not have"):
+        NeighbourFile.open(out, store=store)
+
+
+def test_what_is_reused_is_counted_once(store: MemoryStore) -> None:
+    """Also where what a cache learnt was not enough."""
+    retriever = dense(store)
+    stats = retriever.stats
+    cache = CachingSearcher(retriever.searcher, store, retriever._documents, per_chunk=2, stats=stats)
+    row = store.document_chunks(5).start
+    query, own = torch.from_numpy(store.chunks[[row]].astype(np.int64)), torch.tensor([[5]])
+    cache.search(query, 2, own)
+    assert stats.reused == 0
+    cache.search(query, 2, own)
+    assert stats.reused == 1
+    row = store.document_chunks(7).start
+    query, own = torch.from_numpy(store.chunks[[row]].astype(np.int64)), torch.tensor([[7]])
+    near = retriever.searcher.search(query, 2, own)[1]
+    cache.search(query, 2, torch.cat([own, retriever.documents(near)], 1))
+    assert stats.reused == 1
