@@ -262,8 +262,14 @@ def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Itera
         if entry.is_dir(follow_symlinks=False):
             if wanted.enters(entry):
                 yield from _walk(root, relative, wanted, report)
-        elif entry.is_file() and wanted.reads(entry, relative):
-            yield relative
+        elif wanted.reads(entry, relative):
+            try:
+                there = entry.is_file()
+            except OSError as error:  # a link that leads in a circle, or to where nobody may look
+                report.skip(_BROKEN_OFF, f"{root / relative}: {error.strerror}")
+                continue
+            if there:
+                yield relative
 
 
 def _matches(relative: str, name: str, patterns: Sequence[str]) -> bool:

@@ -231,6 +231,15 @@ def test_loops_of_links_end(folder):
     assert len(read(folder)[0]) == 5
 
 
+def test_a_link_to_itself_is_left_out(folder):
+    (folder / "circle.txt").symlink_to("circle.txt")
+    (folder / "sub" / "long.txt").symlink_to("x" * 300)
+    documents, report = read(folder)
+    assert len(documents) == 5 and report.skipped["unreadable"] == 2
+    assert "circle.txt: Too many levels" in report.warning()
+    assert read(folder, exclude=["circle.txt", "long.txt"])[1].skipped["unreadable"] == 0
+
+
 def test_paths_are_checked_before_reading(folder):
     with pytest.raises(InputError, match="nowhere does not exist"):
         read_documents([folder, "/nowhere"])
