@@ -6,6 +6,7 @@ trained index is kept where most of the new set was in it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -177,12 +178,19 @@ def append_to_retrieval_set(
 
 def _drop_merged(addition: Path, known: set[int] | None) -> None:
     """Deletes an addition, its manifest last, that is ours and in the set (known: hashes of its documents; None: it
-    is). InputError where something else has that name."""
+    is). InputError where something else has that name. Another process may be deleting it, too."""
+    with contextlib.suppress(FileNotFoundError):
+        _drop(addition, known)
+
+
+def _drop(addition: Path, known: set[int] | None) -> None:
     if not addition.exists() or not any(addition.iterdir()):
         return
     manifest = load_json(addition / files.MANIFEST)
     build = manifest.get("build") if isinstance(manifest, dict) else None
     if not isinstance(build, dict) or not build.get("addition"):
+        if not any(addition.iterdir()):
+            return
         raise InputError(
             f"{addition} is where documents to be added are embedded, but it holds something else. Move it away."
         )

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -524,6 +525,32 @@ def test_an_addition_that_was_merged_is_no_longer_there(model, tmp_path, monkeyp
     assert ChunkStore.open(out, verify="full").num_documents == 21
     left = {path.name for path in tmp_path.iterdir()}
     assert "set.append" not in left and "set.build" not in left
+
+
+@pytest.mark.parametrize("moment", ["iterdir", "rmdir"])
+def test_another_process_deletes_the_addition_as_well(model, tmp_path, monkeypatch, moment):
+    """One that appends next finds it in the set, and deletes it, too."""
+    out, addition = tmp_path / "set", tmp_path / "set.append"
+    build(CORPUS, out, tokenizer=model)
+    drop = merge_module._drop_merged
+
+    def drop_together(at, known):
+        usual = getattr(Path, moment)
+
+        def after_another(path):
+            found = list(usual(path)) if moment == "iterdir" else None
+            if path == at:
+                shutil.rmtree(at, ignore_errors=True)
+            return found if moment == "iterdir" else usual(path)
+
+        with monkeypatch.context() as patch:
+            if known is None:
+                patch.setattr(Path, moment, after_another)
+            drop(at, known)
+
+    monkeypatch.setattr(merge_module, "_drop_merged", drop_together)
+    manifest = append_to_retrieval_set(out, OTHER, embedder="hashing:64", progress=False)
+    assert manifest["num_documents"] == 21 and not addition.exists()
 
 
 def test_an_addition_does_not_drop_a_replacement_that_is_being_built(model, tmp_path):
