@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, as_integer
 
 from .tokenizer_json import TokenizerJson
 
@@ -197,6 +197,8 @@ class Tokenizer:
         the message then names the largest size possible.
         """
         check_vocab_size(vocab_size)
+        if isinstance(texts, str):  # of which each character would be a document
+            raise TypeError("Tokenizer.train: texts are several documents; put a single one in a list.")
         sampler = TextSampler(sample_bytes)
         for text in texts:
             sampler.add(text)
@@ -294,7 +296,11 @@ class _SentencePiece:
 
 def check_vocab_size(vocab_size: int | None) -> None:
     """InputError for a size that no tokenizer trained here can have."""
-    if vocab_size is not None and not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+    if vocab_size is None:
+        return
+    if type(as_integer(vocab_size)) is not int:
+        raise InputError(f"Tokenizer.train: vocab_size is {vocab_size!r}; it must be an integer.")
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
             f"Tokenizer.train: vocab_size is {vocab_size:,}; {MIN_VOCAB_SIZE} to {MAX_VOCAB_SIZE:,} can be had."
         )

@@ -185,6 +185,17 @@ def test_sizes_out_of_range(tmp_path, size):
         Tokenizer.train(["text"], tmp_path / "t", size)
 
 
+@pytest.mark.parametrize("size", [300.0, "300", True])
+def test_sizes_that_are_no_numbers(tmp_path, size):
+    with pytest.raises(InputError, match="vocab_size is .*; it must be an integer"):
+        Tokenizer.train(["text"], tmp_path / "t", size)
+
+
+def test_one_text_is_not_taken_for_its_letters(tmp_path):
+    with pytest.raises(TypeError, match="in a list"):
+        Tokenizer.train("a text", tmp_path / "t")
+
+
 def test_too_large_a_vocabulary_names_the_largest(tmp_path):
     with pytest.raises(InputError, match="at most ([0-9,]+) entries") as error:
         Tokenizer.train(["a small text, a very small text\n" * 3], tmp_path / "t", 5000)
