@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         _complain(verb, str(interrupt) or "interrupted")
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         # The library says with these what cannot be used. A traceback is a bug's, for RETRO_DEBUG=1 anybody's.
         if os.environ.get("RETRO_DEBUG"):
             raise

@@ -501,6 +501,15 @@ def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_more_than_the_memory_holds_is_said_in_one_line(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r", *MODEL]
+    assert run("train", *words, "--sequence-length", CHUNK * 10**14) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("retro-kernels train: ") and "allocate" in last
+
+
 @pytest.mark.parametrize("what", ["weights", "state"])
 @pytest.mark.parametrize("room", [0, 1000, 70_000, 399_000])
 def test_what_torch_and_safetensors_cannot_write_is_an_error_of_the_disk(

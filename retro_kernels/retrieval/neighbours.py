@@ -346,7 +346,8 @@ def precompute(
 
     chunks: token ids [n, M], padded with 0, an array or a memory map.  documents: int64 [n], the set's document that a
         chunk belongs to (`Retriever.find_documents`), −1 where the set does not have it.
-    per_chunk: S, neighbours kept for each chunk: more than are used, so that other documents can be dropped.
+    per_chunk: S, neighbours kept for each chunk: more than are used, so that other documents can be dropped; never
+        more than the set has chunks.
     progress: is told how many chunks were done, those of an interrupted run included.
 
     Interrupted, the next call with the same arguments goes on (what is done lies in `out`.partial); where `out` has
@@ -365,7 +366,7 @@ def precompute(
             f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
             f"not {list(chunks.shape)} and {list(documents.shape)}."
         )
-    per_chunk = as_count("precompute", "per_chunk", per_chunk)
+    per_chunk = min(as_count("precompute", "per_chunk", per_chunk), retriever.num_chunks)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

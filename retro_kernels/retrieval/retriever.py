@@ -221,6 +221,7 @@ class Retriever:
                     "re-rank fewer (rerank_fetch)."
                 )
             searcher = PrecomputedSearcher(table, documents, searcher, stats=stats)
+        cache = min(cache, store.num_chunks)  # places beyond could not be filled
         if cache:
             from retro_kernels.retrieval.neighbours import CachingSearcher
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,3 +259,8 @@ def test_random_neighbours_do_not_depend_on_the_other_queries(folder: Path) -> N
     together = retriever.search_text(texts, 5)
     assert together == [retriever.search_text(text, 5) for text in texts]
     assert len({tuple(hit.chunk for hit in hits) for hits in together}) == 3
+
+
+def test_a_cache_has_no_more_places_than_the_set_has_chunks(folder: Path) -> None:
+    retriever: Any = Retriever.from_pretrained(folder, cache=10**15)
+    assert retriever.searcher.per_chunk == retriever.num_chunks

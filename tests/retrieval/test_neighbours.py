@@ -417,3 +417,14 @@ def test_what_is_reused_is_counted_once(store: MemoryStore) -> None:
     near = retriever.searcher.search(query, 2, own)[1]
     cache.search(query, 2, torch.cat([own, retriever.documents(near)], 1))
     assert stats.reused == 1
+
+
+def test_no_more_places_are_kept_than_there_are_chunks(store: MemoryStore, tmp_path: Path) -> None:
+    result = precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=10**15)
+    assert result["per_chunk"] == NeighbourFile.open(tmp_path / "near").per_chunk == store.num_chunks
+    live, kept = dense(store), with_file(store, tmp_path / "near")
+    tokens, exclude = packed(store)
+    same(
+        kept(tokens, num_neighbours=store.num_chunks + 2, exclude_documents=exclude),
+        live(tokens, num_neighbours=store.num_chunks + 2, exclude_documents=exclude),
+    )
