@@ -107,8 +107,10 @@ def causal_sinusoids(x: Tensor) -> Tensor:
 
 def _rotary_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     rows, past = q.shape[2], k.shape[2] - q.shape[2]
-    if past == 0 or rows == 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=past == 0)
+    if past == 0:  # compiled for any length, this is no bool that could be handed on
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if rows == 1:
+        return F.scaled_dot_product_attention(q, k, v)
     seen = torch.ones(rows, past + rows, dtype=torch.bool, device=q.device).tril(past)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 

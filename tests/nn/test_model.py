@@ -294,6 +294,16 @@ def test_compiles_without_a_graph_break(
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
 
 
+def test_rotary_attention_compiles_for_any_length(seed: int) -> None:
+    """As it does by itself once a second length has come."""
+    compiled = torch.compile(
+        attention_module._rotary_attention, fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for rows, keys in ((6, 6), (9, 9), (1, 7), (3, 8)):
+        q, k, v = torch.randn(2, 2, rows, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+        torch.testing.assert_close(compiled(q, k, v), attention_module._rotary_attention(q, k, v))
+
+
 def test_autocast(seed: int) -> None:
     model = Retro(TINY).train()
     x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
