@@ -723,6 +723,9 @@ def test_on_a_gpu(factory, seed, tmp_path):
     if factory not in ("Flat",):
         index.save(tmp_path / "index.faiss")
         assert faiss.read_index(str(tmp_path / "index.faiss")).ntotal == 20_000
+        loaded = Index.load(tmp_path / "index.faiss", factory, device="cuda")
+        loaded.configure(index.setting)
+        assert len(loaded) == 20_000 and (loaded.search(queries, 5)[1] == ids).float().mean() > 0.9
 
 
 @pytest.mark.gpu
