@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 Inputs = Callable[[Any], "tuple[Tensor, Tensor | None]"]
 _POLL_SECONDS = 0.05  # how soon the thread notices that no one listens any more
-_LEAVE_SECONDS = (
-    10.0  # how long the loop, when it is left, waits for the thread: many times what a batch takes
-)
+_LEAVE_SECONDS = 10.0
+"""How long the loop, when it is left, waits for the thread: many times what a batch takes."""
 
 
 def default_inputs(batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -159,10 +159,8 @@ class ChunkStore:
             failure: Exception | None = None
             try:
                 store = cls._open(folder, manifest, verify)
-            except (
-                ValueError,
-                OSError,
-            ) as error:  # not InputError alone: between two looks at a file it went
+            # not InputError alone: between two looks at a file it went
+            except (ValueError, OSError) as error:
                 failure = error
             if read_manifest(folder) == manifest:
                 if failure:
