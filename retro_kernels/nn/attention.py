@@ -5,7 +5,6 @@ B batch, N tokens, L chunks, M chunk size, K neighbours, R tokens per neighbour,
 
 from __future__ import annotations
 
-from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import as_integer
 from ..ops import (
     absorbed_cross_attention,
     absorbed_decode,
@@ -213,16 +213,14 @@ class ChunkedCrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "num_heads": num_heads, "head_dim": head_dim, "encoder_dim": encoder_dim}
-        sizes |= {"num_kv_heads": num_kv_heads, "chunk_size": chunk_size, "neighbour_len": neighbour_len}
-        for name, size in sizes.items():
-            if size is not None and (isinstance(size, bool) or not hasattr(size, "__index__")):
-                raise TypeError(f"ChunkedCrossAttention: {name} is {size!r}; it must be an integer.")
+        given = {"dim": dim, "num_heads": num_heads, "head_dim": head_dim, "encoder_dim": encoder_dim}
+        given |= {"num_kv_heads": num_kv_heads, "chunk_size": chunk_size, "neighbour_len": neighbour_len}
         # numpy's would be data to torch.compile, on which nothing may depend
-        dim, num_heads, chunk_size, neighbour_len = map(index, (dim, num_heads, chunk_size, neighbour_len))
-        head_dim, encoder_dim, num_kv_heads = (
-            None if size is None else index(size) for size in (head_dim, encoder_dim, num_kv_heads)
-        )
+        sizes = {name: as_integer(size) for name, size in given.items()}
+        for name, size in sizes.items():
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+                raise TypeError(f"ChunkedCrossAttention: {name} is {size!r}; it must be an integer.")
+        dim, num_heads, head_dim, encoder_dim, num_kv_heads, chunk_size, neighbour_len = sizes.values()
         head_dim = _head_dim(dim, num_heads, head_dim)
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if kv_heads < 1 or num_heads % kv_heads:

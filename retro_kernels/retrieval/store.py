@@ -19,6 +19,7 @@ out of the folder are refused, JSON is read up to a limit, and every size is che
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -67,7 +68,6 @@ VERIFIED_BYTES = 256 << 20
 MAX_TITLE_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 16
 _BLOCK = 1 << 16  # rows handled at a time
-_ATTEMPTS = 2  # to open a set that is replaced meanwhile
 
 # what a manifest must hold: path of keys -> type
 _MANIFEST_TYPES: dict[tuple[str, ...], type] = {
@@ -101,11 +101,8 @@ def opened_again(opening: _F) -> _F:
 
     @functools.wraps(opening)
     def repeated(*args: Any, **options: Any) -> Any:
-        for _ in range(_ATTEMPTS - 1):
-            try:
-                return opening(*args, **options)
-            except Replaced:
-                continue
+        with contextlib.suppress(Replaced):
+            return opening(*args, **options)
         return opening(*args, **options)
 
     return repeated  # type: ignore[return-value]
@@ -154,7 +151,7 @@ class ChunkStore:
         if verify not in ("auto", "sizes", "full"):
             raise InputError(f'ChunkStore.open: verify is {verify!r}; "auto", "sizes" and "full" can be had.')
         folder = Path(path)
-        for _ in range(_ATTEMPTS):
+        for _ in range(2):
             manifest = read_manifest(folder)
             failure: Exception | None = None
             try:

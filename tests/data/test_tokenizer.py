@@ -85,6 +85,23 @@ def test_long_texts_are_cut_where_it_makes_no_difference(tokenizer, seed):
     assert tokenizer.encode_array("").shape == (0,)
 
 
+IDS = dict(pad_id=0, unk_id=1, bos_id=2, eos_id=3)
+
+
+def trained_elsewhere(text, **options):
+    """A model's file, of SentencePiece's own options."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text]),
+        model_writer=model,
+        model_type="bpe",
+        minloglevel=3,
+        max_sentence_length=1 << 20,
+        **options,
+    )
+    return model.getvalue()
+
+
 @pytest.mark.parametrize(
     "letters",
     ["aeinorst", "abcdefghij0123456789+/", "ab\n,.;", "\u4e00\u4e01\u4e02a", "a", "\t\r\na", "\ufffd\u00e9e"],
@@ -111,26 +128,18 @@ def test_long_texts_without_a_space_are_cut_too(tokenizer, seed, letters, monkey
 
 
 def test_a_model_with_spaces_inside_its_pieces_is_cut_beside_them(seed, monkeypatch):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([some_text(1)]),
-        model_writer=model,
+    model = trained_elsewhere(
+        some_text(1),
         vocab_size=500,
-        model_type="bpe",
         split_by_whitespace=False,
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
+        **IDS,
         byte_fallback=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
         required_chars="\u2581\n",
-        minloglevel=3,
-        max_sentence_length=1 << 20,
     )
-    tokenizer = tokenizer_module._from_model(model.getvalue(), "model")
+    tokenizer = tokenizer_module._from_model(model, "model")
     assert any(b" " in piece[1:] and piece.strip() for piece in tokenizer._pieces)
     monkeypatch.setattr(tokenizer_module, "_SEGMENT_CHARS", 64)
     text = some_text(seed)
@@ -274,23 +283,13 @@ def test_files_that_are_no_tokenizer(tmp_path):
     "options, promise",
     [
         (dict(pad_id=-1, byte_fallback=True), "padding id"),
-        (dict(pad_id=0, unk_id=1, bos_id=2, eos_id=3), "byte fallback"),
-        (dict(pad_id=0, unk_id=1, bos_id=2, eos_id=3, byte_fallback=True), "loses characters"),
+        (IDS, "byte fallback"),
+        (dict(**IDS, byte_fallback=True), "loses characters"),
     ],
 )
 def test_models_that_lose_text_are_refused(tmp_path, options, promise):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([some_text(6)]),
-        model_writer=model,
-        vocab_size=400,
-        model_type="bpe",
-        minloglevel=3,
-        hard_vocab_limit=False,
-        max_sentence_length=1 << 20,
-        **options,
-    )
-    (tmp_path / "t").write_bytes(model.getvalue())
+    model = trained_elsewhere(some_text(6), vocab_size=400, hard_vocab_limit=False, **options)
+    (tmp_path / "t").write_bytes(model)
     with pytest.raises(InputError, match=promise):
         Tokenizer(tmp_path / "t")
 

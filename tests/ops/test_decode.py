@@ -203,6 +203,15 @@ def test_nothing_to_attend_to(backend: str, split: None, seed: int) -> None:
     assert absorbed_decode(**tensors, backend=backend)[1].ne(0).any()
 
 
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_neighbours_at_all(backend: str, lengths: bool, seed: int) -> None:
+    tensors = make(*SIZES[0], dtype=torch.float32)
+    tensors["states"] = tensors["states"][:, :0]
+    tensors["neighbour_lengths"] = tensors["neighbour_lengths"][:, :0] if lengths else None
+    assert absorbed_decode(**tensors, backend=backend).eq(0).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bias_that_forbids_all_keys(backend: str, split: None, seed: int) -> None:
     """Of one head and of some rows."""

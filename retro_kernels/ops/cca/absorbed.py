@@ -598,25 +598,25 @@ def _attending(
     query: Tensor, states: Tensor, lengths: Tensor | None, rel_bias: Tensor | None, chunk_size: int
 ) -> Tensor:
     """1 for tokens which have any key, 0 for the others: [B, N, H or 1, 1] in the query's dtype."""
-    tokens, shift, neighbour_len = query.shape[1], chunk_size - 1, states.shape[3]
-    if lengths is None:
-        longest = torch.full(states.shape[:2], neighbour_len, device=query.device)
-    else:
-        longest = lengths.amax(2)
-    rows = longest.repeat_interleave(chunk_size, 1)[..., None]  # [B, L * M, 1]
-    if rel_bias is None:
-        present = rows > 0
-    else:  # it may forbid them all
-        column = relative_column(chunk_size, neighbour_len, query.device)
-        forbidden = leading_forbidden(rel_bias[:, column]).T  # [M, H]
-        present = rows > forbidden.repeat(states.shape[1], 1)
+    tokens, shift = query.shape[1], chunk_size - 1
+    column = relative_column(chunk_size, states.shape[3], query.device)
+    present = have_keys(states, lengths, None if rel_bias is None else rel_bias[:, column])
+    present = present.expand(-1, -1, -1, chunk_size).transpose(2, 3).flatten(1, 2)  # [B, L * M, H or 1]
     present = present[:, : max(tokens - shift, 0)].to(query.dtype)
     return F.pad(present, (0, 0, tokens - present.shape[1], 0))[..., None]
 
 
-def leading_forbidden(bias: Tensor) -> Tensor:
-    """How many leading keys are forbidden by a bias of minus infinity: int64 [...] of [..., R]."""
-    return (bias == float("-inf")).cumprod(-1).sum(-1)
+def have_keys(states: Tensor, lengths: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Which rows that attend to states [..., K, R, E] have any key: bool [..., H or 1, rows or 1].
+
+    lengths: [..., K]. bias: [..., H, rows, R], which forbids keys where it is minus infinity."""
+    neighbours, neighbour_len = states.shape[-3:-1]
+    if lengths is None or neighbours == 0:
+        longest = torch.full(states.shape[:-3], neighbour_len if neighbours else 0, device=states.device)
+    else:
+        longest = lengths.amax(-1)
+    forbidden = 0 if bias is None else (bias == float("-inf")).cumprod(-1).sum(-1)  # of the leading keys
+    return longest[..., None, None] > forbidden
 
 
 def _projected(

@@ -16,7 +16,7 @@ from torch import Tensor
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember
-from retro_kernels.ops.cca.absorbed import _by_head, leading_forbidden
+from retro_kernels.ops.cca.absorbed import _by_head, have_keys
 from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
 
@@ -313,12 +313,9 @@ def absorbed_decode(
         out = torch.einsum("bthe,hde->bthd", mixed, _by_head(value_weight, heads, head_dim))
     if value_bias is not None:
         bias = _by_head(value_bias[:, None], heads, head_dim)[..., 0]
-        present = _present(rows, neighbours, neighbour_lengths)
-        if rel_bias is not None:  # it may forbid them all
-            forbidden = leading_forbidden(rel_bias[:, _columns(rows, neighbour_len)])  # [H, B, T]
-            longest = neighbour_len if neighbour_lengths is None else neighbour_lengths.amax(1)[:, None]
-            present = present & (forbidden < longest).permute(1, 2, 0)[..., None]
-        out = out + bias * present
+        of_rows = None if rel_bias is None else rel_bias[:, _columns(rows, neighbour_len)].transpose(0, 1)
+        present = have_keys(states, neighbour_lengths, of_rows).transpose(1, 2)  # [B, T or 1, H or 1]
+        out = out + bias * (present & (rows >= 0)[..., None])[..., None]
     return out.contiguous()
 
 
