@@ -1,11 +1,12 @@
-"""Result files into Markdown tables, and the README's tables kept equal to them.
+"""Result files into Markdown tables, and the tables of the README and docs/measurements.md kept equal to them.
 
 python bench/tables.py            # print the tables of results/*.json
-python bench/tables.py --write    # put them between the README's markers
+python bench/tables.py --write    # put them between the documents' markers
 
-A file whose rows are no plain times has a view of its own: `retrieval` (bench_search.py, one line a set and index),
+A file whose rows are no plain times has views of its own: `retrieval` (bench_search.py, one line a set and index),
 `retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-rfc` (as the demo prints them),
-`static` (static.py, machine code of the kernels) and `gpu` (goals, and the operation by shape).
+`static` (static.py, machine code of the kernels), and of gpu.json `gpu` (goals), `gpu-by-shape` (the operation) and
+`gpu-around` (what surrounds it).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import goals
 import static
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+DOCUMENTS = (HERE.parent / "README.md", HERE.parent / "docs" / "measurements.md")
 # <!-- bench:cpu --> for a whole result file, <!-- bench:cpu cca forward --> for the groups whose name begins so
 MARKER = re.compile(
     r"(<!-- bench:(?P<name>[\w-]+)(?: (?P<only>[^>]*?))? -->\n).*?(?P<end><!-- /bench -->)", re.DOTALL
@@ -210,22 +211,28 @@ def static_table(result: dict[str, Any]) -> str:
 
 
 def demo_report(result: dict[str, Any]) -> str:
-    """The table as the demo prints it."""
+    """The table as the demo prints it, but for what aligns its columns: a long cell would make all others as wide."""
     environment = result["environment"]
+    report = re.sub(r" {2,}\|", " |", re.sub(r"-{3,}", "---", result["report"]))
     return (
-        f"{result['report']}\n{environment['device']}, {environment['cores']} cores, torch "
+        f"{report}\n{environment['device']}, {environment['cores']} cores, torch "
         f"{environment['versions']['torch']}; commit {environment['commit']}, {environment['date']}.\n"
     )
 
 
-def gpu_report(result: dict[str, Any]) -> str:
-    """Every goal; the operation by shape, beside its floor and the fastest of what one would write instead; then what
-    surrounds it. With 16 heads and without lengths: the file has the rest."""
+def gpu_goals(result: dict[str, Any]) -> str:
+    """Every goal, and the conditions of all that the file has."""
+    return f"{goals.report(result)[0]}\n\n{conditions(result)}\n"
+
+
+def gpu_by_shape(result: dict[str, Any]) -> str:
+    """The operation by shape, beside its floor and the fastest of what one would write instead. With 16 heads and
+    without lengths: the file has the rest."""
     rows = [r for r in result["results"] if "median_s" in r]
     core = [r for r in rows if r.get("extra", {}).get("what") == "core"]
     head = ["positions", "pass", "shape", "median", "share of the floor", "over SDPA", "over FlexAttention"]
     lines = [_line(head), "|---|---|---|---:|---:|---:|---:|"]
-    for row in (r for r in core if r["case"] == goals.OURS):
+    for row in sorted((r for r in core if r["case"] == goals.OURS), key=_shape):
         extra = row["extra"]
         positions = {"bias": "additive bias", "relative": "relative keys"}.get(extra["positions"], "none")
         if extra["positions"] == "bias":
@@ -248,22 +255,27 @@ def gpu_report(result: dict[str, Any]) -> str:
                 ]
             )
         )
-    beside = [
+    return "\n".join([*lines, "", conditions(result), ""])
+
+
+def _shape(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Forward first, then by head size and neighbours: beside one another stand what differs in positions."""
+    extra = row["extra"]
+    return extra["pass"] != "forward", extra["pass"], extra["D"], extra["K"], extra["positions"]
+
+
+def gpu_around(result: dict[str, Any]) -> str:
+    """The absorbed form with 16 heads, the gather, training and decoding."""
+    kept = [
         r
-        for r in rows
-        if r["extra"].get("what") in ("training", "gather", "decode")
-        or (r["extra"].get("what") == "absorbed training" and r["extra"]["H"] == 16 and "+" in r["group"])
+        for r in result["results"]
+        if "median_s" in r
+        and (
+            r["extra"].get("what") in ("training", "gather", "decode")
+            or (r["extra"].get("what") == "absorbed training" and r["extra"]["H"] == 16 and "+" in r["group"])
+        )
     ]
-    parts = (
-        goals.report(result)[0],
-        _folded("By shape", lines),
-        _folded("Absorbed form, gather, training, decoding", _times(beside)),
-    )
-    return "\n\n".join([*parts, conditions(result)]) + "\n"
-
-
-def _folded(title: str, lines: list[str]) -> str:
-    return "\n".join([f"<details><summary>{title}</summary>", "", *lines, "", "</details>"])
+    return "\n".join([*_times(kept), "", conditions(result), ""])
 
 
 def _fastest(rows: list[dict[str, Any]], ours: dict[str, Any], *kinds: str) -> float | None:
@@ -282,30 +294,34 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "static": static_table,
     "demo": demo_report,
     "demo_rfc": demo_report,
-    "gpu": gpu_report,
+    "gpu": gpu_goals,
+    "gpu_by_shape": gpu_by_shape,
+    "gpu_around": gpu_around,
 }
-"""By the result file's stem; every other file is shown as times."""
+"""By name, which begins with the result file's; every other file is shown as times."""
 
 
-def rendered(readme: str, folder: Path = HERE / "results") -> str:
-    """The README's text with every table between its markers made anew from its result file."""
+def rendered(text: str, folder: Path = HERE / "results") -> str:
+    """A document's text with every table between its markers made anew from its result file."""
 
     def one(match: re.Match[str]) -> str:
         stem = match["name"].replace("-", "_")
-        result = json.loads((folder / f"{stem}.json").read_text())
+        file = "gpu" if VIEWS.get(stem) in (gpu_by_shape, gpu_around) else stem
+        result = json.loads((folder / f"{file}.json").read_text())
         if only := match["only"]:
             result["results"] = [row for row in result["results"] if row["group"].startswith(only)]
         return match[1] + VIEWS.get(stem, table)(result) + match["end"]
 
-    return MARKER.sub(one, readme)
+    return MARKER.sub(one, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--write", action="store_true", help="write the tables into the documents")
     args = parser.parse_args()
     if args.write:
-        README.write_text(rendered(README.read_text()))
+        for document in DOCUMENTS:
+            document.write_text(rendered(document.read_text()))
         return
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -134,7 +134,7 @@ def test_tables_show_ratios_to_the_first_row_and_why_a_row_is_missing(tmp_path: 
     assert text.count("retro_kernels") == 1  # the second table is of another group
 
 
-def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind() -> None:
+def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind(tmp_path: Path) -> None:
     core = {"what": "core", "positions": "bias", "pass": "backward", "table_grad": True, "lengths": False}
     core |= {"H": 16, "D": 64, "K": 2}
     rows = [
@@ -147,7 +147,19 @@ def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind() -> Non
         {**row(9e-3, share_of_floor=0.1, **{**core, "H": 32}), "group": "other"},
         {**row(7e-3, "retro_kernels", what="gather"), "group": "gather", "commit": "b"},
     ]
-    text = tables.gpu_report(result("a", rows))
-    assert "| additive bias, learned | backward | D 64 K 2 | 1 ms | 0.50 | 2.00x | 3.00x |" in text
-    assert "9 ms" not in text and "| gather | retro_kernels | 7 ms | 1.00 |" in text
-    assert "Some rows are of b" in text and "| goal |" in text
+    (tmp_path / "gpu.json").write_text(json.dumps(result("a", rows)))
+    goals, shapes, around = (
+        tables.rendered(f"<!-- bench:{name} -->\n<!-- /bench -->", tmp_path)
+        for name in ("gpu", "gpu-by-shape", "gpu-around")
+    )
+    assert "| additive bias, learned | backward | D 64 K 2 | 1 ms | 0.50 | 2.00x | 3.00x |" in shapes
+    assert "9 ms" not in shapes and "7 ms" not in shapes
+    assert "| gather | retro_kernels | 7 ms | 1.00 |" in around and "1 ms" not in around
+    assert "| goal |" in goals and all("Some rows are of b" in text for text in (goals, shapes, around))
+
+
+def test_a_long_cell_of_the_demo_widens_no_other() -> None:
+    environment = {"device": "chip", "cores": 2, "versions": {"torch": "2"}, "commit": "a", "date": "d"}
+    report = "corpus\n\n|        |      |\n|--------|------|\n| short  | 1    |\n| longer | long |\n"
+    lines = tables.demo_report({"environment": environment, "report": report}).splitlines()
+    assert "| short | 1 |" in lines and "|---|---|" in lines and "  " not in "".join(lines)

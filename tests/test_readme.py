@@ -19,6 +19,7 @@ import retro_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = {path: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines() if line.strip()]
 MAPPED = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", README.split("## Files")[1], re.MULTILINE)
@@ -104,9 +105,12 @@ def declared_extras() -> set[str]:
 
 def test_tables_are_those_of_the_results() -> None:
     """A place that is still to be filled is empty; a filled one is what bench/tables.py makes of the results."""
-    for match in tables.MARKER.finditer(README):
-        if match[0] != f"{match[1]}{match[match.lastindex or 0]}":
-            assert tables.rendered(match[0]) == match[0], f"python bench/tables.py --write: {match[1]}"
+    assert set(tables.DOCUMENTS) == set(DOCUMENTS)
+    for text in DOCUMENTS.values():
+        assert tables.MARKER.search(text)
+        for match in tables.MARKER.finditer(text):
+            if match[0] != f"{match[1]}{match[match.lastindex or 0]}":
+                assert tables.rendered(match[0]) == match[0], f"python bench/tables.py --write: {match[1]}"
 
 
 def test_file_map_is_whole() -> None:
@@ -119,9 +123,21 @@ def test_file_map_is_whole() -> None:
 
 
 def test_links() -> None:
-    prose = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)]+)\)", prose):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    """To files, and to headings as GitHub names them."""
+    for path, text in DOCUMENTS.items():
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)]+)\)", prose):
+            if target.startswith("https://"):
+                continue
+            name, _, heading = target.partition("#")
+            found = (path.parent / name).resolve() if name else path
+            assert found.exists(), target
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE) if heading else []
+            assert not heading or heading in {anchor(h) for h in headings}, target
+
+
+def anchor(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 @pytest.mark.parametrize("name", [name for name in retro_kernels.__all__ if name != "__version__"])
