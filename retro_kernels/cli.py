@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import PRESETS, InputError, TrainConfig
+from .config import PRESETS, FailedElsewhere, InputError, TrainConfig
 
 PROG = "retro-kernels"
 
@@ -42,14 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as interrupt:
-        _complain(verb, str(interrupt) or "interrupted")
+        if _speaks():
+            _complain(verb, str(interrupt) or "interrupted")
         return 130
+    except FailedElsewhere:
+        return 2
     except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         # The library says with these what cannot be used. A traceback is a bug's, for RETRO_DEBUG=1 anybody's.
         if os.environ.get("RETRO_DEBUG"):
             raise
         _complain(verb, _message(error))
         return 2
+
+
+def _speaks() -> bool:
+    """Of the processes that torchrun started, one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_any_character() -> None:
@@ -628,6 +636,8 @@ def _train(args: argparse.Namespace) -> None:
     from .train import train
 
     summary = train(config, resume=args.resume, stop_after=args.stop_after)
+    if not _speaks():
+        return
     if args.json:
         _print_json(summary)
         return

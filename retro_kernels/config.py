@@ -24,6 +24,14 @@ class InputError(ValueError):
     """Something a user gave cannot be used. The message says what was given, what is allowed and what to do."""
 
 
+class FailedElsewhere(RuntimeError):
+    """Another process of the same job failed, which says so itself."""
+
+
+class InputFailedElsewhere(FailedElsewhere, InputError):
+    """The same, for what a user gave there."""
+
+
 def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
     """What safetensors raised while it wrote `path`, as the OSError that it tells of: the disk is full, …"""
     if number := re.search(r"\(os error (\d+)\)", str(error)):
@@ -336,7 +344,7 @@ class TrainConfig:
     batch_size: int = 8
     """sequences in a forward pass"""
     accumulate: int = 1
-    """forward passes in a step"""
+    """forward passes in a step; processes that torchrun starts divide them among them"""
     sequence_length: int = 512
     """tokens in a sequence, whole chunks"""
     num_neighbours: int = 2

@@ -40,6 +40,7 @@ from .data.packing import TokenDocuments
 from .data.text import Text as Text
 from .data.text import note as note
 from .data.text import progress_bar as progress_bar
+from .data.text import silent as silent
 from .data.text import taken_up as taken_up
 from .data.tokenizer import Tokenizer, _write_whole
 from .nn import Retro, RetroFitted

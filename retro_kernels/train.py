@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import DEFAULT_PRESET, PLACES, InputError, RetroConfig, TrainConfig, parse_overrides, preset
 from .data.corpus import Document
@@ -33,6 +35,7 @@ from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_si
 from .nn import Retro, RetroFitted
 from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, read_config
+from .ranks import Ranks, joined
 from .runs import (
     METRICS,
     SETTINGS,
@@ -50,13 +53,13 @@ from .runs import (
     load_run,
     load_state,
     note,
-    pick_device,
     pick_dtype,
     places,
     progress_bar,
     read_settings,
     remove_staged,
     save_checkpoint,
+    silent,
     text_of,
     write_json,
 )
@@ -93,33 +96,80 @@ def train(
     them, before the clock starts), neighbours_from_file (the share of the chunks whose neighbours the file
     `config.neighbours` had, the others were searched for; None without one), without_neighbours and neighbours_filled
     (the share of the chunks that had none at all, and of the places for neighbours that were filled; None without a
-    set), parameters, dtype.
+    set), parameters, dtype, processes.
+
+    On several processes (torchrun, or a process group of the caller's) they divide the forward passes of a step among
+    them, so `accumulate` is a multiple of their number, and what is computed is the same but for rounding, on however
+    many. Each opens the retrieval set; the first alone reads the text, writes and speaks, in a folder that all see.
+    What waits and stalls is the first's. All return the same.
     Raises InputError where data, set, tokenizer or run do not fit, where the folder holds something else or another
     process trains in it, Interrupted after Ctrl-C, with a checkpoint written.
     """
     from .retrieval.writing import check_writable
 
     folder = Path(config.out)
-    check_writable(folder, "; a run is a folder. Give another --out.")
+    with joined() as ranks, contextlib.ExitStack() as held:
+        held.enter_context(silent(not ranks.first))
+        with ranks.together("train"):
+            if ranks.first:
+                check_writable(folder, "; a run is a folder. Give another --out.")
+                _check_out(config, documents, ranks)
+                held.enter_context(alone_in(folder))
+        trainer = _in_turn(ranks, config, folder, resume, documents, progress and ranks.first)
+        try:
+            return trainer.run(
+                config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
+            )
+        except Interrupted as stopped:
+            if documents is not None:  # they are the caller's, and so is the way to go on
+                raise
+            raise Interrupted(f"{stopped} Continue with: {_resume_command(config, ranks)}") from None
+
+
+def _check_out(config: TrainConfig, documents: list[Document] | None, ranks: Ranks) -> None:
+    folder = Path(config.out)
     if documents is None and os.path.realpath(folder) in map(os.path.realpath, config.data):
         raise InputError(
             f"train: out is {folder}, and so is data. What is written there would be read as text when the run is "
             "continued: give a folder in it, or another one."
         )
     check_target(folder, config)
-    with alone_in(folder):
-        return _train(config, folder, resume, stop_after, documents, progress)
+    if config.accumulate % ranks.world:
+        raise InputError(
+            f"train: accumulate is {config.accumulate}, and there are {ranks.world} processes, which divide a step's "
+            f"forward passes among them. Give a multiple of {ranks.world}."
+        )
 
 
-def _train(
+def _in_turn(ranks: Ranks, *arguments: Any) -> _Trainer:
+    """The first process prepares the run and writes what the others read then, who do the same after it."""
+    text, trainer = None, None
+    with ranks.together("train"):
+        if ranks.first:
+            text, trainer = _prepared(ranks, None, *arguments)
+    known = ranks.told((text.characters, text.fingerprint) if text is not None else None)
+    with ranks.together("train"):
+        if trainer is None:
+            _, trainer = _prepared(ranks, known, *arguments)
+    return trainer
+
+
+def _prepared(
+    ranks: Ranks,
+    known: tuple[int, str] | None,
     config: TrainConfig,
     folder: Path,
     resume: bool,
-    stop_after: int | None,
     documents: list[Document] | None,
     progress: bool,
-) -> dict[str, Any]:
-    """See `train`."""
+) -> tuple[Text, _Trainer]:
+    """The text, and the trainer at the step where it begins or goes on, with the folder made a run's. known: what the
+    first process found of the text, in all others."""
+    if known is not None and not (folder / SETTINGS).exists():
+        raise InputError(
+            f"train: rank {ranks.rank} does not find in {folder} what the first process wrote there. Give an --out "
+            "that all of them see."
+        )
     saved = checkpoints(folder)
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
@@ -140,11 +190,13 @@ def _train(
             f"retrofit: there is no folder {config.retrofit}. Give the run of a plain decoder, or the folder of a "
             "pretrained model, as it is now."
         )
-    device = pick_device(config.device)
+    device = ranks.device(config.device)
     retriever = _open_set(config, device)
     # neither this run nor another is text
     text = text_of(config.data, documents, "train: there is no text to train on", progress, (config.out,))
-    tokenizer = _tokenizer(config, retriever, text, bool(saved))
+    if known is not None:
+        text.known(*known)
+    tokenizer = _tokenizer(config, retriever, text, bool(saved) or not ranks.first)
     if retriever is not None and _is_pretrained(config.retrofit):
         model_config, chunk_size = None, retriever.chunk_size
     else:
@@ -177,22 +229,16 @@ def _train(
         "documents": corpus.num_documents,
         "bytes": int(corpus.num_bytes.sum()),
     }
-    trainer = _Trainer(config, folder, model, packed, retriever, settings, progress)
+    trainer = _Trainer(config, folder, model, packed, retriever, settings, progress, ranks)
     if saved:
         trainer.load(saved[-1][1], read_settings(folder))
-    write_json(folder / SETTINGS, trainer.settings)  # first: it marks the folder as a run's
-    remove_staged(folder)
-    kept.keep(corpus)
-    _cut_metrics(folder / METRICS, trainer.step)
-    tokenizer.save(folder / TOKENIZER)
-    try:
-        return trainer.run(
-            config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
-        )
-    except Interrupted as stopped:
-        if documents is not None:  # they are the caller's, and so is the way to go on
-            raise
-        raise Interrupted(f"{stopped} Continue with: {_resume_command(config)}") from None
+    if ranks.first:
+        write_json(folder / SETTINGS, trainer.settings)  # first: it marks the folder as a run's
+        remove_staged(folder)
+        kept.keep(corpus)
+        _cut_metrics(folder / METRICS, trainer.step)
+        tokenizer.save(folder / TOKENIZER)
+    return text, trainer
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -257,15 +303,22 @@ class _Trainer:
         retriever: Retriever | None,
         settings: dict[str, Any],
         progress: bool,
+        ranks: Ranks,
     ) -> None:
         self.config, self.folder, self.model, self.packed = config, folder, model, packed
-        self.retriever, self.settings, self.progress = retriever, settings, progress
+        self.retriever, self.settings, self.progress, self.ranks = retriever, settings, progress, ranks
         self.device = next(model.parameters()).device
         self.step = config.first_step
         self.optimiser = _optimiser(config, model)
         self.chunks = 0  # with text, for which neighbours were looked up
         # those that have a neighbour, and the neighbours: counted on the device, which is not waited for
         self.found = torch.zeros(2, dtype=torch.int64)
+        self._draw_apart()
+
+    def _draw_apart(self) -> None:
+        """Dropout of the other processes is not the first's, which draws as one alone does."""
+        if not self.ranks.first:
+            torch.manual_seed(hash((self.config.seed, self.ranks.rank, self.step)) % 2**63)
 
     def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
         """Goes back to the moment of `checkpoint`."""
@@ -295,10 +348,20 @@ class _Trainer:
             saved = Retro.from_pretrained(checkpoint, device=self.device)
         self.model.load_state_dict(saved.state_dict())
         self.optimiser.load_state_dict(state["optimiser"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = state["step"]
+        randoms = [state, *state.get("others", ())]  # of each process
+        if self.ranks.rank < len(randoms):
+            random = randoms[self.ranks.rank]
+            torch.set_rng_state(random["rng"])
+            if self.device.type == "cuda" and "cuda_rng" in random:
+                torch.cuda.set_rng_state(random["cuda_rng"], self.device)
+        else:
+            self._draw_apart()
+        if len(randoms) != self.ranks.world:
+            note(
+                f"The run was on {len(randoms)} processes and goes on on {self.ranks.world}: the same but for rounding "
+                "and what dropout draws."
+            )
         if state["steps"] != self.config.steps:
             note(
                 f"The run was planned for {state['steps']:,} steps and now for {self.config.steps:,}: "
@@ -306,34 +369,40 @@ class _Trainer:
             )
 
     def save(self) -> None:
+        random = {"rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        random, *others = self.ranks.gathered(random)
         state: dict[str, Any] = {
             "step": self.step,
             "steps": self.config.steps,
-            "rng": torch.get_rng_state(),
+            **random,
+            "others": others,
             "optimiser": self.optimiser.state_dict(),
         }
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        save_checkpoint(self.folder, self.step, self.model, state)
+        with self.ranks.together("train"):
+            if self.ranks.first:
+                save_checkpoint(self.folder, self.step, self.model, state)
 
     def run(self, until: int) -> dict[str, Any]:
         """Steps up to number `until`, a checkpoint at the end."""
         config = self.config
         dtype = pick_dtype(self.settings["dtype"], self.device)
-        forward: Any = torch.compile(self.model) if config.compile else self.model
         tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
-        log = _Log(self.folder / METRICS, tokens_per_step)
+        log = _Log(self.folder / METRICS, tokens_per_step, self.ranks)
         first = self.step
         summary = self.settings.get("summary")
         if first >= until and summary and summary["steps"] == first:  # a finished run that is "resumed"
             return summary
         self.model.train()
+        model = self.model if self.ranks.world == 1 else _shared(self.model)
+        forward: Any = torch.compile(model) if config.compile else model
         with (
             interruptible() as asked,
             log,
             progress_bar(config.steps, "training", "step", show=self.progress, initial=first) as bar,
         ):
-            batches = self._batches(until)
+            batches, stopped = self._batches(until), False
             while self.step < until:
                 rate = learning_rate(config, self.step)
                 for group in self.optimiser.param_groups:
@@ -345,7 +414,8 @@ class _Trainer:
                 self.step += 1
                 bar.update()
                 log.add(loss, norm)
-                last = self.step == until or asked.is_set()
+                stopped = self.ranks.any(asked.is_set())
+                last = self.step == until or stopped
                 saved = last or self.step % config.save_every == 0
                 # before a checkpoint too, so that no step is missing where a run goes on from it
                 if saved or self.step % config.log_every == 0:
@@ -360,10 +430,12 @@ class _Trainer:
                 if last:
                     break
             batches.close()
-        if asked.is_set() and self.step < until:
+        if stopped and self.step < until:
             raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written.")
         self.settings["summary"] = self._summary(log, (self.step - first) * tokens_per_step)
-        write_json(self.folder / SETTINGS, self.settings)
+        with self.ranks.together("train"):
+            if self.ranks.first:
+                write_json(self.folder / SETTINGS, self.settings)
         return self.settings["summary"]
 
     def _accumulate(
@@ -373,9 +445,11 @@ class _Trainer:
         dtype: torch.dtype,
         log: _Log,
     ) -> Tensor:
-        """Gradients of one step; returns its mean loss over the scored tokens of all its batches."""
+        """Gradients of one step; returns what this process's batches add to its mean loss over the scored tokens of
+        all its batches."""
         total = torch.zeros((), device=self.device)
-        for part in range(self.config.accumulate):
+        parts = self._parts()
+        for part in parts:
             started = time.perf_counter()
             batch, neighbours = next(batches)
             log.waited(time.perf_counter() - started)
@@ -385,15 +459,22 @@ class _Trainer:
                 share = self.config.lessons * max(0.0, 1 - done / LESSONS_END)
                 draw = torch.Generator().manual_seed(hash((self.config.seed, self.step, part)) % 2**63)
                 neighbours = give_lessons(tokens, neighbours, share, draw)
-            with autocast(self.device, dtype):
-                logits = forward(tokens, neighbours)
-            loss = F.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-            )
-            loss = loss / batch.scored_in_step
-            loss.backward()
+            # gradients meet once a step, while those of its last batch are computed
+            apart = self.ranks.world > 1 and part != parts[-1]
+            with forward.no_sync() if apart else contextlib.nullcontext():
+                with autocast(self.device, dtype):
+                    logits = forward(tokens, neighbours)
+                loss = F.cross_entropy(
+                    logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+                )
+                loss = loss / batch.scored_in_step
+                (loss * self.ranks.world).backward()  # of which the mean over the processes is taken
             total += loss.detach()
         return total
+
+    def _parts(self) -> range:
+        """Which of a step's batches are this process's."""
+        return range(self.ranks.rank, self.config.accumulate, self.ranks.world)
 
     def _batches(self, until: int) -> Generator[tuple[_Batch, NeighbourBatch | None], None, None]:
         """The batches from the present step on, each with the neighbours of its chunks on the device."""
@@ -423,7 +504,7 @@ class _Trainer:
                 for i in range(first, first + self.config.accumulate * size, size)
             ]
             scored = max(1, sum(int((part.targets != IGNORE).sum()) for part in parts))
-            for part in parts:
+            for part in (parts[i] for i in self._parts()):
                 tokens, targets, documents = map(
                     torch.from_numpy, (part.tokens, part.targets, part.documents)
                 )
@@ -437,7 +518,8 @@ class _Trainer:
             )
 
     def _summary(self, log: _Log, tokens: int) -> dict[str, Any]:
-        chunks, (served, neighbours) = self.chunks, self.found.tolist()
+        counts = torch.cat([torch.tensor([self.chunks]), self.found.cpu()])
+        chunks, served, neighbours = self.ranks.sum(counts).tolist()
         return {
             "run": str(self.folder),
             "steps": self.step,
@@ -452,20 +534,23 @@ class _Trainer:
             "neighbours_filled": neighbours / (chunks * self.config.num_neighbours) if chunks else None,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": self.settings["dtype"],
+            "processes": self.ranks.world,
         }
 
     def _from_file(self) -> float | None:
         if self.retriever is None or not self.config.neighbours:
             return None
         stats = self.retriever.stats
-        return stats.reused / max(1, stats.queries - stats.padding)
+        reused, asked = self.ranks.sum(torch.tensor([stats.reused, stats.queries - stats.padding])).tolist()
+        return reused / max(1, asked)
 
 
 class _Log:
-    """Sums over the steps since the last line, and the lines. Losses stay on the device until a line is written."""
+    """Sums over the steps since the last line, and the lines, which the first process writes. Losses stay on the device
+    until then."""
 
-    def __init__(self, path: Path, tokens_per_step: int) -> None:
-        self._path, self._tokens_per_step = path, tokens_per_step
+    def __init__(self, path: Path, tokens_per_step: int, ranks: Ranks) -> None:
+        self._path, self._tokens_per_step, self._ranks = path, tokens_per_step, ranks
         self.seconds = self.stalled = self.total_stalled = 0.0
         self.first_wait: float | None = None  # for the first batch, which no step before it can hide
         self.last_loss: float | None = None
@@ -473,8 +558,8 @@ class _Log:
         self._norm: Tensor | None = None
 
     def __enter__(self) -> _Log:
-        self._file = open(self._path, "a", encoding="utf-8")
-        self._board = _tensorboard(self._path.parent)
+        self._file = open(self._path if self._ranks.first else os.devnull, "a", encoding="utf-8")
+        self._board = _tensorboard(self._path.parent) if self._ranks.first else None
         self._started = time.perf_counter()
         return self
 
@@ -497,7 +582,7 @@ class _Log:
     def write(self, step: int, rate: float) -> dict[str, Any]:
         assert self._norm is not None
         steps = len(self._losses)
-        self.last_loss = torch.stack(self._losses).mean().item()
+        self.last_loss = self._ranks.sum(torch.stack(self._losses).mean()).item()
         seconds = time.perf_counter() - self._started
         line = {
             "step": step,
@@ -539,6 +624,15 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # the last line of a run that was killed
         return math.inf
+
+
+def _shared(model: nn.Module) -> nn.Module:
+    """Whose gradients are the mean over all processes; its buffers are constants, which need not be sent each time."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    # as it is called up to torch 2.12
+    name = "broadcast_buffers" if "forward_sync_buffers" not in known else "forward_sync_buffers"
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def _optimiser(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -779,6 +873,12 @@ def _may_be_same(old: tuple[str, ...], new: tuple[str, ...], stored: dict[str, A
     return True
 
 
-def _resume_command(config: TrainConfig) -> str:
-    words = ["retro-kernels", "train", "--data", *config.data, "--out", config.out, "--resume"]
-    return shlex.join(words)
+def _resume_command(config: TrainConfig, ranks: Ranks) -> str:
+    program = ["retro-kernels"]
+    if ranks.world > 1:
+        here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world))
+        alone = (
+            ["--standalone"] if here == str(ranks.world) else []
+        )  # else the machines meet as they did before
+        program = ["torchrun", *alone, "--nproc-per-node", here, "-m", "retro_kernels"]
+    return shlex.join([*program, "train", "--data", *config.data, "--out", config.out, "--resume"])

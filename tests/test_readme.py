@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import plot
@@ -78,11 +79,14 @@ def test_commands_and_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             program, *words = shlex.split(line)
             if program == "retro-kernels":
                 assert small.run(*words, *smaller(words)) == 0, line
+            if program == "torchrun":
+                words += smaller(words[words.index("retro_kernels") + 1 :])
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True)
 
 
 def test_other_commands_are_there() -> None:
     """What sets up an environment is shown to be what make and pip would run; test_demo.py runs the demo itself."""
-    others = [shlex.split(line) for line in COMMANDS if not line.startswith("retro-kernels ")]
+    others = [shlex.split(line) for line in COMMANDS if not line.startswith(("retro-kernels ", "torchrun "))]
     assert ["make", "demo"] in others and ["make", "test"] in others
     for words in others:
         if words[0] == "make":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -50,6 +51,10 @@ class Text:
         if warning:
             note(f"{self._name.capitalize()}: {warning}" if self._name else warning)
         self._characters, self._fingerprint, self.skipped = characters, fingerprint.hex(), report.skipped
+
+    def known(self, characters: int, fingerprint: str) -> None:
+        """What another process found, which read the same text: it is not read for that again."""
+        self._characters, self._fingerprint = characters, fingerprint
 
     @property
     def characters(self) -> int:
@@ -103,6 +108,21 @@ def taken_up(bar: tqdm, count: int) -> None:
         bar.n += count
 
 
+_silent = False
+
+
+@contextlib.contextmanager
+def silent(yes: bool = True) -> Iterator[None]:
+    """Within, `note` says nothing: of several processes one speaks."""
+    global _silent
+    before, _silent = _silent, yes
+    try:
+        yield
+    finally:
+        _silent = before
+
+
 def note(message: str) -> None:
     """One line on standard error that a progress bar does not tear."""
-    tqdm.write(message, file=sys.stderr)
+    if not _silent:
+        tqdm.write(message, file=sys.stderr)

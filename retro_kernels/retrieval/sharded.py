@@ -6,7 +6,7 @@ are those of the sets laid one after another in the order of ranks. What travels
 queries out, k distances and ids back, then the tokens of the neighbours that were chosen.
 
 What a rank does alone may fail there alone. Before the ranks meet again each says whether it did: all of them raise
-then, where the others would wait for it for ever (`_together`).
+then, where the others would wait for it for ever (`ranks.together`).
 
 Shapes: W ranks, Q queries of this rank, M tokens of a chunk, k neighbours, E excluded documents, D width of a key.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,32 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from retro_kernels.config import InputError
+from retro_kernels.ranks import together
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.search import DenseSearcher, to_device
 from retro_kernels.retrieval.store import as_integers
 
-
-@contextlib.contextmanager
-def _together(group: Any, device: torch.device) -> Iterator[None]:
-    """What each rank does on its own. Collective at the end: where it raised on one, that rank raises what it was, and
-    the others the same in words, with the number of the first rank where it did."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-    if not failed.item():
-        return
-    told: list[Any] = [None] * dist.get_world_size(group)
-    mine = error and (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
-    dist.all_gather_object(told, mine, group=group)
-    if error is not None:
-        raise error
-    rank, (input_is_wrong, message) = next((i, one) for i, one in enumerate(told) if one is not None)
-    kind = InputError if input_is_wrong else RuntimeError
-    raise kind(f"ShardedRetriever: rank {rank} failed: {message}")
+_NAME = "ShardedRetriever"
 
 
 class ShardedRetriever(Retriever):
@@ -74,7 +54,7 @@ class ShardedRetriever(Retriever):
             if options.get(name):
                 raise InputError(f"ShardedRetriever: {name} is not available for a sharded set.")
         _check_initialised()
-        with _together(None, _meeting_place()):
+        with together(None, _meeting_place(), _NAME):
             local = Retriever.from_pretrained(path, **options)
         return cls.of(local)
 
@@ -84,7 +64,7 @@ class ShardedRetriever(Retriever):
 
         InputError, on every rank, where one of them cannot be taken."""
         _check_initialised()
-        with _together(None, _meeting_place()):
+        with together(None, _meeting_place(), _NAME):
             if not isinstance(local.searcher, DenseSearcher) or not local.searcher.embed_unknown:
                 raise InputError("ShardedRetriever: a dense retriever with its embedder is needed.")
             if local.drop_copies is not None:
@@ -131,7 +111,7 @@ class ShardedRetriever(Retriever):
         return f"the retrieval set on {self.world} ranks"
 
     def _alone(self) -> contextlib.AbstractContextManager[None]:
-        return _together(self.group, self.device)
+        return together(self.group, self.device, _NAME)
 
     @property
     def num_chunks(self) -> int:

@@ -89,7 +89,7 @@ def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
                 f"InputError: There is no document 1000000: the retrieval set on 2 ranks has documents 0 to {last}",
             ),
         ):
-            kind = "InputError" if "InputError" in said else "RuntimeError"
+            kind = "InputFailedElsewhere" if "InputError" in said else "FailedElsewhere"
             other = f"{kind}: ShardedRetriever: rank {failing} failed: {said}"
             assert found["failures"][name].startswith(said if rank == failing else other), name
 

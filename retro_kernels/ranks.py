@@ -1,0 +1,131 @@
+"""The processes that share one job: those that torchrun started, or that a caller's own process group has.
+
+    torchrun --standalone --nproc-per-node 4 -m retro_kernels train …
+
+What a process does alone may fail there alone. Before the processes meet again each says whether it did: all of them
+raise then, where the others would wait for it for ever (`together`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .config import FailedElsewhere, InputError, InputFailedElsewhere
+from .ops._backend import pick_device
+
+PATIENCE = timedelta(days=7)
+"""How long the others wait while one does what is done once: text that is tokenised takes hours. torchrun ends all of
+them where one dies."""
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@contextlib.contextmanager
+def together(group: Any, device: torch.device, name: str) -> Iterator[None]:
+    """What each process does on its own. Collective at the end: where it raised on one, that one raises what it was,
+    and the others the same in words, with the number of the first process where it did.
+
+    device: where the tensors of the group's collectives lie. name: begins the others' message."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
+    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+    if not failed.item():
+        return
+    told: list[Any] = [None] * dist.get_world_size(group)
+    mine = error and (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
+    dist.all_gather_object(told, mine, group=group)
+    if error is not None:
+        raise error
+    rank, (input_is_wrong, message) = next((i, one) for i, one in enumerate(told) if one is not None)
+    kind = InputFailedElsewhere if input_is_wrong else FailedElsewhere
+    raise kind(f"{name}: rank {rank} failed: {message}")
+
+
+class Ranks:
+    """This process among `world` of them. Every method but `device` is collective, and nothing where there is one."""
+
+    def __init__(self, group: Any = None) -> None:
+        """group: of all processes, for tensors on the CPU; None: this process is alone."""
+        self._group = group
+        self.rank, self.world = (
+            (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        )
+
+    @property
+    def first(self) -> bool:
+        """Whether it is this process that writes and speaks."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """See `pick_device`; of several processes each has a GPU of its own, which becomes torch's current one."""
+        device = pick_device(name)
+        if self.world == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise InputError(
+                f"device is {name!r}, but there are {self.world} processes, each with a GPU of its own. Give cuda, or "
+                "leave it out."
+            )
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}")
+        torch.cuda.set_device(device)
+        return device
+
+    def together(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """See the function of this name."""
+        if self.world == 1:
+            return contextlib.nullcontext()
+        return together(self._group, torch.device("cpu"), name)
+
+    def any(self, flag: bool) -> bool:
+        return self.world == 1 and flag or self.sum(torch.tensor(float(flag))).item() > 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over all processes, on the CPU."""
+        values = values.detach().cpu()
+        if self.world > 1:
+            values = values.clone()
+            dist.all_reduce(values, group=self._group)
+        return values
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of ranks."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def told(self, value: Any) -> Any:
+        """The first process's value."""
+        return self.gathered(value if self.first else None)[0]
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process among those of torchrun or of the process group that there is already, which stays; alone, where
+    there is neither."""
+    own = dist.is_available() and not dist.is_initialized()
+    launched = all(os.environ.get(name) for name in _LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
+    if not dist.is_available() or (own and not launched):
+        yield Ranks()
+        return
+    if own:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(group if dist.get_world_size() > 1 else None)
+    finally:
+        if own:
+            dist.destroy_process_group()

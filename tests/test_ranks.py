@@ -1,0 +1,163 @@
+"""Training on two processes against training on one; what happens to one of them happens to both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import MODEL, World, run
+
+from retro_kernels.config import InputError
+from retro_kernels.ranks import Ranks, joined
+from retro_kernels.runs import checkpoints, load_state
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    "OMP_NUM_THREADS": "1",
+}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def options(world: World, out: Path, seed: int) -> list[str]:
+    fields = ["--data", world.train, "--set", world.set, "--out", out, "--seed", seed % 1000]
+    fields += ["--accumulate", 2, "--steps", 4, "--log-every", 1, "--dtype", "fp32", *MODEL]
+    return ["train", *map(str, fields)]
+
+
+def test_two_processes_train_the_weights_of_one(world: World, tmp_path: Path, seed: int) -> None:
+    """The sum of two gradients has no order: the same bits, as long as each product has as many threads."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run(
+        [sys.executable, "-m", "retro_kernels", *options(world, one, seed)], env=ENVIRONMENT, check=True
+    )
+    ran = subprocess.run(
+        [*TORCHRUN, "-m", "retro_kernels", *options(world, two, seed)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("step 4") == 1  # one of them speaks
+    assert ran.stderr.count("step/s") and "FutureWarning" not in ran.stderr
+    assert weights(one) == weights(two)
+    for (step, loss), (same_step, same_loss) in zip(losses(one), losses(two), strict=True):
+        assert step == same_step and loss == pytest.approx(same_loss)
+    assert len(load_state(checkpoints(two)[0][1])["others"]) == 1
+    # and one goes on where two were
+    assert run("train", "--data", world.train, "--out", two, "--resume", "--steps", 5) == 0
+    assert checkpoints(two)[-1][0] == 5
+
+
+@pytest.fixture(scope="module")
+def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What two processes of ranks_worker.py wrote: their folder, and what each was told."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, str(HERE / "ranks_worker.py")]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(folder), str(world.set), str(world.train), "3"],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=180)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+    return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_resume_bit_for_bit(told: tuple[Path, list[dict[str, Any]]]) -> None:
+    """With dropout, which each draws for itself."""
+    folder, (first, second) = told
+    assert weights(folder / "parts") == weights(folder / "whole")
+    assert losses(folder / "parts") == losses(folder / "whole")
+    assert len(losses(folder / "whole")) == 4
+    for name in ("whole", "parts"):
+        assert first[name] == {**second[name], **{k: first[name][k] for k in own(first[name])}}
+        assert first[name]["processes"] == 2 and first[name]["neighbours_filled"] > 0.5
+    randoms = load_state(checkpoints(folder / "whole")[0][1])
+    assert not torch.equal(randoms["rng"], randoms["others"][0]["rng"])
+
+
+def own(summary: dict[str, Any]) -> list[str]:
+    """What each process measures for itself."""
+    return [name for name in summary if "second" in name or name == "stall_share"]
+
+
+def test_what_fails_on_one_fails_on_both(told: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, (first, second) = told
+    assert first["not divided"].startswith("InputError: train: accumulate is 3, and there are 2 processes")
+    assert second["not divided"].startswith(
+        "InputFailedElsewhere: train: rank 0 failed: InputError: train: a"
+    )
+    assert first["no set on one"] == (
+        "InputFailedElsewhere: train: rank 1 failed: InputError: no such set here"
+    )
+    assert second["no set on one"] == "InputError: no such set here"
+    assert first["no room"].startswith("OSError: [Errno 28]")
+    assert second["no room"].startswith("FailedElsewhere: train: rank 0 failed: OSError: [Errno 28]")
+    assert not (folder / "not-divided").exists()
+
+
+def test_who_is_asked_to_stop_stops_all(told: tuple[Path, list[dict[str, Any]]]) -> None:
+    folder, (first, second) = told
+    step = checkpoints(folder / "stopped")[-1][0]
+    for one in (first, second):
+        assert one["stopped"].startswith(f"Interrupted: Stopped at step {step:,} of 1,000,000, checkpoint")
+        assert "torchrun --standalone --nproc-per-node 2 -m retro_kernels train" in one["stopped"]
+
+
+def test_what_processes_tell_each_other(told: tuple[Path, list[dict[str, Any]]]) -> None:
+    for one in told[1]:
+        assert one["any"] == [True, False] and one["gathered"] == [0, 1] and one["told"] == "of 0"
+
+
+def test_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")  # torchrun with one process
+    with joined() as ranks:
+        assert (ranks.rank, ranks.world, ranks.first) == (0, 1, True)
+        assert ranks.any(True) and not ranks.any(False) and ranks.told(3) == 3
+        assert ranks.sum(torch.ones(2)).tolist() == [1, 1] and ranks.gathered(3) == [3]
+        with pytest.raises(OSError, match="as it is"), ranks.together("train"):
+            raise OSError("as it is")
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, chosen = Ranks(), []
+    ranks.rank, ranks.world = 1, 3
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # on a second machine
+    assert ranks.device("auto") == ranks.device("cuda") == torch.device("cuda:0") == chosen[-1]
+    monkeypatch.delenv("LOCAL_RANK")
+    assert ranks.device("auto") == torch.device("cuda:1") and ranks.device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="each with a GPU of its own"):
+        ranks.device("cuda:1")
+    ranks.rank = 2
+    with pytest.raises(InputError, match="there are 2 GPUs"):
+        ranks.device("cuda")
