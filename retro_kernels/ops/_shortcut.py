@@ -48,15 +48,13 @@ class Recent(Generic[Made]):
         return None
 
     def add(self, key: Hashable, tensors: list[Tensor], made: Made) -> None:
-        if not _plain(tensors):
+        if _guards is None or not _plain(tensors):
             return
         try:
-            from torch._C._dynamo.guards import TensorGuards
-
-            alike = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            alike = _guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
             if not alike(*tensors):
                 return
-        except Exception:  # it is no interface of torch's, and without it a call takes a little longer
+        except Exception:  # without it a call takes a little longer
             return
         keep(self._made, key, [(alike, made), *self._made.get(key, ())][:_EACH])
 
@@ -64,6 +62,35 @@ class Recent(Generic[Made]):
         self._made.clear()
 
 
+def _trusted_guards() -> Any:
+    """torch.compile's TensorGuards, which are no interface of torch's: None where they are not here, or overlook a
+    difference that `Recent` relies on them for, since kernels of another kind would read what is not there."""
+    try:
+        from torch._C._dynamo import guards
+
+        made: Any = guards.TensorGuards
+        with torch.inference_mode(False):
+            x = torch.zeros(4, 6, device="cpu")
+            z = torch.zeros(4, 6, dtype=torch.complex64, device="cpu")
+            alike = made(x, z.imag, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+            others = [
+                (x.double(), z.imag),
+                (x[:3], z.imag),
+                (x[..., None], z.imag),
+                (x.T.contiguous().T, z.imag),
+                (x.clone().requires_grad_(), z.imag),
+                (torch.nn.Parameter(x, requires_grad=False), z.imag),
+                (x.to("meta"), z.imag),
+                (x, z.conj().imag),  # with a bit of sign
+                (z.imag, x),
+            ]
+            right = alike(x.clone(), z.imag) and not any(alike(*other) for other in others)
+    except Exception:
+        return None
+    return made if right else None
+
+
+_guards = _trusted_guards()
 _recent: Recent[tuple[Hashable, str, int | None, Callable[..., Any]]] = Recent()
 """By what is no tensor: a kind, the type of its device, the number of its GPU, and what to call."""
 

@@ -151,10 +151,52 @@ def test_later_calls_work_out_no_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_calls_are_known_without_torchs_check_too(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, 6)
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", None)
+    monkeypatch.setattr(_shortcut, "_guards", _shortcut._trusted_guards())
     call((x,))
     for _ in range(3):
         assert call((x,))[0] is not None
     assert not _shortcut._recent._made
+
+
+class Guards:
+    """As torch's, but they overlook a property."""
+
+    properties: dict[str, Callable[[Tensor], Any]] = {
+        "type": type,
+        "dtype": lambda x: x.dtype,
+        "sizes": lambda x: x.shape,
+        "strides": lambda x: x.stride() if x.dim() == 2 else None,
+        "gradient": lambda x: x.requires_grad,
+        "device": lambda x: x.device,
+        "sign": lambda x: x.is_neg(),
+    }
+    overlooked: str | None = None
+
+    def __init__(self, *tensors: Tensor, dynamic_dims_sizes: None, dynamic_dims_strides: None) -> None:
+        self.found = self.properties_of(tensors)
+
+    def properties_of(self, tensors: tuple[Tensor, ...]) -> list[Any]:
+        return [f(x) for x in tensors for name, f in self.properties.items() if name != self.overlooked]
+
+    def check(self, *tensors: Tensor) -> bool:
+        return self.found == self.properties_of(tensors)
+
+
+@pytest.mark.parametrize("overlooked", [None, *Guards.properties])
+def test_another_torchs_check_is_tried_before_it_is_trusted(
+    monkeypatch: pytest.MonkeyPatch, overlooked: str | None
+) -> None:
+    assert _shortcut._guards is torch._C._dynamo.guards.TensorGuards  # the installed one is
+    monkeypatch.setattr(Guards, "overlooked", overlooked)
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Guards)
+    assert (_shortcut._trusted_guards() is Guards) == (overlooked is None)
+
+
+def test_another_torchs_check_may_take_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", lambda *tensors: None)
+    assert _shortcut._trusted_guards() is None
+    monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    assert _shortcut._trusted_guards() is None
 
 
 class Seen(TorchDispatchMode):
@@ -371,7 +413,7 @@ for function, gradients in cases:
         shapes.append(tuple((x.shape, x.dtype, x.is_contiguous()) for x in results))
     op._check_ranks, decode._check_floating = closed
     count += 1
-    assert len(_shortcut._kept) == count, function
+    assert len(_shortcut._kept) == len(_shortcut._recent._made) == count, function
     assert found[0] and found[0] == found[1] == found[2], (function, found)
     assert len(set(shapes)) == 1, shapes
     launched[function, gradients] = found[0]
@@ -458,4 +500,4 @@ def test_the_short_way_computes_the_same_on_the_gpu(seed: int) -> None:
             out = chunked_cross_attention(query, key, value, neighbour_lengths=lengths, **terms)
             long = [out, *torch.autograd.grad(out, leaves, grad)]
         assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
-    assert len(_shortcut._kept) == 3
+    assert len(_shortcut._kept) == len(_shortcut._recent._made) == 3
