@@ -428,3 +428,6 @@ def test_kept_passes_compute_the_same_on_the_gpu(seed, tables):
         assert before is None or not torch.equal(before, results[0][0])
         before = results[0][0]
     assert launch._kept
+    for made in launch._kept.values():
+        for one in made.launches:  # with this Triton and this driver, too
+            assert one._run.__qualname__ == "launcher.<locals>.launch", one._kernel
