@@ -140,6 +140,10 @@ def _interpreter() -> tuple[bool, str]:
     works, version = _package("triton", "triton")
     if not works:
         return False, version
+    from .ops._backend import NOT_INTERPRETED
+
+    if NOT_INTERPRETED is not None:
+        return False, NOT_INTERPRETED
     if os.environ.get("TRITON_INTERPRET") == "1":
         return True, f"{version}, on (for tests: slow; fp32 and fp16 only)"
     return (

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 
@@ -135,6 +136,21 @@ def _triton_version() -> str | None:
 _TRITON = _triton_version()
 
 
+def why_not_interpreted(version: str, of_numpy: str) -> str | None:
+    """The reason why the interpreter of this version of Triton does not run with this one of numpy, or None."""
+
+    def at_least(given: str, *wanted: int) -> bool:
+        return tuple(map(int, given.split(".")[:2])) >= wanted
+
+    # it takes arrays of one element for numbers
+    if at_least(version, 3, 7) or not at_least(of_numpy, 2, 4):
+        return None
+    return f"the interpreter of Triton {version} does not run with numpy {of_numpy}: it needs numpy<2.4, or triton>=3.7"
+
+
+NOT_INTERPRETED = None if _TRITON is None else why_not_interpreted(_TRITON, np.__version__)
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot take tensors of this device and dtype, or None if they can."""
     if _TRITON is None:
@@ -149,7 +165,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
             return "the kernels need a GPU of compute capability 8.0 (A100) or newer"
         return None
     if device.type == "cpu" and INTERPRETING:
-        return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
+        return (
+            "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else NOT_INTERPRETED
+        )
     if device.type == "cpu":
         return "it needs a GPU (on a CPU only Triton's slow interpreter, TRITON_INTERPRET=1, meant for tests)"
     return f"the kernels run on CUDA devices, not on {device.type}"

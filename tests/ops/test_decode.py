@@ -417,6 +417,26 @@ def test_states_on_the_gpu(
         assert_accurate(absorbed_decode(**moved, backend="triton"), plain, exact.to(torch.float64))
 
 
+def test_an_interpreter_that_does_not_know_this_numpy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would raise a TypeError of its own from within a kernel."""
+    pairs = [
+        ("3.5.1", "2.4.0"),
+        ("3.6.0", "2.5.2"),
+        ("3.6.0", "2.3.5"),
+        ("3.7.1", "2.5.2"),
+        ("3.10.0", "2.4.6"),
+    ]
+    reasons = [_backend.why_not_interpreted(*pair) for pair in pairs]
+    assert [x is None for x in reasons] == [False, False, True, True, True]
+    monkeypatch.setattr(_backend, "INTERPRETING", True)
+    monkeypatch.setattr(_backend, "_TRITON", "3.6.0")
+    monkeypatch.setattr(_backend, "NOT_INTERPRETED", reasons[1])
+    with pytest.raises(ValueError, match="Triton 3.6.0 does not run with numpy 2.5.2: it needs numpy<2.4"):
+        absorbed_decode(
+            **{n: x.cpu() for n, x in make(*SIZES[0], dtype=torch.float32).items()}, backend="triton"
+        )
+
+
 @needs_triton
 def test_smaller_blocks_where_a_gpu_has_less_shared_memory(
     monkeypatch: pytest.MonkeyPatch, seed: int
