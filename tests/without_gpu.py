@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,8 +75,61 @@ encoded = []
 """The same with Triton's own launcher: `calls` are of its native function, and `encoded` what maps of TMA windows are
 made of."""
 
+NATIVE = (
+    DRIVER.partition("class Driver")[0]
+    + """
+import ctypes, os
+from triton.backends.nvidia.driver import CudaDriver
 
-def run(script: str, cache: Path, driver: str = DRIVER) -> None:
+cuda = ctypes.CDLL("libcuda.so.1")
+cuda.written_bytes.restype, cuda.encoded_maps.restype = ctypes.c_size_t, ctypes.c_long
+driver = CudaDriver()
+driver.get_current_target = lambda: GPUTarget("cuda", 90, 32)
+driver.get_current_device, driver.get_current_stream = lambda: 0, lambda device: 77
+triton.runtime.driver.set_active(driver)
+tiles.architecture = lambda device: 90
+
+BYTES = {"i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "fp16": 2, "bf16": 2, "i64": 8, "u64": 8, "fp64": 8}
+
+def parameters(made):
+    found = []
+    for kind in made.src.signature.values():
+        if kind.startswith("tensordesc"):
+            rank = kind.count(",", kind.index("[")) + 1
+            found += [128, *[4] * rank, *[8] * rank]
+        elif kind != "constexpr":
+            found.append(8 if kind.startswith("*") else BYTES.get(kind, 4))
+    return [*found, 8, 8]  # memory of its own, and a profiler's
+
+def expect(sizes):
+    cuda.expect_parameters((ctypes.c_int * 1024)(*sizes), len(sizes))
+
+def written():
+    text = ctypes.create_string_buffer(max(cuda.written_bytes(None), 1))
+    cuda.written_bytes(text)
+    return text.raw
+"""
+)
+"""The same with all of Triton's own, down to the driver of CUDA (ops/cuda_driver.c): `written` are its launches."""
+
+
+def driver_of_cuda(folder: Path) -> Path:
+    """Built in `folder`, as libcuda.so.1; skips where it cannot be."""
+    if (reason := static.why_not()) or (compiler := shutil.which("gcc")) is None:
+        pytest.skip(reason or "there is no gcc, by which Triton builds its launcher")
+    import triton
+
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    source = Path(__file__).parent / "ops" / "cuda_driver.c"
+    library = folder / "libcuda.so.1"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(library)], check=True
+    )
+    (folder / "libcuda.so").symlink_to(library)  # Triton 3.5 looks for it by this name
+    return folder
+
+
+def run(script: str, cache: Path, driver: str = DRIVER, **environment: str) -> None:
     """In a process of its own, since this one interprets kernels; it has to print "the same" at last."""
     if reason := static.why_not():
         pytest.skip(reason)
@@ -87,6 +141,7 @@ def run(script: str, cache: Path, driver: str = DRIVER) -> None:
             "TRITON_INTERPRET": "0",
             "TRITON_CACHE_DIR": str(cache),
             "PYTHONPATH": str(root),
+            **environment,
         },
         capture_output=True,
         text=True,

@@ -358,6 +358,70 @@ def test_launches_that_do_nothing_twice_pass_on_the_same(tmp_path):
     without_gpu.run("calls = []" + NOTHING_TWICE, tmp_path, without_gpu.LAUNCHER)
 
 
+TO_THE_BYTE = """
+from triton import knobs
+from retro_kernels.ops.cca import backward, decode_kernel, forward, launch
+
+def draw(*shape):
+    return torch.randn(shape).to(torch.bfloat16)
+
+launched, call = [], launch.Launch.__call__
+
+def noted(self, *tensors):
+    launched.append((self, tensors))
+    call(self, *tensors)
+
+launch.Launch.__call__ = noted
+decode_kernel.slots = lambda device, resident: 132 * resident
+terms = [draw(2, 79, 32), draw(2, 32), draw(2, 32), draw(2, 79)]
+rows = torch.randint(0, 16, (2, 1))
+for _ in range(3):
+    query, key, value = draw(1, 64, 2, 32), draw(4, 2, 64, 2, 32), draw(4, 2, 64, 2, 32)
+    last = (None, None, 16, 15, 1, 0.25, 0.0)
+    out, lse = forward.forward(query, key, value, *terms, *last)
+    backward.backward(out, out, lse, query, key, value, *terms, *last)
+    one, key, value = draw(2, 1, 2, 32), draw(2, 2, 64, 2, 32), draw(2, 2, 64, 2, 32)
+    decode_kernel.decode_triton(one, key, value, rows, *terms, None, 0.25)
+    weights = draw(64, 48), draw(64, 48)
+    decode_kernel.absorbed_decode_triton(one, draw(2, 2, 64, 48), *weights, rows, *terms, None, 0.25)
+
+kernels, early, windows = set(), 0, 0
+for one, tensors in launched:
+    assert one._run.__qualname__ == "launcher.<locals>.launch", one._run
+    ordinary = lambda: one._kernel[one._grid](*one._described(tensors), **one._options)
+    expect([])
+    sizes = parameters(ordinary())
+    expect(sizes)
+    written()
+    ordinary()
+    expected = written()
+    assert len(expected) > sum(sizes)
+    before = cuda.encoded_maps()
+    one._run(*tensors)
+    assert written() == expected
+    first = cuda.encoded_maps() - before
+    one._run(*tensors)
+    assert written() == expected and cuda.encoded_maps() == before + first
+    heard = []
+    knobs.runtime.launch_enter_hook.add(heard.append)
+    one._run(*tensors)
+    knobs.runtime.launch_enter_hook.remove(heard.append)
+    assert written() == expected and len(heard) == 1
+    kernels.add(one._kernel.fn.__name__)
+    early, windows = early + one._options.get("launch_pdl", False), windows + (128 in sizes)
+assert len(kernels) == 10 and early and windows == 6, (kernels, early, windows)
+print("the same")
+"""
+
+
+@pytest.mark.slow
+def test_the_driver_gets_the_same_to_the_byte(tmp_path):
+    """By all of Triton's launcher, its native part too, from every kernel with windows or that begins early."""
+    folder = str(without_gpu.driver_of_cuda(tmp_path))
+    where = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
+    without_gpu.run(TO_THE_BYTE, tmp_path / "cache", without_gpu.NATIVE, **where)
+
+
 FALLS_BACK = """
 from retro_kernels.ops.cca import forward, launcher
 
