@@ -15,7 +15,8 @@
 #
 # Needs no network: the extension is built in place, packages are those at hand. OUT (default bench/results) gets gpu.json,
 # goals.md and log.txt, renewed after every part. LIMIT is the time for all parts in seconds; each has its own limit
-# too, and one that fails or runs over costs nothing but itself. FAISS_ARCHIVE names a .tar.xz with a GPU build of faiss.
+# too, and one that fails or runs over costs nothing but itself: it is named at the end, and the exit status is 1.
+# FAISS_ARCHIVE names a .tar.xz with a GPU build of faiss.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,15 +51,20 @@ part() {
     shift 2
     case " $PARTS " in *" $name "*) ;; *) return 0 ;; esac
     rest=$(left)
-    if [ "$rest" -lt 10 ]; then echo "$name: not begun, no time left"; return 0; fi
+    if [ "$rest" -lt 10 ]; then
+        echo "$name" >> "$WORK/failed"
+        echo "$name: not begun, no time left" | tee "$WORK/$name.log"
+        return 0
+    fi
     [ "$seconds" -gt "$rest" ] && seconds=$rest
     {
         echo "=== $name (at most $seconds s) ==="
         BUDGET=$seconds DEADLINE=$(($(date +%s) + seconds)) timeout --kill-after=5 "$seconds" bash -c '"$@"' part "$@"
     } > "$WORK/$name.log" 2>&1
     status=$?
+    [ "$status" = 0 ] || echo "$name" >> "$WORK/failed"
     [ "$status" = 124 ] && status="124, stopped at its limit"
-    echo "$name: status $status, $((SECONDS - begin)) s"
+    echo "$name: status $status, $((SECONDS - begin)) s" | tee -a "$WORK/$name.log"
     [ "$status" = 0 ] || tail -n 12 "$WORK/$name.log" | cut -c1-300
     publish
 }
@@ -93,13 +99,17 @@ build() {
 
 # FlexAttention's compilations, in several processes and into the disk cache, while nothing is timed.
 warm() {
-    local shards=8 i
+    local shards=8 i code status=0 running=()
     [ -n "$REHEARSE" ] && shards=1
     for ((i = 0; i < shards; i++)); do
         RETRO_BENCH_SHARD=$i/$shards TORCHINDUCTOR_COMPILE_THREADS=2 "$PYTHON" -m pytest bench/bench_kernels.py -q \
             -o python_files='bench_*.py' -p no:cacheprovider --benchmark-disable -k "test_cca and Flex and not autotune" &
+        running+=($!)
     done
-    wait
+    for i in "${running[@]}"; do
+        wait "$i" || { code=$?; [ "$code" = 5 ] || status=$code; }  # 5: nothing to compile in this one
+    done
+    return $status
 }
 
 static() {
@@ -165,13 +175,15 @@ profile() {
 }
 
 search() {
-    [ -n "$REHEARSE" ] || "$PYTHON" -m pytest tests/retrieval -m gpu -q -p no:cacheprovider
-    cases bench/bench_search.py
+    local status=0
+    [ -n "$REHEARSE" ] || "$PYTHON" -m pytest tests/retrieval -m gpu -q -p no:cacheprovider || status=$?
+    cases bench/bench_search.py && return $status
 }
 
 peers() {
-    "$PYTHON" -m pytest tests/test_peers.py -m gpu -q -p no:cacheprovider -k "not autotune"
-    cases bench/bench_kernels.py -k "test_cca and not autotune and not lengths and not retro_kernels"
+    local status=0
+    "$PYTHON" -m pytest tests/test_peers.py -m gpu -q -p no:cacheprovider -k "not autotune" || status=$?
+    cases bench/bench_kernels.py -k "test_cca and not autotune and not lengths and not retro_kernels" && return $status
 }
 
 one_file() { have "bench/bench_$1.py" && cases "bench/bench_$1.py"; }
@@ -203,3 +215,4 @@ part tuning 150 tuning
 publish
 cat "$OUT/goals.md" 2> /dev/null
 echo "all parts: $((SECONDS - started)) s; results in $OUT"
+[ ! -f "$WORK/failed" ] || { echo "failed or not begun: $(sort "$WORK/failed" | tr '\n' ' ')"; exit 1; }
