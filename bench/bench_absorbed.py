@@ -75,6 +75,16 @@ def _forward(case: str, s: Shape, width: int, x: Inputs, training: bool) -> Call
     return projected
 
 
+@functools.lru_cache(1)
+def _agree(s: Shape, width: int) -> None:
+    """All cases compute the same."""
+    x = _inputs(s, width)
+    with torch.no_grad():
+        expected = _forward("materialised", s, width, x, False)()
+        for case in CASES:
+            peers.same(_forward(case, s, width, x, False)(), expected, case)
+
+
 def _call(which: Pass, forward: Callable[[], Tensor], x: Inputs) -> Callable[[], Any]:
     if which == "forward":
 
@@ -101,6 +111,7 @@ def test_absorbed(
     benchmark: Any, shape: Shape, width: int, which: Pass, case: str, ceilings: roofline.Ceilings
 ) -> None:
     benchmark.group = f"absorbed training, {which}: {shape} E{width}"
+    _agree(shape, width)
     costs = {"absorbed": roofline.absorbed_training, "materialised": roofline.materialised_training}
     way = case if case in costs else "materialised"
     floor = ceilings.floor(*costs[way](shape, width, which, DTYPE.itemsize))

@@ -6,6 +6,7 @@ this layer; "SDPA" is the latter as one would write it without a kernel.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import roofline
 import timing
 import torch
+import torch.nn.functional as F
 from cases import DEVICE, DTYPE, ON_GPU, TINY
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def _calls(model: str, batch: int, neighbours: int) -> dict[str, Callable[[], Te
         normal(batch, neighbours, NEIGHBOUR_LEN, roofline.ENCODER_DIM),
     )
     weights = [normal(inner, roofline.ENCODER_DIM) * roofline.ENCODER_DIM**-0.5 for _ in range(2)]
-    key, value = (normal(batch, neighbours, NEIGHBOUR_LEN, heads, head_dim) for _ in range(2))
+    key, value = (F.linear(states, weight).unflatten(-1, (heads, head_dim)) for weight in weights)
     row = 17  # the same in all sequences, so that SDPA can take a slice of the tables
     rows = torch.full((batch, 1), row, device=DEVICE)
     tables = {
@@ -55,6 +57,15 @@ def _calls(model: str, batch: int, neighbours: int) -> dict[str, Callable[[], Te
     }
 
 
+@functools.lru_cache(1)
+def _agree(model: str, batch: int, neighbours: int) -> None:
+    """All cases compute the same."""
+    calls = _calls(model, batch, neighbours)
+    expected = calls["materialised"]()
+    for case, call in calls.items():
+        peers.same(call(), expected, case)
+
+
 @pytest.mark.parametrize("case", ["absorbed", "materialised", "SDPA"])
 @pytest.mark.parametrize(("model", "batch", "neighbours"), RUNS)
 @torch.no_grad()
@@ -62,6 +73,7 @@ def test_decode(
     benchmark: Any, model: str, batch: int, neighbours: int, case: str, ceilings: roofline.Ceilings
 ) -> None:
     benchmark.group = f"decode, {model}, batch {batch}, K {neighbours}"
+    _agree(model, batch, neighbours)
     keys = neighbours * NEIGHBOUR_LEN
     costs = roofline.decode(batch, *SIZES[model], keys, roofline.ENCODER_DIM, DTYPE.itemsize)
     cost = costs["absorbed" if case == "absorbed" else "materialised"]

@@ -172,6 +172,8 @@ def test_cca(
         calls = _calls(Kept.forwards(case, peer), which)
         for call in calls:
             call()
+        if peer and peer.positions:
+            _same(case, peer, which)
     except Exception as error:
         Kept.key, Kept.calls = None, []
         if peer is None:
@@ -179,6 +181,19 @@ def test_cca(
         pytest.skip(_refused(error))
     median = timing.measure(benchmark, calls)
     benchmark.extra_info["share_of_floor"] = round(floor / median, 4)
+
+
+def _same(case: Case, peer: peers.Peer, which: Pass) -> None:
+    """What a peer computes is what ours does: on the first buffer set, with the keys' gradient where there is one."""
+    t = Kept.tensors(case)[0]
+    with torch.set_grad_enabled(which != "forward"):
+        (ours, _, _), (theirs, leaves, grad) = _ours(t), Kept.forwards(case, peer)[0]
+        out, expected = theirs(), ours()
+        peers.same(peers.uncut(out, t), expected, peer.name)
+        if which != "forward":
+            wanted = torch.autograd.grad(expected, t.key, t.grad_out)[0]
+            given = torch.autograd.grad(out, leaves[1], grad)[0]
+            peers.same(given.reshape(wanted.shape), wanted, f"{peer.name}, gradient")
 
 
 def _calls(forwards: list[Forward], which: Pass) -> list[Callable[[], Any]]:

@@ -78,6 +78,15 @@ def leaf_blocks(t: Tensors, positions: bool = True) -> Blocks:
     return b
 
 
+def same(out: Tensor, expected: Tensor, name: str) -> None:
+    """Before it is timed. Raises AssertionError: what computes something else is no opponent."""
+    bound = 2e-2 if expected.dtype.itemsize < 4 else 1e-4
+    size, error = expected.float().norm(), (out.float() - expected.float()).norm()
+    assert size > 0 and error <= bound * size, (
+        f"{name}: another result than ours, by {error / size:.2g} of it"
+    )
+
+
 Attend = Callable[[Blocks], Tensor]  # → [P, M, H, D]
 
 
