@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import peers
 import pytest
 import roofline
 import timing
@@ -150,6 +151,9 @@ def seconds(
     """Samples of every formulation, taken in turn, and its operations."""
     others = [row for row in _others(shape) if why_not(row[0]) is None]
     modules = {row: Module(*row, shape) for row in (*FORMULATIONS, *others)}
+    for (name, positions), module in modules.items():
+        if name not in OTHERS:
+            peers.same(module.forward(), modules[OURS, positions].forward(), f"{name}, {positions}")
     calls = {row: module.call(which) for row, module in modules.items()}
     if ON_GPU:
         samples = {row: timing.samples([call]) for row, call in calls.items()}
@@ -185,10 +189,11 @@ def test_module(
     benchmark: Any, size: str, which: Pass, threads: int, positions: Positions, row: tuple[str, Positions]
 ) -> None:
     shape = SHAPES[size]
-    if row[0] in OTHERS and (reason := why_not(row[0])):
-        pytest.skip(reason)
     on = "" if ON_GPU else f", {threads} thread{'s' if threads > 1 else ''}"
     benchmark.group = f"cca module, {size}, {which}{on}: {positions}"
+    benchmark.extra_info["case"] = row[0]
+    if row[0] in OTHERS and (reason := why_not(row[0])):
+        pytest.skip(reason)
     samples, flops = seconds(shape, which, threads)[row]
     share = flops / product_rate(threads) / sorted(samples)[len(samples) // 2]
     shown: dict[str, Any] = {"share of a large product's rate": round(share, 3)}
@@ -206,3 +211,6 @@ def test_module(
         extra["saved_ratio"] = kept / saved(("SDPA without positions", "none"), shape)
     fields = {**Case(shape, positions).fields(), "positions": positions}
     timing.record(benchmark, samples, **fields, **extra, shown=shown)
+
+
+test_module.varies = True  # with the machine's threads

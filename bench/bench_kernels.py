@@ -339,3 +339,6 @@ def test_first_call(benchmark: Any, positions: str, head_dim: int) -> None:
     timing.record(
         benchmark, [warm], case="warm cache", what="first call", cold_s=cold, positions=positions, D=head_dim
     )
+
+
+test_first_call.form = 2  # the first counted what PyTorch imports for a process's first backward pass

@@ -288,3 +288,7 @@ def test_others(benchmark: Any, n: int, name: str) -> None:
         str(value),
         bytes_per_chunk=round(size / n, 1),
     )
+
+
+for case in (test_index, test_in_turn, test_others):
+    case.varies = True  # with the sizes that are asked for

@@ -87,31 +87,83 @@ def environment() -> dict[str, Any]:
     }
 
 
-def collect(rows_file: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The rows that the cases left, and the ceilings that they were set against."""
+Collected = dict[str, dict[str, Any]]
+"""By "file::function" the benchmarks that there are: the form of what they measure, and the names of all their cases
+(None where these are others on another machine or by an option)."""
+
+
+def collect(rows_file: Path) -> tuple[list[dict[str, Any]], dict[str, float], Collected]:
+    """The rows that the cases left, the ceilings that they were set against, and what cases there are."""
     rows: list[dict[str, Any]] = []
     ceilings: dict[str, float] = {}
+    collected: Collected = {}
     for line in rows_file.read_text().splitlines() if rows_file.exists() else []:
         row = json.loads(line)
         if "ceilings" in row:
             ceilings = row["ceilings"]
+        elif "collected" in row:
+            collected = row["collected"]
         else:
             rows.append(row)
-    return rows, ceilings
+    return rows, ceilings, collected
 
 
-def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """New rows in place of old ones of the same group and case; a row from another commit says so."""
+def gone(row: dict[str, Any], collected: Collected) -> bool:
+    """Whether the benchmark that a row is of is not there any more, or measures something else by now (it says so by
+    another `form`). Of files that were not read nothing is known, nor of rows that do not say which one they are of."""
+    name = row.get("test", "")
+    function = name.partition("[")[0]
+    if not any(test.partition("::")[0] == function.partition("::")[0] for test in collected):
+        return False
+    if function not in collected:
+        return True
+    now = collected[function]
+    return row.get("form", 1) != now["form"] or (now["names"] is not None and name not in now["names"])
+
+
+def merged(
+    old: dict[str, Any] | None, new: dict[str, Any], collected: Collected | None = None
+) -> dict[str, Any]:
+    """New rows in place of old ones of the same group and case, or of the same benchmark under another name; a row from
+    another commit says so, and in what else it was measured differently. A case that could not run here takes no
+    measured row's place; one that failed does. Rows of benchmarks that are `gone` go."""
     if old is None or old["environment"]["device"] != new["environment"]["device"]:
         return new
-    commit = old["environment"]["commit"]
-    have = {(r["group"], r["case"]) for r in new["results"]}
-    kept = [
-        r if "commit" in r or commit == new["environment"]["commit"] else {**r, "commit": commit}
-        for r in old["results"]
-        if (r["group"], r["case"]) not in have
+    before, now = old["environment"], new["environment"]
+    had = {(r["group"], r["case"]) for r in old["results"] if "median_s" in r}
+    fresh = [
+        r for r in new["results"] if "median_s" in r or r.get("failed") or (r["group"], r["case"]) not in had
     ]
-    return {**new, "ceilings": new["ceilings"] or old.get("ceilings", {}), "results": kept + new["results"]}
+    have = {(r["group"], r["case"]) for r in fresh}
+    tests = {r["test"] for r in fresh if "test" in r}
+    kept = []
+    for row in old["results"]:
+        if (row["group"], row["case"]) in have or row.get("test") in tests:
+            continue
+        if collected and gone(row, collected):
+            print(
+                f"left out: {row['group']} | {row['case']}, whose benchmark is gone or another",
+                file=sys.stderr,
+            )
+            continue
+        if "commit" not in row and before["commit"] != now["commit"]:
+            row = {**row, "commit": before["commit"]}
+        other = _differences({**before, **row.get("environment", {})}, before, now)
+        row = {name: value for name, value in row.items() if name != "environment"}
+        kept.append({**row, "environment": other} if other else row)
+    return {**new, "ceilings": new["ceilings"] or old.get("ceilings", {}), "results": kept + fresh}
+
+
+def _differences(own: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What a row was measured with, where the file's environment is another one by now."""
+    found = {
+        name: own[name]
+        for name in ("cores", "torch_threads", "python")
+        if name in own and own[name] != now.get(name, own[name])
+    }
+    versions = {**before["versions"], **own["versions"]}
+    differing = {name: v for name, v in versions.items() if now["versions"].get(name, v) != v}
+    return {**found, "versions": differing} if differing else found
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
@@ -184,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
             except KeyboardInterrupt:
                 process.kill()
                 status = 130
-        rows, ceilings = collect(rows_file)
+        rows, ceilings, collected = collect(rows_file)
     if status == 5:  # pytest's "nothing collected"
         print(
             f"no case matches{f' -k {args.k!r}' if args.k else ''} {' '.join(args.files)}".rstrip(),
@@ -202,7 +254,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse and not args.out:
         return status
     if args.merge and out.exists():
-        result = merged(json.loads(out.read_text()), result)
+        old = json.loads(out.read_text())
+        if old["environment"]["device"] != found["device"]:
+            print(f"{out} was of {old['environment']['device']}: nothing of it is kept", file=sys.stderr)
+        result = merged(old, result, collected)
     write(out, result)
     from tables import VIEWS, table
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import cases
 import goals
+import peers
 import pytest
 import roofline
 import run
 import tables
+import timing
+import torch
 from cases import Case, Shape
+
+BENCH = Path(run.__file__).parent
 
 
 def shape(head_dim: int, neighbours: int) -> Shape:
@@ -28,6 +38,153 @@ def test_floors_at_the_rates_of_an_h200(head_dim: int, neighbours: int, forward:
     for which, expected in (("forward", forward), ("backward", backward)):
         floor = roofline.H200.floor(roofline.attention(case, which)) * 1e6
         assert floor == pytest.approx(expected, rel=0.01)
+
+
+# by hand, from the arguments: 24 attending chunks of 4 rows, 2 neighbours of 8 tokens, 5 heads of 16, 2 bytes each
+ODD = Shape(batch=8, tokens=3 * 4 + 2, heads=5, head_dim=16, neighbours=2, chunk=4, neighbour_len=8)
+QUERY, KEY, LSE = 24 * 4 * 5 * 16 * 2, 24 * 16 * 5 * 16 * 2, 24 * 4 * 5 * 4
+TABLE, REL_KEY, LENGTHS = 5 * 11 * 4, 5 * 11 * 16 * 2, 24 * 2 * 4
+PRODUCT, BY_DISTANCE = 2 * 24 * 4 * 16 * 5 * 16, 2 * 24 * 4 * 11 * 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("case", "which", "moved", "operations"),
+    [
+        (Case(ODD, "none"), "forward", 2 * QUERY + 2 * KEY + LSE, 2 * PRODUCT),
+        (Case(ODD, "none"), "backward", 4 * QUERY + 4 * KEY + LSE, 5 * PRODUCT),
+        (Case(ODD, "bias"), "forward", 2 * QUERY + 2 * KEY + LSE + TABLE, 2 * PRODUCT),
+        (Case(ODD, "bias"), "backward", 4 * QUERY + 4 * KEY + LSE + 2 * TABLE, 5 * PRODUCT),
+        (Case(ODD, "bias", table_grad=False), "backward", 4 * QUERY + 4 * KEY + LSE + TABLE, 5 * PRODUCT),
+        (Case(ODD, "bias", True), "forward", 2 * QUERY + 2 * KEY + LSE + TABLE + LENGTHS, 2 * PRODUCT),
+        (Case(ODD, "relative"), "forward", 2 * QUERY + 2 * KEY + LSE + REL_KEY, 2 * PRODUCT + BY_DISTANCE),
+        (
+            Case(ODD, "relative"),
+            "backward",
+            4 * QUERY + 4 * KEY + LSE + 2 * REL_KEY,
+            5 * PRODUCT + 3 * BY_DISTANCE,
+        ),
+        (
+            Case(ODD, "relative", table_grad=False),
+            "backward",
+            4 * QUERY + 4 * KEY + LSE + REL_KEY,
+            5 * PRODUCT + 2 * BY_DISTANCE,
+        ),
+        (Case(ODD, "none"), "forward+backward", 6 * QUERY + 6 * KEY + 2 * LSE, 7 * PRODUCT),
+    ],
+    ids=str,
+)
+def test_bytes_and_operations_of_attention(
+    case: Case, which: cases.Pass, moved: int, operations: int
+) -> None:
+    assert roofline.attention(case, which) == roofline.Cost(moved, operations)
+    narrow = roofline.attention(case, which, e=1).bytes
+    assert roofline.attention(case, which, e=4).bytes - narrow == 3 * (moved - narrow)  # the rest is float32
+
+
+def test_bytes_and_operations_of_what_is_beside_it() -> None:
+    width, rows, keys = 24, 24 * 4 * 5, 24 * 16
+    project = roofline.Cost(keys * width * 2 + 2 * KEY, 2 * 2 * keys * width * 5 * 16)
+    core = {p: roofline.attention(Case(ODD, "bias"), p) for p in ("forward", "backward")}
+    assert roofline.materialised_training(ODD, width, "forward") == [project, core["forward"]]
+    assert roofline.materialised_training(ODD, width, "backward") == [project, project, core["backward"]]
+    weights, wide = rows * 16 * 2, rows * width * 2
+    fold = roofline.Cost(QUERY + wide, 2 * rows * 16 * width)
+    product = roofline.Cost(wide + keys * width * 2 + weights, 2 * rows * 16 * width)
+    forward = [fold, product, roofline.Cost(2 * weights, 0), product, fold]
+    backward = [fold] * 4 + [product] * 4 + [roofline.Cost(3 * weights, 0)]
+    assert roofline.absorbed_training(ODD, width, "forward") == forward
+    found = roofline.absorbed_training(ODD, width, "backward")
+    assert sorted(map(repr, found)) == sorted(map(repr, backward))
+    for costs in (roofline.absorbed_training, roofline.materialised_training):
+        both = costs(ODD, width, "forward") + costs(ODD, width, "backward")
+        assert costs(ODD, width, "forward+backward") == both
+
+    found = roofline.decode(batch=3, heads=5, head_dim=16, keys=16, encoder_dim=width)
+    assert found["materialised"] == roofline.Cost(3 * (2 * 16 * 80 + 2 * 80) * 2, 3 * 2 * 2 * 16 * 80)
+    assert found["absorbed"].bytes == (3 * (16 * width + 2 * 80) + 2 * 80 * width) * 2
+    assert found["absorbed"].flops == 3 * (2 * 2 * 16 * 5 * width + 2 * 2 * 80 * width)
+    # 4M bytes in, 16M out (kernel.py), an id, a length, and whether the chunk and the next one are of one document
+    assert roofline.gather(10).bytes == 10 * (4 * 64 + 16 * 64 + 8 + 4 + 2)
+    assert roofline.gather(1, out_element=100).bytes - roofline.gather(1).bytes == 128 * 92
+
+
+def test_a_floor_is_the_longer_of_two_times_kernel_by_kernel() -> None:
+    ceilings = roofline.Ceilings("chip", bandwidth=10.0, matmul=100.0)
+    slow, busy = roofline.Cost(50, 100), roofline.Cost(10, 700)
+    assert ceilings.floor(slow) == 5 and ceilings.floor(busy) == 7
+    assert ceilings.floor(slow, busy) == 12 > ceilings.floor(slow + busy) == 8
+
+
+def test_ceilings_count_a_copy_twice_and_a_product_of_multiply_and_add(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "samples", lambda calls, rounds: [call() is None or 0.5 for call in calls])
+    monkeypatch.setattr(roofline, "TINY", True)
+    roofline.measured.cache_clear()
+    try:
+        found = roofline.measured()
+    finally:
+        roofline.measured.cache_clear()
+    assert found.bandwidth == 2 * 2**20 / 0.5 and found.matmul == 2 * 256**3 / 0.5
+
+
+def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median, how far the halves of a run lie apart, and buffer sets in turn."""
+    called: list[str] = []
+    seconds = iter([9.0, 1.0, 2.0, 3.0, 5.0, 7.0, 9.0])  # the first decides how many rounds there are
+    monkeypatch.setattr(timing, "wall_seconds", lambda call: (call(), next(seconds))[1])
+    stats: list[float] = []
+    benchmark = types.SimpleNamespace(
+        extra_info={},
+        disabled=False,
+        _make_stats=lambda iterations: types.SimpleNamespace(update=stats.append),
+    )
+    calls = [lambda: called.append("a"), lambda: called.append("b")]
+    assert timing.measure(benchmark, calls, rounds=6, wall=True, what="it") == 4.0
+    assert stats == [1, 2, 3, 5, 7, 9] and called == list("aababab")
+    assert benchmark.extra_info == {"what": "it", "spread": round((7 - 2) / 4, 4)}
+
+    seconds = iter([1.0, 0.4, *[0.1, 0.2] * 3])
+    found = timing.in_turn({"a": calls[0], "b": calls[1]}, most=3)
+    assert found == {"a": [0.1] * 3, "b": [0.2] * 3} and called[7:] == list("abababab")
+
+
+def test_buffer_sets_exceed_the_cache_eight_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert timing.sets_to_rotate(1) == 1 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 100)
+    assert [timing.sets_to_rotate(n) for n in (0, 1, 100, 399, 400, 401, 800, 10**6)] == [
+        64,
+        64,
+        8,
+        3,
+        2,
+        2,
+        1,
+        1,
+    ]
+
+
+def test_bytes_are_counted_by_storage() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    assert timing.size([x, x[1], None, torch.empty(3)]) == 4 * 8 * 4 + 3 * 4
+    # of exp its result is kept, which is the output; of the product its two factors, of which one is given
+    assert timing.saved_bytes(x.exp, [x]) == 0
+    assert timing.saved_bytes(lambda: x * x.exp(), [x]) == x.nbytes
+
+
+def test_what_computes_something_else_is_no_opponent() -> None:
+    x = torch.randn(50)
+    peers.same(x * (1 + 5e-5), x, "close")
+    peers.same((x * 1.01).half(), x.half(), "close, in 16 bits")
+    for wrong, right in (
+        (x * 1.001, x),
+        ((x * 1.03).half(), x.half()),
+        (x * float("nan"), x),
+        (x * 0, x * 0),
+    ):
+        with pytest.raises(AssertionError, match="other"):
+            peers.same(wrong, right, "other")
 
 
 def test_relative_keys_add_operations_and_hardly_bytes() -> None:
@@ -117,6 +274,155 @@ def test_a_merged_file_says_which_commit_a_row_is_from() -> None:
         ("retro_kernels", 3.0, None),
     ]
     assert run.merged(old, result("b", [row(3.0)], "another chip"))["results"] == [row(3.0)]
+
+
+def test_a_merged_row_says_in_what_else_it_was_measured_differently() -> None:
+    old = result(
+        "a", [row(1.0), {**row(2.0, "other"), "commit": "z", "environment": {"versions": {"triton": "1"}}}]
+    )
+    old["environment"]["versions"] |= {"triton": "3", "gone": "1"}
+    new = result("b", [row(1.0, "new")])
+    new["environment"] |= {"versions": {"torch": "3", "triton": "3"}, "python": "4"}
+    kept = run.merged(old, new)["results"][:2]
+    assert [r["commit"] for r in kept] == ["a", "z"]
+    assert kept[0]["environment"] == {"python": "3", "versions": {"torch": "2"}}
+    assert kept[1]["environment"] == {"python": "3", "versions": {"torch": "2", "triton": "1"}}
+    back = run.merged({**new, "results": kept}, {**old, "results": [row(5.0, "newest")]})["results"]
+    assert "environment" not in back[0] and back[1]["environment"] == {"versions": {"triton": "1"}}
+
+
+def test_rows_of_a_benchmark_that_is_gone_or_another_go(capsys: pytest.CaptureFixture[str]) -> None:
+    def of(test: str, **more: object) -> dict:
+        return {**row(1.0, test), "test": test, **more}
+
+    rows = [
+        of("a.py::gone[1]"),
+        of("a.py::it[1]"),
+        of("a.py::it[2]"),
+        of("a.py::varies[9]"),
+        of("b.py::it[1]"),
+    ]
+    rows += [of("a.py::form", form=1), of("a.py::form2", form=2), of("a.py::form3"), row(1.0, "says nothing")]
+    collected = {
+        "a.py::it": {"form": 1, "names": ["a.py::it[1]"]},
+        "a.py::varies": {"form": 1, "names": None},
+        **{f"a.py::form{x}": {"form": 2, "names": [f"a.py::form{x}"]} for x in ("", "2", "3")},
+    }
+    new = result("b", [row(3.0, "new")])
+    kept = run.merged(result("a", rows), new, collected)["results"]
+    names = ["a.py::it[1]", "a.py::varies[9]", "b.py::it[1]", "a.py::form2", "says nothing", "new"]
+    assert [r["case"] for r in kept] == names
+    said = capsys.readouterr().err
+    assert said.count("left out") == 4 and "a.py::gone[1]" in said
+    renamed = {**row(3.0, "renamed", "h"), "test": "a.py::it[1]"}
+    assert [r["case"] for r in run.merged(result("a", rows[1:2]), result("b", [renamed]))["results"]] == [
+        "renamed"
+    ]
+
+
+def test_what_cannot_run_here_takes_no_measured_place_and_what_fails_does() -> None:
+    old = result("a", [row(1.0), row(2.0, "peer")])
+    absent, failed = ({"group": "g", "case": c, "skipped": "why"} for c in ("peer", "retro_kernels"))
+    new = result("b", [row(5.0, "new"), absent, {**failed, "failed": True}])
+    found = run.merged(old, new)["results"]
+    assert [(r["case"], r.get("median_s")) for r in found] == [
+        ("peer", 2.0),
+        ("new", 5.0),
+        ("retro_kernels", None),
+    ]
+    assert verdicts(found)["forward, share of the floor, D 128, K = 2"][2] == "not measured"
+
+
+CASES = """
+import pytest
+
+@pytest.mark.benchmark(group="g")
+@pytest.mark.parametrize("x", [1, 2, 3, 4])
+def test_it(benchmark, x):
+    benchmark.extra_info["case"] = f"case {x}"
+    if x == 2:
+        pytest.skip("not here")
+    assert x != 3, "a wrong result"
+    stats = benchmark._make_stats(iterations=1)
+    for seconds in (3.0, 1.0, 2.5):
+        stats.update(seconds)
+
+test_it.form = 7
+"""
+
+
+def test_every_case_leaves_a_row(tmp_path: Path) -> None:
+    """Also one that fails, which would else be missing; and what cases there are, those left out too."""
+    (tmp_path / "bench_it.py").write_text(CASES)
+    (tmp_path / "conftest.py").write_text((BENCH / "conftest.py").read_text())
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, BENCH / "run.py", "bench_it.py", "-k", "not 4", "--out", out, "--merge"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{BENCH}:{BENCH.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and out.exists(), done.stdout + done.stderr
+    one, two, three = json.loads(out.read_text())["results"]
+    assert (one["median_s"], one["rounds"], one["test"], one["form"]) == (
+        2.5,
+        3,
+        "bench_it.py::test_it[1]",
+        7,
+    )
+    assert two["skipped"] == "not here" and "failed" not in two and two["case"] == "case 2"
+    assert three["failed"] and three["skipped"].startswith("failed: AssertionError: a wrong result")
+    assert "| – |  | not here |" in done.stdout and "a wrong result" in done.stdout
+
+
+def patterns() -> list[re.Pattern[str]]:
+    """Of the groups that the benchmarks name."""
+    texts = [path.read_text() for path in sorted(BENCH.glob("bench_*.py"))]
+    found = {
+        name for text in texts for name in re.findall(r'(?:group ?= ?|_group.*\n +return )f"([^"]+)"', text)
+    }
+    found = {name.replace("{which}", "(forward|backward|forward+backward)") for name in found}
+    return [re.compile(re.sub(r"\{.*?\}", ".+", name.replace("+", r"\+"))) for name in found]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{name}.json"
+        for name in (
+            "cpu",
+            "cpu_avx512",
+            "gather",
+            "gpu",
+            "retrieval",
+            "retrieval_avx512",
+            "build",
+            "build_avx512",
+        )
+    ],
+)
+def test_committed_rows_are_of_benchmarks_that_there_are(name: str) -> None:
+    known = patterns()
+    assert len(known) > 10 and not any(p.fullmatch("cca second call: bias, D64") for p in known)
+    opponents = {p.name for p in (*peers.PEERS, peers.WITHOUT_POSITIONS)} | {goals.OURS}
+    for found in json.loads((roofline.RESULTS / name).read_text())["results"]:
+        assert any(p.fullmatch(found["group"]) for p in known), found["group"]
+        assert found.get("extra", {}).get("what") != "core" or found["case"] in opponents, found["case"]
+
+
+def test_the_script_for_a_gpu_goes_on_where_parts_fail_and_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", BENCH / "gpu.sh", "--rehearse", "gather", "warm", "peers", "search"],
+        env={**os.environ, "OUT": str(tmp_path), "PYTHON": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "failed or not begun: gather peers search warm" in done.stdout, (
+        done.stdout
+    )
+    log = (tmp_path / "log.txt").read_text()
+    assert all(f"{part}: status 1, " in log for part in ("gather", "warm", "peers", "search"))
 
 
 def test_tables_show_ratios_to_the_first_row_and_why_a_row_is_missing(tmp_path: Path) -> None:
