@@ -5,9 +5,9 @@
 // shared memory, and each warp adds the weighted states of its own columns, which it has still there. So every state
 // passes twice from shared memory to the matrix units, and the query, whose fragments stay in registers, never again.
 //
-// A tile takes some 2 us to come, and little less to be used, so nothing may wait in between: states come as bulk copies of
-// whole rows, which cost the warps no instructions, one or two tiles ahead; the first before the launch that makes the
-// query has ended. Logits by distance are the same for all neighbours, and are fetched once.
+// A tile takes about as long to come as to be used, so nothing may wait in between: states come as bulk copies of whole
+// rows, which cost the warps no instructions, one or two tiles ahead; the first before the launch that makes the query
+// has ended. Logits by distance are the same for all neighbours, and are fetched once.
 //
 // Programs that share the keys of a row leave a part of it each, or form a cluster, which merges the parts.
 //

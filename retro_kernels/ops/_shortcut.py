@@ -1,7 +1,7 @@
 """Calls whose kind has run before, straight to its kernels.
 
-To check a call, to choose its backend and to pass torch's dispatcher takes twice as long as to launch its kernels. All
-of that depends on types, shapes and options only, so it is done for the first call of a kind. A call that somebody
+To check a call, to choose its backend and to pass torch's dispatcher takes longer than to launch its kernels. All of
+that depends on types, shapes and options only, so it is done for the first call of a kind. A call that somebody
 else takes part in (autocast, a transform, a mode, a tracer, a profiler) goes the long way each time; so does one that
 autograd records, unless the op says how it is recorded (`with_gradient`).
 """
@@ -32,7 +32,7 @@ class Recent(Generic[Made]):
 
     Whether tensors are like earlier ones torch.compile has native code for: of the same type, dispatch keys (a bit of
     sign, a nested tensor, autocast and modes are among them), dtype, device, shape and strides, with or without a
-    gradient. It takes a tenth of the time that `unseen` and `kind` take, and is asked first."""
+    gradient. It takes far less time than `unseen` and `kind`, and is asked first."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, list[tuple[Callable[..., bool], Made]]] = {}

@@ -74,7 +74,7 @@ from retro_kernels.retrieval.writing import (
 
 SHARD_CHUNKS = 1024  # ten seconds of a slow processor: what an interrupted build loses at most
 _UNSORTED = 1 << 16  # hashes of documents that are kept aside before they are sorted
-_EXACT_FALLBACK = 1_000_000  # vectors: 8 ms of a core for a query
+_EXACT_FALLBACK = 1_000_000  # vectors: 15 ms of a core for a query (bench/results/retrieval.json)
 _EXACT_SAMPLE = 1 << 16  # vectors among which the speed of an exact search is measured
 _PLAN, _LOCK = "plan.json", "lock"
 APPEND = ".append"

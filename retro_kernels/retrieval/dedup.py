@@ -73,7 +73,7 @@ def gram_hashes(words: np.ndarray, n: int = N) -> np.ndarray:
     total = np.zeros(count, dtype=np.uint64)
     for i in range(n):
         total += words[i : i + count] * multipliers[i]
-    total.sort()  # np.unique goes through a hash table, which is five times slower
+    total.sort()  # np.unique goes through a hash table, which is slower
     return total[np.r_[True, total[1:] != total[:-1]]]
 
 

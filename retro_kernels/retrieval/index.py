@@ -1,9 +1,9 @@
 """Nearest neighbours by squared L2: FAISS by factory string, or an exact search in PyTorch where FAISS is absent.
 
 This is the one place where FAISS is imported. Which index a set gets (`choose_factory`; the choice rests on
-measurements with 384 dimensions):
+measurements with 384 dimensions, of which bench/results/retrieval.json has some):
 
-    CPU   up to 100,000 vectors   Flat: exact; 0.5 ms of a core for a query at 63,000 vectors
+    CPU   up to 100,000 vectors   Flat: exact; at 100,000 1.4 ms of a core for a query
           up to 2 million         PCAR{p},IVF{4 sqrt n},PQ{p/2}x4fs,RFlat with p = 2/3 d: candidates are sought in fewer
                                   dimensions, where a third less has to be read, and compared in all of them
           up to 20 million        the same with Refine(SQfp16): half the memory
@@ -1022,7 +1022,7 @@ def _serialised(index: Any) -> np.ndarray:
 
 def _blas_threshold(version: str, dim: int) -> int:
     """FAISS leaves BLAS below 20 queries, since 1.15 below 128,000 / dim of them, and since then counts queries times
-    dim. It pays from 6 queries on (measured at 50,000 x 384)."""
+    dim. It pays from few queries on."""
     numbers = [int(number) for number in re.findall(r"\d+", version)[:2]]
     return 6 * dim if numbers >= [1, 15] else 6
 

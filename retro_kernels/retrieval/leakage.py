@@ -66,7 +66,7 @@ def _rows(chunks: Tensor, values: Tensor) -> Iterator[Tensor]:
         run, last = last, run
         torch.add(last[..., :-1], 1, out=run[..., 1:])
         run[..., :1] = 1
-        # 0 and 1 as numbers: on a processor bools take PyTorch four times as long
+        # 0 and 1 as numbers: on a processor PyTorch is slower with bools
         torch.eq(values, chunks[:, i, None, None], out=same)
         run *= same
         yield run

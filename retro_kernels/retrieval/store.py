@@ -64,7 +64,7 @@ REQUIRED_FILES = (
 ALL_FILES = (*REQUIRED_FILES, INDEX, MANIFEST)
 MAX_MANIFEST_BYTES = 1 << 20
 VERIFIED_BYTES = 256 << 20
-"""The largest set of which every byte is read each time it is opened: a quarter of a second."""
+"""The largest set of which every byte is read each time it is opened."""
 MAX_TITLE_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 16
 _BLOCK = 1 << 16  # rows handled at a time

@@ -32,7 +32,7 @@ _UNIT_BYTES = 1 << 20
 """The most logits of a unit, beyond which it takes a part of the heads. Blocks are taken together only up to half of
 it, because their query, keys and values have to be copied. Tuned on a Xeon with 2 MiB of L2 a core."""
 _ALIGN = 16
-"""The table is filled up to so many columns: a leading dimension of whole cache lines makes the product a third
+"""The table is filled up to so many columns: a leading dimension of whole cache lines makes the product
 faster."""
 
 
@@ -341,7 +341,7 @@ class _Tables:
 def _over_neighbours(by_key: Tensor, out: Tensor | None = None) -> Tensor:
     """[…, J, TK] → its sum over J, in `out` where it is given."""
     count = by_key.shape[-2]
-    if count == 2:  # torch.sum over so few takes several times as long
+    if count == 2:  # torch.sum over so few takes longer
         return torch.add(by_key[..., 0, :], by_key[..., 1, :], out=out)
     if count > 1:
         return torch.sum(by_key, -2, out=out)

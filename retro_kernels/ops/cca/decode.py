@@ -155,7 +155,7 @@ def _attention_of_torch(content: Tensor, key: Tensor, value: Tensor, add: Tensor
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, [B, Hkv, ·, ·] each. A CPU takes the sequences one by one: together, the cache would be copied to
-    bring its heads in front, which takes ten times as long as reading it."""
+    bring its heads in front, which takes longer than reading it."""
     if left.device.type != "cpu" or left.shape[0] < 2:
         return left @ right
     return torch.stack([x @ y for x, y in zip(left.unbind(), right.unbind(), strict=True)])

@@ -31,9 +31,9 @@ class Kernel(NamedTuple):
 
 
 class _Cpu(NamedTuple):
-    """Seconds on one core in float32, fitted to thirteen shapes measured on an AMD EPYC; what a logit costs the
-    materialised way was fitted anew, to six shapes, when its kernel had become faster. The softmax of the absorbed way
-    is memory traffic. Only ratios matter here."""
+    """Seconds on one core in float32, fitted to times of an AMD EPYC; what a logit costs the materialised way was
+    fitted anew, to the six shapes of bench/results/cpu.json, when its kernel had become faster. The softmax of the
+    absorbed way is memory traffic. Only ratios matter here."""
 
     per_flop: float
     per_logit: float
