@@ -136,9 +136,18 @@ def merged(
     ]
     have = {(r["group"], r["case"]) for r in fresh}
     tests = {r["test"] for r in fresh if "test" in r}
+    places = {id(r): r for r in fresh}
     kept = []
     for row in old["results"]:
-        if (row["group"], row["case"]) in have or row.get("test") in tests:
+        key, test = (row["group"], row["case"]), row.get("test")
+        if key in have or test in tests:
+            # in the old row's place: the first of a group is what the others are set against
+            taken = [
+                r
+                for r in places.values()
+                if (r["group"], r["case"]) == key or (test and r.get("test") == test)
+            ]
+            kept += [places.pop(id(r)) for r in taken]
             continue
         if collected and gone(row, collected):
             print(
@@ -151,7 +160,11 @@ def merged(
         other = _differences({**before, **row.get("environment", {})}, before, now)
         row = {name: value for name, value in row.items() if name != "environment"}
         kept.append({**row, "environment": other} if other else row)
-    return {**new, "ceilings": new["ceilings"] or old.get("ceilings", {}), "results": kept + fresh}
+    return {
+        **new,
+        "ceilings": new["ceilings"] or old.get("ceilings", {}),
+        "results": [*kept, *places.values()],
+    }
 
 
 def _differences(own: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

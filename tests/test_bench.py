@@ -270,8 +270,8 @@ def test_a_merged_file_says_which_commit_a_row_is_from() -> None:
     old = result("a", [row(1.0), row(2.0, "other")])
     both = run.merged(old, result("b", [row(3.0)]))
     assert [(r["case"], r["median_s"], r.get("commit")) for r in both["results"]] == [
+        ("retro_kernels", 3.0, None),  # where it was: the others' ratios are to it
         ("other", 2.0, "a"),
-        ("retro_kernels", 3.0, None),
     ]
     assert run.merged(old, result("b", [row(3.0)], "another chip"))["results"] == [row(3.0)]
 
@@ -326,9 +326,9 @@ def test_what_cannot_run_here_takes_no_measured_place_and_what_fails_does() -> N
     new = result("b", [row(5.0, "new"), absent, {**failed, "failed": True}])
     found = run.merged(old, new)["results"]
     assert [(r["case"], r.get("median_s")) for r in found] == [
+        ("retro_kernels", None),
         ("peer", 2.0),
         ("new", 5.0),
-        ("retro_kernels", None),
     ]
     assert verdicts(found)["forward, share of the floor, D 128, K = 2"][2] == "not measured"
 
