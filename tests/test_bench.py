@@ -274,6 +274,10 @@ def test_a_merged_file_says_which_commit_a_row_is_from() -> None:
         ("other", 2.0, "a"),
     ]
     assert run.merged(old, result("b", [row(3.0)], "another chip"))["results"] == [row(3.0)]
+    # ceilings are those of the run, or of the file where the run measured none
+    old["ceilings"], new = {"bandwidth": 1.0}, result("b", [row(3.0)])
+    assert run.merged(old, new)["ceilings"] == {"bandwidth": 1.0}
+    assert run.merged(old, {**new, "ceilings": {"bandwidth": 2.0}})["ceilings"] == {"bandwidth": 2.0}
 
 
 def test_a_merged_row_says_in_what_else_it_was_measured_differently() -> None:
