@@ -149,6 +149,13 @@ def test_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == {"a": [0.1] * 3, "b": [0.2] * 3} and called[7:] == list("abababab")
 
 
+def test_rounds_fill_a_second_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for once, alone, in_turn in ((0.5, 5, 4), (0.125, 8, 9), (0.01, 30, 9), (3.0, 5, 3)):
+        monkeypatch.setattr(timing, "wall_seconds", lambda call, once=once: once)
+        assert len(timing.samples([print], wall=True)) == alone
+        assert len(timing.in_turn({"a": print})["a"]) == in_turn
+
+
 def test_buffer_sets_exceed_the_cache_eight_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.sets_to_rotate(1) == 1 or torch.cuda.is_available()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
