@@ -44,8 +44,8 @@ def conditions(result: dict[str, Any]) -> str:
         line += f" Some rows are of {', '.join(earlier)} (the file says which)."
     if ceilings:
         line += (
-            f" Floors from the ceilings of the same run: copy {ceilings['bandwidth'] / 1e9:,.0f} GB/s, "
-            f"matrix product {ceilings['matmul'] / 1e12:,.2f} TFLOP/s."
+            " Each row's floor is of its own run; the ceilings measured last: "
+            f"copy {ceilings['bandwidth'] / 1e9:,.0f} GB/s, matrix product {ceilings['matmul'] / 1e12:,.2f} TFLOP/s."
         )
     return line
 
