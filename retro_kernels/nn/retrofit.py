@@ -154,7 +154,12 @@ class RetroFitted(Retrieving):
         result = self._run(
             tokens, step.contribution, begins=not cache.length, past_key_values=cache.past, use_cache=True
         )
-        cache.past = result.past_key_values
+        cache.past = getattr(result, "past_key_values", None)
+        if cache.past is None:
+            raise InputError(
+                f"RetroFitted.decode: {type(self.base).__name__} keeps no keys and values from one call to the next, "
+                "so it cannot generate token by token; forward works."
+            )
         cache.length += tokens.shape[1]
         return result.logits
 
@@ -362,7 +367,8 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     except ImportError as error:
         raise ImportError("A pretrained base needs transformers: pip install transformers") from error
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        base, found = load(source, dtype=dtype, output_loading_info=True)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -370,6 +376,12 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
         raise InputError(
             f"The base {source} cannot be loaded ({reason}). Name its folder with base= (eval, generate: --base)."
         ) from None
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, anew in each process
+        raise InputError(
+            f"The base {source} lacks {len(missing):,} weights of a {type(base).__name__}, such as {missing[0]}. Save "
+            "the whole causal language model there, as AutoModelForCausalLM gives it."
+        )
+    return base
 
 
 def longest_sequence(base: Any, bos_id: int | None) -> float:
@@ -419,7 +431,10 @@ def _config(base: Any, cca_layers: tuple[int, ...] | None, changes: dict[str, An
             f"RetroFitted: {type(base).__name__} is no decoder with attention (hidden_size {dim}, num_attention_heads "
             f"{heads})."
         )
-    head_dim = getattr(text, "head_dim", None) or dim // heads
+    try:
+        head_dim = getattr(text, "head_dim", None) or dim // heads
+    except RuntimeError:  # transformers': it differs between the layers (Gemma 4)
+        head_dim = dim // heads
     layers = default_cca_layers(text.num_hidden_layers) if cca_layers is None else tuple(cca_layers)
     if not layers:
         raise InputError("RetroFitted: cca_layers is empty; name the layers (1-based) that shall attend.")
@@ -503,7 +518,10 @@ def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
             for module in (*layer.children(), layer):
 
                 def record(module: Any, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
-                    calls[number].append(_Call(module, _first(args, kwargs), _first(output)))
+                    given, result = _first(args, kwargs), _first(output)
+                    # as it is now: what comes later may be added to it in place (Falcon)
+                    kept = None if result is None else result.clone()
+                    calls[number].append(_Call(module, given, kept))
 
                 hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         hooks.enter_context(torch.autocast(device.type, enabled=False))  # sums are compared to the last bit

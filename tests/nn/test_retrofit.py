@@ -47,8 +47,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-NeoX, one after another": ("GPTNeoX", COMMON | {"use_parallel_residual": False}),
     "GPT-J": ("GPTJ", GPT2 | {"rotary_dim": 8}),
     "Phi, one dropout for both": ("Phi", COMMON),
+    "Falcon, sums in place": ("Falcon", {k: v for k, v in COMMON.items() if k != "intermediate_size"}),
+    "Gemma4, heads of two sizes": (
+        "Gemma4Text",
+        COMMON
+        | {"num_key_value_heads": 1, "head_dim": 16, "global_head_dim": 32, "sliding_window": 6}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": V, "num_kv_shared_layers": 0},
+    ),
 }
-SIDE_BY_SIDE = {"GPT-NeoX, side by side", "GPT-J", "Phi, one dropout for both"}
+SIDE_BY_SIDE = {"GPT-NeoX, side by side", "GPT-J", "Phi, one dropout for both", "Falcon, sums in place"}
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -149,12 +156,16 @@ def test_stands_behind_self_attention(seed: int, kind: str) -> None:
         return hook
 
     attention = next(
-        part for name, part in layer.named_children() if name in ("attn", "attention", "self_attn")
+        part
+        for name, part in layer.named_children()
+        if name in ("attn", "attention", "self_attn", "self_attention")
     )
     behind = getattr(layer, "post_attention_layernorm", None) if "Gemma" in kind else attention
     feed = {
         "OPT": "final_layer_norm",
         "Gemma2": "pre_feedforward_layernorm",
+        "Gemma4": "pre_feedforward_layernorm",
+        "Falcon": "input_layernorm",
         "GPT-2": "ln_2",
         "GPT-J": "ln_1",
         "Phi": "input_layernorm",
@@ -446,6 +457,13 @@ def test_a_damaged_base(seed: int, tmp_path: Path, damage: str) -> None:
         load_base(tmp_path)
 
 
+def test_a_base_without_some_weights_gets_none_at_random(seed: int, tmp_path: Path) -> None:
+    """As one saved without the head of a language model: each process would read another model."""
+    base_model("Llama, grouped heads").model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"lacks 1 weights of a LlamaForCausalLM, such as lm_head\.weight"):
+        load_base(tmp_path)
+
+
 def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
     base = base_model()
     fitted(base).save_pretrained(tmp_path)
@@ -500,6 +518,10 @@ def test_refuses(seed: int) -> None:
         model.decode(x, model.new_cache(2), neighbours._replace(tokens=neighbours.tokens[:, :2]))
     with pytest.raises(InputError, match="bos_id is 61; it must be an id of the base, 0 to 60"):
         fitted(base, bos_id=V)
+    without_cache = transformers.OpenAIGPTConfig(vocab_size=V, n_embd=32, n_layer=2, n_head=2)
+    model = fitted(transformers.OpenAIGPTLMHeadModel(without_cache))
+    with pytest.raises(InputError, match="OpenAIGPTLMHeadModel keeps no keys and values"):
+        model.decode(x, model.new_cache(2), neighbours)
 
 
 def test_default_layers() -> None:
