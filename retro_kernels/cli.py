@@ -340,8 +340,8 @@ def _add_train(parser: _Parser) -> None:
     """The options are the fields of TrainConfig. Those not given stay out of the namespace: --resume keeps
     the old ones."""
     special = {
-        "data": {"nargs": "+", "metavar": "PATH"},
-        "model": {"nargs": "+", "metavar": "FIELD=VALUE"},
+        "data": {"nargs": "+", "action": "extend", "metavar": "PATH"},
+        "model": {"nargs": "+", "action": "extend", "metavar": "FIELD=VALUE"},
         "preset": {"metavar": "NAME", "choices": PRESETS},
         "dtype": {"choices": ("auto", "fp32", "bf16")},
         "out": {"metavar": "RUN"},
@@ -394,7 +394,9 @@ def _field_comments() -> dict[str, str]:
 
 def _add_eval(parser: _Parser) -> None:
     _add_run(parser)
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="held-out text")
+    parser.add_argument(
+        "--data", required=True, nargs="+", action="extend", metavar="PATH", help="held-out text"
+    )
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
     _add_retriever(parser)
@@ -455,7 +457,12 @@ def _add_generate(parser: _Parser) -> None:
 
 def _add_neighbours(parser: _Parser) -> None:
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH", help="text that will be trained on"
+        "--data",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="PATH",
+        help="text that will be trained on",
     )
     _add_set(parser, required=True, help="retrieval set")
     parser.add_argument("--out", required=True, metavar="FILE", help="file of neighbours")
@@ -473,8 +480,12 @@ def _add_neighbours(parser: _Parser) -> None:
 
 
 def _add_dedup(parser: _Parser) -> None:
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="training text")
-    parser.add_argument("--against", required=True, nargs="+", metavar="PATH", help="evaluation text")
+    parser.add_argument(
+        "--data", required=True, nargs="+", action="extend", metavar="PATH", help="training text"
+    )
+    parser.add_argument(
+        "--against", required=True, nargs="+", action="extend", metavar="PATH", help="evaluation text"
+    )
     parser.add_argument(
         "--out",
         metavar="JSONL",

@@ -163,6 +163,25 @@ def test_one_line_for_what_cannot_be_used(
     assert not any((tmp_path / name).exists() for name in ("s", "s.build", "y"))
 
 
+def test_an_option_of_several_values_may_be_given_again() -> None:
+    """The second does not silently take the place of the first."""
+    parse = cli._parser().parse
+    twice = ["--data", "a", "b", "--data", "c"]
+    for verb, words in {
+        "train": ["--out", "r", "--model", "dim=32", "--model", "num_layers=2", "ffn_dim=64"],
+        "eval": ["--run", "r"],
+        "neighbours": ["--set", "s", "--out", "f"],
+        "dedup": ["--against", "x", "--against", "y"],
+    }.items():
+        args = parse([verb, *twice, *words])
+        assert args.data == ["a", "b", "c"]
+        if verb == "train":
+            assert args.model == ["dim=32", "num_layers=2", "ffn_dim=64"]
+        if verb == "dedup":
+            assert args.against == ["x", "y"]
+    assert not hasattr(parse(["train", *twice, "--out", "r"]), "model")
+
+
 @pytest.mark.parametrize("verb", ["search", "train", "eval", "generate"])
 def test_more_neighbours_than_chunks(
     verb: str, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
