@@ -356,7 +356,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     """of the matrices"""
     clip: float = 1.0
-    """largest norm of the gradient"""
+    """largest norm of the gradient; 0: any"""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """arithmetic of the forward pass; auto takes bf16 where the device multiplies in it"""
     device: str = "auto"

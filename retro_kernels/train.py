@@ -513,7 +513,8 @@ class _Trainer:
     def _check_finite(self, line: dict[str, Any]) -> None:
         if not math.isfinite(line["loss"]) or not math.isfinite(line["grad_norm"]):
             raise InputError(
-                f"The loss is {line['loss']} at step {self.step:,}: training diverged. Give a lower "
+                f"The loss is {line['loss']} and the gradient's norm {line['grad_norm']} at step {self.step:,}: "
+                "training diverged. Give a lower "
                 "--learning-rate or a longer --warmup, and another --out."
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run, watch_reading
 
 from retro_kernels import runs
 from retro_kernels.config import InputError, TrainConfig
-from retro_kernels.data.corpus import Document
+from retro_kernels.data.corpus import Document, read_documents
 from retro_kernels.data.packing import IGNORE, Packed, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
@@ -137,6 +138,67 @@ def test_matrices_alone_decay_and_gradients_are_clipped(world: World, tmp_path: 
     ):
         decays = before.ndim == 2 and name.endswith(".weight")
         torch.testing.assert_close(after, 0.95 * before if decays else before, rtol=0, atol=1e-4)
+
+
+def test_a_run_is_this_loop(world: World, tmp_path: Path) -> None:
+    """Data, neighbours, schedule, clipping and AdamW written out once more: the weights come out the same."""
+    steps, rate, warmup, decay, clip, seed = 6, 0.01, 2, 0.3, 0.4, 3
+    words = ["--steps", steps, "--lr", rate, "--warmup", warmup, "--weight-decay", decay, "--clip", clip]
+    out = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r"]
+    assert run("train", *out, *words, "--seed", seed, "--accumulate", 2, "--log-every", 1, *MODEL) == 0
+    trained, retriever = Retro.from_pretrained(tmp_path / "r"), Retriever.from_pretrained(world.set)
+    corpus = tokenise(read_documents([world.train]), retriever.tokenizer, CHUNK)
+    packed = Packed(corpus, SEQUENCE, seed, lambda hashes: retriever.find_documents(hashes).numpy())
+    torch.manual_seed(seed)
+    model = Retro(trained.config)
+    first = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    second = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    reported, clipped = losses(tmp_path / "r"), 0
+    for step in range(steps):
+        batch = packed.read(range(4 * step, 4 * step + 4))
+        tokens, targets, documents = map(torch.from_numpy, (batch.tokens, batch.targets, batch.documents))
+        found = retriever(tokens, num_neighbours=2, exclude_documents=documents)
+        log = torch.log_softmax(model(tokens, found), -1)
+        scored = targets != IGNORE
+        loss = -log[scored].gather(-1, targets[scored][:, None]).mean()
+        assert reported[step] == (step + 1, pytest.approx(loss.item(), rel=1e-4))
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        clipped += norm > clip
+        done = (step - warmup) / (steps - warmup)
+        now = rate * ((step + 1) / warmup if step < warmup else 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        with torch.no_grad():
+            for name, p, g in zip(names, parameters, gradients, strict=True):
+                g = g * min(1.0, clip / norm)
+                first[name].mul_(0.9).add_(0.1 * g)
+                second[name].mul_(0.95).add_(0.05 * g * g)
+                if p.ndim == 2 and name.endswith("weight"):
+                    p.mul_(1 - now * decay)
+                m, v = first[name] / (1 - 0.9 ** (step + 1)), second[name] / (1 - 0.95 ** (step + 1))
+                p.sub_(now * m / (v.sqrt() + 1e-8))
+    assert clipped
+    pairs = zip(model.parameters(), trained.parameters(), strict=True)
+    far = torch.cat([(p - q).abs().flatten() for p, q in pairs])
+    # AdamW makes a step out of the sign of a gradient that is nothing but noise
+    assert (far > 0.01 * rate).double().mean() < 1e-2
+
+
+def test_training_that_diverges(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The line names what is no number, and no checkpoint holds it: the one before is kept."""
+    words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r", *MODEL]
+    assert run("train", *words, "--steps", 2) == 0
+    kept = weights(tmp_path / "r")
+    state_path = checkpoints(tmp_path / "r")[0][1] / "training.pt"
+    state = torch.load(state_path, weights_only=True)
+    for moments in state["optimiser"]["state"].values():
+        moments["exp_avg"].fill_(math.inf)
+    torch.save(state, state_path)
+    capfd.readouterr()
+    assert run("train", *words, "--resume", "--steps", 9, "--log-every", 9, "--save-every", 2) == 2
+    err = capfd.readouterr().err
+    assert "The loss is nan and the gradient's norm nan at step 4: training diverged" in err
+    assert weights(tmp_path / "r") == kept and [step for step, _ in checkpoints(tmp_path / "r")] == [2]
 
 
 def test_resume_is_bit_for_bit(world: World, tmp_path: Path, seed: int) -> None:
