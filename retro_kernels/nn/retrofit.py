@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
@@ -56,6 +56,8 @@ class RetroFitted(Retrieving):
     one (Llama, Mistral, Gemma); the base then reads it before `tokens`, and chunks, logits and caches do not count it.
     A 0 at the very beginning is no text, so the logits behind it are those of the first token. Give `file_pad_id` and
     `file_bos_id` of the `Tokenizer` that made the tokens. `backend`: as in `Retro`.
+
+    Under `torch.compile` all of it runs as it is, uncompiled; a base that is compiled itself is refused.
 
     Parameters: `base`, `encoder`, and `added.<layer>.cca_norm` and `.cca`, made on the base's device and in its dtype.
     What is added may get a wider one, as its training needs (`model.added.float(); model.encoder.float()`).
@@ -266,6 +268,7 @@ class RetroFitted(Retrieving):
         pair: Any = self.added[str(number)]
         return pair["cca_norm"], pair["cca"]
 
+    @torch.compiler.disable  # it would trace the base's layers without what is added to them, and say nothing
     def _run(
         self,
         tokens: Tensor,
@@ -276,6 +279,7 @@ class RetroFitted(Retrieving):
         **options: Any,
     ) -> Any:
         """The base's result with logits of `tokens` [B, N], at the beginning of a text or behind what was read."""
+        _refuse_compiled((self.base, *self._layers.values()))
         ids, lead = self._exchanged(tokens), int(begins and self.bos_id is not None)
         if lead:
             ids = F.pad(ids, (1, 0), value=self.bos_id)
@@ -400,6 +404,7 @@ def _decoder_layers(base: Any) -> nn.ModuleList:
         )
     if any(parameter.is_meta for parameter in base.parameters()):
         raise InputError("RetroFitted: the base has no weights yet (meta device). Load them first.")
+    _refuse_compiled(base.modules())
     if len(devices := {str(parameter.device) for parameter in base.parameters()}) > 1:
         raise InputError(
             f"RetroFitted: the base stands on {', '.join(sorted(devices))}; move it to one device."
@@ -415,6 +420,17 @@ def _decoder_layers(base: Any) -> nn.ModuleList:
             f"ModuleList with num_hidden_layers = {wanted} entries in a decoder-only model; its lists: {shown}."
         )
     return lists[outer[0]]
+
+
+def _refuse_compiled(modules: Iterable[nn.Module]) -> None:
+    """InputError: what is compiled does not see what is added to it while it runs."""
+    if any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module in modules
+    ):
+        raise InputError(
+            "RetroFitted: the base is compiled, and would leave out what is added to it. Give it as it was before "
+            "torch.compile."
+        )
 
 
 def _text_config(base: Any) -> Any:

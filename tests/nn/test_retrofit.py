@@ -266,6 +266,22 @@ def test_decoding_keeps_its_cache_where_layers_are_recomputed(seed: int) -> None
     assert model.base.is_gradient_checkpointing  # as it was
 
 
+def test_compiled_it_is_the_same(seed: int) -> None:
+    """Not the base alone, which is what a compiler sees that knows nothing of what is added while a layer runs."""
+    model, (x, neighbours) = fitted(base_model(), freeze=False), random_input()
+    compiled = torch.compile(model)
+    assert not torch.allclose(model(x, neighbours), model(x))
+    for given in (neighbours, None, neighbours):
+        assert torch.equal(compiled(x, given), model(x, given))
+    compiled(x, neighbours).sum().backward()
+    assert all(layer["cca"].o_proj.weight.grad.any() for layer in model.added.values())
+    with pytest.raises(InputError, match="the base is compiled"):
+        fitted(torch.compile(base_model()))
+    model.base.compile()
+    with pytest.raises(InputError, match="the base is compiled"):
+        model(x, neighbours)
+
+
 def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
     """With pad_id, tokens, neighbours and logits call the base's end of text 0, and its 0 pad_id."""
     base, end = base_model(), 57
