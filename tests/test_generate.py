@@ -211,3 +211,14 @@ def test_a_plain_decoder_takes_no_neighbours(
 def test_settings_out_of_range(world: World, options: dict[str, float]) -> None:
     with pytest.raises(InputError, match="generate"):
         generate(world.run, "x", device="cpu", **options)  # type: ignore[arg-type]
+
+
+def test_a_chunk_that_the_last_token_completes_is_traced(world: World) -> None:
+    """With its neighbours, though nothing is read after it; and a model that was being trained does not drop out."""
+    loaded = load_run(world.run)
+    loaded.model.train()
+    begun = len(loaded.tokenizer.encode("ka lo"))
+    made = generate(loaded, "ka lo", max_tokens=2 * CHUNK - begun, ignore_end=True, device="cpu")
+    assert not loaded.model.training
+    assert len(made["chunks"]) == 2 and len(made["chunks"][1]["neighbours"]) == 2
+    assert "".join(chunk["text"] for chunk in made["chunks"]) == "ka lo" + made["text"]
