@@ -193,6 +193,25 @@ def test_threads_and_advice_change_nothing(tmp_path: Path, threads: int, advise:
     assert torch.equal(lengths, expected[1])
 
 
+@pytest.mark.skipif(native.WHY_NOT is not None, reason="needs the extension")
+@pytest.mark.parametrize("chunk_size", [64, 6])  # a multiple of 16 bytes, and none
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [("uint16", torch.int64), ("uint16", torch.int32), ("int32", torch.int64), ("int32", torch.int32)],
+)
+def test_outputs_beyond_the_caches(stored: str, dtype: torch.dtype, chunk_size: int, seed: int) -> None:
+    """Of 32 MiB and more, which are written past the caches."""
+    rng = np.random.default_rng(seed)
+    store, continuation = make_store(rng, 300, chunk_size, stored)
+    store[::3, 0] = np.iinfo(store.dtype).max
+    rows = (32 << 20) // (2 * chunk_size * dtype.itemsize) + 1
+    ids = make_ids(rng, 300, (rows,))
+    tokens, lengths = native.gather_host(store, ids, continuation, 0, dtype, threads=2)
+    assert tokens.nbytes >= 32 << 20
+    expected = op.gather_reference(torch.from_numpy(store), ids, torch.from_numpy(continuation), 0, dtype)
+    assert torch.equal(tokens, expected[0]) and torch.equal(lengths, expected[1])
+
+
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise: pages cannot be dropped")
 def test_cold_pages(tmp_path: Path, seed: int) -> None:
     """The same rows when they have to come from the disk first."""
