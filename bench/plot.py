@@ -4,8 +4,8 @@
     python bench/plot.py --demo demo/result.json     # keeps the demo's figures in results/demo.json first
 
 First, bits per byte of the demo's models (demo.json, demo_rfc.json); then chunked cross-attention, forward and
-backward, beside what one would write instead: for each machine the first group of each kind of positions that the
-files hold. No predictions.
+backward, beside what one would write instead: on the CPU and on the GPU that was measured last, the first group of
+each kind of positions that the file holds. No predictions.
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ def gains(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
-    """For each machine and kind of positions the group that is drawn: its name with the device, and (case, seconds) of
-    its rows."""
-    found: dict[tuple[str, str], tuple[str, list[tuple[str, float]]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        result: dict[str, Any] = json.loads(path.read_text())
+    """For the last CPU, the last GPU and each kind of positions the group that is drawn: its name with the device, and
+    (case, seconds) of its rows, ours first."""
+    found: dict[tuple[bool, str], tuple[str, list[tuple[str, float]]]] = {}
+    results: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    measured = (result for result in results if "device" in result.get("environment", {}))
+    for result in sorted(measured, key=lambda r: r["environment"].get("date", ""), reverse=True):
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in result.get("results", []):
             extra = row.get("extra", {})
@@ -72,7 +73,7 @@ def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
                 groups.setdefault(row["group"], []).append(row)
         for group, rows in groups.items():
             positions, device = rows[0]["extra"].get("positions", "none"), result["environment"]["device"]
-            kind = (device, positions)
+            kind = ("NVIDIA" in device, positions)
             if (
                 positions != "none"
                 and kind not in found
@@ -80,8 +81,9 @@ def rivals(folder: Path) -> dict[str, list[tuple[str, float]]]:
                 and len(rows) > 1
             ):
                 title = f"{group}\n{device}"
+                rows.sort(key=lambda row: row["case"] != OURS)
                 found[kind] = title, [(row["case"], row["median_s"]) for row in rows]
-    return dict(found.values())
+    return dict(found[kind] for kind in sorted(found))
 
 
 def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:

@@ -32,7 +32,7 @@ MARKER = re.compile(
 def conditions(result: dict[str, Any]) -> str:
     """A few words that say what a table's figures belong to."""
     environment, ceilings = result["environment"], result.get("ceilings")
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    versions = ", ".join(_versions(result))
     line = (
         f"{environment['device']}, {environment['torch_threads']} threads, Python {environment['python']}, {versions}; "
         f"commit {environment['commit']}, {environment['date']}. Median; ratio to the first row of its group."
@@ -42,12 +42,24 @@ def conditions(result: dict[str, Any]) -> str:
         line += f" {text[0].upper()}{text[1:]}{'' if len(said) == 1 else ' in some rows'}."
     if earlier := sorted({row["commit"] for row in result["results"] if "commit" in row}):
         line += f" Some rows are of {', '.join(earlier)} (the file says which)."
-    if ceilings:
+    if ceilings and any("share_of_floor" in row.get("extra", {}) for row in result["results"]):
         line += (
             " Each row's floor is of its own run; the ceilings measured last: "
             f"copy {ceilings['bandwidth'] / 1e9:,.0f} GB/s, matrix product {ceilings['matmul'] / 1e12:,.2f} TFLOP/s."
         )
     return line
+
+
+def _versions(result: dict[str, Any]) -> list[str]:
+    """Of the packages that have a part in the figures: torch, triton, numpy and what a row is named after, or FAISS
+    where something is searched."""
+    named = " ".join(row["case"] for row in result["results"])
+    searched = {"search", "training"} & {row.get("extra", {}).get("what") for row in result["results"]}
+    return [
+        f"{name} {version}"
+        for name, version in result["environment"]["versions"].items()
+        if name in ("torch", "triton", "numpy") or name in named or (searched and name.startswith("faiss"))
+    ]
 
 
 def duration(seconds: float) -> str:

@@ -500,7 +500,6 @@ def patterns() -> list[re.Pattern[str]]:
         for name in (
             "cpu",
             "cpu_avx512",
-            "gather",
             "gpu",
             "retrieval",
             "retrieval_avx512",

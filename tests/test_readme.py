@@ -166,7 +166,12 @@ def test_picture(tmp_path: Path) -> None:
         for c, s in (("retro_kernels", 1e-3), ("SDPA", 2e-3))
     ]
     rows.append({"group": "g", "case": "Flex", "skipped": "no such", "extra": extra})
-    (tmp_path / "cpu.json").write_text(json.dumps({"environment": {"device": "chip"}, "results": rows}))
+    for name, device, date, turned in (
+        ("cpu", "old chip", "2026-01-01", rows),
+        ("cpu_new", "chip", "2026-01-02", rows[::-1]),
+    ):
+        environment = {"device": device, "date": date}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"environment": environment, "results": turned}))
     assert plot.rivals(tmp_path) == {"g\nchip": [("retro_kernels", 1e-3), ("SDPA", 2e-3)]}
     (tmp_path / "demo.json").write_text(
         json.dumps({"corpus": "c", "bits_per_byte": {"plain": 2.0, "on": 1.5}})
