@@ -53,6 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(verb, _message(error))
         return 2
+    except RuntimeError as error:
+        if os.environ.get("RETRO_DEBUG") or not _lacks_memory(error):
+            raise
+        told = str(error).partition(" See documentation")[0].splitlines()[0].rstrip(". ")
+        _complain(verb, ". ".join([told, *_SMALLER.get(args.verb, ())]) + ".")
+        return 2
+
+
+_SMALLER = {
+    "train": ["Give a smaller --batch-size; with --accumulate as many times larger a step computes the same"],
+    "eval": ["Give a smaller --batch-size"],
+}
+"""What needs less memory."""
+
+
+def _lacks_memory(error: RuntimeError) -> bool:
+    """What torch raises is a type of its own for a GPU, and for the CPU none."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _speaks() -> bool:

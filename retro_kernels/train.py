@@ -389,8 +389,8 @@ class _Trainer:
         config = self.config
         dtype = pick_dtype(self.settings["dtype"], self.device)
         tokens_per_step = config.accumulate * config.batch_size * config.sequence_length
-        log = _Log(self.folder / METRICS, tokens_per_step, self.ranks)
         first = self.step
+        log = _Log(self.folder / METRICS, first, tokens_per_step, self.ranks)
         summary = self.settings.get("summary")
         if first >= until and summary and summary["steps"] == first:  # a finished run that is "resumed"
             return summary
@@ -550,8 +550,9 @@ class _Log:
     """Sums over the steps since the last line, and the lines, which the first process writes. Losses stay on the device
     until then."""
 
-    def __init__(self, path: Path, tokens_per_step: int, ranks: Ranks) -> None:
-        self._path, self._tokens_per_step, self._ranks = path, tokens_per_step, ranks
+    def __init__(self, path: Path, step: int, tokens_per_step: int, ranks: Ranks) -> None:
+        """step: after which the lines begin."""
+        self._path, self._step, self._tokens_per_step, self._ranks = path, step, tokens_per_step, ranks
         self.seconds = self.stalled = self.total_stalled = 0.0
         self.first_wait: float | None = None  # for the first batch, which no step before it can hide
         self.last_loss: float | None = None
@@ -560,7 +561,7 @@ class _Log:
 
     def __enter__(self) -> _Log:
         self._file = open(self._path if self._ranks.first else os.devnull, "a", encoding="utf-8")
-        self._board = _tensorboard(self._path.parent) if self._ranks.first else None
+        self._board = _tensorboard(self._path.parent, self._step) if self._ranks.first else None
         self._started = time.perf_counter()
         return self
 
@@ -605,12 +606,13 @@ class _Log:
         return line
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, step: int) -> Any:
+    """Forgets what stands there from `step` on, as metrics.jsonl does: those steps are done again."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # optional: metrics.jsonl holds the same
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _cut_metrics(path: Path, step: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import World, run
 
 import retro_kernels
@@ -161,6 +162,35 @@ def test_one_line_for_what_cannot_be_used(
     assert out == ""
     assert len(err.splitlines()) == 1 and err.startswith("retro-kernels") and said in err
     assert not any((tmp_path / name).exists() for name in ("s", "s.build", "y"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2 GiB. See documentation for Memory"
+            ),
+            "CUDA out of memory. Tried to allocate 2 GiB. Give a smaller --batch-size; with --accumulate",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 4\n#1"), "[enforce fail] "),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(
+    error: RuntimeError, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raised = [error, RuntimeError("a bug")]
+
+    def fail(*_: object, **__: object) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr("retro_kernels.train.train", fail)
+    assert run("train", "--data", "d", "--out", "r") == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"retro-kernels train: {said}") and printed.count("\n") == 1
+    assert "See documentation" not in printed and "--batch-size" in printed
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("train", "--data", "d", "--out", "r")
 
 
 def test_an_option_of_several_values_may_be_given_again() -> None:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,40 @@ def test_no_step_is_missing_from_the_metrics(
         assert [step for step, _ in lines] == steps
         for (start, _), (stop, loss) in zip([(0, 0.0), *lines], lines, strict=False):
             assert loss == pytest.approx(np.mean(every[start:stop]), rel=1e-6)
+
+
+def test_tensorboard_gets_the_metrics_of_each_step_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is installed; what follows a resumed step is forgotten, as in metrics.jsonl."""
+    told: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            told.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((name, step))
+
+        def close(self) -> None:
+            told.append("closed")
+
+    board = types.ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    words = ["train", "--data", world.train, "--set", world.set, "--out", tmp_path / "r", "--log-every", 1]
+    assert run(*words, "--steps", 3, "--stop-after", 2, *MODEL) == 0
+    assert run("train", "--data", world.train, "--out", tmp_path / "r", "--resume") == 0
+    folder = str(tmp_path / "r" / "tensorboard")
+    assert [line for line in told if line[0] in (folder, "train/loss", "c")] == [
+        (folder, 1),
+        ("train/loss", 1),
+        ("train/loss", 2),
+        "closed",
+        (folder, 3),
+        ("train/loss", 3),
+        "closed",
+    ]
 
 
 def test_interrupt_saves_and_says_how_to_go_on(

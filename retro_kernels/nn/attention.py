@@ -5,6 +5,7 @@ B batch, N tokens, L chunks, M chunk size, K neighbours, R tokens per neighbour,
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -248,8 +249,9 @@ class ChunkedCrossAttention(nn.Module):
             raise ValueError(
                 f'ChunkedCrossAttention: backend is {backend!r}; choose "triton", "torch", "reference" or None.'
             )
-        if not 0.0 <= dropout <= 1.0:
-            raise ValueError(f"ChunkedCrossAttention: dropout is {dropout}; it must be in [0, 1].")
+        given: Any = dropout
+        if not isinstance(given, numbers.Real) or not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"ChunkedCrossAttention: dropout is {dropout!r}; it must be a number in [0, 1].")
         self.dim, self.encoder_dim = dim, encoder_dim
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, kv_heads
         self.chunk_size, self.neighbour_len, self.position, self.backend = (

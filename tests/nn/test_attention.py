@@ -275,7 +275,8 @@ def test_a_few_rows_are_rows_of_the_whole(seed: int, position: str) -> None:
         (dict(chunk_size=0), "at least 1"),
         (dict(head_dim=0), "head_dim 0; both must be at least 1"),
         (dict(backend="cuda"), 'backend is \'cuda\'; choose "triton", "torch", "reference" or None'),
-        (dict(dropout=1.5), "dropout is 1.5; it must be in"),
+        (dict(dropout=1.5), "dropout is 1.5; it must be a number in"),
+        (dict(dropout="a"), "dropout is 'a'; it must be a number in"),
         (dict(encoder_dim=0), "encoder_dim is 0"),
     ],
 )
