@@ -249,8 +249,8 @@ class ChunkedCrossAttention(nn.Module):
             raise ValueError(
                 f'ChunkedCrossAttention: backend is {backend!r}; choose "triton", "torch", "reference" or None.'
             )
-        given: Any = dropout
-        if not isinstance(given, numbers.Real) or not 0.0 <= dropout <= 1.0:
+        drawn: Any = dropout  # whatever it is
+        if not isinstance(drawn, numbers.Real) or not 0.0 <= dropout <= 1.0:
             raise ValueError(f"ChunkedCrossAttention: dropout is {dropout!r}; it must be a number in [0, 1].")
         self.dim, self.encoder_dim = dim, encoder_dim
         self.num_heads, self.head_dim, self.num_kv_heads = num_heads, head_dim, kv_heads
