@@ -109,9 +109,8 @@ def declared_extras() -> set[str]:
 
 def test_tables_are_those_of_the_results() -> None:
     """A place that is still to be filled is empty; a filled one is what bench/tables.py makes of the results."""
-    assert set(tables.DOCUMENTS) == set(DOCUMENTS)
+    assert set(tables.DOCUMENTS) == {path for path, text in DOCUMENTS.items() if tables.MARKER.search(text)}
     for text in DOCUMENTS.values():
-        assert tables.MARKER.search(text)
         for match in tables.MARKER.finditer(text):
             if match[0] != f"{match[1]}{match[match.lastindex or 0]}":
                 assert tables.rendered(match[0]) == match[0], f"python bench/tables.py --write: {match[1]}"
