@@ -333,7 +333,7 @@ class RetroFitted(Retrieving):
                     during.enter_context(_not_recomputing(layer))
                 if contribution is not None:
                     add = functools.partial(self._added, number, contribution, lead, _first(args, kwargs))
-                    during.callback(self._sites[number].register_forward_hook(add).remove)
+                    during.callback(self._sites[number].module.register_forward_hook(add).remove)
                 return forward(*args, **kwargs)
 
         return run
@@ -350,9 +350,9 @@ class RetroFitted(Retrieving):
     ) -> Any:
         """The forward hook of a site: its `output` over the layer's input `x`, and CCA's contribution."""
         norm, cca = self._cca(number)
-        attended = _first(output)
-        state = (x + attended).to(next(norm.parameters()).dtype)
-        added = contribution(number, norm, cca, state[:, lead:]).to(attended.dtype)
+        attended, scale = _first(output), self._sites[number].scale
+        state = (x + attended * scale).to(next(norm.parameters()).dtype)
+        added = contribution(number, norm, cca, state[:, lead:]).to(attended.dtype) / scale
         attended = attended + (F.pad(added, (0, 0, lead, 0)) if lead else added)
         if isinstance(output, Tensor):
             return attended
@@ -518,8 +518,16 @@ class _Call(NamedTuple):
     result: Tensor | None
 
 
+class _Site(NamedTuple):
+    """Where a layer can be added to."""
+
+    module: nn.Module
+    scale: float
+    """By which the layer multiplies the module's output before it adds that (Granite); else 1."""
+
+
 @torch.no_grad()
-def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
+def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, _Site]:
     """Per layer the module whose output, added to the layer's input, is the state after self-attention.
 
     Seen in one forward pass: a module that runs later is given just that state; or, side by side with the feed-forward
@@ -549,7 +557,7 @@ def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
                 module.training = mode
     sites = {}
     for number, layer in layers.items():
-        site = _site(calls[number])
+        site = _site(calls[number], [1.0, *(v for v in vars(layer).values() if isinstance(v, float) and v)])
         if site is None:
             names = ", ".join(name for name, _ in layer.named_children())
             raise InputError(
@@ -561,7 +569,7 @@ def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, nn.Module]:
     return sites
 
 
-def _site(calls: list[_Call]) -> nn.Module | None:
+def _site(calls: list[_Call], scales: list[float]) -> _Site | None:
     *parts, (_, x, out) = calls
     if x is None or out is None:
         return None
@@ -571,13 +579,15 @@ def _site(calls: list[_Call]) -> nn.Module | None:
         (i, part.result) for i, part in enumerate(parts) if times[part.module] == 1 and _alike(part.result, x)
     ]
     for i, result in reversed(results):
-        if any(_alike(later.given, x) and _equal(later.given, x + result) for later in parts[i + 1 :]):
-            return parts[i].module
+        given = [later.given for later in parts[i + 1 :] if _alike(later.given, x)]
+        for scale in scales:
+            if any(_equal(state, x + result * scale) for state in given if state is not None):
+                return _Site(parts[i].module, scale)
     for i, result in reversed(results):
         for j, other in results:
             size = 16 * torch.finfo(x.dtype).eps * (x.abs() + result.abs() + other.abs())
             if j > i and bool(((x + result + other - out).abs() <= size).all()):
-                return parts[i].module
+                return _Site(parts[i].module, 1.0)
     return None
 
 

@@ -48,6 +48,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("GPTJ", GPT2 | {"rotary_dim": 8}),
     "Phi, one dropout for both": ("Phi", COMMON),
     "Falcon, sums in place": ("Falcon", {k: v for k, v in COMMON.items() if k != "intermediate_size"}),
+    "Granite, attention scaled": (
+        "Granite",
+        COMMON | {"num_key_value_heads": 1, "residual_multiplier": 0.22, "embedding_multiplier": 3.0},
+    ),
     "Gemma4, heads of two sizes": (
         "Gemma4Text",
         COMMON
@@ -176,7 +180,8 @@ def test_stands_behind_self_attention(seed: int, kind: str) -> None:
         part.register_forward_hook(keep(name), with_kwargs=True)
     model.encoder.register_forward_hook(lambda module, args, output: seen.update(encoder=args[1]))
     model(x, neighbours)
-    state = seen["layer"][0] + seen["behind"][1]  # this hook runs before those of the call
+    scale = getattr(layer, "residual_multiplier", 1.0)
+    state = seen["layer"][0] + seen["behind"][1] * scale  # this hook runs before those of the call
     torch.testing.assert_close(seen["norm"][0], state)
     read = seen["layer"][0] if kind in SIDE_BY_SIDE else state + seen["cca"][1]
     torch.testing.assert_close(seen["before"][0].view_as(read), read)
@@ -236,7 +241,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
     inputs[1] = (inputs[1][0], None)
     parameters, calls, results = model.trainable_parameters(), [0] * LAYERS, []
     for number, site in model._sites.items():
-        site.register_forward_hook(
+        site.module.register_forward_hook(
             lambda *_, number=number: calls.__setitem__(number - 1, calls[number - 1] + 1)
         )
     for on in (False, True):
