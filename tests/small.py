@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,6 +56,36 @@ class World:
 
 def run(*words: object) -> int:
     return cli.main([str(word) for word in words])
+
+
+HERE = Path(__file__).resolve().parent
+OF_RANKS = {
+    **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
+    "OMP_NUM_THREADS": "1",
+}
+"""The environment of processes that share a job."""
+
+
+def run_ranks(script: str, *words: object, world: int = 2) -> None:
+    """`script RANK WORLD words…`, a file of tests/, in as many processes; each must end well."""
+    command = [sys.executable, str(HERE / script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), *map(str, words)],
+            env=OF_RANKS,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=180)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def text(rng: random.Random, passages: list[str], words: int) -> str:

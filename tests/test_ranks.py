@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
-from small import MODEL, World, run
+from small import MODEL, OF_RANKS, World, run
 
 from retro_kernels.config import InputError
 from retro_kernels.ranks import Ranks, joined
 from retro_kernels.runs import checkpoints, load_state
 
-HERE = Path(__file__).resolve().parent
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-    "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]),
-    "OMP_NUM_THREADS": "1",
-}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -45,11 +39,11 @@ def test_two_processes_train_the_weights_of_one(world: World, tmp_path: Path, se
     """The sum of two gradients has no order: the same bits, as long as each product has as many threads."""
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(
-        [sys.executable, "-m", "retro_kernels", *options(world, one, seed)], env=ENVIRONMENT, check=True
+        [sys.executable, "-m", "retro_kernels", *options(world, one, seed)], env=OF_RANKS, check=True
     )
     ran = subprocess.run(
         [*TORCHRUN, "-m", "retro_kernels", *options(world, two, seed)],
-        env=ENVIRONMENT,
+        env=OF_RANKS,
         capture_output=True,
         text=True,
     )
@@ -69,23 +63,7 @@ def test_two_processes_train_the_weights_of_one(world: World, tmp_path: Path, se
 def told(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """What two processes of ranks_worker.py wrote: their folder, and what each was told."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(HERE / "ranks_worker.py")]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(folder), str(world.set), str(world.train), "3"],
-            env=ENVIRONMENT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in processes:
-            _, errors = process.communicate(timeout=180)
-            assert process.returncode == 0, errors
-    finally:
-        for process in processes:
-            process.kill()
+    small.run_ranks("ranks_worker.py", folder, world.set, world.train, 3)
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

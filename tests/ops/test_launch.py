@@ -278,10 +278,9 @@ def test_tritons_own_launch_gets_what_its_first_one_got(tmp_path):
     without_gpu.run(TRITONS_OWN, tmp_path)
 
 
-NOTHING_TWICE = """
-import gc, weakref
+NOTED = """
 from triton import knobs
-from retro_kernels.ops.cca import backward, forward, launch, launcher
+from retro_kernels.ops.cca import backward, forward, launch
 
 def draw(*shape):
     return torch.randn(shape).to(torch.bfloat16)
@@ -293,6 +292,12 @@ def noted(self, *tensors):
     call(self, *tensors)
 
 launch.Launch.__call__ = noted
+"""
+"""Launches are written down, with their tensors."""
+
+NOTHING_TWICE = """
+import gc, weakref
+from retro_kernels.ops.cca import launcher
 terms = [draw(2, 79, 32), draw(2, 32), draw(2, 32), draw(2, 79)]
 for _ in range(3):
     query, key, value = draw(1, 64, 2, 32), draw(4, 2, 64, 2, 32), draw(4, 2, 64, 2, 32)
@@ -355,23 +360,11 @@ print("the same")
 
 def test_launches_that_do_nothing_twice_pass_on_the_same(tmp_path):
     """To the native part of the installed Triton's launcher, as its ordinary way; and no tensor is kept."""
-    without_gpu.run("calls = []" + NOTHING_TWICE, tmp_path, without_gpu.LAUNCHER)
+    without_gpu.run("calls = []" + NOTED + NOTHING_TWICE, tmp_path, without_gpu.LAUNCHER)
 
 
 TO_THE_BYTE = """
-from triton import knobs
-from retro_kernels.ops.cca import backward, decode_kernel, forward, launch
-
-def draw(*shape):
-    return torch.randn(shape).to(torch.bfloat16)
-
-launched, call = [], launch.Launch.__call__
-
-def noted(self, *tensors):
-    launched.append((self, tensors))
-    call(self, *tensors)
-
-launch.Launch.__call__ = noted
+from retro_kernels.ops.cca import decode_kernel
 decode_kernel.slots = lambda device, resident: 132 * resident
 terms = [draw(2, 79, 32), draw(2, 32), draw(2, 32), draw(2, 79)]
 rows = torch.randint(0, 16, (2, 1))
@@ -419,7 +412,7 @@ def test_the_driver_gets_the_same_to_the_byte(tmp_path):
     """By all of Triton's launcher, its native part too, from every kernel with windows or that begins early."""
     folder = str(without_gpu.driver_of_cuda(tmp_path))
     where = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
-    without_gpu.run(TO_THE_BYTE, tmp_path / "cache", without_gpu.NATIVE, **where)
+    without_gpu.run(NOTED + TO_THE_BYTE, tmp_path / "cache", without_gpu.NATIVE, **where)
 
 
 FALLS_BACK = """

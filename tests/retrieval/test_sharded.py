@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from retrieval import sharded_worker
 from retrieval.sets import BagEmbedder, M, MemoryStore, dense
@@ -19,29 +17,7 @@ WORLD = 2
 
 
 def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
-    here = Path(__file__).resolve().parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, str(here / "sharded_worker.py")]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD), str(tmp_path), str(seed)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
+    small.run_ranks("retrieval/sharded_worker.py", tmp_path, seed, world=WORLD)
     documents = sharded_worker.corpus(seed)
     one = dense(MemoryStore(documents, BagEmbedder()))
     for rank in range(WORLD):
