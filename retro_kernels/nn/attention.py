@@ -188,7 +188,8 @@ class ChunkedCrossAttention(nn.Module):
     backend        of the kernels: "triton", "torch", "reference"; None chooses
     projection     "materialised" forms keys and values; "absorbed" attends to the neighbours' states themselves (the
                    same to rounding, without K and V in memory); "auto" takes the one that `choose_projection` predicts
-                   to be faster, and never absorbs a k_proj or v_proj which was replaced, parametrised or has hooks
+                   to be faster, and never absorbs a k_proj or v_proj which was replaced, parametrised, quantised or
+                   has hooks
     device, dtype  of the parameters
 
     Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`; `rel_proj`, `content_bias`, `position_bias` [H, D] ("relative");
@@ -324,7 +325,7 @@ class ChunkedCrossAttention(nn.Module):
         plain = _is_linear(self.k_proj) and _is_linear(self.v_proj)
         if self.projection == "absorbed" and not plain:
             raise ValueError(
-                "ChunkedCrossAttention: k_proj or v_proj was replaced, parametrised or has hooks, which "
+                "ChunkedCrossAttention: k_proj or v_proj was replaced, parametrised, quantised or has hooks, which "
                 'attention to the states would pass over. Use projection="auto" or "materialised".'
             )
         if self.projection != "auto" or not plain:
@@ -516,9 +517,12 @@ def _zero_own(module: nn.Module) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is what its weights say: neither replaced nor parametrised, and without hooks."""
+    """Whether it is what its weights say: neither replaced, parametrised nor quantised, and without hooks."""
     own = "forward" in vars(module)  # as accelerate sets it, to bring weights from elsewhere
-    return type(module) is nn.Linear and not (own or module._forward_hooks or module._forward_pre_hooks)
+    if type(module) is not nn.Linear or own or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    # a tensor made of others, as torchao quantises in place, multiplies in its own way and is no argument of our ops
+    return not hasattr(type(module.weight), "__tensor_flatten__")
 
 
 def _heads(table: Tensor, num_heads: int) -> Tensor:

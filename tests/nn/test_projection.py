@@ -69,22 +69,53 @@ def set_projection(model: Retro, projection: str) -> None:
             layer.projection = projection
 
 
+class Quantised(torch.Tensor):
+    """A weight as torchao has them: the layer's type stays, and the product is the tensor's own."""
+
+    _rounded: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor) -> Quantised:
+        made = torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+        made._rounded = (8 * weight).round().char()
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["_rounded"], None
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.nn.functional.linear:
+            x, weight = args[:2]
+            return x @ (weight._rounded.to(x.dtype) / 8).T
+        return super().__torch_function__(function, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{function} of a quantised weight")
+
+
 def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
     sizes = dict(head_dim=256, encoder_dim=64, num_kv_heads=4)  # where absorbing pays
     assert make("auto", **sizes).absorbs(2, torch.device("cpu"), training=True)
-    hooked, parametrised, replaced, wrapped = (make("auto", **sizes) for _ in range(4))
+    hooked, parametrised, replaced, wrapped, quantised = (make("auto", **sizes) for _ in range(5))
     hooked.k_proj.register_forward_hook(lambda module, inputs, output: 2 * output)
     torch.nn.utils.parametrizations.weight_norm(parametrised.v_proj)
     replaced.k_proj = torch.nn.Sequential(replaced.k_proj, torch.nn.Tanh())
     forward = wrapped.v_proj.forward
     wrapped.v_proj.forward = lambda states: 2 * forward(states)  # type: ignore[method-assign]
+    quantised.k_proj.weight = torch.nn.Parameter(
+        Quantised(quantised.k_proj.weight.detach()), requires_grad=False
+    )
     x, neighbours = torch.randn(1, 9, 12).double(), torch.randn(1, 2, 2, 8, 64).double()
-    for module in (hooked, parametrised, replaced, wrapped):
+    for module in (hooked, parametrised, replaced, wrapped, quantised):
         assert not module.absorbs(2, torch.device("cpu"), training=True)
         out, module.projection = module(x, neighbours), "materialised"
         assert torch.equal(out, module(x, neighbours))
         module.projection = "absorbed"
-        with pytest.raises(ValueError, match="was replaced, parametrised or has hooks"):
+        with pytest.raises(ValueError, match="was replaced, parametrised, quantised or has hooks"):
             module.absorbs(2, torch.device("cpu"))
     with pytest.raises(ValueError, match="projection is 'both'"):
         make("both")
