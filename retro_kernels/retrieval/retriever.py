@@ -82,6 +82,7 @@ class Retriever:
     """See the module. Public: store, tokenizer, num_chunks, num_documents, chunk_size, stats, searcher.
 
     One call at a time: a lock makes a prefetching thread and an evaluation in between wait for each other.
+    A copy, such as a worker of a DataLoader gets that is spawned, opens the set anew, with the same options.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Retriever:
         retriever: "dense" (embeddings), "bm25" (shared words), "bm25:tokens" (shared tokens), "random" (the control),
             or with a re-ranking "+bm25" (by shared tokens), "+edit", "+run" of `rerank_fetch` candidates.
         embedder: the set's own one, where it cannot be found under the name in the manifest: a folder, a name, or an
-            object with embed(texts) and fingerprint. Loaded when a chunk comes that is not in the set.
+            object (TextEmbedder). Loaded when a chunk comes that is not in the set.
         query_embedder: another encoder for queries, as `embedder` (of DPR's two, `Embedder.from_pretrained(…,
             pooling="cls")`, with metric "inner product"). Keys of the set are then never taken for queries.
         metric: "l2" (squared, the set's index), or "inner product": exact search, distances are negative products.
@@ -156,6 +157,7 @@ class Retriever:
         InputError where there is no set, it is damaged, the embedder is not the one it was built with, or the index
         cannot run on index_device (ImportError: FAISS is missing, or has no GPUs).
         """
+        options = {name: value for name, value in locals().items() if name not in ("cls", "path")}
         if retriever not in RETRIEVERS:
             raise InputError(f"Retriever: {retriever!r} is not one of {', '.join(RETRIEVERS)}.")
         if metric not in ("l2", "inner product"):
@@ -245,10 +247,23 @@ class Retriever:
         made.name, made.candidates = retriever, candidates
         if neighbours is not None and not measure:
             made._kept = table.per_chunk
+        made._opened = os.path.abspath(path), options
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._opened is None:
+            raise TypeError(
+                f"{type(self).__name__}: only what Retriever.from_pretrained opened can be copied or sent to another "
+                "process. Open the set there."
+            )
+        from retro_kernels.retrieval.neighbours import set_fingerprint
+
+        return _open_again, (*self._opened, set_fingerprint(self.store))
 
     collective = False
     """Whether `gather` and searching are calls that all ranks make together."""
+    _opened: tuple[str, dict[str, Any]] | None = None
+    """The folder and the options of `from_pretrained`."""
     _kept: int | None = None
     """How many neighbours of a chunk a file has; None where it is not the file's that are used."""
 
@@ -494,6 +509,17 @@ class Retriever:
         """`for batch, neighbours in retriever.prefetch(loader)`: the neighbours of each batch, retrieved while the step
         before it runs. See `prefetch.Prefetcher`."""
         return Prefetcher(self, loader, num_neighbours=num_neighbours, depth=depth, inputs=inputs)
+
+
+def _open_again(path: str, options: dict[str, Any], fingerprint: str) -> Retriever:
+    from retro_kernels.retrieval.neighbours import set_fingerprint
+
+    made = Retriever.from_pretrained(path, **{**options, "progress": False})
+    if set_fingerprint(made.store) != fingerprint:  # the same ids would be other chunks
+        raise InputError(
+            f"The retrieval set {path} was changed since it was opened to be copied. Open it anew."
+        )
+    return made
 
 
 def _check_tensor(name: str, given: Any, shape: str) -> None:

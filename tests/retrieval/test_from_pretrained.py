@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from torch.utils.data import DataLoader
 
 from retro_kernels.config import InputError
 from retro_kernels.data.corpus import Document, document_hash
 from retro_kernels.retrieval.build import build_retrieval_set
 from retro_kernels.retrieval.embedder import HashingEmbedder
+from retro_kernels.retrieval.merge import append_to_retrieval_set
 from retro_kernels.retrieval.neighbours import precompute
 from retro_kernels.retrieval.retriever import RETRIEVERS, Retriever
 
@@ -264,3 +269,43 @@ def test_random_neighbours_do_not_depend_on_the_other_queries(folder: Path) -> N
 def test_a_cache_has_no_more_places_than_the_set_has_chunks(folder: Path) -> None:
     retriever: Any = Retriever.from_pretrained(folder, cache=10**15)
     assert retriever.searcher.per_chunk == retriever.num_chunks
+
+
+def test_a_copy_opens_the_set_anew(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    retriever = Retriever.from_pretrained(
+        folder.name, retriever="dense+edit", cache=8, rerank_fetch=8, embedder=HashingEmbedder(64)
+    )
+    tokens = torch.randint(4, 300, (3, 40))
+    sent = pickle.dumps(retriever)
+    assert len(sent) < 10_000  # the folder is named, not sent
+    monkeypatch.chdir(tmp_path)
+    for made in (
+        pickle.loads(sent),
+        copy.deepcopy(retriever),
+        pickle.loads(pickle.dumps(pickle.loads(sent))),
+    ):
+        assert made.name == retriever.name and made.candidates == retriever.candidates
+        for mine, theirs in zip(retriever(tokens), made(tokens), strict=True):
+            assert torch.equal(mine, theirs)
+    spawned = DataLoader(
+        [tokens, tokens[:1]],  # type: ignore[arg-type]
+        batch_size=None,
+        collate_fn=retriever,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    assert [torch.equal(found.ids, retriever(tokens[: len(found.ids)]).ids) for found in spawned] == [
+        True
+    ] * 2
+
+
+def test_what_cannot_be_copied_says_so(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "set")
+    opened = Retriever.from_pretrained(tmp_path / "set")
+    sent = pickle.dumps(opened)
+    append_to_retrieval_set(tmp_path / "set", [Document("new", " ".join(WORDS))], progress=False)
+    with pytest.raises(InputError, match="was changed since it was opened to be copied"):
+        pickle.loads(sent)
+    with pytest.raises(TypeError, match="only what Retriever.from_pretrained opened"):
+        pickle.dumps(Retriever(opened.store, opened.searcher))
