@@ -7,7 +7,7 @@ import unicodedata
 from functools import lru_cache
 
 _ASCII = re.compile(r"\w+")
-_UNSPACED = (
+UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e"  # Thai
     "\u0e81-\u0ece\u0edc-\u0edf"  # Lao
     "\u1000-\u103f\u1050-\u109f"  # Burmese
@@ -24,7 +24,7 @@ def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
     # \w has letters and digits, but not the vowel signs and accents that stand on letters (of Hindi, say). Beyond 16
     # bits there are but a few of dead scripts, with which re would look for a character in a list, which is slower.
     marks = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) in ("Mn", "Mc"))
-    letter, run = rf"[^\W{_UNSPACED}]", f"[{_UNSPACED}]+"
+    letter, run = rf"[^\W{UNSPACED}]", f"[{UNSPACED}]+"
     return re.compile(f"{run}|{letter}+(?:[{marks}]+{letter}*)*"), re.compile(run)
 
 

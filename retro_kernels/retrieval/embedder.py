@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from retro_kernels.config import InputError
+from retro_kernels.data.words import UNSPACED
 
 if TYPE_CHECKING:
     import torch
@@ -285,12 +286,14 @@ class Embedder:
 
 class HashingEmbedder:
     """Words and pairs of words hashed into `dim` signed buckets, normalised: no model, no meaning, only shared words.
+    Where a script puts no space between words, each letter stands for one.
 
     For tests, and for machines without transformers: neighbours found with it share words, which on real text is far
     less than what a BERT finds. It says so in its name, and a set built with it opens with nothing else.
     """
 
     _WORD = re.compile(r"\w+|[^\w\s]")
+    _LETTER_OR_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 
     def __init__(self, dim: int = 256) -> None:
         if not 8 <= dim <= 65_536:
@@ -298,7 +301,7 @@ class HashingEmbedder:
         self.dim = dim
         self.name = f"hashing:{dim}"
         self.fingerprint = hashlib.sha256(
-            f"hashed words and pairs, signed, sqrt counts, {dim}, 1".encode()
+            f"hashed words and pairs, signed, sqrt counts, {dim}, 2".encode()
         ).hexdigest()
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor:
@@ -307,7 +310,8 @@ class HashingEmbedder:
 
         result = np.zeros((len(texts), self.dim), dtype=np.float32)
         for row, text in enumerate(texts):
-            words = [word.encode() for word in self._WORD.findall(text.lower())]
+            pattern = self._WORD if text.isascii() else self._LETTER_OR_WORD
+            words = [word.encode() for word in pattern.findall(text.lower())]
             features = words + [a + b" " + b for a, b in zip(words, words[1:], strict=False)]
             hashes = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(features))
             signs = np.where(hashes >> np.uint32(31), np.float32(-1), np.float32(1))

@@ -181,6 +181,15 @@ def test_hashing_compares_words():
         load_embedder("hashing:4")
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [("床前明月光，疑是地上霜。", "地上明月", "黄河入海流"), ("กินข้าวแล้ว", "เขากินข้าวที่บ้าน", "ฝนตกหนัก")],
+)
+def test_hashing_compares_letters_where_words_are_not_spaced(texts):
+    whole, part, other = load_embedder("hashing").embed(texts)
+    assert whole @ part > whole @ other + 0.15
+
+
 def test_a_dtype_that_cannot_be_had_is_said(bert):
     assert as_embedder(bert, dtype="bfloat16").dtype == torch.bfloat16
     assert as_embedder(bert, dtype="float32").dtype == torch.float32
