@@ -48,7 +48,13 @@ from retro_kernels.data.corpus import (
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
-from retro_kernels.retrieval.embedder import TextEmbedder, as_embedder, describe_embedder, embedder_in_words
+from retro_kernels.retrieval.embedder import (
+    TextEmbedder,
+    as_embedder,
+    describe_embedder,
+    embedded,
+    embedder_in_words,
+)
 from retro_kernels.retrieval.index import (
     EXACT,
     Index,
@@ -764,7 +770,7 @@ class Builder:
         with self.bar("embedding", len(chunks), "chunks", done) as bar:
             for shard in todo:
                 texts = tokenizer.decode_batch(chunks[shard.start : shard.stop])
-                vectors = embedder.embed(texts, bar.update).cpu().numpy().astype(np.float16)
+                vectors = embedded(embedder, texts, bar.update).cpu().numpy().astype(np.float16)
                 if not np.isfinite(vectors).all():
                     raise InputError(f"{embedder.name} gave vectors with NaN or beyond the range of fp16.")
                 save_array(self._shard_path(shard), vectors)

@@ -40,7 +40,8 @@ _BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}
 
 
 class TextEmbedder(Protocol):
-    """What the retrieval set and the retriever need of an embedder. `fingerprint` changes whenever any vector would."""
+    """What the retrieval set and the retriever need of an embedder. `fingerprint` changes whenever any vector would.
+    `embed` gives floating point [n, dim], and calls `progress` with how many texts are done since it last did."""
 
     name: str
     dim: int
@@ -72,6 +73,25 @@ def as_embedder(given: Any, device: Any = None, dtype: str | None = None) -> Tex
     made = given if hasattr(given, "embed") else load_embedder(given, device, dtype and _torch_dtype(dtype))
     if dtype is not None and str(getattr(made, "dtype", None)).removeprefix("torch.") != dtype:
         raise InputError(f"The embedder {made.name} cannot be had in {dtype}; leave its dtype out.")
+    return made
+
+
+def embedded(
+    embedder: TextEmbedder, texts: Sequence[str], progress: Callable[[int], object] | None = None
+) -> torch.Tensor:
+    """`embedder.embed`, whose result is checked: the embedder may be anyone's."""
+    import torch
+
+    made = embedder.embed(texts) if progress is None else embedder.embed(texts, progress)
+    if not isinstance(made, torch.Tensor):
+        raise TypeError(
+            f"The embedder {embedder.name} gave a {type(made).__name__}; embed must give a tensor [n, dim]."
+        )
+    if made.shape != (len(texts), embedder.dim):
+        raise InputError(
+            f"The embedder {embedder.name} gave {list(made.shape)} for {len(texts):,} texts; with its dim it must be "
+            f"{[len(texts), embedder.dim]}."
+        )
     return made
 
 
@@ -117,7 +137,7 @@ def load_described(
                 raise
             raise InputError(
                 f"The retrieval set {folder} was built with the embedder {name}, which is not found under that name; "
-                f"give the path of its folder (embedder=). {error}"
+                f"give its folder, or the object that it was (embedder=). {error}"
             ) from None
         if made.fingerprint == fingerprint:
             return made

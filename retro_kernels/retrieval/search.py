@@ -22,7 +22,7 @@ from torch import Tensor
 
 from retro_kernels.config import InputError
 from retro_kernels.ops._backend import numbered
-from retro_kernels.retrieval.embedder import TextEmbedder
+from retro_kernels.retrieval.embedder import TextEmbedder, embedded
 from retro_kernels.retrieval.store import ChunkStore
 
 # FAISS on the GPU returns no more, for some kinds of indexes fewer; beyond it a row is cheaper compared with everything
@@ -323,7 +323,7 @@ class DenseSearcher:
     def embed(self, queries: Tensor) -> Tensor:
         """float32 [Q, D]: detokenised without pads and embedded; rounded to fp16 as the keys of the set are."""
         rows = [[t for t in row if t != self.store.tokenizer.pad_id] for row in queries.tolist()]
-        return self.embedder.embed(self.store.tokenizer.decode_batch(rows)).half().float()
+        return embedded(self.embedder, self.store.tokenizer.decode_batch(rows)).half().float()
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Searcher.search`. Distances are squared L2 (negative inner products for a set of that metric)."""

@@ -309,3 +309,39 @@ def test_what_cannot_be_copied_says_so(folder: Path, tmp_path: Path) -> None:
         pickle.loads(sent)
     with pytest.raises(TypeError, match="only what Retriever.from_pretrained opened"):
         pickle.dumps(Retriever(opened.store, opened.searcher))
+
+
+class Foreign:
+    """An embedder as one writes it oneself."""
+
+    name, dim, fingerprint = "foreign", 8, "foreign, 1"
+
+    def __init__(self, made: Any = None) -> None:
+        self.made = made
+
+    def embed(self, texts: Any, progress: Any = None) -> Any:
+        vectors = torch.tensor([[text.count(letter) for letter in "aeioubcd"] for text in texts])
+        return vectors / 64 if self.made is None else self.made(vectors)
+
+
+def test_an_embedder_of_ones_own(documents: list[Document], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"vocab_size": 330, "chunk_size": 16, "progress": False}
+    for made, error, said in (
+        (lambda vectors: vectors.numpy(), TypeError, "foreign gave a ndarray; embed must give a tensor"),
+        (
+            lambda vectors: vectors[:, :7] / 64,
+            InputError,
+            r"foreign gave \[\d+, 7\] for [\d,]+ texts; .* 8\]",
+        ),
+    ):
+        with pytest.raises(error, match=said):
+            build_retrieval_set(documents, tmp_path / "set", embedder=Foreign(made), **options)
+    build_retrieval_set(documents, tmp_path / "set", embedder=Foreign(), **options)
+    hit = Retriever.from_pretrained(tmp_path / "set", embedder=Foreign()).search_text(
+        documents[7].text[:90], k=1
+    )
+    assert len(hit) == 1
+    with pytest.raises(InputError, match="gave .* texts"):
+        Retriever.from_pretrained(
+            tmp_path / "set", embedder=Foreign(lambda vectors: vectors[:1] / 64)
+        ).search_text(["bar", "cor"])
