@@ -286,6 +286,11 @@ class RetroFitted(Retrieving):
             attention_mask = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
         with self._adding(contribution, lead):
             result = self.base(input_ids=ids, attention_mask=attention_mask, return_dict=True, **options)
+        if getattr(result, "logits", None) is None:
+            raise TypeError(
+                f"RetroFitted: base is {type(self.base).__name__}, which gives no logits; take the model that "
+                "AutoModelForCausalLM gives."
+            )
         if lead:
             result.logits, first = result.logits[:, 1:], result.logits[:, 0].clone()
             result.logits[:, 0] = torch.where(tokens[:, :1] == 0, first, result.logits[:, 0])

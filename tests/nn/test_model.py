@@ -362,6 +362,8 @@ def test_bad_input(seed: int) -> None:
         model(x, NeighbourBatch(neighbours.tokens, neighbours.lengths[:, :2]))
     with pytest.raises(InputError, match=r"\[B, N\]"):
         model(x[0], neighbours)
+    with pytest.raises(TypeError, match=r"neighbours is a tensor; it must be a NeighbourBatch"):
+        model(x, neighbours.tokens)
     with pytest.raises(InputError, match="plain decoder"):
         tiny_model(cca_layers=())(x, neighbours)
 

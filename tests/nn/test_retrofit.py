@@ -508,6 +508,8 @@ def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
 def test_refuses(seed: int) -> None:
     with pytest.raises(TypeError, match="AutoModelForCausalLM"):
         RetroFitted(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="GPT2Model, which gives no logits; take .* AutoModelForCausalLM"):
+        RetroFitted(base_model().transformer)(random_input()[0])
     encoder_decoder = transformers.T5Config(
         vocab_size=V, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2
     )
