@@ -227,6 +227,9 @@ class Embedder:
                 raise InputError(f"Embedder: {name} cannot be loaded: {reason} {_ADVICE}") from None
         model = model.eval().requires_grad_(False).to(device)
         positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        if (padding := getattr(table, "padding_idx", None)) is not None:  # RoBERTa counts from behind it
+            positions -= padding + 1
         limit = min(max_tokens or MAX_TOKENS, positions)
         normalise = _says_normalise(source)
         made = cls(model, tokenizer, name, normalise=normalise, max_tokens=limit, pooling=pooling)

@@ -51,7 +51,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return {**found, MANIFEST: manifest}
 
 
-def tiny_bert(folder: Path, seed: int = 3) -> Path:
+def tiny_bert(folder: Path, seed: int = 3, kind: str = "Bert") -> Path:
     """One with random weights, in a folder."""
     transformers = pytest.importorskip("transformers")
     folder.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def tiny_bert(folder: Path, seed: int = 3) -> Path:
         vocab_file=str(folder / "vocab.txt"), vocab=str(folder / "vocab.txt")
     ).save_pretrained(folder)
     torch.manual_seed(seed)
-    config = transformers.BertConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(vocabulary),
         hidden_size=16,
         num_hidden_layers=2,
@@ -78,5 +78,5 @@ def tiny_bert(folder: Path, seed: int = 3) -> Path:
         intermediate_size=32,
         max_position_embeddings=64,
     )
-    transformers.BertModel(config).save_pretrained(folder)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(folder)
     return folder

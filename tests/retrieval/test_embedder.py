@@ -181,6 +181,13 @@ def test_hashing_compares_words():
         load_embedder("hashing:4")
 
 
+@pytest.mark.parametrize("kind", ["XLMRoberta", "MPNet"])
+def test_positions_that_begin_behind_the_padding(tmp_path, kind):
+    embedder = Embedder.from_pretrained(tiny_bert(tmp_path, kind=kind))
+    assert embedder.max_tokens == 62  # of 64
+    assert embedder.embed(["x " * 900]).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "texts",
     [("床前明月光，疑是地上霜。", "地上明月", "黄河入海流"), ("กินข้าวแล้ว", "เขากินข้าวที่บ้าน", "ฝนตกหนัก")],
