@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import peers
 import pytest
@@ -325,6 +330,26 @@ def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: 
         torch.testing.assert_close(exported(*given), out)
         with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
             exported(torch.autograd.forward_ad.make_dual(x, x), *given[1:])
+
+
+def test_what_is_exported_loads_where_the_ops_are(seed: int, tmp_path: Path) -> None:
+    cca, given = make().eval().float(), inputs(3 * M + 1)
+    given = tuple(x.float() if x.is_floating_point() else x for x in given)
+    torch.export.save(torch.export.export(cca, given), tmp_path / "cca.pt2")
+    torch.save((given, cca(*given).detach()), tmp_path / "wanted.pt")
+    code = """
+        import sys, torch, retro_kernels.ops
+        given, wanted = torch.load(sys.argv[1] + "/wanted.pt")
+        torch.testing.assert_close(torch.export.load(sys.argv[1] + "/cca.pt2").module()(*given), wanted)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True, timeout=300)
+
+
+def test_the_reference_exports_without_ops_of_its_own(seed: int) -> None:
+    """Which is what ONNX needs."""
+    cca = make(backend="reference")
+    graph = torch.export.export(cca, inputs(3 * M + 1)).run_decompositions().graph
+    assert not [node for node in graph.nodes if "retro_kernels" in str(node.target)]
 
 
 @pytest.mark.parametrize("position", ["relative", "bias", "none"])
