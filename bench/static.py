@@ -621,9 +621,11 @@ def main() -> int:
     if reason:
         print(f"nothing compiled: {reason}")
         return 0 if args.check else 1
-    which = [
-        v for v in variants(args.all or args.write) if not args.only or any(x in v.name for x in args.only)
-    ]
+    every = list(variants(args.all or args.write))
+    for part in args.only:  # a check of nothing holds every guard
+        if not any(part in v.name for v in every):
+            parser.error(f"--only: no variant's name contains {part!r}")
+    which = [v for v in every if not args.only or any(x in v.name for x in args.only)]
     if args.ones:
         one_of_each = {(v.part, v.mode): v for v in variants() if v.arch == 90}
         for lines in compile_all(with_sizes_of_one, list(one_of_each.values()), args.processes):

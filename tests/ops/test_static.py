@@ -63,6 +63,12 @@ def test_committed_kernels() -> None:
 
 
 @compiles
+def test_a_check_of_nothing_holds_nothing() -> None:
+    done = compiled("--check", "--only", CHECKED[0], "--only", "nothing")
+    assert done.returncode == 2 and "no variant's name contains 'nothing'" in done.stderr
+
+
+@compiles
 def test_sizes_of_one() -> None:
     """Triton makes an argument that is 1 a constant, which has fewer methods; interpreted kernels do not show it."""
     done = compiled("--ones")
