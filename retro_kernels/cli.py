@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import PRESETS, FailedElsewhere, InputError, TrainConfig
+from .config import PRESETS, FailedElsewhere, InputError, TrainConfig, processes
 
 PROG = "retro-kernels"
 
@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     verb = f"{PROG} {args.verb}"
     try:
+        _check_processes(args.verb)
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -73,9 +74,17 @@ def _lacks_memory(error: RuntimeError) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
+def _check_processes(verb: str) -> None:
+    if verb in ("train", "info") or "TORCHELASTIC_RUN_ID" not in os.environ or processes() == 1:
+        return
+    message = f"{verb}: torchrun started {processes()} processes, and all would do the same in one place. "
+    kind = InputError if _speaks() else FailedElsewhere
+    raise kind(f"{message}Only train divides its work among them; start this verb without torchrun.")
+
+
 def _speaks() -> bool:
     """Of the processes that torchrun started, one."""
-    return os.environ.get("RANK", "0") == "0"
+    return processes() == 1 or os.environ["RANK"] == "0"
 
 
 def _print_any_character() -> None:

@@ -32,6 +32,12 @@ class InputFailedElsewhere(FailedElsewhere, InputError):
     """The same, for what a user gave there."""
 
 
+def processes() -> int:
+    """How many torchrun started, of which this is one; or who else describes them so. 1: this one is alone."""
+    described = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["WORLD_SIZE"]) if described else 1
+
+
 def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
     """What safetensors raised while it wrote `path`, as the OSError that it tells of: the disk is full, …"""
     if number := re.search(r"\(os error (\d+)\)", str(error)):

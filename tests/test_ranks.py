@@ -13,6 +13,7 @@ import small
 import torch
 from small import MODEL, OF_RANKS, World, run
 
+from retro_kernels import cli
 from retro_kernels.config import InputError
 from retro_kernels.ranks import Ranks, joined
 from retro_kernels.runs import checkpoints, load_state
@@ -113,7 +114,30 @@ def test_what_processes_tell_each_other(told: tuple[Path, list[dict[str, Any]]])
         assert one["any"] == [True, False] and one["gathered"] == [0, 1] and one["told"] == "of 0"
 
 
+@pytest.mark.parametrize("verb", ["demo", "index", "eval"])
+def test_torchrun_is_refused_where_nothing_is_divided(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    started = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in {**started, "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, str(value))
+    out = tmp_path / "out"
+    words = {
+        "demo": ["--corpus", out, "--out", out],
+        "index": [out, "--out", out],
+        "eval": ["--run", out, "--data", out],
+    }
+    assert run(verb, *words[verb]) == 2
+    assert capsys.readouterr().err == ""  # one of them speaks
+    monkeypatch.setenv("RANK", "0")
+    assert run(verb, *words[verb]) == 2
+    assert capsys.readouterr().err.startswith(f"retro-kernels {verb}: torchrun started 2 processes, and all")
+    assert not out.exists()
+
+
 def test_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")  # alone, it says nothing
+    assert cli._speaks()
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")  # torchrun with one process
     with joined() as ranks:
