@@ -16,6 +16,8 @@ from small import MODEL, OF_RANKS, World, run
 from retro_kernels import cli
 from retro_kernels.config import InputError
 from retro_kernels.ranks import Ranks, joined
+from retro_kernels.retrieval import retriever
+from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.runs import checkpoints, load_state
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -133,6 +135,16 @@ def test_torchrun_is_refused_where_nothing_is_divided(
     assert run(verb, *words[verb]) == 2
     assert capsys.readouterr().err.startswith(f"retro-kernels {verb}: torchrun started 2 processes, and all")
     assert not out.exists()
+
+
+def test_processes_share_the_memory_that_is_free(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ChunkStore.open(world.set)
+    monkeypatch.setattr(retriever, "WITH_CUDA", True)
+    monkeypatch.setattr(retriever, "_free_memory", lambda: 4 * store.chunks.nbytes)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    assert retriever._pinned(store, torch.device("cuda:1")) is not None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert retriever._pinned(store, torch.device("cuda:1")) is None
 
 
 def test_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:

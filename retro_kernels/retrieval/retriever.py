@@ -618,8 +618,10 @@ class _PinnedTokens(NamedTuple):
 
 def _pinned(store: ChunkStore, device: torch.device) -> _PinnedTokens | None:
     """The set's tokens in pinned memory, out of which a GPU takes a step's neighbours while the host goes on. None
-    where this build has no such gather, or where they take more than a third of the memory that is free."""
-    if device.type != "cuda" or not WITH_CUDA or 3 * store.chunks.nbytes > _free_memory():
+    where this build has no such gather, or where they take more than a third of the memory that is free, of which each
+    of torchrun's processes on this machine has its part."""
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.type != "cuda" or not WITH_CUDA or 3 * store.chunks.nbytes * share > _free_memory():
         return None
     chunks, continuation = (np.array(array) for array in (store.chunks, store.continuation))
     return _PinnedTokens(torch.from_numpy(chunks).pin_memory(), torch.from_numpy(continuation).pin_memory())
