@@ -191,7 +191,7 @@ def _prepared(
             "pretrained model, as it is now."
         )
     device = ranks.device(config.device)
-    retriever = _open_set(config, device)
+    retriever = _open_set(config, device, progress)
     # neither this run nor another is text
     text = text_of(config.data, documents, "train: there is no text to train on", progress, (config.out,))
     if known is not None:
@@ -781,7 +781,7 @@ def _check_whole_chunks(config: TrainConfig, chunk_size: int) -> None:
         )
 
 
-def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
+def _open_set(config: TrainConfig, device: torch.device, progress: bool) -> Retriever | None:
     if config.set is None:
         return None
     from .retrieval import Retriever
@@ -792,6 +792,7 @@ def _open_set(config: TrainConfig, device: torch.device) -> Retriever | None:
         retriever=config.retriever,
         neighbours=config.neighbours,
         seed=config.seed,
+        progress=progress,
     )
     retriever.check_num_neighbours(config.num_neighbours)
     return retriever

@@ -14,11 +14,12 @@ import torch
 from small import MODEL, OF_RANKS, World, run
 
 from retro_kernels import cli
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, TrainConfig
 from retro_kernels.ranks import Ranks, joined
-from retro_kernels.retrieval import retriever
+from retro_kernels.retrieval import bm25, retriever
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.runs import checkpoints, load_state
+from retro_kernels.train import _open_set
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -135,6 +136,16 @@ def test_torchrun_is_refused_where_nothing_is_divided(
     assert run(verb, *words[verb]) == 2
     assert capsys.readouterr().err.startswith(f"retro-kernels {verb}: torchrun started 2 processes, and all")
     assert not out.exists()
+
+
+def test_bars_are_the_first_process_s(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bm25, "_SLOW", 0)
+    config = TrainConfig(data=(str(world.train),), out=str(tmp_path), set=str(world.set), retriever="bm25")
+    for progress in (True, False):
+        _open_set(config, torch.device("cpu"), progress)
+        assert ("reading for BM25" in capsys.readouterr().err) == progress
 
 
 def test_processes_share_the_memory_that_is_free(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
