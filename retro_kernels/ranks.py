@@ -9,48 +9,63 @@ raise then, where the others would wait for it for ever (`together`).
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .config import FailedElsewhere, InputError, InputFailedElsewhere
+from .config import FailedElsewhere, InputError, InputFailedElsewhere, processes
 from .ops._backend import pick_device
 
 PATIENCE = timedelta(days=7)
 """How long the others wait while one does what is done once: text that is tokenised takes hours. torchrun ends all of
 them where one dies."""
 
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_calls = itertools.count()
 
 
 @contextlib.contextmanager
 def together(group: Any, device: torch.device, name: str) -> Iterator[None]:
     """What each process does on its own. Collective at the end: where it raised on one, that one raises what it was,
-    and the others the same in words, with the number of the first process where it did.
+    and the others the same in words, with the number of the first process where it did. An interrupt is an interrupt
+    everywhere.
 
     device: where the tensors of the group's collectives lie. name: begins the others' message."""
-    error: Exception | None = None
+    error: BaseException | None = None
     try:
         yield
-    except Exception as raised:
+    except BaseException as raised:  # also KeyboardInterrupt: this process may live on, waited for
         error = raised
-    failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
-    dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
-    if not failed.item():
-        return
-    told: list[Any] = [None] * dist.get_world_size(group)
-    mine = error and (isinstance(error, ValueError), f"{type(error).__name__}: {error}")
-    dist.all_gather_object(told, mine, group=group)
+    told: list[Any] = []
+    try:
+        failed = torch.tensor([error is not None], dtype=torch.int32, device=device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group=group)
+        if failed.item():
+            told = [None] * dist.get_world_size(group)
+            mine = None if error is None else (_kind(error), f"{type(error).__name__}: {error}")
+            dist.all_gather_object(told, mine, group=group)
+    except RuntimeError:  # another is gone
+        if error is None:
+            raise
     if error is not None:
         raise error
-    rank, (input_is_wrong, message) = next((i, one) for i, one in enumerate(told) if one is not None)
-    kind = InputFailedElsewhere if input_is_wrong else FailedElsewhere
-    raise kind(f"{name}: rank {rank} failed: {message}")
+    for rank, (kind, message) in ((i, one) for i, one in enumerate(told) if one is not None):
+        if kind == "interrupt":
+            raise KeyboardInterrupt(f"{name}: rank {rank} was interrupted.")
+        elsewhere = InputFailedElsewhere if kind == "input" else FailedElsewhere
+        raise elsewhere(f"{name}: rank {rank} failed: {message}")
+
+
+def _kind(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupt"
+    return "input" if isinstance(error, ValueError) else "other"
 
 
 class Ranks:
@@ -111,21 +126,48 @@ class Ranks:
         """The first process's value."""
         return self.gathered(value if self.first else None)[0]
 
+    def agree(self, name: str, values: dict[str, Any], advice: str) -> None:
+        """InputError, which ends with `advice`, where one process's values are not the first's; in the others too."""
+        everyone = self.gathered(values)
+        for rank, theirs in enumerate(everyone):
+            for key, value in everyone[0].items():
+                if theirs[key] != value:
+                    kind = InputError if self.first else InputFailedElsewhere
+                    raise kind(
+                        f"{name}: {key} is {value!r} in the first process and {theirs[key]!r} in that of rank {rank}. "
+                        f"{advice}"
+                    )
+
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """This process among those of torchrun or of the process group that there is already, which stays; alone, where
     there is neither."""
     own = dist.is_available() and not dist.is_initialized()
-    launched = all(os.environ.get(name) for name in _LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
-    if not dist.is_available() or (own and not launched):
+    if not dist.is_available() or (own and processes() == 1):
         yield Ranks()
         return
     if own:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # a second group of the same name would find addresses of the first, which torchrun's store keeps
+        store = dist.PrefixStore(f"retro_kernels/{next(_calls)}", _store())
+        rank, world = int(os.environ["RANK"]), processes()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         yield Ranks(group if dist.get_world_size() > 1 else None)
+    except BaseException:
+        own = own and not torch.cuda.is_available()  # NCCL might wait for the others, who wait for this one
+        raise
     finally:
         if own:
             dist.destroy_process_group()
+
+
+@lru_cache
+def _store() -> Any:
+    """Where the processes of torchrun find one another, as long as they live."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://")))
+    return store

@@ -33,6 +33,7 @@ from .data.corpus import Document
 from .data.packing import IGNORE, Packed, TokenDocuments
 from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_size
 from .nn import Retro, RetroFitted
+from .nn.encoder import NeighbourEncoder
 from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, read_config
 from .ranks import Ranks, joined
@@ -101,7 +102,8 @@ def train(
     On several processes (torchrun, or a process group of the caller's) they divide the forward passes of a step among
     them, so `accumulate` is a multiple of their number, and what is computed is the same but for rounding, on however
     many. Each opens the retrieval set; the first alone reads the text, writes and speaks, in a folder that all see.
-    What waits and stalls is the first's. All return the same.
+    What waits and stalls is the first's. All return the same. What they are called with is the same but for paths, and
+    so is what they find there: InputError where it is not.
     Raises InputError where data, set, tokenizer or run do not fit, where the folder holds something else or another
     process trains in it, Interrupted after Ctrl-C, with a checkpoint written.
     """
@@ -110,6 +112,7 @@ def train(
     folder = Path(config.out)
     with joined() as ranks, contextlib.ExitStack() as held:
         held.enter_context(silent(not ranks.first))
+        ranks.agree("train", _call(config, resume, stop_after), "Call all of them with the same.")
         with ranks.together("train"):
             if ranks.first:
                 check_writable(folder, "; a run is a folder. Give another --out.")
@@ -124,6 +127,13 @@ def train(
             if documents is not None:  # they are the caller's, and so is the way to go on
                 raise
             raise Interrupted(f"{stopped} Continue with: {_resume_command(config, ranks)}") from None
+
+
+def _call(config: TrainConfig, resume: bool, stop_after: int | None) -> dict[str, Any]:
+    """What all are to be called with. Paths may be others on each machine; of devices `Ranks.device` tells."""
+    given = {name: value for name, value in config.to_dict().items() if name not in (*PLACES, "device")}
+    there = {name: "given" if getattr(config, name) else None for name in PLACES if name != "data"}
+    return {**given, **there, "resume": resume, "stop_after": stop_after}
 
 
 def _check_out(config: TrainConfig, documents: list[Document] | None, ranks: Ranks) -> None:
@@ -151,6 +161,9 @@ def _in_turn(ranks: Ranks, *arguments: Any) -> _Trainer:
     with ranks.together("train"):
         if trainer is None:
             _, trainer = _prepared(ranks, known, *arguments)
+    ranks.agree(
+        "train", trainer.view(), "Give all of them the same --data, --set and --out, on machines of one kind."
+    )
     return trainer
 
 
@@ -320,6 +333,13 @@ class _Trainer:
         if not self.ranks.first:
             torch.manual_seed(hash((self.config.seed, self.ranks.rank, self.step)) % 2**63)
 
+    def view(self) -> dict[str, Any]:
+        """What of the run is the same in all processes, or their gradients would be of different runs."""
+        found = {
+            f"the fingerprint of the {name}": self.settings[name] for name in ("corpus", "tokenizer", "set")
+        }
+        return {**found, "step": self.step, **{name: self.settings[name] for name in ("device", "dtype")}}
+
     def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
         """Goes back to the moment of `checkpoint`."""
         state = load_state(checkpoint)
@@ -432,7 +452,7 @@ class _Trainer:
             batches.close()
         if stopped and self.step < until:
             raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written.")
-        self.settings["summary"] = self._summary(log, (self.step - first) * tokens_per_step)
+        self.settings["summary"] = self.ranks.told(self._summary(log, (self.step - first) * tokens_per_step))
         with self.ranks.together("train"):
             if self.ranks.first:
                 write_json(self.folder / SETTINGS, self.settings)
@@ -451,8 +471,9 @@ class _Trainer:
         parts = self._parts()
         for part in parts:
             started = time.perf_counter()
-            batch, neighbours = next(batches)
-            log.waited(time.perf_counter() - started)
+            with self.ranks.together("train"):  # or the others would wait for this one's gradients
+                batch, neighbours = next(batches)
+                log.waited(time.perf_counter() - started)
             tokens, targets = (x.to(self.device, non_blocking=True) for x in (batch.tokens, batch.targets))
             if self.config.lessons and neighbours is not None:
                 done = (self.step - self.config.first_step) / (self.config.steps - self.config.first_step)
@@ -560,8 +581,9 @@ class _Log:
         self._norm: Tensor | None = None
 
     def __enter__(self) -> _Log:
-        self._file = open(self._path if self._ranks.first else os.devnull, "a", encoding="utf-8")
-        self._board = _tensorboard(self._path.parent, self._step) if self._ranks.first else None
+        with self._ranks.together("train"):
+            self._file = open(self._path if self._ranks.first else os.devnull, "a", encoding="utf-8")
+            self._board = _tensorboard(self._path.parent, self._step) if self._ranks.first else None
         self._started = time.perf_counter()
         return self
 
@@ -595,11 +617,12 @@ class _Log:
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "stall_share": self.stalled / seconds,
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._board:
-            for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "stall_share"):
-                self._board.add_scalar(f"train/{name}", line[name], step)
+        with self._ranks.together("train"):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            if self._board:
+                for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "stall_share"):
+                    self._board.add_scalar(f"train/{name}", line[name], step)
         self.seconds += seconds
         self.total_stalled += self.stalled
         self.stalled, self._losses, self._started = 0.0, [], time.perf_counter()
@@ -629,8 +652,12 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _shared(model: nn.Module) -> nn.Module:
+def _shared(model: Retro | RetroFitted) -> nn.Module:
     """Whose gradients are the mean over all processes; its buffers are constants, which need not be sent each time."""
+    encoder = model.encoder
+    if isinstance(encoder, NeighbourEncoder) and not encoder.config.encoder_cross_layers:
+        if encoder.conditioning_norm is not None:  # which no layer reads: there is no gradient to wait for
+            encoder.conditioning_norm.requires_grad_(False)
     known = inspect.signature(DistributedDataParallel).parameters
     # as it is called up to torch 2.12
     name = "broadcast_buffers" if "forward_sync_buffers" not in known else "forward_sync_buffers"

@@ -3,6 +3,7 @@ is already, and writes what it was told to FOLDER/rank-RANK.json."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,15 +23,14 @@ from retro_kernels.config import InputError, TrainConfig
 from retro_kernels.train import train
 
 FIELDS = {"preset": "retro_tiny", "sequence_length": 64, "batch_size": 2, "device": "cpu", "dtype": "fp32"}
+READ = train_module._Trainer._read
 MODEL_FIELDS = (*MODEL[MODEL.index("--model") + 1 :], "dropout=0.1")
 
 
 def main(rank: int, world: int, folder: Path, set_: str, data: str, seed: int) -> dict[str, Any]:
     def config(out: str, **fields: Any) -> TrainConfig:
-        fields = {"accumulate": 2, "steps": 4, "log_every": 1, **FIELDS, **fields}
-        return TrainConfig(
-            data=(data,), out=str(folder / out), set=set_, seed=seed, model=MODEL_FIELDS, **fields
-        )
+        common = {"accumulate": 2, "steps": 4, "log_every": 1, "seed": seed, "model": MODEL_FIELDS, **FIELDS}
+        return TrainConfig(data=(data,), out=str(folder / out), set=set_, **{**common, **fields})
 
     def attempt(out: str, **fields: Any) -> str:
         try:
@@ -50,6 +50,21 @@ def main(rank: int, world: int, folder: Path, set_: str, data: str, seed: int) -
     ):
         found["no room"] = attempt("no-room")
 
+    with mock.patch.object(train_module, "_open_set", train_module._open_set if rank == 0 else interrupted):
+        found["interrupted early"] = attempt("interrupted-early")
+    with mock.patch.object(
+        train_module._Trainer, "_read", train_module._Trainer._read if rank == 0 else ends_early
+    ):
+        found["no batch on one"] = attempt("no-batch")
+    board = mock.Mock()
+    board.add_scalar.side_effect = OSError(28, "No space left on device", "events")
+    with mock.patch.object(train_module, "_tensorboard", lambda *_: board):
+        found["no room for metrics"] = attempt("no-metrics")
+    found["another seed"] = attempt("another-seed", seed=seed + rank)
+    with mock.patch.object(train_module, "_set_fingerprint", lambda _: f"of {rank}"):
+        found["another set"] = attempt("another-set")
+    found["unused"] = attempt("unused", model=(*MODEL_FIELDS, "encoder_cross_layers="))
+
     if rank == world - 1:
         threading.Thread(target=interrupt, args=(folder / "stopped" / "metrics.jsonl",), daemon=True).start()
     found["stopped"] = attempt("stopped", steps=10**6)
@@ -62,6 +77,15 @@ def main(rank: int, world: int, folder: Path, set_: str, data: str, seed: int) -
 
 def no_set(*_: Any) -> Any:
     raise InputError("no such set here")
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def ends_early(trainer: Any, until: int) -> Any:
+    yield from itertools.islice(READ(trainer, until), 1)
+    raise OSError(5, "Input/output error", "text")
 
 
 def full(*_: Any) -> Any:

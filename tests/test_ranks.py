@@ -13,9 +13,9 @@ import small
 import torch
 from small import MODEL, OF_RANKS, World, run
 
-from retro_kernels import cli
+from retro_kernels import cli, ranks
 from retro_kernels.config import InputError, TrainConfig
-from retro_kernels.ranks import Ranks, joined
+from retro_kernels.ranks import Ranks, joined, together
 from retro_kernels.retrieval import bm25, retriever
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.runs import checkpoints, load_state
@@ -78,15 +78,10 @@ def test_two_processes_resume_bit_for_bit(told: tuple[Path, list[dict[str, Any]]
     assert losses(folder / "parts") == losses(folder / "whole")
     assert len(losses(folder / "whole")) == 4
     for name in ("whole", "parts"):
-        assert first[name] == {**second[name], **{k: first[name][k] for k in own(first[name])}}
+        assert first[name] == second[name]
         assert first[name]["processes"] == 2 and first[name]["neighbours_filled"] > 0.5
     randoms = load_state(checkpoints(folder / "whole")[0][1])
     assert not torch.equal(randoms["rng"], randoms["others"][0]["rng"])
-
-
-def own(summary: dict[str, Any]) -> list[str]:
-    """What each process measures for itself."""
-    return [name for name in summary if "second" in name or name == "stall_share"]
 
 
 def test_what_fails_on_one_fails_on_both(told: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -102,6 +97,29 @@ def test_what_fails_on_one_fails_on_both(told: tuple[Path, list[dict[str, Any]]]
     assert first["no room"].startswith("OSError: [Errno 28]")
     assert second["no room"].startswith("FailedElsewhere: train: rank 0 failed: OSError: [Errno 28]")
     assert not (folder / "not-divided").exists()
+    assert first["no batch on one"] == (
+        "FailedElsewhere: train: rank 1 failed: OSError: [Errno 5] Input/output error: 'text'"
+    )
+    assert second["no batch on one"].startswith("OSError: [Errno 5]")
+    assert first["no room for metrics"].startswith("OSError: [Errno 28]")
+    assert second["no room for metrics"].startswith("FailedElsewhere: train: rank 0 failed: OSError")
+    assert first["interrupted early"] == "KeyboardInterrupt: train: rank 1 was interrupted."
+    assert second["interrupted early"] == "KeyboardInterrupt: "
+
+
+def test_what_differs_between_processes_is_noticed(told: tuple[Path, list[dict[str, Any]]]) -> None:
+    for kind, one in zip(("InputError", "InputFailedElsewhere"), told[1], strict=True):
+        assert one["another seed"] == (
+            f"{kind}: train: seed is 3 in the first process and 4 in that of rank 1. Call all of them with the same."
+        )
+        assert one["another set"].startswith(
+            f"{kind}: train: the fingerprint of the set is 'of 0' in the first process and 'of 1' in that of rank 1."
+        )
+
+
+def test_a_weight_that_nothing_reads_is_not_waited_for(told: tuple[Path, list[dict[str, Any]]]) -> None:
+    for one in told[1]:
+        assert one["unused"].startswith("{'run'"), one["unused"]
 
 
 def test_who_is_asked_to_stop_stops_all(told: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -115,6 +133,58 @@ def test_who_is_asked_to_stop_stops_all(told: tuple[Path, list[dict[str, Any]]])
 def test_what_processes_tell_each_other(told: tuple[Path, list[dict[str, Any]]]) -> None:
     for one in told[1]:
         assert one["any"] == [True, False] and one["gathered"] == [0, 1] and one["told"] == "of 0"
+
+
+def test_processes_of_torchrun_meet_again(tmp_path: Path) -> None:
+    """Its store keeps what the groups before have left there."""
+    script = tmp_path / "again.py"
+    script.write_text(
+        "import signal\n"
+        "from retro_kernels.ranks import joined\n"
+        "signal.alarm(60)\n"  # they would wait for half an hour
+        "for i in range(20):\n"
+        "    with joined() as ranks:\n"
+        "        assert ranks.gathered(i + ranks.rank) == [i, i + 1]\n"
+    )
+    ran = subprocess.run([*TORCHRUN, str(script)], env=OF_RANKS, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_who_fails_does_not_wait_for_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its groups end together; the others may be in the middle of a step."""
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    destroyed: list[bool] = []
+    monkeypatch.setattr(ranks, "_store", torch.distributed.HashStore)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    for cuda in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(
+            torch.distributed, "destroy_process_group", lambda cuda=cuda: destroyed.append(cuda)
+        )
+        with joined():
+            pass
+        with pytest.raises(OSError), joined():
+            raise OSError
+    assert destroyed == [False, False, True]
+
+
+def test_the_own_error_is_raised_where_another_process_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", closed)
+    with pytest.raises(OSError, match="mine"), together(None, torch.device("cpu"), "train"):
+        raise OSError("mine")
+    with pytest.raises(RuntimeError, match="closed"), together(None, torch.device("cpu"), "train"):
+        pass
 
 
 @pytest.mark.parametrize("verb", ["demo", "index", "eval"])
