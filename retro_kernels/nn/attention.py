@@ -519,7 +519,8 @@ def _zero_own(module: nn.Module) -> None:
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is what its weights say: neither replaced, parametrised nor quantised, and without hooks."""
     own = "forward" in vars(module)  # as accelerate sets it, to bring weights from elsewhere
-    if type(module) is not nn.Linear or own or module._forward_hooks or module._forward_pre_hooks:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if type(module) is not nn.Linear or own or any(getattr(module, kind) for kind in hooks):
         return False
     # a tensor made of others, as torchao quantises in place, multiplies in its own way and is no argument of our ops
     return not hasattr(type(module.weight), "__tensor_flatten__")

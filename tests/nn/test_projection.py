@@ -121,6 +121,17 @@ def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
         make("both")
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_of_the_backward_pass_are_called(kind: str, seed: int) -> None:
+    cca, seen = make("auto", head_dim=256, encoder_dim=64, num_kv_heads=4), []
+    assert cca.absorbs(2, torch.device("cpu"), training=True)
+    handle = getattr(cca.k_proj, kind)(lambda *given: seen.append(given))
+    cca(torch.randn(1, 9, 12).double(), torch.randn(1, 2, 2, 8, 64).double()).sum().backward()
+    assert len(seen) == 1
+    handle.remove()
+    assert cca.absorbs(2, torch.device("cpu"), training=True)
+
+
 def test_the_choice_is_told_whether_there_are_gradients(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, cca = [], make("auto")
     choose = attention_module.choose_projection
