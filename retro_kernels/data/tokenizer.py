@@ -49,6 +49,8 @@ _PROBE = (
     + "".join(map(chr, range(33)))
     + "\u00a0\u3000\ufb01\u00c5e\u0301 \U0001f600<s></s><pad> "
 )
+_FILES = ("tokenizer.json", "tokenizer.model")
+"""How a pretrained model and a retrieval set call theirs."""
 
 
 class Tokenizer:
@@ -72,7 +74,9 @@ class Tokenizer:
         try:
             model = path.read_bytes()
         except OSError as error:
-            raise InputError(f"Tokenizer: cannot read {path}: {error.strerror or error}.") from None
+            there = next((name for name in _FILES if os.path.isfile(os.path.join(path, name))), None)
+            hint = "" if there is None else f" Give the file in it: {os.path.join(path, there)}"
+            raise InputError(f"Tokenizer: cannot read {path}: {error.strerror or error}.{hint}") from None
         self._load(model, str(path))
 
     def _load(self, model: bytes, source: str) -> None:

@@ -277,6 +277,11 @@ def test_files_that_are_no_tokenizer(tmp_path):
     path.write_bytes(b"certainly not a protobuf" * 100)
     with pytest.raises(InputError, match="not a SentencePiece model"):
         Tokenizer(path)
+    with pytest.raises(InputError, match=r"Is a directory\.$"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"Is a directory\. Give the file in it: .*tokenizer\.json$"):
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
