@@ -519,11 +519,13 @@ def _zero_own(module: nn.Module) -> None:
 def _is_linear(module: nn.Module) -> bool:
     """Whether it is what its weights say: neither replaced, parametrised nor quantised, and without hooks."""
     own = "forward" in vars(module)  # as accelerate sets it, to bring weights from elsewhere
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if type(module) is not nn.Linear or own or any(getattr(module, kind) for kind in hooks):
+    if type(module) is not nn.Linear or own or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
         return False
     # a tensor made of others, as torchao quantises in place, multiplies in its own way and is no argument of our ops
-    return not hasattr(type(module.weight), "__tensor_flatten__")
+    kind = type(module._parameters.get("weight"))  # a third of the time of module.weight
+    return kind is nn.Parameter or not hasattr(kind, "__tensor_flatten__")
 
 
 def _heads(table: Tensor, num_heads: int) -> Tensor:
