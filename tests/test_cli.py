@@ -271,6 +271,7 @@ def test_a_terminal_that_lacks_characters(world: World, encoding: str) -> None:
                 "--show-neighbours",
                 "--max-tokens",
                 "9",
+                "--ignore-end",
             ],
             "chunk 0",
         ),
