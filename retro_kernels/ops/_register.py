@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from retro_kernels.ops._shortcut import unseen
 
@@ -21,13 +22,15 @@ def register(
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
     differentiable: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Any:
     """Defines `retro_kernels::<schema>` for CPU and CUDA tensors and returns the overload to call.
 
     `fake` allocates results of the same shapes, dtypes and strides without computing; allocate them in both with
     `new_empty(shape)` and never with `empty_like`, so that the strides agree for permuted inputs too. The
     implementations run below autograd. `differentiable` is the same op as an autograd.Function around two such ops, for
-    who calls the op itself with tensors that require a gradient, as a program does that torch.export made.
+    who calls the op itself with tensors that require a gradient, as a program does that torch.export made. `flops` is
+    what torch's FLOP counter counts of it.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,6 +55,8 @@ def register(
     torch.library.register_fake(f"retro_kernels::{name}", fake, lib=_library)
     op = getattr(torch.ops.retro_kernels, name).default
     _implementations[op] = {"cpu": below_autograd, "cuda": on_its_device}
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.retro_kernels, name))(flops)
     if differentiable is not None:
 
         def autograd(*args: Any) -> Any:

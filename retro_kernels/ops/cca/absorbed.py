@@ -22,6 +22,7 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
+from retro_kernels.ops.cca import flops
 from retro_kernels.ops.cca.op import (
     _check_count,
     _check_float,
@@ -412,12 +413,14 @@ _cca_absorbed_fwd = register(
     _forward_fake,
     # what an exported program does not keep is needed where it is trained; torch leaves out what is its default
     lambda *args: _AbsorbedCrossAttention.apply(args[15] if len(args) > 15 else None, *args[:14]),
+    flops=flops.absorbed,
 )
 _cca_absorbed_bwd = register(
     f"cca_absorbed_bwd(Tensor grad_out, Tensor weights, Tensor mixed, {_INPUTS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    flops=flops.absorbed_backward,
 )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember
+from retro_kernels.ops.cca import flops
 from retro_kernels.ops.cca.absorbed import _by_head, have_keys
 from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
@@ -511,9 +512,11 @@ _cca_decode = register(
     f"cca_decode(Tensor query, Tensor key, Tensor value, {_TERMS}) -> Tensor",
     _decode,
     _like_query,
+    flops=flops.decode,
 )
 _cca_absorbed_decode = register(
     f"cca_absorbed_decode(Tensor query, Tensor states, Tensor key_weight, Tensor value_weight, {_TERMS}) -> Tensor",
     _absorbed,
     _like_query,
+    flops=flops.absorbed_decode,
 )

@@ -29,6 +29,7 @@ from torch import Tensor
 from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember, with_gradient
+from retro_kernels.ops.cca import flops
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -186,12 +187,14 @@ _cca_fwd = register(
     _forward,
     _forward_fake,
     lambda *args: _BlockAttention.apply(None, *args),
+    flops=flops.attention,
 )
 _cca_bwd = register(
     f"cca_bwd(Tensor grad_out, Tensor out, Tensor lse, {_TENSORS}, {_OPTIONS}, bool[] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    flops=flops.attention_backward,
 )
 
 
