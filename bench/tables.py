@@ -310,7 +310,8 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_by_shape": gpu_by_shape,
     "gpu_around": gpu_around,
 }
-"""By name, which begins with the result file's; every other file is shown as times."""
+"""By name, which is that of the result file but for those in OF_GPU; every other file is shown as times."""
+OF_GPU = ("gpu", "gpu_by_shape", "gpu_around")
 
 
 def rendered(text: str, folder: Path = HERE / "results") -> str:
@@ -318,7 +319,7 @@ def rendered(text: str, folder: Path = HERE / "results") -> str:
 
     def one(match: re.Match[str]) -> str:
         stem = match["name"].replace("-", "_")
-        file = "gpu" if VIEWS.get(stem) in (gpu_by_shape, gpu_around) else stem
+        file = "gpu" if stem in OF_GPU else stem
         result = json.loads((folder / f"{file}.json").read_text())
         if only := match["only"]:
             result["results"] = [row for row in result["results"] if row["group"].startswith(only)]
@@ -338,7 +339,8 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text())
         if "results" in result:
-            print(f"{path.name}\n\n{VIEWS.get(path.stem, table)(result)}")
+            for name in OF_GPU if path.stem == "gpu" else (path.stem,):
+                print(f"{path.name}\n\n{VIEWS.get(name, table)(result)}")
 
 
 if __name__ == "__main__":

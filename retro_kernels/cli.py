@@ -58,13 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RETRO_DEBUG") or not _lacks_memory(error):
             raise
         told = str(error).partition(" See documentation")[0].splitlines()[0].rstrip(". ")
-        _complain(verb, ". ".join([told, *_SMALLER.get(args.verb, ())]) + ".")
+        _complain(verb, f"{told}. {_SMALLER.get(args.verb, '')}")
         return 2
 
 
 _SMALLER = {
-    "train": ["Give a smaller --batch-size; with --accumulate as many times larger a step computes the same"],
-    "eval": ["Give a smaller --batch-size"],
+    "train": "Give a smaller --batch-size; with --accumulate as many times larger a step computes the same.",
+    "eval": "Give a smaller --batch-size.",
 }
 """What needs less memory."""
 
@@ -230,6 +230,10 @@ def _parser() -> _Parser:
     bench.add_argument("--out", metavar="FILE", help="result file (default: in bench/results)")
     bench.add_argument("--quick", action="store_true", help="one round a case")
     return parser
+
+
+def _add_text(parser: _Parser, flag: str, *, help: str) -> None:
+    parser.add_argument(flag, required=True, nargs="+", action="extend", metavar="PATH", help=help)
 
 
 def _add_set(parser: _Parser, *, required: bool, help: str) -> None:
@@ -421,9 +425,7 @@ def _field_comments() -> dict[str, str]:
 
 def _add_eval(parser: _Parser) -> None:
     _add_run(parser)
-    parser.add_argument(
-        "--data", required=True, nargs="+", action="extend", metavar="PATH", help="held-out text"
-    )
+    _add_text(parser, "--data", help="held-out text")
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
     _add_retriever(parser)
@@ -483,14 +485,7 @@ def _add_generate(parser: _Parser) -> None:
 
 
 def _add_neighbours(parser: _Parser) -> None:
-    parser.add_argument(
-        "--data",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="PATH",
-        help="text that will be trained on",
-    )
+    _add_text(parser, "--data", help="text that will be trained on")
     _add_set(parser, required=True, help="retrieval set")
     parser.add_argument("--out", required=True, metavar="FILE", help="file of neighbours")
     parser.add_argument(
@@ -507,12 +502,8 @@ def _add_neighbours(parser: _Parser) -> None:
 
 
 def _add_dedup(parser: _Parser) -> None:
-    parser.add_argument(
-        "--data", required=True, nargs="+", action="extend", metavar="PATH", help="training text"
-    )
-    parser.add_argument(
-        "--against", required=True, nargs="+", action="extend", metavar="PATH", help="evaluation text"
-    )
+    _add_text(parser, "--data", help="training text")
+    _add_text(parser, "--against", help="evaluation text")
     parser.add_argument(
         "--out",
         metavar="JSONL",

@@ -104,7 +104,7 @@ class Ranks:
         return together(self._group, torch.device("cpu"), name)
 
     def any(self, flag: bool) -> bool:
-        return self.world == 1 and flag or self.sum(torch.tensor(float(flag))).item() > 0
+        return flag if self.world == 1 else self.sum(torch.tensor(float(flag))).item() > 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Over all processes, on the CPU."""

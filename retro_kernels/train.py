@@ -908,8 +908,7 @@ def _resume_command(config: TrainConfig, ranks: Ranks) -> str:
     program = ["retro-kernels"]
     if ranks.world > 1:
         here = os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world))
-        alone = (
-            ["--standalone"] if here == str(ranks.world) else []
-        )  # else the machines meet as they did before
+        # several machines meet as they did before
+        alone = ["--standalone"] if here == str(ranks.world) else []
         program = ["torchrun", *alone, "--nproc-per-node", here, "-m", "retro_kernels"]
     return shlex.join([*program, "train", "--data", *config.data, "--out", config.out, "--resume"])

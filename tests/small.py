@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -56,6 +57,17 @@ class World:
 
 def run(*words: object) -> int:
     return cli.main([str(word) for word in words])
+
+
+def weights(folder: Path) -> bytes:
+    """Of the run in `folder`."""
+    return (folder / "model.safetensors").read_bytes()
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    """By step, of the run in `folder`."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
 
 
 HERE = Path(__file__).resolve().parent

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import small
 import torch
-from small import MODEL, OF_RANKS, World, run
+from small import MODEL, OF_RANKS, World, losses, run, weights
 
 from retro_kernels import cli, ranks
 from retro_kernels.config import InputError, TrainConfig
@@ -22,15 +22,6 @@ from retro_kernels.runs import checkpoints, load_state
 from retro_kernels.train import _open_set
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def options(world: World, out: Path, seed: int) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, run, watch_reading
+from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, losses, run, watch_reading, weights
 
 from retro_kernels import runs
 from retro_kernels.config import InputError, TrainConfig
@@ -37,15 +37,6 @@ from retro_kernels.ops import NeighbourBatch
 from retro_kernels.retrieval import Retriever, writing
 from retro_kernels.runs import Interrupted, alone_in, checkpoints, load_state
 from retro_kernels.train import learning_rate, train
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:

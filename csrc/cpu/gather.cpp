@@ -53,9 +53,14 @@ int64_t major_faults() {
 #endif
 }
 
-// Writes m tokens past the caches, where a store would first read from memory what it is about to replace: a third of
-// all that a large gather moves. dst is aligned to 16 bytes, and m tokens of src are a multiple of 16 bytes.
+// stream_chunk writes m tokens past the caches, where a store would first read from memory what it is about to replace,
+// a third of all that a large gather moves. dst is aligned to 16 bytes, and m tokens of src are a multiple of 16 bytes.
+// streamed: what was streamed is there for whoever this thread tells that it is done.
 #ifdef __SSE2__
+constexpr bool kStreams = true;
+
+inline void streamed() { _mm_sfence(); }
+
 template <class Token, class Out>
 RETRO_INLINE void stream_chunk(const Token* src, Out* dst, const int64_t m) {
   __m128i* to = reinterpret_cast<__m128i*>(dst);
@@ -80,16 +85,14 @@ RETRO_INLINE void stream_chunk(const Token* src, Out* dst, const int64_t m) {
     }
   }
 }
-#endif
-
-bool can_stream(const Gather& g) {
-#ifdef __SSE2__
-  return g.n * 2 * g.chunk_size * g.out_bytes >= kStreamBytes && g.chunk_size * g.token_bytes % 16 == 0 &&
-         reinterpret_cast<uintptr_t>(g.out) % 16 == 0;
 #else
-  return (void)g, false;
+constexpr bool kStreams = false;
+
+inline void streamed() {}
+
+template <class Token, class Out>
+void stream_chunk(const Token*, Out*, int64_t) {}
 #endif
-}
 
 template <class Token, class Out>
 struct Copier {
@@ -131,11 +134,9 @@ struct Copier {
   // Copies one chunk of m tokens; returns how many stand before its trailing pads. No alias: without that word, and with
   // m read from g, a store of int64 could change m, and the loop would stay scalar.
   int64_t copy_chunk(const Token* __restrict src, Out* __restrict dst, const int64_t m) const {
-#ifdef __SSE2__
-    if (streams) {
+    if (streams)
       stream_chunk(src, dst, m);
-    } else
-#endif
+    else
       for (int64_t c = 0; c < m; ++c) dst[c] = static_cast<Out>(src[c]);
     int64_t length = m;
     while (length > 0 && static_cast<int64_t>(src[length - 1]) == g.pad_id) --length;
@@ -185,9 +186,7 @@ struct Copier {
     bool cold = false;
     for (int64_t begin; (begin = next.fetch_add(kRowsPerTurn)) < g.n;)
       run(begin, std::min(begin + kRowsPerTurn, g.n), advise, cold);
-#ifdef __SSE2__
-    _mm_sfence();  // what was streamed is there for whoever this thread tells that it is done
-#endif
+    streamed();
   }
 };
 
@@ -207,8 +206,10 @@ void few_faults(void* out, int64_t bytes) {
 
 template <class Token, class Out>
 void gather(const Gather& g, int threads, Advise advise) {
-  few_faults(g.out, g.n * 2 * g.chunk_size * g.out_bytes);
-  const Copier<Token, Out> copier{g, can_stream(g)};
+  const int64_t bytes = g.n * 2 * g.chunk_size * g.out_bytes;
+  few_faults(g.out, bytes);
+  const bool aligned = reinterpret_cast<uintptr_t>(g.out) % 16 == 0 && g.chunk_size * g.token_bytes % 16 == 0;
+  const Copier<Token, Out> copier{g, kStreams && aligned && bytes >= kStreamBytes};
   const int64_t turns = (g.n + kRowsPerTurn - 1) / kRowsPerTurn;
   const int64_t wanted = std::min<int64_t>(std::max(threads, 1), turns);
   std::atomic<int64_t> next{0};

@@ -46,9 +46,8 @@ class Retrieving(nn.Module):
             raise InputError(
                 f"{name}: neighbours are given, but this model is a plain decoder (cca_layers is empty)."
             )
-        if isinstance(
-            neighbours, Tensor
-        ):  # whose first and second rows would be taken for tokens and lengths
+        # of which the first and second rows would be taken for tokens and lengths
+        if isinstance(neighbours, Tensor):
             raise TypeError(
                 f"{name}: neighbours is a tensor; it must be a NeighbourBatch, or (tokens, lengths or None)."
             )

@@ -315,8 +315,7 @@ class HashingEmbedder:
     less than what a BERT finds. It says so in its name, and a set built with it opens with nothing else.
     """
 
-    _WORD = re.compile(r"\w+|[^\w\s]")
-    _LETTER_OR_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
+    _WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]")
 
     def __init__(self, dim: int = 256) -> None:
         if not 8 <= dim <= 65_536:
@@ -333,8 +332,7 @@ class HashingEmbedder:
 
         result = np.zeros((len(texts), self.dim), dtype=np.float32)
         for row, text in enumerate(texts):
-            pattern = self._WORD if text.isascii() else self._LETTER_OR_WORD
-            words = [word.encode() for word in pattern.findall(text.lower())]
+            words = [word.encode() for word in self._WORD.findall(text.lower())]
             features = words + [a + b" " + b for a, b in zip(words, words[1:], strict=False)]
             hashes = np.fromiter(map(zlib.crc32, features), dtype=np.uint32, count=len(features))
             signs = np.where(hashes >> np.uint32(31), np.float32(-1), np.float32(1))
