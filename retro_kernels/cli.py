@@ -298,7 +298,10 @@ def _add_demo(parser: _Parser) -> None:
 
 def _add_index(parser: _Parser) -> None:
     parser.add_argument(
-        "paths", nargs="+", metavar="PATH", help="folders, text files, .jsonl, .gz, .xz, - for stdin"
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="folders, text files, .jsonl, .parquet, packed or not (.gz, .xz, .bz2, .zst), - for stdin",
     )
     parser.add_argument("--out", required=True, metavar="SET", help="folder of the retrieval set")
     parser.add_argument(

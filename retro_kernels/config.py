@@ -334,7 +334,7 @@ class TrainConfig:
     """
 
     data: tuple[str, ...]
-    """folders or files of text to train on (.txt, .jsonl, sources, .gz, .xz)"""
+    """folders or files of text to train on (.txt, .jsonl, .parquet, sources, packed or not)"""
     out: str
     """folder of the run: model, tokenizer, metrics, checkpoint"""
     set: str | None = None

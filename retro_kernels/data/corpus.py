@@ -1,4 +1,4 @@
-"""Documents out of files: folders of text or source, `.txt`, `.jsonl`, either of them as `.gz` or `.xz`, and stdin.
+"""Documents out of files: folders of text or source, JSON a line, Parquet, packed or not, and stdin.
 
 The order is the same wherever the files are the same, so document numbers mean something. What cannot be read as text
 inside a folder, or in a line, is counted, reported once and left out; a file that was named is wanted, so that it does
@@ -7,10 +7,13 @@ not exist, or cannot be read, is an error.
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import contextlib
 import fnmatch
 import gzip
 import hashlib
+import importlib.util
 import json
 import logging
 import lzma
@@ -26,21 +29,58 @@ from typing import IO, Any, TypeVar
 
 from retro_kernels.config import InputError
 
+try:
+    from compression import zstd
+except ImportError:  # before Python 3.14
+    try:
+        from backports import zstd
+    except ImportError:
+        zstd = None
+
 MAX_DOCUMENT_BYTES = 1 << 30
 _log = logging.getLogger(__name__)
 _SNIFF_BYTES = 8192
-_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-_NOT_UNPACKED = {".bz2", ".zst", ".zstd", ".lz4", ".br", ".lzma", ".zip", ".7z", ".tar", ".tgz", ".txz"}
-_READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def _open_zstd(path: Path, mode: str) -> Any:
+    # 31: what `zstd --long=31` packs, as large dumps are, needs its whole window of 2 GiB
+    return zstd.open(path, mode, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+_COMPRESSED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".lzma": lzma.open,
+    ".bz2": bz2.open,
+    ".zst": _open_zstd,
+    ".zstd": _open_zstd,
+}
+_NOT_UNPACKED = {".lz4", ".br", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz", ".tbz2"}
+_PARQUET, _PARQUET_ROWS = ".parquet", 256
+_TITLES = ("title", "id")
+"""What names a document in a line or row, the first of them that it has."""
+
+
+class _Damaged(Exception):
+    """pyarrow's errors as one, which can be caught without pyarrow."""
+
+
+_READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, zlib.error, _Damaged)
+if zstd is not None:
+    _READ_ERRORS += (zstd.ZstdError,)
 _BROKEN_OFF, _EMPTY, _NOT_UTF8 = "unreadable", "empty", "not UTF-8"
-_TOO_LARGE, _NOT_JSON, _NO_TEXT = "larger than 1 GiB", "not JSON", 'without a "text" in the JSON'
-_PACKED = "packed in a way that is not read (.gz and .xz are)"
+_TOO_LARGE, _NOT_JSON, _NO_TEXT = "larger than 1 GiB", "not JSON", 'without a "text"'
+_PACKED = "packed in a way that is not read (.gz, .xz, .bz2 and .zst are)"
+_NO_ZSTD = "packed with zstd, which takes backports.zstd to read"
+_NO_PYARROW = "in Parquet, which takes pyarrow to read"
 _ADVICE = {
     _NOT_UTF8: "Convert it to UTF-8",
     _TOO_LARGE: "Split it into several documents",
     _NOT_JSON: "Make it one JSON object a line",
-    _NO_TEXT: 'Give its lines a "text"',
+    _NO_TEXT: 'Give its lines or rows a "text"',
     _PACKED: "Unpack it",
+    _NO_ZSTD: "Install it (pip install backports.zstd), unpack the file",
+    _NO_PYARROW: "Install it (pip install pyarrow)",
 }
 """What to do about a file that was named and is left out for that reason."""
 _SKIPPED_DIRECTORIES = {"__pycache__", "node_modules"}
@@ -100,7 +140,9 @@ def read_documents(
     """Yields the documents of `paths`, in the order given; a folder's files in the order of their names.
 
     paths: files, folders and `"-"` for stdin (UTF-8 text, one document). A `.jsonl` holds one JSON object a line with
-        `text`, and `title` or `id` for its title; any other file is one document.
+        `text`, and `title` or `id` for its title, and so does a `.json` whose first line is such an object (C4, Dolma);
+        a `.parquet` has these as columns (and needs pyarrow). Any other file is one document. All are unpacked where
+        they end in `.gz`, `.xz`, `.bz2` or `.zst` (which before Python 3.14 needs backports.zstd).
     include, exclude: shell patterns (`*.py`, `tests`, `docs/*.md`) for files inside folders, matched against the name
         and the path relative to the folder; an excluded folder is not entered. Hidden files, `__pycache__`, and the
         folders of training runs and retrieval sets are left out.
@@ -108,9 +150,9 @@ def read_documents(
         what is being written.
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
 
-    Left out and counted: lines of a `.jsonl`, and files inside folders, that cannot be read or unpacked, are not UTF-8,
-    are larger than 1 GiB, or no JSON object with a text; in folders also binary files (a NUL in the first 8 KiB); and
-    whatever is empty or white space.
+    Left out and counted: lines of a `.jsonl`, rows of a `.parquet`, and files inside folders, that cannot be read or
+    unpacked, are not UTF-8, are larger than 1 GiB, or no JSON object with a text; in folders also binary files (a NUL
+    in the first 8 KiB); and whatever is empty or white space.
     Raises InputError, before anything is read, for a path that does not exist, for no path at all, for the folder of a
     training run or a retrieval set, and for a file in `paths` whose first bytes cannot be read; while reading, for one
     that shows later that it cannot be.
@@ -175,13 +217,17 @@ def _read(paths: list[str], wanted: _Wanted, given: ReadReport | None) -> Iterat
 
 def _check_beginning(path: Path) -> None:
     """InputError at once, and not after hours with the paths before it, for a file that was named and begins wrong."""
-    if _suffix(path) in _NOT_UNPACKED:
-        why = f"{_suffix(path)} is not unpacked here; .gz and .xz are"
-        raise _unreadable(str(path), why, _ADVICE[_PACKED])
+    if why := _not_read(path):
+        raise _unreadable(str(path), why, _ADVICE[why])
     try:
         with _open(path) as file:
+            if _suffix(path) == _PARQUET:
+                if "text" not in _parquet(file)[1]:
+                    raise _unreadable(str(path), _NO_TEXT, _ADVICE[_NO_TEXT])
+                return
+            lines = _is_json_lines(path, file)
             head = file.read(_SNIFF_BYTES)
-        if not _is_json_lines(path):
+        if not lines:
             # a letter may be cut in two where the file goes on
             codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < _SNIFF_BYTES)
     except UnicodeDecodeError as error:
@@ -199,7 +245,9 @@ def _unreadable(path: str, why: str, advice: str) -> InputError:
 def _broken(path: str, error: BaseException) -> InputError:
     if isinstance(error, PermissionError):
         advice = "Get the right to read it"
-    elif isinstance(error, gzip.BadGzipFile) or not isinstance(error, OSError):
+    elif (
+        not isinstance(error, OSError) or error.errno is None
+    ):  # gzip's and bz2's own are OSErrors without one
         advice = "It is damaged, cut off, or no such file as its name says: copy it again"
     else:
         advice = "See to the disk that it is on"
@@ -283,8 +331,27 @@ def _suffix(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() in _COMPRESSED else path).suffix.lower()
 
 
-def _is_json_lines(path: Path) -> bool:
-    return _suffix(path) in (".jsonl", ".ndjson")
+def _not_read(path: Path) -> str | None:
+    """Why no file of this name can be read here, whatever is in it."""
+    if _suffix(path) in _NOT_UNPACKED:
+        return _PACKED
+    if zstd is None and _COMPRESSED.get(path.suffix.lower()) is _open_zstd:
+        return _NO_ZSTD
+    if _suffix(path) == _PARQUET and importlib.util.find_spec("pyarrow") is None:
+        return _NO_PYARROW
+    return None
+
+
+def _is_json_lines(path: Path, file: IO[bytes] | Any) -> bool:
+    """`file` stands at its beginning, before and after."""
+    if _suffix(path) != ".json":
+        return _suffix(path) in (".jsonl", ".ndjson")
+    first = file.readline(MAX_DOCUMENT_BYTES)
+    file.seek(0)
+    try:
+        return isinstance(json.loads(first.decode("utf-8-sig"))["text"], str)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _open(path: Path) -> Any:
@@ -292,12 +359,14 @@ def _open(path: Path) -> Any:
 
 
 def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -> Iterator[Document]:
-    if _suffix(path) in _NOT_UNPACKED:
-        report.skip(_PACKED, str(path))
+    if why := _not_read(path):
+        report.skip(why, str(path))
         return
     with _open(path) as file:
-        if _is_json_lines(path):
-            yield from _json_lines(file, str(path), report)
+        if _suffix(path) == _PARQUET:
+            yield from _parquet_rows(file, title, str(path), report)
+        elif _is_json_lines(path, file):
+            yield from _json_lines(file, title, str(path), report)
         elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
             report.skip("binary", str(path))
         else:
@@ -322,7 +391,7 @@ def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadRep
         report.skip(_EMPTY, where)
 
 
-def _json_lines(file: IO[bytes] | Any, where: str, report: ReadReport) -> Iterator[Document]:
+def _json_lines(file: IO[bytes] | Any, title: str, where: str, report: ReadReport) -> Iterator[Document]:
     number = 0
     while line := file.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
@@ -332,29 +401,82 @@ def _json_lines(file: IO[bytes] | Any, where: str, report: ReadReport) -> Iterat
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_DOCUMENT_BYTES)
         elif line.strip():
-            yield from _json_document(line, place, report)
+            try:
+                entry = json.loads(line.decode("utf-8-sig"))
+            except UnicodeError:
+                report.skip(_NOT_UTF8, place)
+            except (ValueError, RecursionError):
+                report.skip(_NOT_JSON, place)
+            else:
+                yield from _entry(entry, f"{title}, line {number:,}", place, report)
 
 
-def _json_document(line: bytes, place: str, report: ReadReport) -> Iterator[Document]:
+@contextlib.contextmanager
+def _parquet_errors() -> Iterator[None]:
+    import pyarrow
+
     try:
-        entry = json.loads(line.decode("utf-8-sig"))
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # the disk's; pyarrow's own OSErrors have none
+            raise
+        raise _Damaged(str(error).partition("\n")[0]) from None
+
+
+def _parquet(file: IO[bytes] | Any) -> tuple[Any, list[str]]:
+    """(the file, which of the columns that are read it has)."""
+    from pyarrow import parquet
+
+    with _parquet_errors():
+        opened = parquet.ParquetFile(file)
+    return opened, [name for name in ("text", *_TITLES) if name in opened.schema_arrow.names]
+
+
+def _parquet_rows(file: IO[bytes] | Any, title: str, where: str, report: ReadReport) -> Iterator[Document]:
+    opened, columns = _parquet(file)
+    if "text" not in columns:
+        report.skip(_NO_TEXT, where)
+        return
+    batches = opened.iter_batches(batch_size=_PARQUET_ROWS, columns=columns, use_threads=False)
+    number = 0
+    while True:
+        with _parquet_errors():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for row in range(batch.num_rows):
+            number += 1
+            place = f"{where}, row {number:,}"
+            try:
+                entry = {name: batch.column(name)[row].as_py() for name in columns}
+            except UnicodeError:
+                report.skip(_NOT_UTF8, place)
+            else:
+                yield from _entry(entry, f"{title}, row {number:,}", place, report)
+
+
+def _entry(entry: Any, title: str, place: str, report: ReadReport) -> Iterator[Document]:
+    """The document of one line or row. title: where it has none of its own."""
+    try:
         text = entry["text"]
-        text.encode()  # JSON can spell lone surrogates
+        size = len(text.encode())  # JSON can spell lone surrogates
     except UnicodeError:
         report.skip(_NOT_UTF8, place)
-        return
-    except (ValueError, RecursionError):
-        report.skip(_NOT_JSON, place)
         return
     except (TypeError, KeyError, AttributeError):
         report.skip(_NO_TEXT, place)
         return
+    if size > MAX_DOCUMENT_BYTES:
+        report.skip(_TOO_LARGE, place)
+        return
     if not text.strip():
         report.skip(_EMPTY, place)
         return
-    names = (entry.get(key) for key in ("title", "id"))
-    title = next((name for name in names if name is not None and name != ""), place)  # 0 is one
-    yield Document(str(title).encode(errors="replace").decode(), text)
+    names = (entry.get(key) for key in _TITLES)
+    own = next((name for name in names if name is not None and name != ""), title)  # 0 is one
+    yield Document(str(own).encode(errors="replace").decode(), text)
 
 
 def document_hash(text: str) -> int:

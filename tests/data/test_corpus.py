@@ -1,5 +1,6 @@
 """Documents come in a fixed order out of every kind of file; what is no text is counted and left out."""
 
+import bz2
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import sys
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from retro_kernels.config import InputError
@@ -72,18 +74,144 @@ def test_patterns(folder):
     ]
 
 
-def test_compressed_and_json_lines(tmp_path):
+def packed(suffix, content):
+    """`content` as a file with that suffix holds it."""
+    if suffix == ".zst":
+        zstd = corpus.zstd or pytest.skip("no zstd in this Python, and backports.zstd is not installed")
+        half = len(content) // 2  # several frames, as pzstd and appending leave them
+        return zstd.compress(content[:half]) + zstd.compress(content[half:])
+    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix](content)
+
+
+PACKED = ["", ".gz", ".xz", ".bz2", ".zst"]
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_packed_and_json_lines(tmp_path, suffix):
     lines = [{"text": "one", "title": "One"}, {"text": "two", "title": "", "id": 0}, {"text": "three"}]
     content = "".join(json.dumps(line) + "\n" for line in lines).encode() + b"\n"
-    (tmp_path / "a.jsonl").write_bytes(content)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
-    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(content))
-    (tmp_path / "d.txt.xz").write_bytes(lzma.compress("plain \u2581".encode()))
-    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz"):
-        documents, _ = read(tmp_path / name)
-        assert documents == [("One", "one"), ("0", "two"), (f"{tmp_path / name}, line 3", "three")]
-    assert read([tmp_path / "d.txt.xz"])[0] == [("d.txt.xz", "plain \u2581")]
-    assert len(read(tmp_path)[0]) == 10
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed(suffix, content))
+    (tmp_path / f"b.txt{suffix}").write_bytes(packed(suffix, "plain \u2581".encode()))
+    expected = [("One", "one"), ("0", "two"), (f"a.jsonl{suffix}, line 3", "three")]
+    assert read(tmp_path / f"a.jsonl{suffix}")[0] == expected
+    assert read([tmp_path / f"b.txt{suffix}"])[0] == [(f"b.txt{suffix}", "plain \u2581")]
+    assert len(read(tmp_path)[0]) == 4
+
+
+def test_zstd_with_a_long_window(tmp_path):
+    zstd = corpus.zstd or pytest.skip("no zstd in this Python, and backports.zstd is not installed")
+    options = {zstd.CompressionParameter.window_log: 28, zstd.CompressionParameter.content_size_flag: 0}
+    packer = zstd.ZstdCompressor(options=options)
+    (tmp_path / "a.txt.zst").write_bytes(packer.compress(b"a" * 100_000) + packer.flush())
+    with pytest.raises(zstd.ZstdError):  # without being asked to, zstd takes no more than 2^27
+        zstd.open(tmp_path / "a.txt.zst").read()
+    assert read(tmp_path / "a.txt.zst")[0] == [("a.txt.zst", "a" * 100_000)]
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+def test_json_with_a_document_a_line(tmp_path, suffix):
+    """As C4 and Dolma name their files; any other JSON is the document itself."""
+    lines = b'{"text": "one", "url": "there"}\n{"text": "two"}'
+    others = [
+        b'{"text": 3}\n',
+        b'{\n "text": "one"}',
+        b'[{"text": "one"}]',
+        b'{"other": "one"}',
+        b"[" * 100_000,
+    ]
+    (tmp_path / f"a.json{suffix}").write_bytes(packed(suffix, lines))
+    for number, content in enumerate(others):
+        (tmp_path / f"b{number}.json{suffix}").write_bytes(packed(suffix, content))
+    expected = [(f"a.json{suffix}, line 1", "one"), (f"a.json{suffix}, line 2", "two")]
+    assert read(tmp_path / f"a.json{suffix}")[0] == expected
+    whole = [(f"b{number}.json{suffix}", content.decode()) for number, content in enumerate(others)]
+    assert read(tmp_path)[0] == expected + whole
+
+
+def test_json_lines_have_one_name_from_wherever_they_are_read(folder, monkeypatch):
+    (folder / "sub" / "lines.jsonl").write_text('{"text": "one"}\n')
+    titles = [title for title, _ in read(folder)[0]]
+    assert "sub/lines.jsonl, line 1" in titles
+    monkeypatch.chdir(folder / "sub")
+    assert [title for title, _ in read("..")[0]] == titles
+    assert (
+        read("lines.jsonl")[0] == read(folder / "sub" / "lines.jsonl")[0] == [("lines.jsonl, line 1", "one")]
+    )
+
+
+@pytest.fixture
+def parquet():
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow
+    from pyarrow import parquet
+
+    def write(path, columns, **options):
+        parquet.write_table(pyarrow.table(columns), path, **options)
+
+    return write
+
+
+def test_parquet(tmp_path, parquet, seed):
+    rng = np.random.default_rng(seed)
+    rows = 3 * corpus._PARQUET_ROWS + 17
+    texts = ["".join(rng.choice(list("ab\u00e9\u2581 \n"), 20)) + "." for _ in range(rows)]
+    columns = {"other": list(range(rows)), "id": [f"n{i}" for i in range(rows)], "text": texts}
+    parquet(tmp_path / "b.parquet", columns, row_group_size=100, compression="zstd")
+    parquet(tmp_path / "a.parquet", {"text": ["one", None, " ", "two"], "title": ["One", "", "", None]})
+    (tmp_path / "c.txt").write_text("three")
+    first = [("One", "one"), ("a.parquet, row 4", "two")]
+    documents, report = read(tmp_path)
+    assert documents == first + [(f"n{i}", text) for i, text in enumerate(texts)] + [("c.txt", "three")]
+    assert report.skipped == {'without a "text"': 1, "empty": 1}
+    assert f"{tmp_path}/a.parquet, row 2" in report.warning()
+    assert read(tmp_path / "a.parquet")[0] == first
+
+
+def test_parquet_that_cannot_be_read(tmp_path, parquet):
+    import pyarrow
+
+    parquet(tmp_path / "none.parquet", {"content": ["one"]})
+    parquet(tmp_path / "numbers.parquet", {"text": [1, 2]})
+    latin = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        2,
+        [None, pyarrow.py_buffer(np.array([0, 1, 2], np.int32)), pyarrow.py_buffer(b"\xe9b")],
+    )
+    parquet(tmp_path / "latin.parquet", {"text": latin})
+    parquet(tmp_path / "damaged.parquet", {"text": [os.urandom(50).hex() for _ in range(1000)]})
+    content = bytearray((tmp_path / "damaged.parquet").read_bytes())
+    content[4:20_000] = bytes(len(content[4:20_000]))
+    (tmp_path / "damaged.parquet").write_bytes(content)
+    (tmp_path / "cut.parquet").write_bytes(content[:-20])
+    for name, why in (
+        ("none", 'without a "text". Give its lines or rows'),
+        ("cut", "Parquet magic bytes not found.*copy it again"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.parquet cannot be read: {why}"):
+            read_documents(tmp_path / f"{name}.parquet")
+    for name, why in (
+        ("numbers", r"without a \"text\" \(.*row 1\)"),
+        ("damaged", "Couldn't deserialize.*copy it again"),
+    ):
+        with pytest.raises(InputError, match=f"{name}.parquet cannot be read: {why}"):
+            read(tmp_path / f"{name}.parquet")
+    assert read(tmp_path / "latin.parquet")[0] == [("latin.parquet, row 2", "b")]
+    documents, report = read(tmp_path)
+    assert [text for _, text in documents] == ["b"]
+    assert report.skipped == {"unreadable": 2, "not UTF-8": 1, 'without a "text"': 3}
+
+
+def test_what_takes_a_package_to_read_says_which(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "zstd", None)
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "a.txt.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    for name, advice in (("a.txt.zst", "pip install backports.zstd"), ("b.parquet", "pip install pyarrow")):
+        with pytest.raises(InputError, match=rf"{name} cannot be read: .*\({advice}\).*leave it out"):
+            read_documents(tmp_path / name)
+    (tmp_path / "c.txt").write_text("text")
+    documents, report = read(tmp_path)
+    assert len(documents) == 1 and report.skipped.total() == 2 and "which takes pyarrow" in report.warning()
 
 
 def test_stdin(monkeypatch):
@@ -128,7 +256,7 @@ def test_what_is_no_text_is_counted(tmp_path, caplog):
         "binary": 1,
         "unreadable": 3,
         "not JSON": 2,
-        'without a "text" in the JSON': 3,
+        'without a "text"': 3,
     }
     assert "latin.txt, byte 3" in report.warning() and "Documents left out: 15" in report.warning()
     assert len(list(read_documents(tmp_path))) == 2
@@ -145,9 +273,9 @@ LATER = 3 * _SNIFF_BYTES
         ("a.gz", b"no gzip at all", "Not a gzipped file.*copy it again"),
         ("a.txt.xz", lzma.compress(b"\xff"), "not UTF-8"),
         ("a.jsonl.xz", b"no xz", "Input format not supported.*copy it again"),
-        ("a.txt.zst", b"\x28\xb5\x2f\xfd", ".zst is not unpacked here; .gz and .xz are. Unpack it"),
-        ("a.jsonl.bz2", b"BZh9", ".bz2 is not unpacked here"),
-        ("a.tar.gz", gzip.compress(b"text"), ".tar is not unpacked here"),
+        ("a.jsonl.bz2", b"no bzip2", "Invalid data stream.*copy it again"),
+        ("a.txt.lz4", b"\x04\x22\x4d\x18", "packed in a way that is not read .*bz2 and .zst are.. Unpack it"),
+        ("a.tar.gz", gzip.compress(b"text"), "packed in a way that is not read"),
     ],
 )
 def test_a_named_file_that_cannot_be_read_is_refused_at_once(tmp_path, name, content, why):
@@ -166,7 +294,7 @@ def test_a_named_file_that_cannot_be_read_is_refused_at_once(tmp_path, name, con
         ("a.txt.gz", gzip.compress(os.urandom(LATER).hex().encode())[:-20], "Compressed file ended.*again"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * LATER)[:-20], "Compressed file ended.*again"),
         ("a.jsonl", b"one\ntwo\n", r"not JSON \(.*line 1\). Make it one JSON object a line"),
-        ("a.jsonl", b"{}\n", r"without a \"text\" in the JSON \(.*\). Give its lines a \"text\""),
+        ("a.jsonl", b"{}\n", r"without a \"text\" \(.*\). Give its lines or rows a \"text\""),
     ],
 )
 def test_a_named_file_that_turns_out_unreadable_is_an_error(tmp_path, name, content, why):
