@@ -102,6 +102,8 @@ def describe_embedder(embedder: TextEmbedder) -> dict[str, Any]:
         entry["dtype"] = str(embedder.dtype).removeprefix("torch.")
         if embedder.path:
             entry["path"] = embedder.path
+    elif not isinstance(embedder, HashingEmbedder):
+        entry["object"] = True  # the caller's own: there is no name to look for, on the Hub least of all
     return entry
 
 
@@ -119,6 +121,11 @@ def load_described(
     The dtype is the set's, not this machine's default. InputError where none is found, or one with another fingerprint.
     """
     name, fingerprint = entry["name"], entry["fingerprint"]
+    if given is None and entry.get("object") is True:
+        raise InputError(
+            f"The retrieval set {folder} was built with an embedder of somebody's own, {name}: give that object "
+            "(embedder=, in Python)."
+        )
     source = given
     if given is None:
         path = entry.get("path")

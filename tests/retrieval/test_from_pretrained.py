@@ -171,6 +171,39 @@ def test_another_embedder_is_refused_when_it_is_needed(folder: Path) -> None:
     assert Retriever.from_pretrained(folder, embedder=HashingEmbedder(64))(known.flip(1)).ids.min() >= 0
 
 
+class Own:
+    """An embedder that is no class of the library's."""
+
+    name, fingerprint, dim = "own/letters", "f" * 64, 26
+
+    def embed(self, texts: Any, progress: Any = None) -> torch.Tensor:
+        counts = [[text.count(chr(97 + letter)) for letter in range(26)] for text in texts]
+        return torch.tensor(counts, dtype=torch.float32)
+
+
+def test_an_embedder_of_ones_own_is_looked_for_nowhere(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name may be anything, so the Hub is not asked for a model of that name, which can take minutes."""
+
+    def look_for(*_: Any) -> None:
+        raise AssertionError("looked for")
+
+    monkeypatch.setattr("retro_kernels.retrieval.embedder.load_embedder", look_for)
+    path = tmp_path / "set"
+    build_retrieval_set(documents[:10], path, vocab_size=330, embedder=Own(), chunk_size=16, progress=False)
+    retriever = Retriever.from_pretrained(path)
+    known = torch.from_numpy(retriever.store.chunks[:1].astype(np.int64))
+    assert retriever(known).ids.min() >= 0  # nothing is to be embedded
+    said = "was built with an embedder of somebody's own, own/letters: give that object"
+    with pytest.raises(InputError, match=said):
+        retriever(known.flip(1))
+    with pytest.raises(InputError, match=said):
+        append_to_retrieval_set(path, documents[10:], progress=False)
+    append_to_retrieval_set(path, documents[10:], embedder=Own(), progress=False)
+    assert Retriever.from_pretrained(path, embedder=Own())(known.flip(1)).ids.min() >= 0
+
+
 class QueryEncoder:
     """Queries have an encoder of their own: here one that turns everything into the same vector."""
 
