@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 from dataclasses import asdict, dataclass
@@ -48,7 +49,7 @@ class Ceilings:
 
     def floor(self, *kernels: Cost) -> float:
         """Seconds of kernels that run one after another, each as fast as its bytes or its operations let it."""
-        return sum(max(cost.bytes / self.bandwidth, cost.flops / self.matmul) for cost in kernels)
+        return math.fsum(max(cost.bytes / self.bandwidth, cost.flops / self.matmul) for cost in kernels)
 
 
 H200 = Ceilings("NVIDIA H200 (4.3 TB/s and 790 TFLOP/s as measured on other days)", 4.3e12, 790e12)

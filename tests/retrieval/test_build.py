@@ -64,7 +64,7 @@ def test_size_of_shards_does_not_show(whole, model, tmp_path):
 
 
 def test_memory_is_bounded_by_the_shard(model, tmp_path, monkeypatch, seed):
-    """Three times the text takes no more memory, but for some numbers a document and a chunk."""
+    """Eight times the text takes no more memory, but for some numbers a document and a chunk."""
 
     class Random:
         name, fingerprint, dim = "random", "random", 16
@@ -83,7 +83,7 @@ def test_memory_is_bounded_by_the_shard(model, tmp_path, monkeypatch, seed):
     )
     rng = np.random.default_rng(seed)
     found = []
-    for count in (10, 60, 180):  # the first one loads what is loaded once
+    for count in (10, 60, 480):  # the first one loads what is loaded once
         corpus = tmp_path / f"{count}.jsonl"
         with corpus.open("w") as file:
             for _ in range(count):
