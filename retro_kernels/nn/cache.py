@@ -86,5 +86,5 @@ class DecodingCache:
     neighbours: dict[int, ChunkNeighbours | None] = field(default_factory=dict)
     """Per CCA layer (1-based), the neighbours of the last whole chunk; None or absent: RETRO is off for it."""
     position_terms: dict[int, dict[str, Any]] = field(default_factory=dict)
-    past: Any = None
-    """Keys and values that a base from another library keeps in a cache of its own."""
+    past: dict[str, Any] = field(default_factory=dict)
+    """By the name of its argument, what a base from another library keeps its keys and values in."""

@@ -154,10 +154,12 @@ class RetroFitted(Retrieving):
         """
         step = DecodingStep(self, tokens, cache, neighbours)
         result = self._run(
-            tokens, step.contribution, begins=not cache.length, past_key_values=cache.past, use_cache=True
+            tokens, step.contribution, begins=not cache.length, use_cache=True, **cache.past
         )
-        cache.past = getattr(result, "past_key_values", None)
-        if cache.past is None:
+        # transformers 5.24 names it anew; before that there is no `cache`
+        kept = {name: getattr(result, name, None) for name in ("cache", "past_key_values")}
+        cache.past = next(({name: past} for name, past in kept.items() if past is not None), {})
+        if not cache.past:
             raise InputError(
                 f"RetroFitted.decode: {type(self.base).__name__} keeps no keys and values from one call to the next, "
                 "so it cannot generate token by token; forward works."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -257,6 +259,30 @@ def test_gradient_checkpointing_changes_nothing_but_memory(
         assert calls == ([2 * passes - 1, 2 * passes, 0, 2 * passes] if on else [passes, passes, 0, passes])
         results.append((*logits, *gradients))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_bases_cache_by_its_name_before_and_since_transformers_5_24(seed: int, name: str) -> None:
+    model, (x, neighbours) = fitted(base_model()), random_input()
+    once = model.decode(x, model.new_cache(2), neighbours)
+    original = model.base.forward
+    real = "cache" if "cache" in inspect.signature(original).parameters else "past_key_values"
+
+    def forward(*args: Any, **options: Any) -> Any:
+        assert not {"past_key_values", "cache"} & set(options) - {name}
+        given = {real: options.pop(name)} if name in options else {}
+        result = original(*args, **options, **given)
+        return SimpleNamespace(logits=result.logits, **{name: getattr(result, real)})
+
+    model.base.forward = forward
+    cache = model.new_cache(2)
+    first = model.decode(
+        x[:, :5],
+        cache,
+        neighbours._replace(tokens=neighbours.tokens[:, :1], lengths=neighbours.lengths[:, :1]),
+    )
+    rest = neighbours._replace(tokens=neighbours.tokens[:, 1:], lengths=neighbours.lengths[:, 1:])
+    torch.testing.assert_close(torch.cat((first, model.decode(x[:, 5:], cache, rest)), 1), once)
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
