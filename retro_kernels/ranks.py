@@ -69,7 +69,7 @@ def _kind(error: BaseException) -> str:
 
 
 class Ranks:
-    """This process among `world` of them. Every method but `device` is collective, and nothing where there is one."""
+    """This process among `world` of them. Every method is collective, and nothing where there is one."""
 
     def __init__(self, group: Any = None) -> None:
         """group: of all processes, for tensors on the CPU; None: this process is alone."""
@@ -84,7 +84,15 @@ class Ranks:
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """See `pick_device`; of several processes each has a GPU of its own, which becomes torch's current one."""
+        """See `pick_device`; of several processes each has a GPU of its own, which becomes torch's current one: that of
+        its place on its machine, or the only one that it sees, as where a scheduler gives each process one."""
+        with self.together("device"):
+            device = self._own_device(name)
+        if self.world > 1:
+            self._check_apart(device)
+        return device
+
+    def _own_device(self, name: str) -> torch.device:
         device = pick_device(name)
         if self.world == 1 or device.type != "cuda":
             return device
@@ -93,9 +101,21 @@ class Ranks:
                 f"device is {name!r}, but there are {self.world} processes, each with a GPU of its own. Give cuda, or "
                 "leave it out."
             )
-        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', self.rank)}")
+        place = 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", self.rank))
+        device = pick_device(f"cuda:{place}")
         torch.cuda.set_device(device)
         return device
+
+    def _check_apart(self, device: torch.device) -> None:
+        own = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+        ranks: dict[str, int] = {}
+        for rank, gpu in enumerate(self.gathered(own)):
+            if gpu is not None and ranks.setdefault(gpu, rank) != rank:
+                kind = InputError if self.first else InputFailedElsewhere
+                raise kind(
+                    f"device: ranks {ranks[gpu]} and {rank} have the same GPU. Start as many processes on a machine as "
+                    "it has GPUs (--nproc-per-node), and let each see its own or all of them (CUDA_VISIBLE_DEVICES)."
+                )
 
     def together(self, name: str) -> contextlib.AbstractContextManager[None]:
         """See the function of this name."""

@@ -118,7 +118,8 @@ def train(
                 check_writable(folder, "; a run is a folder. Give another --out.")
                 _check_out(config, documents, ranks)
                 held.enter_context(alone_in(folder))
-        trainer = _in_turn(ranks, config, folder, resume, documents, progress and ranks.first)
+        device = ranks.device(config.device)
+        trainer = _in_turn(ranks, device, config, folder, resume, documents, progress and ranks.first)
         try:
             return trainer.run(
                 config.steps if stop_after is None else min(config.steps, trainer.step + stop_after)
@@ -170,6 +171,7 @@ def _in_turn(ranks: Ranks, *arguments: Any) -> _Trainer:
 def _prepared(
     ranks: Ranks,
     known: tuple[int, str] | None,
+    device: torch.device,
     config: TrainConfig,
     folder: Path,
     resume: bool,
@@ -203,7 +205,6 @@ def _prepared(
             f"retrofit: there is no folder {config.retrofit}. Give the run of a plain decoder, or the folder of a "
             "pretrained model, as it is now."
         )
-    device = ranks.device(config.device)
     retriever = _open_set(config, device, progress)
     # neither this run nor another is text
     text = text_of(config.data, documents, "train: there is no text to train on", progress, (config.out,))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -232,18 +234,40 @@ def test_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError("as it is")
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks, chosen = Ranks(), []
-    ranks.rank, ranks.world = 1, 3
+def several(monkeypatch: pytest.MonkeyPatch, rank: int, visible: int, uuids: list[str]) -> Ranks:
+    """This process as one of as many as there are `uuids`, their GPUs', with `visible` GPUs to choose from."""
+    ranks = Ranks()
+    ranks.rank, ranks.world = rank, len(uuids)
+    monkeypatch.setattr(ranks, "together", lambda name: contextlib.nullcontext())
+    monkeypatch.setattr(ranks, "gathered", lambda own: [*uuids[:rank], own, *uuids[rank + 1 :]])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[rank]))
+    return ranks
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, chosen = several(monkeypatch, 1, 2, ["a", "b", "c"]), []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", "0")  # on a second machine
     assert ranks.device("auto") == ranks.device("cuda") == torch.device("cuda:0") == chosen[-1]
     monkeypatch.delenv("LOCAL_RANK")
-    assert ranks.device("auto") == torch.device("cuda:1") and ranks.device("cpu") == torch.device("cpu")
+    assert ranks.device("auto") == torch.device("cuda:1")
     with pytest.raises(InputError, match="each with a GPU of its own"):
         ranks.device("cuda:1")
     ranks.rank = 2
     with pytest.raises(InputError, match="there are 2 GPUs"):
         ranks.device("cuda")
+
+
+def test_processes_that_see_one_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As schedulers start them: each calls its own GPU the first. Where it is the same one for two, all are told."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert several(monkeypatch, 1, 1, ["a", "b"]).device("auto") == torch.device("cuda:0")
+    for rank in (0, 1, 2):
+        with pytest.raises(InputError, match="ranks 0 and 2 have the same GPU. Start as many processes"):
+            several(monkeypatch, rank, 1, ["a", "b", "a"]).device("cuda")
+    on_cpus = several(monkeypatch, 1, 1, ["a", "b"])
+    monkeypatch.setattr(on_cpus, "gathered", lambda own: [own] * 2)
+    assert on_cpus.device("cpu") == torch.device("cpu")

@@ -153,9 +153,7 @@ class RetroFitted(Retrieving):
         The base keeps its keys and values in its own cache. Raises ValueError for shapes that do not fit.
         """
         step = DecodingStep(self, tokens, cache, neighbours)
-        result = self._run(
-            tokens, step.contribution, begins=not cache.length, use_cache=True, **cache.past
-        )
+        result = self._run(tokens, step.contribution, begins=not cache.length, use_cache=True, **cache.past)
         # transformers 5.24 names it anew; before that there is no `cache`
         kept = {name: getattr(result, name, None) for name in ("cache", "past_key_values")}
         cache.past = next(({name: past} for name, past in kept.items() if past is not None), {})
