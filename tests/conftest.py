@@ -6,8 +6,10 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -19,6 +21,15 @@ LIBRARY = str(Path(__file__).resolve().parent.parent / "retro_kernels") + os.sep
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+        import triton
+
+        old, new = (tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, numpy))
+        if old < (3, 7) and new >= (2, 4):
+            raise pytest.UsageError(
+                f"The interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}. Without a GPU "
+                "the tests need an older one, or a newer Triton: pip install 'numpy<2.4'."
+            )
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
