@@ -490,13 +490,7 @@ class Retriever:
             tokens,
             strict=True,
         )
-        return [
-            Hit(
-                *row,
-                *(self.tokenizer.decode([t for t in half if t != self.tokenizer.pad_id]) for half in halves),
-            )
-            for *row, halves in rows
-        ]
+        return [Hit(*row, *self.tokenizer.decode_batch(halves)) for *row, halves in rows]
 
     def prefetch(
         self,

@@ -321,9 +321,9 @@ class DenseSearcher:
         return torch.from_numpy(found >= 0), torch.from_numpy(keys)
 
     def embed(self, queries: Tensor) -> Tensor:
-        """float32 [Q, D]: detokenised without pads and embedded; rounded to fp16 as the keys of the set are."""
-        rows = [[t for t in row if t != self.store.tokenizer.pad_id] for row in queries.tolist()]
-        return embedded(self.embedder, self.store.tokenizer.decode_batch(rows)).half().float()
+        """float32 [Q, D]: detokenised, in which pads are nothing, and embedded; rounded to fp16 as the keys of the set
+        are."""
+        return embedded(self.embedder, self.store.tokenizer.decode_batch(queries)).half().float()
 
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Searcher.search`. Distances are squared L2 (negative inner products for a set of that metric)."""

@@ -214,6 +214,7 @@ def test_reranking_sorts_the_candidates(store: MemoryStore, by: str, monkeypatch
     monkeypatch.setattr("retro_kernels.retrieval.rerank._BLOCK", 4)
     inner = dense(store).searcher
     queries, exclude = torch.randint(1, 60, (9, M)), torch.randint(0, 40, (9, 2))
+    queries[0, 3:] = 0
     distances, ids = Reranker(inner, store, by, fetch=12).search(queries, 5, exclude)
     _, candidates = inner.search(queries, 12, exclude)
     for row in range(9):
@@ -224,7 +225,8 @@ def test_reranking_sorts_the_candidates(store: MemoryStore, by: str, monkeypatch
         elif by == "edit":
             truth = normalised_edit_distance(queries[row : row + 1], chunks[None])[0].numpy()
         else:
-            truth = np.array([1 - longest(queries[row].tolist(), chunk) / M for chunk in chunks.tolist()])
+            query = [token for token in queries[row].tolist() if token]
+            truth = np.array([1 - longest(query, chunk) / len(query) for chunk in chunks.tolist()])
         np.testing.assert_allclose(distances[row].numpy(), np.sort(truth)[:5], rtol=1e-4, atol=1e-5)
     _, few = Reranker(inner, store, by).search(queries, store.num_chunks + 2, exclude)
     assert (few[:, -2:] == -1).all()

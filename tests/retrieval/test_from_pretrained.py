@@ -129,6 +129,7 @@ def test_a_file_of_another_seed_or_another_query_encoder_is_refused(folder: Path
         ({"retriever": "random", "seed": 1}, {"retriever": "random", "seed": 2}),
         ({"query_embedder": QueryEncoder(64)}, {"query_embedder": QueryEncoder(64, "other")}),
         ({"query_embedder": QueryEncoder(64)}, {}),
+        ({}, {"metric": "inner product"}),
     ):
         first = Retriever.from_pretrained(folder, **made)
         precompute(
@@ -297,6 +298,7 @@ def test_random_neighbours_do_not_depend_on_the_other_queries(folder: Path) -> N
     together = retriever.search_text(texts, 5)
     assert together == [retriever.search_text(text, 5) for text in texts]
     assert len({tuple(hit.chunk for hit in hits) for hits in together}) == 3
+    assert Retriever.from_pretrained(folder, retriever="random", seed=1).search_text(texts, 5) != together
 
 
 def test_a_cache_has_no_more_places_than_the_set_has_chunks(folder: Path) -> None:

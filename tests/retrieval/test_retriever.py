@@ -145,6 +145,34 @@ def test_rows_that_an_approximate_index_leaves_short_are_compared_with_everythin
     assert not ((documents[..., None] == exclude[:, None, None, :]) & (got.ids >= 0)[..., None]).any()
 
 
+@pytest.mark.parametrize("limit", [0, 7])
+def test_widening_ends_with_what_is_sought(seed: int, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """From a first fetch that is hardly ever enough, with documents named twice or not there. limit: what the index
+    finds at most, beyond which all are compared."""
+    monkeypatch.setattr("retro_kernels.retrieval.search._FIRST_FETCH", 1)
+    for _ in range(30):
+        table = DocumentTable(np.sort(np.random.default_rng().integers(0, 6, 60)), 6)
+        exclude, k = torch.randint(-1, 9, (8, 5)), int(torch.randint(1, 30, ()))
+        everything = torch.rand(8, 60).sort(dim=1)
+        most = limit or table.num_chunks
+
+        def candidates(rows: Tensor | None, fetch: int, found: Any = everything, most: int = most) -> Any:
+            assert fetch <= most
+            return tuple(x[slice(None) if rows is None else rows, :fetch] for x in found)
+
+        def scan(rows: Tensor, k: int, found: Any = everything, kept: Any = (table, exclude)) -> Any:
+            distances, ids = (x[rows] for x in found)
+            return take_first(distances, ids, kept[0].allowed(ids, kept[1][rows]), k)
+
+        got = search_excluding(
+            candidates, table, 8, k, exclude, scan=scan if limit else None, max_fetch=limit or 2048
+        )
+        for found, sought in zip(got, scan(torch.arange(8), k), strict=True):
+            assert torch.equal(found, sought)
+        gone = torch.stack([torch.isin(table.document_ids, row).sum() for row in exclude])
+        assert torch.equal(table.num_excluded(exclude), gone)
+
+
 def test_rank_zero_is_not_taken_for_the_chunk_itself(seed: int) -> None:
     # the same text in two documents: only what is excluded may go
     text = list(range(1, 2 * M + 1))
@@ -168,6 +196,9 @@ def test_unknown_chunks_are_embedded_as_the_set_was(seed: int) -> None:
     asymmetric = len({tuple(r) for r in shuffled.tolist()} - {tuple(r) for r in store.chunks.tolist()})
     assert embedder.texts - built == asymmetric == retriever.stats.embedded
     assert torch.equal(got.ids[:, :2], got.ids[:, 2:])
+    # in the precision of the keys
+    made = retriever.searcher.embed(tokens.view(-1, M))
+    assert torch.equal(made, made.half().float()) and made.any()
     torch.testing.assert_close(got.distances[:, :2], got.distances[:, 2:], rtol=1e-3, atol=1e-3)
 
 
@@ -191,6 +222,13 @@ def test_padding_is_not_searched(seed: int) -> None:
     got = retriever(tokens, num_neighbours=2)
     assert (got.lengths[0, 1:] == 0).all() and (got.ids[0, 1:] == -1).all() and (got.lengths[1] > 0).all()
     assert sum(rows for rows, _ in index.calls) == 4 and retriever.stats.padding == 2
+    # what is excluded is that of the chunks that are left
+    exclude = retriever.documents(got.ids[:, 0])
+    excluded = dense(store)(tokens, num_neighbours=2, exclude_documents=exclude)
+    for row in range(2):
+        one = dense(store)(tokens[row, None], num_neighbours=2, exclude_documents=exclude[row, None])
+        assert torch.equal(excluded.ids[row], one.ids[0])
+    assert not (retriever.documents(excluded.ids[:, 0]) == exclude[:, :1]).any()
     alone = retriever(torch.zeros(1, M, dtype=torch.int64), num_neighbours=2)
     assert (alone.ids == -1).all() and len(index.calls) == 1
 
@@ -208,6 +246,7 @@ def test_copies_come_in_the_order_of_their_ids(seed: int) -> None:
     assert i.tolist() == [[9, 2, 5, 7, 1, -1], [4, 3, 2, 1, -1, -1], [3, 8, 0, 1, -1, -1]] and torch.equal(
         d, distances
     )
+    assert settle_ties(distances[:, 1:3], ids[:, 1:3])[1].tolist() == [[2, 7], [3, 2], [3, 1]]
     text = list(range(1, M + 1))
     store = MemoryStore([text] * 20 + make_documents(10, shared=False), BagEmbedder())
     for rows in (1, 64):  # FAISS searches few and many queries differently
@@ -240,15 +279,26 @@ def test_near_copies_can_be_dropped(seed: int) -> None:
     assert copies.any()
     chunks, values = tokens.reshape(-1, M), filtered.tokens.reshape(-1, 4, 2 * M)
     assert (containment(chunks, values) < 0.5).all() and (filtered.ids >= 0).all()
-    with pytest.raises(InputError, match="drop_copies"):
-        dense(store, drop_copies=1.5)
+    # what is kept for later has them
+    kept = dense(store, drop_copies=0.5).search(chunks, 4, keep_copies=True)
+    assert torch.equal(kept[1], plain.ids.view(-1, 4))
+    # whoever holds all of a chunk holds "this share or more"
+    whole = dense(store, drop_copies=1.0)(tokens, num_neighbours=4)
+    assert (containment(chunks, whole.tokens.view(-1, 4, 2 * M)) < 1).all() and (copies == 1).any()
+    for share in (0, 1.5):
+        with pytest.raises(InputError, match="drop_copies"):
+            dense(store, drop_copies=share)
 
 
-def test_near_copies_are_tested_once_and_some_at_a_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_near_copies_are_tested_once_and_some_at_a_time(
+    seed: int, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
     text = torch.randint(1, VOCAB, (M,)).tolist()
-    # tied, which a wider fetch may order anew
-    copies = [[*text, 100 + i, *text[: i % M]] for i in range(150)]
-    store = MemoryStore([*copies, *make_documents(30)], BagEmbedder())
+    # tied, which a wider fetch may order anew; or in another order than their ids, with two others among them
+    copies = [[*text, 100 + i, *text[: i % M]] if tied else [100 + i, *text] for i in range(150)]
+    others = [] if tied else [[300 + i, *text[-2::-1]] for i in range(2)]
+    store = MemoryStore([*copies, *others, *make_documents(30)], BagEmbedder())
     tokens = torch.tensor([text * 2, torch.randint(1, 60, (2 * M,)).tolist()])
     exclude = torch.tensor([[3], [-1]])
     everything = dense(store)(tokens, num_neighbours=store.num_chunks, exclude_documents=exclude)
@@ -281,8 +331,11 @@ def test_random_is_a_repeatable_control(seed: int) -> None:
     )
     assert all(len(set(row)) == 6 for row in ids.tolist()) and (distances == 0).all()
     assert not (documents.of(ids)[..., None] == exclude[:, None]).any()
-    _, everything = RandomSearcher(documents).search(queries[:2], store.num_chunks + 1)
-    assert [sorted(row) for row in everything.tolist()] == [[-1, *range(store.num_chunks)]] * 2
+    _, everything = RandomSearcher(documents).search(queries, store.num_chunks + 1)
+    assert [sorted(row) for row in everything.tolist()] == [[-1, *range(store.num_chunks)]] * 20
+    assert len({(b - a) % store.num_chunks for a, b, *_ in everything.tolist()}) > 1
+    _, firsts = RandomSearcher(documents).search(torch.randint(1, 60, (50 * store.num_chunks, M)), 1)
+    assert {*firsts[:, 0].tolist()} == {*range(store.num_chunks)}
     assert (
         abs(ids.double().mean() / store.num_chunks - 0.5) < 0.15
     )  # 120 draws: 0.026 is one standard deviation
@@ -394,8 +447,11 @@ def test_hashes_on_tensors_are_those_of_the_store(seed: int) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_chunks_are_found_in_a_set_held_on_a_device(seed: int, device: str) -> None:
-    text = make_documents(1, longest=60)[0]
-    store = MemoryStore([text, *make_documents(30), text], BagEmbedder())
+    chunks = MemoryStore(make_documents(30), BagEmbedder()).chunks
+    chunks[5:9] += 1 << 15  # of a vocabulary as large as two bytes hold
+    store = MemoryStore.of_arrays(
+        np.r_[chunks, chunks[:9]], np.arange(len(chunks) + 9), np.zeros((len(chunks) + 9, 1))
+    )
     queries = torch.cat([torch.from_numpy(store.chunks.astype(np.int64)), torch.randint(1, 60, (9, M))])
     found = DeviceStore(store, device).find_chunks(queries.to(device)).cpu()
     assert found.tolist() == store.find_chunks(queries).tolist()
@@ -413,6 +469,14 @@ def test_scan_is_exact_over_several_blocks(seed: int, monkeypatch: pytest.Monkey
         distances.double(), torch.tensor(want_distances).double(), rtol=1e-4, atol=1e-4
     )
     assert [set(a) for a in ids.tolist()] == [set(b) for b in want]
+    # nothing is nearer than the chunk itself, and what is excluded is not there when nothing else is left
+    distances, ids = scan_exact(
+        torch.from_numpy(store.embeddings.astype("f4")), store.embeddings, table, None, 1
+    )
+    assert distances.min() >= 0
+    distances, ids = scan_exact(keys, store.embeddings, table, exclude, store.num_chunks)
+    left = store.num_chunks - table.num_excluded(exclude)
+    assert torch.equal((ids >= 0).sum(1), left) and torch.equal(ids < 0, distances.isinf())
     products = scan_exact(keys, store.embeddings, table, None, 3, inner_product=True)
     want = (keys @ torch.from_numpy(store.embeddings.astype("f4")).T).topk(3)
     torch.testing.assert_close(-products[0], want.values, rtol=1e-4, atol=1e-4)
