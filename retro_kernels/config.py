@@ -69,9 +69,8 @@ def as_count(verb: str, name: str, given: Any, least: int = 1) -> int:
 
 def as_integer(given: Any) -> Any:
     """An integer of numpy's or torch's as one of Python's, which JSON can hold; anything else as it is."""
-    if isinstance(given, bool) or str(getattr(given, "dtype", "")).endswith(
-        "bool"
-    ):  # older numpy's is an index
+    # older numpy's bool is an index
+    if isinstance(given, bool) or str(getattr(given, "dtype", "")).endswith("bool"):
         return given
     with contextlib.suppress(TypeError):
         return operator.index(given)

@@ -50,6 +50,14 @@ def test_a_lesson_is_the_sequences_own_text_nearby(seed: int) -> None:
     assert len(shifts) > 5  # the answer does not always stand at the same distance
 
 
+def test_lessons_are_shifted_by_up_to_three_quarters_of_a_chunk_either_way(seed: int) -> None:
+    tokens = torch.arange(1, 40 * 32 + 1).view(40, 32)
+    found = NeighbourBatch(torch.zeros(40, 8, 2, 8, dtype=torch.int64), torch.zeros(40, 8, 2, dtype=torch.int32))
+    taught = give_lessons(tokens, found, 1.0, torch.Generator().manual_seed(seed))
+    shifts = taught.tokens[:, 1:, :, 0] - tokens[:, 4::4, None]
+    assert {*shifts.flatten().tolist()} == {*range(-3, 4)}
+
+
 def test_lessons_are_for_their_share(seed: int) -> None:
     _, found, same = batch(0.0, seed)
     assert torch.equal(same.tokens, found.tokens) and torch.equal(same.lengths, found.lengths)
@@ -108,17 +116,25 @@ def test_a_start_that_copies_needs_room_in_the_encoder() -> None:
 
 
 def test_lessons_become_fewer(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None in the last fifth of the steps."""
-    shares = []
+    """None in the last fifth of the steps, of those that a retrofit goes on for too. Each forward pass draws its own."""
+    shares, drawn = [], []
 
     def watched(tokens, neighbours, share, generator):  # type: ignore[no-untyped-def]
         shares.append(share)
+        drawn.append(generator.initial_seed())
         return give_lessons(tokens, neighbours, share, generator)
 
     monkeypatch.setattr(train_module, "give_lessons", watched)
     words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r", *MODEL]
-    assert run("train", *words, "--lessons", 0.5, "--steps", 10) == 0
-    assert shares == pytest.approx([0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625, 0, 0])
+    assert run("train", *words, "--lessons", 0.5, "--steps", 10, "--accumulate", 2) == 0
+    assert shares[::2] == shares[1::2]
+    assert shares[::2] == pytest.approx([0.5, 0.4375, 0.375, 0.3125, 0.25, 0.1875, 0.125, 0.0625, 0, 0])
+    shares.clear()
+    words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "later", *MODEL]
+    later = ["--retrofit", world.plain, "--first-step", 5, "--seed", 1]
+    assert run("train", *words, *later, "--lessons", 0.5, "--steps", 10) == 0
+    assert shares == pytest.approx([0.5, 0.375, 0.25, 0.125, 0])
+    assert len(set(drawn)) == len(drawn) == 25
 
 
 def test_what_is_added_has_a_rate_of_its_own(world: World, tmp_path: Path) -> None:

@@ -254,9 +254,9 @@ def scan_exact(
                 d.masked_fill_(owners == column[part, None], torch.inf)
             d, place = d.topk(min(k, d.shape[1]), largest=False)
             d, ids = torch.cat([best[part], d], 1), torch.cat([best_ids[part], place + start], 1)
-            d, order = d.sort(dim=1, stable=True)
+            d, order = d.sort(dim=1, stable=True)  # what was there comes first: −1 before what is excluded
             best[part], best_ids[part] = d[:, :k], ids.gather(1, order[:, :k])
-    return best, best_ids.masked_fill(best.isinf(), -1)
+    return best, best_ids
 
 
 class DenseSearcher:

@@ -69,8 +69,12 @@ def test_training_from_the_file_has_the_neighbours_of_a_live_search(
     )
 
 
-def test_all_of_a_whole_pass_comes_from_the_file(store: MemoryStore, tmp_path: Path) -> None:
-    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+@pytest.mark.parametrize("all_there_is", [False, True])
+def test_all_of_a_whole_pass_comes_from_the_file(
+    store: MemoryStore, tmp_path: Path, all_there_is: bool
+) -> None:
+    per_chunk, k = [store.num_chunks] * 2 if all_there_is else (4, 3)
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=per_chunk)
     index = CountingIndex(store.embeddings)
     kept, live = with_file(store, tmp_path / "near", index), dense(store)
     tokens, own = (
@@ -78,14 +82,30 @@ def test_all_of_a_whole_pass_comes_from_the_file(store: MemoryStore, tmp_path: P
         torch.from_numpy(store.document_ids)[:, None],
     )
     same(
-        kept(tokens, num_neighbours=3, exclude_documents=own),
-        live(tokens, num_neighbours=3, exclude_documents=own),
+        kept(tokens, num_neighbours=k, exclude_documents=own),
+        live(tokens, num_neighbours=k, exclude_documents=own),
     )
     assert not index.calls
 
 
+def test_equal_hashes_of_different_chunks_do_no_harm(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = module._hashes
+
+    def colliding(queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = hashes(queries, documents)
+        return first.remainder(8), second
+
+    monkeypatch.setattr(module, "_hashes", colliding)
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=8)
+    tokens, exclude = packed(store)
+    kept, live = with_file(store, tmp_path / "near"), dense(store)
+    same(kept(tokens, exclude_documents=exclude), live(tokens, exclude_documents=exclude))
+
+
 @pytest.mark.parametrize(
-    "case", ["own document not excluded", "list too short", "unknown chunk", "none excluded"]
+    "case", ["own document not excluded", "list too short", "list one short", "unknown chunk", "none excluded"]
 )
 def test_rows_that_the_file_cannot_serve_are_searched(store: MemoryStore, tmp_path: Path, case: str) -> None:
     precompute(dense(store), store.chunks[:50], store.document_ids[:50], tmp_path / "near", per_chunk=3)
@@ -98,6 +118,9 @@ def test_rows_that_the_file_cannot_serve_are_searched(store: MemoryStore, tmp_pa
         exclude = (own + 7) % store.num_documents
     elif case == "list too short":
         k = 5
+    elif case == "list one short":
+        nearest = dense(store)(tokens, exclude_documents=own)
+        k, exclude = 3, torch.cat([own, dense(store).documents(nearest.ids[:, 0, :1])], 1)
     elif case == "unknown chunk":
         tokens = tokens.flip(1)
     else:

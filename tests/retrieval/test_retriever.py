@@ -150,9 +150,10 @@ def test_widening_ends_with_what_is_sought(seed: int, monkeypatch: pytest.Monkey
     """From a first fetch that is hardly ever enough, with documents named twice or not there. limit: what the index
     finds at most, beyond which all are compared."""
     monkeypatch.setattr("retro_kernels.retrieval.search._FIRST_FETCH", 1)
-    for _ in range(30):
+    monkeypatch.setattr("retro_kernels.retrieval.search._GROWTH", 2)
+    for most_wanted in (2, 30) * 20:
         table = DocumentTable(np.sort(np.random.default_rng().integers(0, 6, 60)), 6)
-        exclude, k = torch.randint(-1, 9, (8, 5)), int(torch.randint(1, 30, ()))
+        exclude, k = torch.randint(-1, 9, (8, 5)), int(torch.randint(1, most_wanted, ()))
         everything = torch.rand(8, 60).sort(dim=1)
         most = limit or table.num_chunks
 
