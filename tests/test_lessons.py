@@ -52,7 +52,9 @@ def test_a_lesson_is_the_sequences_own_text_nearby(seed: int) -> None:
 
 def test_lessons_are_shifted_by_up_to_three_quarters_of_a_chunk_either_way(seed: int) -> None:
     tokens = torch.arange(1, 40 * 32 + 1).view(40, 32)
-    found = NeighbourBatch(torch.zeros(40, 8, 2, 8, dtype=torch.int64), torch.zeros(40, 8, 2, dtype=torch.int32))
+    found = NeighbourBatch(
+        torch.zeros(40, 8, 2, 8, dtype=torch.int64), torch.zeros(40, 8, 2, dtype=torch.int32)
+    )
     taught = give_lessons(tokens, found, 1.0, torch.Generator().manual_seed(seed))
     shifts = taught.tokens[:, 1:, :, 0] - tokens[:, 4::4, None]
     assert {*shifts.flatten().tolist()} == {*range(-3, 4)}

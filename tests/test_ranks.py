@@ -21,7 +21,7 @@ from retro_kernels.ranks import Ranks, joined, together
 from retro_kernels.retrieval import bm25, retriever
 from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.runs import checkpoints, load_state
-from retro_kernels.train import _open_set
+from retro_kernels.train import _open_set, _Trainer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -232,6 +232,20 @@ def test_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ranks.sum(torch.ones(2)).tolist() == [1, 1] and ranks.gathered(3) == [3]
         with pytest.raises(OSError, match="as it is"), ranks.together("train"):
             raise OSError("as it is")
+
+
+def test_each_process_drops_others() -> None:
+    """Than every other, and in another order after a start anew."""
+
+    def drawn(rank: int, step: int, seed: int) -> tuple[float, ...]:
+        torch.manual_seed(0)
+        config = SimpleNamespace(seed=seed)
+        ranks = SimpleNamespace(rank=rank, first=rank == 0)
+        _Trainer._draw_apart(SimpleNamespace(config=config, ranks=ranks, step=step))  # type: ignore[arg-type]
+        return tuple(torch.rand(4).tolist())
+
+    assert len({drawn(*which) for which in [(0, 0, 0), (1, 0, 0), (2, 0, 0), (1, 5, 0), (1, 0, 3)]}) == 5
+    assert drawn(1, 5, 3) == drawn(1, 5, 3) and drawn(0, 5, 3) == drawn(0, 0, 0)
 
 
 def several(monkeypatch: pytest.MonkeyPatch, rank: int, visible: int, uuids: list[str]) -> Ranks:

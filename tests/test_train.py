@@ -379,6 +379,34 @@ def test_interrupted_with_documents_of_the_callers(
     assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
 
 
+def test_a_run_keeps_its_arithmetic_and_its_summary(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also on another processor, which multiplies in bf16; the kind of device it began on is said where it is another.
+    What is left of it without a checkpoint is not trained over."""
+    words = ["train", "--data", world.train, "--set", world.set, *MODEL, "--steps", 4]
+    assert run(*words, "--out", tmp_path / "whole") == 0
+    assert run(*words, "--out", tmp_path / "parts", "--stop-after", 2) == 0
+    capfd.readouterr()
+    monkeypatch.setattr(runs, "cpu_has_bf16", lambda: True)
+    assert run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume", "--json") == 0
+    out, err = capfd.readouterr()
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole") and "was started on" not in err
+    settings = json.loads((tmp_path / "parts" / "train.json").read_text())
+    assert (
+        json.loads(out) == settings["summary"] and settings["dtype"] == settings["summary"]["dtype"] == "fp32"
+    )
+    (tmp_path / "parts" / "train.json").write_text(json.dumps({**settings, "device": "cuda"}))
+    assert run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == settings["summary"]
+    assert "was started on cuda and goes on on cpu: not bit for bit" in err
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-00000004")
+    assert run(*words, "--out", tmp_path / "parts") == 2
+    assert "holds a training run already" in capfd.readouterr().err
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
 def test_the_new_checkpoint_is_on_the_disk_before_the_old_one_goes(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

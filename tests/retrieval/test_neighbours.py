@@ -91,21 +91,24 @@ def test_all_of_a_whole_pass_comes_from_the_file(
 def test_equal_hashes_of_different_chunks_do_no_harm(
     store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hashes = module._hashes
+    hashes, without = module._hashes, tmp_path / "without"
+    rows = precompute(dense(store), store.chunks, store.document_ids, without, per_chunk=8)["rows"]
 
     def colliding(queries: Tensor, documents: Tensor) -> tuple[Tensor, Tensor]:
         first, second = hashes(queries, documents)
         return first.remainder(8), second
 
     monkeypatch.setattr(module, "_hashes", colliding)
-    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=8)
+    made = precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=8)
+    assert made["rows"] == rows == len({*NeighbourFile.open(without).checks.tolist()})
     tokens, exclude = packed(store)
     kept, live = with_file(store, tmp_path / "near"), dense(store)
     same(kept(tokens, exclude_documents=exclude), live(tokens, exclude_documents=exclude))
 
 
 @pytest.mark.parametrize(
-    "case", ["own document not excluded", "list too short", "list one short", "unknown chunk", "none excluded"]
+    "case",
+    ["own document not excluded", "list too short", "list one short", "unknown chunk", "none excluded"],
 )
 def test_rows_that_the_file_cannot_serve_are_searched(store: MemoryStore, tmp_path: Path, case: str) -> None:
     precompute(dense(store), store.chunks[:50], store.document_ids[:50], tmp_path / "near", per_chunk=3)
@@ -143,6 +146,22 @@ def test_lists_made_for_text_outside_the_set_serve_any_exclusion(store: MemorySt
         live(tokens, num_neighbours=9, exclude_documents=exclude),
     )
     assert not index.calls  # the lists hold everything: none can run short
+
+
+def test_a_file_has_what_was_asked_for(store: MemoryStore, tmp_path: Path) -> None:
+    """Copies too, which a retriever may leave out later; with more places it is another file."""
+    made = []
+    for per_chunk, drop_copies, before in (
+        (4, None, False),
+        (4, 0.5, True),
+        (5, 0.5, False),
+        (5, None, True),
+    ):
+        live = dense(store, drop_copies=drop_copies)
+        result = precompute(live, store.chunks, store.document_ids, tmp_path / "near", per_chunk=per_chunk)
+        assert result["done_before"] == before and result["per_chunk"] == per_chunk
+        made.append(NeighbourFile.open(tmp_path / "near").ids)
+    assert made[2].shape[1] == 5 and torch.equal(made[0], made[2][:, :4])
 
 
 def test_without_a_live_searcher_the_rest_is_missing(store: MemoryStore, tmp_path: Path) -> None:
@@ -332,6 +351,16 @@ def test_a_file_outlives_another_measurement_of_the_index_but_not_another_settin
             NeighbourFile.open(tmp_path / "near", store=store)
         index.clear()
         index.update(before)
+    for part in ("tokenizer", "embedder"):
+        before = dict(store.manifest[part])
+        store.manifest[part]["fingerprint"] = "0" * 64
+        with pytest.raises(InputError, match="another retrieval set"):
+            NeighbourFile.open(tmp_path / "near", store=store)
+        store.manifest[part] = before
+    # of an exact index some versions wrote no setting, others an empty one
+    before = {**store.manifest, "index": {"factory": "Flat", "search": ""}}
+    same_set = {**store.manifest, "index": {"factory": "Flat"}}
+    assert module.manifest_fingerprint(before) == module.manifest_fingerprint(same_set)
 
 
 def test_the_cache_has_the_neighbours_of_a_live_search(store: MemoryStore) -> None:
