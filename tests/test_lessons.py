@@ -118,7 +118,7 @@ def test_a_start_that_copies_needs_room_in_the_encoder() -> None:
 
 
 def test_lessons_become_fewer(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None in the last fifth of the steps, of those that a retrofit goes on for too. Each forward pass draws its own."""
+    """None in the last fifth of the steps, of those that a retrofit goes on for too; each forward pass draws anew."""
     shares, drawn = [], []
 
     def watched(tokens, neighbours, share, generator):  # type: ignore[no-untyped-def]

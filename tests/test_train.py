@@ -27,13 +27,15 @@ import torch
 from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, losses, run, watch_reading, weights
 
 from retro_kernels import runs
-from retro_kernels.config import InputError, TrainConfig
+from retro_kernels import train as train_module
+from retro_kernels.config import DEFAULT_PRESET, InputError, TrainConfig, preset
 from retro_kernels.data.corpus import Document, read_documents
 from retro_kernels.data.packing import IGNORE, Packed, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
 from retro_kernels.nn import Retro, attention, saving
 from retro_kernels.ops import NeighbourBatch
+from retro_kernels.ranks import Ranks
 from retro_kernels.retrieval import Retriever, writing
 from retro_kernels.runs import Interrupted, alone_in, checkpoints, load_state
 from retro_kernels.train import learning_rate, train
@@ -130,6 +132,10 @@ def test_matrices_alone_decay_and_gradients_are_clipped(world: World, tmp_path: 
     ):
         decays = before.ndim == 2 and name.endswith(".weight")
         torch.testing.assert_close(after, 0.95 * before if decays else before, rtol=0, atol=1e-4)
+    for name, clip in (("none", 0), ("far", 1e12)):  # 0 is no limit
+        words[5] = tmp_path / name
+        assert run("train", *words, "--steps", 2, "--clip", clip) == 0
+    assert weights(tmp_path / "none") == weights(tmp_path / "far")
 
 
 def test_a_run_is_this_loop(world: World, tmp_path: Path) -> None:
@@ -191,6 +197,14 @@ def test_training_that_diverges(world: World, tmp_path: Path, capfd: pytest.Capt
     err = capfd.readouterr().err
     assert "The loss is nan and the gradient's norm nan at step 4: training diverged" in err
     assert weights(tmp_path / "r") == kept and [step for step, _ in checkpoints(tmp_path / "r")] == [2]
+
+
+def test_an_infinite_gradient_is_as_bad_as_an_infinite_loss() -> None:
+    trainer: Any = types.SimpleNamespace(step=3)
+    train_module._Trainer._check_finite(trainer, {"loss": 1.0, "grad_norm": 2.0})
+    for loss, norm in ((1.0, math.inf), (math.inf, 1.0), (math.nan, 1.0)):
+        with pytest.raises(InputError, match="at step 3: training diverged"):
+            train_module._Trainer._check_finite(trainer, {"loss": loss, "grad_norm": norm})
 
 
 def test_resume_is_bit_for_bit(world: World, tmp_path: Path, seed: int) -> None:
@@ -280,11 +294,42 @@ def test_no_step_is_missing_from_the_metrics(
         assert run("train", "--out", tmp_path / "parts", *grid, *words) == 130
     assert [step for step, _ in losses(tmp_path / "parts")] == [3, 4]
     assert run("train", "--data", world.train, "--out", tmp_path / "parts", "--resume") == 0
+    with monkeypatch.context() as patch:  # there is nothing left to be interrupted
+        interrupt_at(patch, 2)
+        assert run("train", "--out", tmp_path / "last", *words, "--steps", 2) == 0
     for name, steps in (("whole", [3, 6, 7, 8]), ("parts", [3, 4, 6, 7, 8])):
         lines = losses(tmp_path / name)
         assert [step for step, _ in lines] == steps
         for (start, _), (stop, loss) in zip([(0, 0.0), *lines], lines, strict=False):
             assert loss == pytest.approx(np.mean(every[start:stop]), rel=1e-6)
+
+
+def test_what_a_line_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time and losses since the line before, without the first wait; tokens from the beginning."""
+    now = [0.0]
+    monkeypatch.setattr(train_module, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_module, "_tensorboard", lambda *_: None)
+    with train_module._Log(tmp_path / "metrics.jsonl", 0, 10, Ranks()) as log:
+        now[0] = 5.0
+        log.waited(5.0)
+        log.waited(0.5)
+        now[0] = 9.0
+        log.add(torch.tensor(2.0), torch.tensor(3.0))
+        log.write(1, 0.1)
+        for loss in (4.0, 8.0):
+            log.add(torch.tensor(loss), torch.tensor(1.0))
+        now[0] = 11.0
+        log.write(3, 0.2)
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {
+        **{"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 3.0},
+        **{"tokens": 10, "tokens_per_second": 2.5, "stall_share": 0.125},
+    }
+    assert second == {
+        **{"step": 3, "loss": 6.0, "learning_rate": 0.2, "grad_norm": 1.0},
+        **{"tokens": 30, "tokens_per_second": 10.0, "stall_share": 0.0},
+    }
+    assert (log.seconds, log.total_stalled, log.first_wait, log.last_loss) == (6.0, 0.5, 5.0, 6.0)
 
 
 def test_tensorboard_gets_the_metrics_of_each_step_once(
@@ -857,6 +902,10 @@ def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.Capture
         run("neighbours", *common, "--out", tmp_path / "x", "--retriever", "bm25+run", "--device", "cpu") == 2
     )
     assert "Make it with the retriever bm25" in capfd.readouterr().err
+    config = TrainConfig(data=("x",), out="y", set=str(world.set), retriever="random", seed=5)
+    opened, seeded = train_module._open_set(config, torch.device("cpu"), False), {"retriever": "random", "seed": 5}
+    assert opened is not None
+    assert opened.candidates == Retriever.from_pretrained(world.set, **seeded).candidates  # type: ignore[arg-type]
     assert run("train", *common, "--out", out, "--resume") == 0  # still with BM25
     live = ["train", *common, "--steps", 4, "--log-every", 1]
     for name in ("bm25", "dense"):
@@ -916,6 +965,11 @@ def test_precomputed_neighbours_train_the_same(
     assert run("neighbours", "--data", world.train, "--set", world.set, "--out", file, "--device", "cpu") == 0
     options = ["--data", world.train, "--set", world.set, "--steps", 3, *MODEL]
     assert run("train", "--out", tmp_path / "live", *options) == 0
+    # of all of the text once, the padding at its end not counted
+    every = [*options, "--neighbours", file, "--batch-size", 60, "--steps", 1]
+    assert run("train", "--out", tmp_path / "every", *every) == 0
+    every_summary = json.loads((tmp_path / "every" / "train.json").read_text())["summary"]
+    assert every_summary["neighbours_from_file"] == 1.0
     assert run("train", "--out", tmp_path / "file", *options, "--neighbours", file) == 0
     # Equally near chunks may change places when one query or many are compared: the same loss, not the same bits.
     (_, live), (_, file_loss) = losses(tmp_path / "live")[-1], losses(tmp_path / "file")[-1]
@@ -1031,6 +1085,7 @@ def test_retrofit_takes_the_architecture_of_the_run(world: World, tmp_path: Path
         cca_layers=(),
         **{name: getattr(base, name) for name in fitted.to_dict() if name.startswith("encoder_")},
     ) == base.replace(neighbour_len=2 * CHUNK)
+    assert fitted.encoder_layers == preset("retro_tiny").encoder_layers != preset(DEFAULT_PRESET).encoder_layers
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     config = TrainConfig(data=("x",), out="y", steps=2)
     assert [line["learning_rate"] for line in lines] == [learning_rate(config, 0), learning_rate(config, 1)]
