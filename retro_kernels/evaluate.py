@@ -143,7 +143,7 @@ def evaluate(
     batch_size = as_count("eval", "batch_size", batch_size)
     window = loaded.sequence_length if window is None else as_count("eval", "window", window)
     stride = max(size, window // 2 // size * size) if stride is None else as_count("eval", "stride", stride)
-    if window < size or window % size or stride < size or stride % size or stride > window:
+    if window % size or stride % size or stride > window:
         raise InputError(
             f"eval: window is {window} and stride {stride}; both must be multiples of the chunk size {size}, "
             "and the stride at most the window."

@@ -476,6 +476,8 @@ def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
         evaluate(world.run, [world.held_out], set=other, device="cpu", progress=False)
     with pytest.raises(InputError, match="multiples of the chunk size"):
         evaluate(world.run, [world.held_out], window=SEQUENCE + 1, device="cpu", progress=False)
+    with pytest.raises(InputError, match="the stride at most the window"):
+        evaluate(world.run, [world.held_out], window=CHUNK, stride=2 * CHUNK, device="cpu", progress=False)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     with pytest.raises(InputError, match="no document"):

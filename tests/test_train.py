@@ -30,7 +30,7 @@ from retro_kernels import runs
 from retro_kernels import train as train_module
 from retro_kernels.config import DEFAULT_PRESET, InputError, TrainConfig, preset
 from retro_kernels.data.corpus import Document, read_documents
-from retro_kernels.data.packing import IGNORE, Packed, tokenise
+from retro_kernels.data.packing import IGNORE, Packed, TokenDocuments, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.generate import generate
 from retro_kernels.nn import Retro, attention, saving
@@ -52,7 +52,8 @@ def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:
     documents.append(Document("fills its last chunk", exact))
     corpus = tokenise(documents, tokenizer, CHUNK)
     assert len(corpus.tokens(len(documents) - 1)) == 2 * CHUNK
-    packed = Packed(corpus, SEQUENCE, seed, lambda hashes: np.arange(100, 100 + len(hashes)))
+    assert corpus.fingerprint() != tokenise(documents, tokenizer, 2 * CHUNK).fingerprint()
+    packed = Packed(corpus, SEQUENCE, seed, lambda hashes: np.arange(len(hashes)))
     batch = packed.read(range(packed.num_sequences))
     order = np.argsort([packed.sequence(i) for i in range(packed.num_sequences)])
     tokens, targets = batch.tokens[order].reshape(-1), batch.targets[order].reshape(-1)
@@ -75,12 +76,34 @@ def test_packed_sequences_are_the_documents(world: World, seed: int) -> None:
             following = tokens[place + chunks * CHUNK] if place + chunks * CHUNK < len(tokens) else 0
             assert padding[-1] == (following or IGNORE)
         for row in range(place // SEQUENCE, (place + chunks * CHUNK - 1) // SEQUENCE + 1):
-            assert 100 + number in batch.documents[order][row]
+            assert number in batch.documents[order][row]
         place += chunks * CHUNK
     assert seen == set(range(len(documents)))
     # another epoch visits the same sequences
     again = sorted(packed.sequence(i) for i in range(packed.num_sequences, 2 * packed.num_sequences))
     assert again == list(range(packed.num_sequences))
+
+
+def test_the_order_of_the_data_is_the_seeds(seed: int) -> None:
+    """Of the documents, and in each epoch another one of the sequences."""
+    ids = np.arange(1, 41, dtype=np.uint16)
+    corpus = TokenDocuments(
+        ids[:, None], np.arange(41), ids.astype(int), ["x"] * 40, ids.astype(int), ids.astype(int)
+    )
+
+    def orders(seed: int, length: int) -> list[tuple[int, ...]]:
+        packed = Packed(corpus, length, seed)
+        count = packed.num_sequences
+        epochs = [packed.read(range(e * count, (e + 1) * count)).tokens for e in range(2)]
+        return [tuple(epoch.flatten().tolist()) for epoch in epochs]
+
+    assert orders(seed, 1) == orders(seed, 1) and orders(seed, 40) == orders(seed, 40)
+    assert len({*orders(seed, 1), *orders(seed + 1, 1), tuple(ids.tolist())}) == 5
+    assert (
+        len({*orders(seed, 40), *orders(seed + 1, 40), tuple(ids.tolist())}) == 3
+    )  # one sequence, of all documents
+    packed = [Packed(corpus, 2, s) for s in (seed, seed + 1)]
+    assert len({tuple(map(p.sequence, range(start, start + 20))) for p in packed for start in (0, 20)}) == 4
 
 
 def test_neighbours_are_of_other_documents(
@@ -322,12 +345,22 @@ def test_what_a_line_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         log.write(3, 0.2)
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first == {
-        **{"step": 1, "loss": 2.0, "learning_rate": 0.1, "grad_norm": 3.0},
-        **{"tokens": 10, "tokens_per_second": 2.5, "stall_share": 0.125},
+        "step": 1,
+        "loss": 2.0,
+        "learning_rate": 0.1,
+        "grad_norm": 3.0,
+        "tokens": 10,
+        "tokens_per_second": 2.5,
+        "stall_share": 0.125,
     }
     assert second == {
-        **{"step": 3, "loss": 6.0, "learning_rate": 0.2, "grad_norm": 1.0},
-        **{"tokens": 30, "tokens_per_second": 10.0, "stall_share": 0.0},
+        "step": 3,
+        "loss": 6.0,
+        "learning_rate": 0.2,
+        "grad_norm": 1.0,
+        "tokens": 30,
+        "tokens_per_second": 10.0,
+        "stall_share": 0.0,
     }
     assert (log.seconds, log.total_stalled, log.first_wait, log.last_loss) == (6.0, 0.5, 5.0, 6.0)
 
@@ -836,6 +869,9 @@ def test_data_that_has_moved(
     capfd.readouterr()
     assert run(*words, world.held_out) == 2
     assert "The data changed" in capfd.readouterr().err
+    for other in ("-", tmp_path / "text"):  # neither stdin nor more of it is another place of what there was
+        assert run(*words, other, *[tmp_path / "text"][: other != "-"]) == 2
+        assert "cannot be continued: data was" in capfd.readouterr().err
     assert run(*words, tmp_path / "text") == 0
 
 
@@ -865,6 +901,10 @@ def test_data_that_has_moved(
         ),
         (["--set", "{set}", "--retrofit", "{plain}", "--model", "norm_eps=0.1"], "has 1e-06. Its own"),
         (["--model", "pad_id=3"], "pad_id=3, but it is 0, fixed by the tokenizer"),
+        (
+            ["--set", "{set}", "--model", "cca_layers="],
+            "the model has no cca_layers, so it cannot use the set",
+        ),
         (["--retriever", "bm25"], "retriever needs a retrieval set"),
         (["--set", "{set}", "--retriever", "bm52"], "'bm52' is not one of dense, bm25, random"),
     ],
@@ -903,7 +943,10 @@ def test_neighbours_by_words(world: World, tmp_path: Path, capfd: pytest.Capture
     )
     assert "Make it with the retriever bm25" in capfd.readouterr().err
     config = TrainConfig(data=("x",), out="y", set=str(world.set), retriever="random", seed=5)
-    opened, seeded = train_module._open_set(config, torch.device("cpu"), False), {"retriever": "random", "seed": 5}
+    opened, seeded = (
+        train_module._open_set(config, torch.device("cpu"), False),
+        {"retriever": "random", "seed": 5},
+    )
     assert opened is not None
     assert opened.candidates == Retriever.from_pretrained(world.set, **seeded).candidates  # type: ignore[arg-type]
     assert run("train", *common, "--out", out, "--resume") == 0  # still with BM25
@@ -1085,7 +1128,9 @@ def test_retrofit_takes_the_architecture_of_the_run(world: World, tmp_path: Path
         cca_layers=(),
         **{name: getattr(base, name) for name in fitted.to_dict() if name.startswith("encoder_")},
     ) == base.replace(neighbour_len=2 * CHUNK)
-    assert fitted.encoder_layers == preset("retro_tiny").encoder_layers != preset(DEFAULT_PRESET).encoder_layers
+    assert (
+        fitted.encoder_layers == preset("retro_tiny").encoder_layers != preset(DEFAULT_PRESET).encoder_layers
+    )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     config = TrainConfig(data=("x",), out="y", steps=2)
     assert [line["learning_rate"] for line in lines] == [learning_rate(config, 0), learning_rate(config, 1)]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..config import InputError
 from .corpus import Document, document_hash
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, token_dtype
 
 IGNORE = -100
 """A target that is not scored (the default of torch's cross_entropy)."""
@@ -67,7 +67,7 @@ def tokenise(
     documents: taken one by one, and none is kept. progress: is told the characters of each when it is done.
     Raises InputError where there is no text.
     """
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
+    dtype = token_dtype(tokenizer.vocab_size)
     # it grows in place, where joining arrays at the end would take all of the memory twice
     grown = bytearray()
     titles, hashes, lengths, num_bytes, num_words = [], [], [], [], []

@@ -298,6 +298,11 @@ class _SentencePiece:
         return {text[i : i + 2] for text in texts for i in range(len(text) - 1)}
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """In which token ids are kept: uint16 where every one fits, else int32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+
+
 def check_vocab_size(vocab_size: int | None) -> None:
     """InputError for a size that no tokenizer trained here can have."""
     if vocab_size is None:

@@ -45,7 +45,7 @@ from retro_kernels.data.corpus import (
     one_or_more,
     read_documents,
 )
-from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size
+from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size, token_dtype
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.embedder import (
@@ -63,7 +63,7 @@ from retro_kernels.retrieval.index import (
     choose_factory,
     require_faiss,
 )
-from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array, token_dtype
+from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
     ChunkWriter,

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.data.tokenizer import Tokenizer, token_dtype
 
 FORMAT = "retro_kernels retrieval set"
 VERSION = 1
@@ -82,11 +82,6 @@ _MANIFEST_TYPES: dict[tuple[str, ...], type] = {
     ("index", "factory"): str,
     ("files",): dict,
 }
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else int32."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 class Replaced(InputError):

@@ -25,9 +25,8 @@ from safetensors.numpy import save as packed
 
 from retro_kernels.config import InputError
 from retro_kernels.data.text import note
-from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.data.tokenizer import Tokenizer, token_dtype
 from retro_kernels.retrieval import store as files
-from retro_kernels.retrieval.store import token_dtype
 
 HEADER_BYTES = 128
 

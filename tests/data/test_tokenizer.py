@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from retro_kernels.config import InputError
 from retro_kernels.data import tokenizer as tokenizer_module
-from retro_kernels.data.tokenizer import MIN_VOCAB_SIZE, TextSampler, Tokenizer
+from retro_kernels.data.tokenizer import MIN_VOCAB_SIZE, TextSampler, Tokenizer, token_dtype
 
 CODE = "def f(x):\n    if x:\n        return '\u00e9t\u00e9'\n\treturn None\n\n\n" * 100
 WORDS = "retrieval of neighbours from a large set of chunks helps the model to continue a document".split()
@@ -186,6 +186,11 @@ def test_training_says_nothing(tmp_path, capfd):
     Tokenizer.train([some_text(5)], tmp_path / "t", 320)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+def test_two_bytes_where_they_hold_every_id():
+    sizes = (288, 1 << 16, (1 << 16) + 1, 131_072)
+    assert [token_dtype(size) for size in sizes] == [np.uint16, np.uint16, np.int32, np.int32]
 
 
 @pytest.mark.parametrize("size", [0, MIN_VOCAB_SIZE - 1, 131_073])

@@ -166,6 +166,7 @@ def test_manifests_that_are_none(copy, content):
     [
         (lambda m: m.update(version=2), "format version 2"),
         (lambda m: m.update(num_chunks=-1), "num_chunks"),
+        (lambda m: m.update(num_chunks=0), "num_chunks in manifest.json is '0'"),
         (lambda m: m.update(num_chunks=2**60), "num_chunks"),
         (lambda m: m.update(num_chunks=True), "num_chunks"),
         (lambda m: m.update(num_chunks=m["num_chunks"] + 1), "chunks.npy"),
@@ -259,6 +260,16 @@ def test_header_that_promises_more_than_the_file_holds(copy):
         ChunkStore.open(copy)
 
 
+def test_a_header_that_says_less_or_otherwise_than_the_file_holds(copy):
+    content = (copy / "chunks.npy").read_bytes()
+    replace(copy, "chunks.npy", content + b"\0\0")
+    with pytest.raises(InputError, match="does not fit its shape"):
+        ChunkStore.open(copy)
+    replace(copy, "chunks.npy", content.replace(b"'fortran_order': False", b"'fortran_order': True "))
+    with pytest.raises(InputError, match="chunks.npy holds uint16"):
+        ChunkStore.open(copy)
+
+
 def test_links_out_of_the_folder_are_refused(copy, tmp_path):
     shutil.move(copy / "chunks.npy", tmp_path / "elsewhere.npy")
     (copy / "chunks.npy").symlink_to(tmp_path / "elsewhere.npy")
@@ -274,14 +285,39 @@ def test_document_ids_are_checked_before_anything_is_allocated_by_them(copy):
         Retriever.from_pretrained(copy, verify="sizes")
 
 
-def test_contents_that_make_no_sense_are_found_in_full(copy):
-    store = ChunkStore.open(copy)
-    chunks = np.array(store.chunks)
-    chunks[3, 3] = 60_000
-    head = (copy / "chunks.npy").read_bytes()[:128]
-    replace(copy, "chunks.npy", head + chunks.tobytes())
-    with pytest.raises(InputError, match="beyond the vocabulary"):
+@pytest.mark.parametrize(
+    "name, places, value, message",
+    [
+        ("chunks", (3, 3), "vocab_size", "beyond the vocabulary"),
+        ("chunk_order", 2, "num_chunks", "chunk_order.npy points beyond chunks.npy"),
+        ("chunk_order", 2, -1, "chunk_order.npy points beyond chunks.npy"),
+        ("document_ids", slice(4), 2, "document_ids.npy is not ascending"),  # between two blocks
+        ("document_ids", 1, 2, "document_ids.npy is not ascending"),
+        ("document_ids", -1, "num_documents", "document_ids.npy is not ascending"),
+    ],
+)
+def test_contents_that_make_no_sense_are_found_in_full(copy, monkeypatch, name, places, value, message):
+    monkeypatch.setattr(store_module, "_BLOCK", 4)
+    store = ChunkStore.open(copy, verify="full")
+    limits = {"num_chunks": store.num_chunks, "num_documents": store.num_documents}
+    limits["vocab_size"] = store.tokenizer.vocab_size
+    array = np.array(np.load(copy / f"{name}.npy"))
+    array[places] = limits.get(value, value)
+    replace(copy, f"{name}.npy", (copy / f"{name}.npy").read_bytes()[:128] + array.tobytes())
+    with pytest.raises(InputError, match=message):
         ChunkStore.open(copy, verify="full")
+
+
+def test_a_manifest_with_another_vocabulary_is_noticed(copy):
+    edit(copy, lambda m: m["tokenizer"].update(vocab_size=m["tokenizer"]["vocab_size"] + 1))
+    with pytest.raises(InputError, match="tokenizer.model has"):
+        ChunkStore.open(copy)
+
+
+def test_continuations_are_those_of_the_documents_in_blocks_too(path, monkeypatch):
+    ids = ChunkStore.open(path).document_ids
+    monkeypatch.setattr(store_module, "_BLOCK", 3)
+    assert ChunkStore.open(path).continuation.tolist() == [*(ids[1:] == ids[:-1]), False]
 
 
 def test_titles_of_a_damaged_table(copy):
@@ -292,6 +328,21 @@ def test_titles_of_a_damaged_table(copy):
         )
         with pytest.raises(InputError, match="documents.jsonl"):
             ChunkStore.open(copy).titles([2, 3])
+    # no line is so long that it takes memory worth mentioning
+    first = (copy / "documents.jsonl").read_bytes().splitlines()[0]
+    padding = (1 << 16) - len(first)
+    for more in (0, 1):
+        content = first + b" " * (padding + more)
+        replace(copy, "documents.jsonl", content)
+        long = np.full(len(offsets), len(content))
+        long[0] = 0
+        head = (copy / "document_offsets.npy").read_bytes()[:128]
+        replace(copy, "document_offsets.npy", head + long.astype(offsets.dtype).tobytes())
+        if more:
+            with pytest.raises(InputError, match="documents.jsonl"):
+                ChunkStore.open(copy).titles([0])
+        else:
+            assert ChunkStore.open(copy).titles([0]) == ["title 0"]
 
 
 def test_another_tokenizer_is_noticed(copy, tmp_path):
