@@ -58,6 +58,8 @@ def test_text_longer_than_the_window(world: World) -> None:
     with torch.no_grad():
         expected = loaded.model(context, retriever(context))[0, -1]
     torch.testing.assert_close(logits, expected)
+    loaded.settings["config"]["sequence_length"] = CHUNK  # of which half would be no chunk
+    assert module._Reader(loaded, retriever, 2, torch.float32).window == 2 * CHUNK
     assert len(reader.traces) == 3 * SEQUENCE // CHUNK
     whole = module._Reader(loaded, retriever, 2, torch.float32).read(text)  # a prompt longer than the window
     assert torch.isfinite(whole).all()
@@ -127,6 +129,8 @@ def test_sampling_keeps_what_it_should(seed: int) -> None:
     assert set(drawn(top_p=0.6)) == {1, 3} and set(drawn(top_p=0.7)) == {1, 3, 4}
     assert set(drawn()) == {0, 1, 2, 3, 4}
     assert set(drawn(temperature=1e-40)) == set(drawn(temperature=1e-300)) == set(drawn(top_p=1e-300)) == {1}
+    even = torch.zeros(4)  # a quarter each, to the last bit
+    assert {sample(even, 1.0, None, 0.5, generator) for _ in range(100)} == {0, 1}
     logits[3] = -torch.inf  # as what stands for no text
     assert set(drawn(temperature=1e300)) == {0, 1, 2, 4}
     logits[3] = probabilities[3].log()
@@ -202,6 +206,8 @@ def test_a_plain_decoder_takes_no_neighbours(
         {"seed": -1},
         {"seed": 99999999999999999999999},
         {"temperature": -1.0},
+        {"temperature": float("inf")},
+        {"temperature": float("nan")},
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.5},

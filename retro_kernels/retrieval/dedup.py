@@ -186,9 +186,12 @@ class DuplicateFinder:
     def _find(self, text: str) -> tuple[int, float]:
         """As `find`, with the document's place; (−1, 0) where there is none."""
         grams = self._hashes(text)
-        # a set cannot resemble one of a very different size: |a ∩ b| / |a ∪ b| ≤ smaller / larger
-        smallest = bisect.bisect_left(self._sizes, self.threshold * len(grams))
-        if not len(grams) or smallest == len(self) or self.threshold * self._sizes[smallest] > len(grams):
+        if not len(grams):
+            return -1, 0.0
+        # a set cannot resemble one of a very different size: |a ∩ b| / |a ∪ b| ≤ smaller / larger. Divided as the index
+        # is: a product rounds otherwise, and would miss what just reaches the threshold
+        smallest = bisect.bisect_left(self._sizes, True, key=lambda size: size / len(grams) >= self.threshold)
+        if smallest == len(self) or len(grams) / self._sizes[smallest] < self.threshold:
             return -1, 0.0
         proposed = sorted(set[int]().union(*(self._buckets.get(band, ()) for band in self._keys(grams))))
         bounds = self._at_most(grams, proposed)

@@ -222,7 +222,7 @@ class ShardedRetriever(Retriever):
         local = torch.where((flat[:, 0] >= 0) & (local >= 0) & (local < self.store.num_chunks), local, -1)
         with self._alone():
             tokens, lengths = super().gather(local)
-        tokens = tokens.masked_fill((local < 0)[:, None], 0).to(torch.int32)
+        tokens = tokens.to(torch.int32)  # which are 0 where the id is −1
         dist.all_reduce(tokens, group=self.group)
         dist.all_reduce(lengths, group=self.group)
         return (

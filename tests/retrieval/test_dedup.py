@@ -111,6 +111,20 @@ def test_pairs_just_above_any_threshold_are_found(seed: int, threshold: float) -
     assert missed <= 10  # one is expected at most; of 16 bands of 8 rows it were 94 at 0.5
 
 
+@pytest.mark.parametrize("threshold, size, total", [(0.56, 14, 25), (0.68, 17, 25), (0.28, 7, 25), (0.5, 1, 2)])
+def test_what_just_reaches_the_threshold_is_a_copy(
+    monkeypatch: pytest.MonkeyPatch, threshold: float, size: int, total: int
+) -> None:
+    """A part of a document, and a document of which it is a part; one word less is none."""
+    monkeypatch.setattr("retro_kernels.retrieval.dedup._MISSED", 1e-12)
+    words = [f"w{i}" for i in range(total)]
+    for ours, theirs in ((size, total), (total, size)):
+        finder = DuplicateFinder([Document("a", " ".join(words[:theirs]))], n=1, threshold=threshold)
+        assert finder.find(" ".join(words[:ours])) == ("a", size / total)
+    finder = DuplicateFinder([Document("a", " ".join(words))], n=1, threshold=threshold)
+    assert finder.find(" ".join(words[: size - 1]) or "other") is None
+
+
 def test_bands_miss_one_in_a_hundred_at_the_threshold() -> None:
     for threshold in np.linspace(0.01, 1, 100).tolist():
         bands, rows = bands_and_rows(threshold)

@@ -79,6 +79,12 @@ def test_another_job_or_key_begins_anew(tmp_path: Path) -> None:
     assert taken(path, about="that") == 0
     path.write_bytes(content)
     assert taken(path, keys=("", "other", "")) == 1  # what comes after another part is another part
+    path.write_bytes(content)
+    with pytest.raises(Stop), journal(path, "this", "busy") as done:
+        assert done.take() is not None and done.take("other") is None
+        done.add(PARTS[1], "other")  # as long as what was there
+        raise Stop
+    assert taken(path, keys=("", "other", "")) == 2  # nor does it come back later
 
 
 def test_what_was_kept_stays_until_the_end(tmp_path: Path) -> None:
