@@ -242,13 +242,12 @@ class _Reader:
             near.distances[0, u].tolist(),
             documents.tolist(),
             self.retriever.titles(documents),
-            near.tokens[0, u].tolist(),
-            near.lengths[0, u].tolist(),
+            self.tokenizer.decode_batch(near.tokens[0, u]),
             strict=True,
         )
         return [
-            Neighbour(distance, chunk, document, title, self.tokenizer.decode(tokens[:length]))
-            for chunk, distance, document, title, tokens, length in rows
+            Neighbour(distance, chunk, document, title, text)
+            for chunk, distance, document, title, text in rows
             if chunk >= 0
         ]
 

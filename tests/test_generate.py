@@ -50,14 +50,28 @@ def test_text_longer_than_the_window(world: World) -> None:
     retriever = Retriever.from_pretrained(world.set)
     reader = module._Reader(loaded, retriever, 2, torch.float32)
     text = torch.randint(4, loaded.tokenizer.vocab_size, (3 * SEQUENCE,)).tolist()
-    logits = reader.read(text[:10])
+    logits, before = reader.read(text[:10]), 0
     for token in text[10:]:
         logits = reader.read([token])
         assert reader.start % CHUNK == 0 and 0 < len(reader.tokens) - reader.start <= SEQUENCE
+        assert (reader.start == 0) == (
+            len(reader.tokens) <= SEQUENCE
+        )  # nothing is forgotten before it must be
+        if reader.start != before:
+            assert len(reader.tokens) - reader.start < SEQUENCE // 2 + CHUNK
+        before = reader.start
     context = torch.tensor([text[reader.start :]])
     with torch.no_grad():
         expected = loaded.model(context, retriever(context))[0, -1]
     torch.testing.assert_close(logits, expected)
+    near = retriever(context, num_neighbours=3)
+    assert near.ids is not None
+    near.ids[0, 0, 1] = -1
+    assert [one.chunk for one in reader._described(near, 0)] == near.ids[0, 0, [0, 2]].tolist()
+    chunks = generate(loaded, "lomi kater suneka " * 6, num_neighbours=3, max_tokens=1, device="cpu")[
+        "chunks"
+    ]
+    assert chunks and all(len(chunk["neighbours"]) == 3 for chunk in chunks)
     loaded.settings["config"]["sequence_length"] = CHUNK  # of which half would be no chunk
     assert module._Reader(loaded, retriever, 2, torch.float32).window == 2 * CHUNK
     assert len(reader.traces) == 3 * SEQUENCE // CHUNK
@@ -143,6 +157,12 @@ def test_the_end_of_the_document(world: World, monkeypatch: pytest.MonkeyPatch) 
     ended = generate(world.run, "lomi", max_tokens=3, device="cpu")
     assert ended["ended"] and ended["text"] == "" and ended["tokens"] == 0
     assert not generate(world.run, "lomi", max_tokens=3, ignore_end=True, device="cpu")["ended"]
+    tokenizer = load_run(
+        world.run
+    ).tokenizer  # whose first four ids stand for no text, unknown and the end among them
+    for ignore_end in (True, False):
+        never = module._never(tokenizer, ignore_end).nonzero().flatten().tolist()
+        assert never == [*range(not ignore_end, 4)]
 
 
 def test_command_line(world: World, capfd: pytest.CaptureFixture[str]) -> None:

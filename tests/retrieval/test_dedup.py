@@ -10,6 +10,7 @@ import math
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,15 @@ def edited(text: list[str], edits: int) -> list[str]:
     for place in random.sample(range(len(text)), edits):
         text[place] = f"x{random.randrange(10**6)}"
     return text
+
+
+def test_what_decides_is_in_the_fingerprint() -> None:
+    documents = [Document("a", " ".join(words(40))), Document("b", "c")]
+    options: list[dict[str, Any]] = [{}, {"threshold": 0.8001}, {"n": 12}]
+    made = [DuplicateFinder(documents, **some) for some in options]
+    made += [DuplicateFinder(documents[:1]), DuplicateFinder(documents[::-1])]
+    assert len({finder.fingerprint for finder in made}) == 5
+    assert DuplicateFinder(documents).fingerprint == made[0].fingerprint
 
 
 @pytest.mark.parametrize("length", [0, 1, 12, 13, 14, 300])
@@ -111,7 +121,9 @@ def test_pairs_just_above_any_threshold_are_found(seed: int, threshold: float) -
     assert missed <= 10  # one is expected at most; of 16 bands of 8 rows it were 94 at 0.5
 
 
-@pytest.mark.parametrize("threshold, size, total", [(0.56, 14, 25), (0.68, 17, 25), (0.28, 7, 25), (0.5, 1, 2)])
+@pytest.mark.parametrize(
+    "threshold, size, total", [(0.56, 14, 25), (0.68, 17, 25), (0.28, 7, 25), (0.5, 1, 2)]
+)
 def test_what_just_reaches_the_threshold_is_a_copy(
     monkeypatch: pytest.MonkeyPatch, threshold: float, size: int, total: int
 ) -> None:
@@ -123,6 +135,11 @@ def test_what_just_reaches_the_threshold_is_a_copy(
         assert finder.find(" ".join(words[:ours])) == ("a", size / total)
     finder = DuplicateFinder([Document("a", " ".join(words))], n=1, threshold=threshold)
     assert finder.find(" ".join(words[: size - 1]) or "other") is None
+    several = [
+        Document(str(count), " ".join(f"{count}x{i}" for i in range(count))) for count in (90, 5, 70, 20)
+    ]
+    finder = DuplicateFinder(several, n=1, threshold=threshold)
+    assert [finder.find(document.text) for document in several] == [(one.title, 1.0) for one in several]
 
 
 def test_bands_miss_one_in_a_hundred_at_the_threshold() -> None:
@@ -374,6 +391,12 @@ def test_the_result_is_no_part_of_the_text(tmp_path: Path) -> None:
         assert (found["documents"], found["kept"], found["skipped"]) == (3, 2, {})
     lines = (train / "clean.jsonl").read_text().splitlines()
     assert [json.loads(line)["title"] for line in lines] == ["0.txt", "2.txt"]
+    held = tmp_path / "held"
+    held.mkdir()
+    (held / "test.txt").write_text(words[1])
+    for empty in (train / "empty.txt", held / "empty.txt"):
+        empty.write_text(" ")
+    assert sum(deduplicate(train, held, progress=False)["skipped"].values()) == 2  # of both texts
     assert deduplicate(train, test, progress=False)["documents"] == 3 + 2  # else it is text like any other
 
 
@@ -422,6 +445,7 @@ def test_scripts_without_spaces(seed: int) -> None:
     copy = "".join(x + "。" * (i % 15 == 14) for i, x in enumerate(letters))
     found = DuplicateFinder([Document("a", text)]).find(copy)
     assert found is not None and 0.9 < found[1] < 1.0
+    assert len(DuplicateFinder([Document("a", text)])._grams[0]) == 1500 - 12
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from retro_kernels.config import InputError
-from retro_kernels.retrieval.writing import Journal, journal
+from retro_kernels.retrieval.writing import GrowingArray, Journal, journal
 
 PARTS = [
     {"a": np.arange(7, dtype=np.int64), "b": np.linspace(0, 1, 3, dtype=np.float32)},
@@ -110,6 +110,19 @@ def test_what_was_kept_stays_until_the_end(tmp_path: Path) -> None:
         assert done.take() is None and done.add(PARTS[0]) is PARTS[0] and done.take() is None
     with pytest.raises(InputError, match="cannot be written"), journal(tmp_path / "no" / "j", "this", "busy"):
         pass
+
+
+def test_what_begins_anew_leaves_the_file_that_was_there(tmp_path: Path) -> None:
+    """It may be a set's, which has it by another name."""
+    path, name = tmp_path / "work.npy", tmp_path / "set.npy"
+    for values in (np.arange(6), np.arange(3)):
+        array = GrowingArray(path, np.dtype(np.int64), (), 0)
+        array.append(values)
+        array.close()
+        assert np.array_equal(np.load(path), values)
+        if not name.exists():
+            os.link(path, name)
+    assert np.array_equal(np.load(name), np.arange(6))
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
