@@ -123,6 +123,13 @@ def test_stream_waits_for_whole_characters(world: World) -> None:
         stream.add(token)
     stream.close()
     assert "".join(parts) == "é€🙂Ω" and "\ufffd" not in "".join(parts)
+    parts.clear()
+    stream, cut = module._Stream(tokenizer, parts.append), tokenizer.encode("\u1234")[:-1]
+    for token in cut:
+        stream.add(token)
+    assert cut and not parts
+    stream.close()  # what will not come any more
+    assert "".join(parts) == tokenizer.decode(cut) == "\ufffd"
 
 
 def test_sampling_keeps_what_it_should(seed: int) -> None:
