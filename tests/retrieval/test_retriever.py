@@ -622,3 +622,30 @@ def test_a_step_on_a_gpu_waits_for_nothing(seed: int) -> None:
     # keys in fp16 on both sides; ties may change places
     torch.testing.assert_close(got.distances.cpu(), want.distances, rtol=1e-2, atol=1e-2)
     assert torch.equal(got.ids, from_host.ids)
+
+
+def test_excluded_chunks_are_counted_once_and_of_known_documents_only(seed: int) -> None:
+    table = DocumentTable(np.array([0, 0, 0, 1, 2, 2]), 3)
+    exclude = torch.tensor([[0, 0, -1], [2, 1, 2], [-1, -1, -1], [7, 1, 7]])
+    assert table.num_excluded(exclude).tolist() == [3, 3, 0, 1]
+
+
+def test_random_neighbours_depend_on_the_seed_and_not_on_padding(seed: int) -> None:
+    table = DocumentTable(np.zeros(997, dtype=np.int64), 1)
+    queries = torch.randint(1, 5000, (20, 8))
+    _, ids = RandomSearcher(table, seed).search(queries, 2)
+    _, others = RandomSearcher(table, seed + 1).search(queries, 2)
+    _, wider = RandomSearcher(table, seed).search(torch.nn.functional.pad(queries, (0, 5)), 2)
+    assert (ids[:, 0] != others[:, 0]).any()
+    assert torch.equal(ids, wider)
+    assert len({(b - a) % 997 for a, b in ids.tolist()}) > 1, "one stride for all is no chance"
+
+
+def test_keys_of_queries_are_rounded_as_those_of_the_set_and_never_nearer_than_nothing(seed: int) -> None:
+    store = MemoryStore(make_documents(30), BagEmbedder())
+    searcher = dense(store).searcher
+    keys = searcher.embed(torch.randint(1, 60, (9, M)))  # type: ignore[attr-defined]
+    assert torch.equal(keys, keys.half().float())
+    vectors = torch.randn(64, 48) * 100
+    distances, _ = scan_exact(vectors, vectors, DocumentTable(np.zeros(64, dtype=np.int64), 1), None, 1)
+    assert distances.min() >= 0
