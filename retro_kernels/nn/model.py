@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +56,27 @@ class DecoderLayer(nn.Module):
             )
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        sinusoids: Tensor | None = None,
+        encoded: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        run: Callable[..., Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` [B, N, dim] → the same, and `encoded` [B, L, K, R, encoder_dim], which in layer min(P) is what `encode`
+        makes of the state after self-attention. `run` calls each half (None: as it is).
+
+        Both halves stand behind one call, since that is what hooks, sharding and compilation of a layer see.
+        """
+        run = _call if run is None else run
+        x = run(self.attend, x, sinusoids)
+        if encode is not None:
+            encoded = encode(x)
+        return run(self.finish, x, encoded, lengths), encoded
 
     def attend(self, x: Tensor, sinusoids: Tensor | None) -> Tensor:
         """The first half, whose result conditions the encoder in layer min(P)."""
@@ -114,13 +136,14 @@ class Retro(Retrieving):
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
         x = self.dropout(self.embedding(tokens))
         sinusoids = causal_sinusoids(x) if self.config.self_attention == "relative" else None
-        encoded, lengths = None, None
+        encoded: Tensor | None = None
+        lengths: Tensor | None = None
         for number, layer in self._numbered():
-            x = run(layer.attend, x, sinusoids)
+            encode = None
             if found is not None and number == self.config.cca_layers[0]:
                 lengths = found[1]
-                encoded = self.encode(found[0], x, lengths)
-            x = run(layer.finish, x, encoded, lengths)
+                encode = partial(self.encode, found[0], lengths=lengths)
+            x, encoded = layer(x, sinusoids, encoded, lengths, encode=encode, run=run)
         return self._logits(x)
 
     def input_embedding(self) -> nn.Embedding:

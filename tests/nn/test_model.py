@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import timing
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from retro_kernels import InputError, Retro, RetroConfig, preset
 from retro_kernels.nn import NeighbourEncoder
@@ -275,6 +279,31 @@ def test_gradient_checkpointing_changes_nothing_but_memory(seed: int) -> None:
         kept.append(timing.saved_bytes(lambda: model(x, neighbours), list(model.parameters())))
     torch.testing.assert_close(results[1], results[0])
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # which nobody writes to
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_can_be_sharded_one_by_one(seed: int, checkpointing: bool) -> None:
+    """Who wraps a layer, or hooks it, sees it called."""
+    model = tiny_model(torch.float32).train()
+    model.gradient_checkpointing = checkpointing
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3, full=True)
+    wanted = model(x, neighbours)
+    wanted.logsumexp(-1).sum().backward()
+    sharded = copy.deepcopy(model)
+    sharded.zero_grad()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for part in (*sharded.layers, *sharded.encoder.layers, sharded):
+            fully_shard(part, mesh=mesh)
+        logits = sharded(x, neighbours)
+        logits.logsumexp(-1).sum().backward()
+        torch.testing.assert_close(logits, wanted)
+        for (name, parameter), like in zip(sharded.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), like.grad, msg=name)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("self_attention, rows", [("relative", None), ("relative", 4), ("rotary", None)])
