@@ -85,6 +85,17 @@ def test_pads_never_match_and_bound_the_chunk() -> None:
     assert overlap(torch.zeros(1, 8, dtype=torch.long), value).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_any_id_may_stand_for_no_token(seed: int, given: bool) -> None:
+    """Other names for the same tokens, of which 7 is the pad and 0 is a token, change nothing."""
+    chunks, values, own, lengths = make()
+    new_name = torch.tensor([7, 0, 2])
+    counts = {"chunk_lengths": own, "value_lengths": lengths} if given else {}
+    for measure in (common_runs, longest_common_run, overlap, containment):
+        same = measure(new_name[chunks], new_name[values], **counts, pad_id=7)
+        assert torch.equal(same, measure(chunks, values, **counts))
+
+
 def test_unsigned_tokens_and_no_neighbours() -> None:
     chunk, value = (
         torch.tensor([[60_000, 3]]).to(torch.uint16),
