@@ -128,8 +128,10 @@ def relative_attention(
     if rows == 0:
         return torch.zeros_like(q)
     parts = []
-    for start in range(0, rows, _ROWS):
-        stop = min(start + _ROWS, rows)
+    blocks = (rows + _ROWS - 1) // _ROWS
+    for number in range(blocks):  # compiled for any length, a program serves all of as many blocks
+        start = number * _ROWS
+        stop = rows if number == blocks - 1 else start + _ROWS
         block = (
             q[:, :, start:stop],
             k[:, :, : past + stop],

@@ -11,6 +11,7 @@ import timing
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -321,6 +322,18 @@ def test_compiles_without_a_graph_break(
         logits = run(x, neighbours)
         results.append((logits, *torch.autograd.grad(logits.logsumexp(-1).mean(), list(model.parameters()))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-5)
+
+
+def test_compiled_for_any_length_and_number_of_neighbours(seed: int) -> None:
+    """One program for all of them: torch gives up after eight."""
+    sizes = dict(num_layers=1, cca_layers=(1,), encoder_layers=1, encoder_cross_layers=(1,))
+    model, programs = tiny_model(torch.float32, **sizes), CompileCounter()
+    model.layers[0].cca.projection = "materialised"  # the other one would be a program of its own
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=programs)
+    for tokens, count in ((19, 3), (22, 3), (30, 5), (18, 7), (33, 2)):
+        x, neighbours = torch.randint(50, (2, tokens)), random_neighbours(2, tokens // M, count)
+        torch.testing.assert_close(compiled(x, neighbours), model(x, neighbours))
+    assert programs.frame_count == 1
 
 
 def test_rotary_attention_compiles_for_any_length(seed: int) -> None:

@@ -181,7 +181,7 @@ _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? rel_key, Tensor? content_bias, Tensor? position_bias, "
     "Tensor? rel_bias, Tensor? lengths, Tensor? seed"
 )
-_OPTIONS = "int block, int shift, int repeat, float scale, float dropout_p, str backend"
+_OPTIONS = "int block, int shift, SymInt repeat, float scale, float dropout_p, str backend"
 _cca_fwd = register(
     f"cca_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
     _forward,
