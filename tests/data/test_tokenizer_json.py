@@ -126,12 +126,19 @@ def test_ids_are_those_of_the_file_but_two(seed: int, tmp_path: Path, first: boo
 def test_other_tokens_of_the_file(tmp_path: Path) -> None:
     """Added ones that are not special are text, and the first known end of a text counts."""
     backend = made(tmp_path / "t.json", special=("<|im_end|>", "</s>"))
-    backend.add_tokens(["        ", "<tool>"])
+    backend.add_tokens(["        ", "<tool>", "café"])  # é is a letter for a byte, too
     backend.save(str(tmp_path / "t.json"))
     tokenizer = Tokenizer(tmp_path / "t.json")
     assert tokenizer.file_pad_id == backend.token_to_id("</s>")
-    assert len(tokenizer.encode("        ")) == len(tokenizer.encode("<tool>")) == 1
+    for token in ("        ", "<tool>", "café"):
+        assert len(tokenizer.encode(token)) == 1 and tokenizer.decode(tokenizer.encode(token)) == token
     assert tokenizer.decode(tokenizer.encode("a        <tool></s>")) == "a        <tool></s>"
+    # nor is a text cut off or filled up, as files of models with few positions ask for
+    backend.enable_truncation(7)
+    backend.enable_padding(length=900)
+    backend.save(str(tmp_path / "cut.json"))
+    assert Tokenizer(tmp_path / "cut.json").encode(WORDS) == tokenizer.encode(WORDS)
+    assert len(backend.encode(WORDS).ids) == 900 and len(tokenizer.encode(WORDS)) > 7
 
 
 def test_a_token_before_every_text_is_named_but_not_put_there(seed: int, tmp_path: Path) -> None:
@@ -170,10 +177,11 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
     refused("no special token that ends a text")
     made(tmp_path / "t.json", pre_tokenizer=tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True))
     refused("loses characters")
-    backend = made(tmp_path / "t.json")
-    backend.add_tokens([tokenizers.AddedToken("<word>", lstrip=True)])
-    backend.save(str(tmp_path / "t.json"))
-    refused("swallow white space")
+    for side in ("lstrip", "rstrip"):
+        backend = made(tmp_path / "t.json")
+        backend.add_tokens([tokenizers.AddedToken("<word>", **{side: True})])
+        backend.save(str(tmp_path / "t.json"))
+        refused("swallow white space")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="a"))
     words.add_special_tokens(["</s>"])
     words.save(str(tmp_path / "t.json"))

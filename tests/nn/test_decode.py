@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from retro_kernels import InputError, Retro
+from retro_kernels.nn.cache import SelfAttentionCache
 from retro_kernels.ops import NeighbourBatch
 
 from .helpers import TINY, random_neighbours, randomise, tiny_model
@@ -74,6 +75,12 @@ def test_off_for_some_chunks(seed: int) -> None:
     )
 
 
+def test_of_more_chunks_than_there_are_the_first_count(seed: int) -> None:
+    model, x, neighbours = tiny_model(), torch.randint(50, (2, 22)), random_neighbours(2, 7)
+    first = NeighbourBatch(neighbours.tokens[:, :5], neighbours.lengths[:, :5])
+    assert torch.equal(model(x, neighbours), model(x, first))
+
+
 def test_short_prompts_have_no_neighbours(seed: int) -> None:
     model = tiny_model()
     x = torch.randint(50, (1, M - 1))
@@ -98,6 +105,25 @@ def test_number_of_neighbours_may_change(seed: int) -> None:
     padded.tokens[:, 0], padded.lengths[:, 0] = five.tokens[:, 0], five.lengths[:, 0]
     padded.tokens[:, 1, :2], padded.lengths[:, 1, :2] = two.tokens[:, 0], two.lengths[:, 0]
     torch.testing.assert_close(torch.cat(parts, 1), model(x, padded), rtol=1e-5, atol=1e-5)
+
+
+def test_no_more_is_kept_than_is_needed(seed: int) -> None:
+    """Of a long prompt the tokens since its last chunk and that chunk's neighbours, not all that came with them."""
+    model = tiny_model()
+    cache = model.new_cache(2)
+    model.decode(torch.randint(50, (2, 22)), cache, random_neighbours(2, 5))
+    kept = [cache.conditioning]
+    for near in cache.neighbours.values():
+        assert near is not None
+        kept += [near.key, near.value, near.lengths]
+    for tensor in kept:
+        if tensor is not None:
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() > 0
+    keys, places = SelfAttentionCache(), set()
+    for _ in range(1000):
+        held, _ = keys.append(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+        places.add(held.data_ptr())
+    assert len(places) <= 5  # 64, 128, … 1,024: copied a few times, not for each token
 
 
 def test_a_token_costs_a_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
