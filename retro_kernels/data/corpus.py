@@ -55,8 +55,10 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {
     ".zst": _open_zstd,
     ".zstd": _open_zstd,
 }
-_NOT_UNPACKED = {".lz4", ".br", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz", ".tbz2"}
+_NOT_UNPACKED = {".lz4", ".br", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz", ".tbz2", ".tzst"}
 _PARQUET, _PARQUET_ROWS = ".parquet", 256
+_PARQUET_BUFFER = 1 << 20
+"""Bytes of a column read at a time. Without it all of a row group's are, and a group may be the whole file."""
 _TITLES = ("title", "id")
 """What names a document in a line or row, the first of them that it has."""
 
@@ -349,9 +351,10 @@ def _is_json_lines(path: Path, file: IO[bytes] | Any) -> bool:
     first = file.readline(MAX_DOCUMENT_BYTES)
     file.seek(0)
     try:
-        return isinstance(json.loads(first.decode("utf-8-sig"))["text"], str)
+        text = json.loads(first.decode("utf-8-sig"))["text"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return False
+    return text is None or isinstance(text, str)  # the first document may lack what the others have
 
 
 def _open(path: Path) -> Any:
@@ -430,7 +433,7 @@ def _parquet(file: IO[bytes] | Any) -> tuple[Any, list[str]]:
     from pyarrow import parquet
 
     with _parquet_errors():
-        opened = parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
     return opened, [name for name in ("text", *_TITLES) if name in opened.schema_arrow.names]
 
 
@@ -446,15 +449,27 @@ def _parquet_rows(file: IO[bytes] | Any, title: str, where: str, report: ReadRep
             batch = next(batches, None)
         if batch is None:
             return
+        # by number, for a name may stand there twice: the first counts
+        read = {name: batch.column(batch.schema.names.index(name)) for name in columns}
         for row in range(batch.num_rows):
             number += 1
             place = f"{where}, row {number:,}"
             try:
-                entry = {name: batch.column(name)[row].as_py() for name in columns}
+                entry = {name: _plain(column[row]) for name, column in read.items()}
             except UnicodeError:
                 report.skip(_NOT_UTF8, place)
             else:
                 yield from _entry(entry, f"{title}, row {number:,}", place, report)
+
+
+def _plain(value: Any) -> Any:
+    """A value of pyarrow as one of Python's; None where there is none, or a time that Python cannot hold."""
+    try:
+        return value.as_py()
+    except UnicodeError:
+        raise
+    except (ValueError, OverflowError):
+        return None
 
 
 def _entry(entry: Any, title: str, place: str, report: ReadReport) -> Iterator[Document]:

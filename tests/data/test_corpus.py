@@ -126,6 +126,9 @@ def test_json_with_a_document_a_line(tmp_path, suffix):
     assert read(tmp_path / f"a.json{suffix}")[0] == expected
     whole = [(f"b{number}.json{suffix}", content.decode()) for number, content in enumerate(others)]
     assert read(tmp_path)[0] == expected + whole
+    (tmp_path / f"a.json{suffix}").write_bytes(packed(suffix, b'{"text": null}\n' + lines))
+    documents, report = read(tmp_path / f"a.json{suffix}")
+    assert [text for _, text in documents] == ["one", "two"] and report.skipped == {'without a "text"': 1}
 
 
 def test_json_lines_have_one_name_from_wherever_they_are_read(folder, monkeypatch):
@@ -165,6 +168,41 @@ def test_parquet(tmp_path, parquet, seed):
     assert report.skipped == {'without a "text"': 1, "empty": 1}
     assert f"{tmp_path}/a.parquet, row 2" in report.warning()
     assert read(tmp_path / "a.parquet")[0] == first
+
+
+def test_parquet_with_odd_columns(tmp_path, parquet):
+    import pyarrow
+
+    texts = pyarrow.array(["one", "two"])
+    # what Python's datetime cannot hold, for being too fine or too late
+    for unit, time in (("ns", 1), ("s", 1 << 50)):
+        columns = {"text": texts, "id": pyarrow.array([time, None], pyarrow.timestamp(unit))}
+        parquet(tmp_path / f"{unit}.parquet", columns)
+        assert read(tmp_path)[0] == [(f"{unit}.parquet, row 1", "one"), (f"{unit}.parquet, row 2", "two")]
+        (tmp_path / f"{unit}.parquet").unlink()
+    twice = pyarrow.table([texts, texts, texts.take([1, 0])], names=["text", "id", "id"])
+    parquet(tmp_path / "twice.parquet", twice)
+    assert read(tmp_path / "twice.parquet")[0] == [("one", "one"), ("two", "two")]
+    packed = {"title": texts.dictionary_encode(), "text": texts.cast(pyarrow.large_string())}
+    parquet(tmp_path / "packed.parquet", packed)
+    assert read(tmp_path / "packed.parquet")[0] == [("one", "one"), ("two", "two")]
+
+
+def test_of_a_row_group_of_parquet_little_is_held_at_a_time(tmp_path, parquet, monkeypatch):
+    """A row group may be the whole file."""
+    most = []
+
+    class Watched(io.FileIO):
+        def read(self, size=-1):
+            most.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(corpus, "_open", Watched)
+    texts = [os.urandom(2000).hex() for _ in range(2000)]
+    parquet(tmp_path / "a.parquet", {"text": texts}, use_dictionary=False, write_batch_size=64)
+    assert (tmp_path / "a.parquet").stat().st_size > 5 * corpus._PARQUET_BUFFER
+    assert [text for _, text in read(tmp_path)[0]] == texts
+    assert 0 <= min(most) and max(most) <= 2 * corpus._PARQUET_BUFFER
 
 
 def test_parquet_that_cannot_be_read(tmp_path, parquet):
@@ -276,6 +314,7 @@ LATER = 3 * _SNIFF_BYTES
         ("a.jsonl.bz2", b"no bzip2", "Invalid data stream.*copy it again"),
         ("a.txt.lz4", b"\x04\x22\x4d\x18", "packed in a way that is not read .*bz2 and .zst are.. Unpack it"),
         ("a.tar.gz", gzip.compress(b"text"), "packed in a way that is not read"),
+        ("a.tzst", b"\x28\xb5\x2f\xfd", "packed in a way that is not read"),
     ],
 )
 def test_a_named_file_that_cannot_be_read_is_refused_at_once(tmp_path, name, content, why):
