@@ -88,9 +88,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains one model into the folder `config.out` and returns what was measured.
 
-    resume: continue from the newest checkpoint there; where there is none, start. On a CPU the weights come out as
-    those of a run that never stopped, to the last bit. stop_after: leave with a checkpoint after so many steps of this
-    call. documents: in place of reading `config.data`.
+    resume: continue from the newest checkpoint there; where there is none, start, but not over a trained model. On a CPU
+    the weights come out as those of a run that never stopped, to the last bit. stop_after: leave with a checkpoint after
+    so many steps of this call. documents: in place of reading `config.data`.
 
     Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share
     (the part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of
@@ -185,10 +185,15 @@ def _prepared(
             f"train: rank {ranks.rank} does not find in {folder} what the first process wrote there. Give an --out "
             "that all of them see."
         )
-    saved = checkpoints(folder)
+    saved, trained = checkpoints(folder), (folder / "model.safetensors").exists()
+    if resume and not saved and trained:
+        raise InputError(
+            f"{folder} holds a trained model, and no checkpoint from which it could go on; from the beginning it would "
+            "be replaced. Bring the checkpoint back, or give another --out."
+        )
     if resume and not saved:
         note(f"{folder} holds no checkpoint yet: starting from the beginning.")
-    elif not resume and (saved or (folder / "model.safetensors").exists()):
+    elif not resume and (saved or trained):
         raise InputError(
             f"{folder} holds a training run already. Continue it with --resume, or give another --out."
         )

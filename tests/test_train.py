@@ -480,8 +480,12 @@ def test_a_run_keeps_its_arithmetic_and_its_summary(
     assert json.loads(out) == settings["summary"]
     assert "was started on cuda and goes on on cpu: not bit for bit" in err
     shutil.rmtree(tmp_path / "parts" / "checkpoint-00000004")
-    assert run(*words, "--out", tmp_path / "parts") == 2
-    assert "holds a training run already" in capfd.readouterr().err
+    for more, said in (
+        ([], "holds a training run already"),
+        (["--resume"], "holds a trained model, and no checkpoint from which it could go on"),
+    ):
+        assert run(*words, "--out", tmp_path / "parts", *more) == 2
+        assert said in capfd.readouterr().err
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
