@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 import retro_kernels
 
@@ -256,3 +258,18 @@ def test_build_needs_no_torch() -> None:
     for path in (ROOT / "csrc").rglob("*.*"):
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
     assert len((ROOT / "setup.py").read_text().splitlines()) < 80
+
+
+def test_the_oldest_versions_that_are_promised_were_tested() -> None:
+    """And the README names them and the newest."""
+    runs = json.loads((ROOT / "bench" / "results" / "versions.json").read_text())["runs"]
+    assert all(run["failed"] == 0 and run["passed"] > 2000 for run in runs)
+    promised = {r.name: str(r.specifier) for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    promised["Python"] = PROJECT["project"]["requires-python"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for name in ("Python", "torch", "triton"):
+        tested = sorted(Version(run["versions"][name]) for run in runs)
+        first, last = (f"{v.major}.{v.minor}" for v in (tested[0], tested[-1]))
+        assert promised[name] == f">={first}"
+        for version in (first, last):
+            assert f"{'Triton' if name == 'triton' else name} {version}" in readme
