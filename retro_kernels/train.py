@@ -88,9 +88,9 @@ def train(
 ) -> dict[str, Any]:
     """Trains one model into the folder `config.out` and returns what was measured.
 
-    resume: continue from the newest checkpoint there; where there is none, start, but not over a trained model. On a CPU
-    the weights come out as those of a run that never stopped, to the last bit. stop_after: leave with a checkpoint after
-    so many steps of this call. documents: in place of reading `config.data`.
+    resume: continue from the newest checkpoint there; where there is none, start, but not over a trained model. On a
+    CPU the weights come out as those of a run that never stopped, to the last bit. stop_after: leave with a checkpoint
+    after so many steps of this call. documents: in place of reading `config.data`.
 
     Returns run, steps, loss (nats per token, mean of the last steps), tokens, seconds, tokens_per_second, stall_share
     (the part of that time in which a step waited for its batch and neighbours), first_wait_seconds (for the first of
