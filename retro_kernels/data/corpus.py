@@ -348,7 +348,8 @@ def _is_json_lines(path: Path, file: IO[bytes] | Any) -> bool:
     """`file` stands at its beginning, before and after."""
     if _suffix(path) != ".json":
         return _suffix(path) in (".jsonl", ".ndjson")
-    first = file.readline(MAX_DOCUMENT_BYTES)
+    while (first := file.readline(MAX_DOCUMENT_BYTES)) and not first.strip():
+        pass
     file.seek(0)
     try:
         text = json.loads(first.decode("utf-8-sig"))["text"]

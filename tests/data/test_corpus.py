@@ -111,7 +111,7 @@ def test_zstd_with_a_long_window(tmp_path):
 @pytest.mark.parametrize("suffix", PACKED)
 def test_json_with_a_document_a_line(tmp_path, suffix):
     """As C4 and Dolma name their files; any other JSON is the document itself."""
-    lines = b'{"text": "one", "url": "there"}\n{"text": "two"}'
+    lines = b'\n{"text": "one", "url": "there"}\n{"text": "two"}'
     others = [
         b'{"text": 3}\n',
         b'{\n "text": "one"}',
@@ -122,7 +122,7 @@ def test_json_with_a_document_a_line(tmp_path, suffix):
     (tmp_path / f"a.json{suffix}").write_bytes(packed(suffix, lines))
     for number, content in enumerate(others):
         (tmp_path / f"b{number}.json{suffix}").write_bytes(packed(suffix, content))
-    expected = [(f"a.json{suffix}, line 1", "one"), (f"a.json{suffix}, line 2", "two")]
+    expected = [(f"a.json{suffix}, line 2", "one"), (f"a.json{suffix}, line 3", "two")]
     assert read(tmp_path / f"a.json{suffix}")[0] == expected
     whole = [(f"b{number}.json{suffix}", content.decode()) for number, content in enumerate(others)]
     assert read(tmp_path)[0] == expected + whole
