@@ -247,9 +247,8 @@ def _unreadable(path: str, why: str, advice: str) -> InputError:
 def _broken(path: str, error: BaseException) -> InputError:
     if isinstance(error, PermissionError):
         advice = "Get the right to read it"
-    elif (
-        not isinstance(error, OSError) or error.errno is None
-    ):  # gzip's and bz2's own are OSErrors without one
+    # those of gzip, bz2 and pyarrow are OSErrors without a number
+    elif not isinstance(error, OSError) or error.errno is None:
         advice = "It is damaged, cut off, or no such file as its name says: copy it again"
     else:
         advice = "See to the disk that it is on"
@@ -257,7 +256,7 @@ def _broken(path: str, error: BaseException) -> InputError:
 
 
 def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
 
 
 def _read_named(
@@ -421,12 +420,8 @@ def _parquet_errors() -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # the disk's; pyarrow's own OSErrors have none
-            raise
-        raise _Damaged(str(error).partition("\n")[0]) from None
+    except pyarrow.ArrowException as error:
+        raise _Damaged(error) from None
 
 
 def _parquet(file: IO[bytes] | Any) -> tuple[Any, list[str]]:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ..ops import NeighbourBatch
 
 
+def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return function(*arguments)
+
+
 class DecoderLayer(nn.Module):
     """Self-attention, chunked cross-attention (layers of P only), feed-forward network; each behind an RMSNorm."""
 
@@ -65,14 +69,13 @@ class DecoderLayer(nn.Module):
         lengths: Tensor | None = None,
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
-        run: Callable[..., Tensor] | None = None,
+        run: Callable[..., Tensor] = _call,
     ) -> tuple[Tensor, Tensor | None]:
         """`x` [B, N, dim] → the same, and `encoded` [B, L, K, R, encoder_dim], which in layer min(P) is what `encode`
-        makes of the state after self-attention. `run` calls each half (None: as it is).
+        makes of the state after self-attention. `run` calls each half.
 
         Both halves stand behind one call, since that is what hooks, sharding and compilation of a layer see.
         """
-        run = _call if run is None else run
         x = run(self.attend, x, sinusoids)
         if encode is not None:
             encoded = encode(x)
@@ -272,7 +275,3 @@ class Retro(Retrieving):
     def _logits(self, x: Tensor) -> Tensor:
         weight = self.embedding.weight if self.readout is None else self.readout.weight
         return F.linear(self.norm(x), weight)
-
-
-def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    return function(*arguments)
