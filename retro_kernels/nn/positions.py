@@ -36,7 +36,8 @@ class DistanceTable(nn.Module):
         )
 
     def _compute(self, device: torch.device | None) -> Tensor:
-        return sinusoid(torch.arange(self.first, self.last + 1, device=device), self.dim, torch.float32)
+        with torch.inference_mode(False):  # it may serve training later
+            return sinusoid(torch.arange(self.first, self.last + 1, device=device), self.dim, torch.float32)
 
     def reset_parameters(self) -> None:
         """Computes the table again on its device."""
@@ -52,8 +53,7 @@ class DistanceTable(nn.Module):
         """The table in the dtype of `like`: [G, dim]."""
         # after load_state_dict(assign=True), which brings parameters only
         if self.table.is_meta and not like.is_meta:
-            with torch.inference_mode(False):  # it may serve training later
-                self.table = self._compute(like.device)
+            self.table = self._compute(like.device)
         return self.table.to(like.dtype)
 
     def extra_repr(self) -> str:

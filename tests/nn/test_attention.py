@@ -203,6 +203,14 @@ def test_casting_rounds_no_table() -> None:
     assert torch.equal(module.distances.table, before)
 
 
+def test_what_was_moved_in_inference_mode_trains_later(seed: int) -> None:
+    module, (x, neighbours, lengths) = make().float(), inputs(11)
+    with torch.inference_mode():
+        module.to("cpu")
+    module(x.float(), neighbours.float(), lengths).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
 @pytest.mark.parametrize("position", ["relative", "bias", "none"])
 def test_it_keeps_no_more_for_the_backward_than_sdpa_without_positions(
     seed: int, monkeypatch: pytest.MonkeyPatch, position: str
