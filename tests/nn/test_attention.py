@@ -373,6 +373,10 @@ def test_weights_assigned_to_a_module_without_memory(seed: int, position: str) -
     other(*given).sum().backward()
     if position == "relative":
         assert not other.distances.table.is_meta
+    with torch.device("meta"):
+        moved = make(position).float()
+    moved.load_state_dict(cca.state_dict(), assign=True)
+    assert torch.equal(moved.to("cpu")(*given), cca(*given))
 
 
 def test_bad_shapes(seed: int) -> None:
