@@ -332,7 +332,7 @@ class ChunkedCrossAttention(nn.Module):
             )
         if self.projection != "auto" or not plain:
             return self.projection == "absorbed"
-        if isinstance(num_neighbours, torch.SymInt):  # a program for any K: the choice would tie it to some
+        if _exported_for_any(num_neighbours):  # the choice would tie the program to some
             return False
         return "absorbed" == choose_projection(
             head_dim=self.head_dim,
@@ -528,6 +528,16 @@ def _is_linear(module: nn.Module) -> bool:
     # a tensor made of others, as torchao quantises in place, multiplies in its own way and is no argument of our ops
     kind = type(module._parameters.get("weight"))  # a third of the time of module.weight
     return kind is nn.Parameter or not hasattr(kind, "__tensor_flatten__")
+
+
+def _exported_for_any(size: Any) -> bool:
+    if isinstance(size, torch.SymInt):
+        return True
+    if not torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import
+
+    return not has_static_value(size)  # a strict export shows an int
 
 
 def _heads(table: Tensor, num_heads: int) -> Tensor:

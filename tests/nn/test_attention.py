@@ -340,6 +340,17 @@ def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: 
             exported(torch.autograd.forward_ad.make_dual(x, x), *given[1:])
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_for_any_number_of_neighbours(seed: int, strict: bool) -> None:
+    """Whichever of the two projections is predicted to be faster for some."""
+    cca, chunks = make(), torch.export.Dim("chunks", min=2)
+    batch, count = torch.export.Dim("batch", min=2), torch.export.Dim("count", min=2)
+    shapes = {0: batch, 1: M * chunks}, {0: batch, 1: chunks, 2: count}, {0: batch, 1: chunks, 2: count}
+    exported = torch.export.export(cca, inputs(3 * M), dynamic_shapes=shapes, strict=strict).module()
+    for given in (inputs(4 * M, 3, 2), inputs(2 * M, 2, 40)):
+        torch.testing.assert_close(exported(*given), cca(*given))
+
+
 def test_what_is_exported_loads_where_the_ops_are(seed: int, tmp_path: Path) -> None:
     cca, given = make().eval().float(), inputs(3 * M + 1)
     given = tuple(x.float() if x.is_floating_point() else x for x in given)
