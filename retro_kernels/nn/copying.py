@@ -143,7 +143,7 @@ def _states(model: Retro, text: Tensor) -> tuple[list[Tensor], Tensor]:
         x = layer.attend(x, sinusoids)
         if layer.cca_norm is not None:
             states.append(layer.cca_norm(x).float())
-        x = layer.finish(x, None, None)
+        x = layer.finish(x)
     return states, x.float()
 
 

@@ -10,6 +10,17 @@ RMSNorm = nn.RMSNorm
 """Root-mean-square normalisation with a gain, PyTorch's own."""
 
 
+class TokenEmbedding(nn.Embedding):
+    """A table of tokens that is the readout too: ids int [...] → [..., dim], and with `readout=True` states [..., dim]
+    → logits.
+
+    Both are calls of the module, since weights that are kept elsewhere (sharded or offloaded) are there during calls.
+    """
+
+    def forward(self, x: Tensor, readout: bool = False) -> Tensor:
+        return F.linear(x, self.weight) if readout else super().forward(x)
+
+
 class FeedForward(nn.Module):
     """Two matrices with a GELU between, `x` [..., dim] → [..., dim]: the paper's counts leave no room for a gate."""
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,7 +18,7 @@ from .attention import ChunkedCrossAttention, SelfAttention, causal_sinusoids
 from .cache import DecodingCache, SelfAttentionCache
 from .copying import heads_needed, start_copying
 from .encoder import NeighbourEncoder
-from .layers import FeedForward, RMSNorm, initialise
+from .layers import FeedForward, RMSNorm, TokenEmbedding, initialise
 from .positions import DistanceTable
 from .retrieving import DecodingStep, Retrieving
 
@@ -69,26 +68,40 @@ class DecoderLayer(nn.Module):
         lengths: Tensor | None = None,
         *,
         encode: Callable[[Tensor], Tensor] | None = None,
+        cache: SelfAttentionCache | None = None,
+        contribution: Callable[[nn.Module, ChunkedCrossAttention, Tensor], Tensor] | None = None,
         run: Callable[..., Tensor] = _call,
     ) -> tuple[Tensor, Tensor | None]:
         """`x` [B, N, dim] → the same, and `encoded` [B, L, K, R, encoder_dim], which in layer min(P) is what `encode`
-        makes of the state after self-attention. `run` calls each half.
+        makes of the state after self-attention. `run` calls each half. In decoding, `x` are the tokens after those in
+        `cache`, and `contribution` of norm, cross-attention and state is what the neighbours add.
 
-        Both halves stand behind one call, since that is what hooks, sharding and compilation of a layer see.
+        All stands behind one call, since that is what hooks, sharding and compilation of a layer see.
         """
-        x = run(self.attend, x, sinusoids)
+        x = run(self.attend, x, sinusoids, cache)
         if encode is not None:
             encoded = encode(x)
-        return run(self.finish, x, encoded, lengths), encoded
+        return run(self.finish, x, encoded, lengths, contribution), encoded
 
-    def attend(self, x: Tensor, sinusoids: Tensor | None) -> Tensor:
+    def attend(
+        self, x: Tensor, sinusoids: Tensor | None = None, cache: SelfAttentionCache | None = None
+    ) -> Tensor:
         """The first half, whose result conditions the encoder in layer min(P)."""
-        return x + self.attention(self.attention_norm(x), sinusoids=sinusoids)
+        return x + self.attention(self.attention_norm(x), sinusoids=sinusoids, cache=cache)
 
-    def finish(self, x: Tensor, encoded: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The second half. `encoded` [B, L, K, R, encoder_dim] or None: RETRO off."""
-        if self.cca is not None and self.cca_norm is not None and encoded is not None:
-            x = x + self.cca(self.cca_norm(x), encoded, lengths)
+    def finish(
+        self,
+        x: Tensor,
+        encoded: Tensor | None = None,
+        lengths: Tensor | None = None,
+        contribution: Callable[[nn.Module, ChunkedCrossAttention, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The second half. `encoded` [B, L, K, R, encoder_dim] and `contribution` None: RETRO off."""
+        if self.cca is not None and self.cca_norm is not None:
+            if contribution is not None:
+                x = x + contribution(self.cca_norm, self.cca, x)
+            elif encoded is not None:
+                x = x + self.cca(self.cca_norm(x), encoded, lengths)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -106,7 +119,7 @@ class Retro(Retrieving):
     def __init__(self, config: RetroConfig, *, backend: str | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
             DecoderLayer(config, number in config.cca_layers, backend)
@@ -171,10 +184,8 @@ class Retro(Retrieving):
         step = DecodingStep(self, tokens, cache, neighbours)
         x = self.dropout(self.embedding(tokens))
         for number, layer in self._numbered():
-            x = x + layer.attention(layer.attention_norm(x), cache=cache.self_attention[number - 1])
-            if layer.cca is not None and layer.cca_norm is not None:
-                x = x + step.contribution(number, layer.cca_norm, layer.cca, x)
-            x = x + layer.ffn(layer.ffn_norm(x))
+            held = cache.self_attention[number - 1]
+            x, _ = layer(x, cache=held, contribution=partial(step.contribution, number))
         cache.length += tokens.shape[1]
         return self._logits(x)
 
@@ -273,5 +284,6 @@ class Retro(Retrieving):
         return cast(Tensor, checkpoint(function, *arguments, use_reentrant=False))
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.readout is None else self.readout.weight
-        return F.linear(self.norm(x), weight)
+        x = self.norm(x)
+        logits: Tensor = self.embedding(x, readout=True) if self.readout is None else self.readout(x)
+        return logits

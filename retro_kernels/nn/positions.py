@@ -47,9 +47,7 @@ class DistanceTable(nn.Module):
         # no checkpoint brings it back after `to_empty`, and what a cast rounds is not what this is made of
         try:
             super()._apply(*args, **kwargs)
-        except (
-            NotImplementedError
-        ):  # assigned weights can be moved, and this, still on the meta device, cannot
+        except NotImplementedError:  # weights were assigned, and this alone is on the meta device still
             self.table = self._compute(torch.device("cpu"))
             super()._apply(*args, **kwargs)
         self.reset_parameters()

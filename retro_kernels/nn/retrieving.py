@@ -99,6 +99,8 @@ class DecodingStep:
                 f"{start + count - 1} complete {completed}."
             )
         self._found = model.fitting_neighbours(tokens, neighbours, completed)
+        if not cache.position_terms and not tokens.is_meta:
+            _check_at_hand(model)
         self._model, self._cache, self._completed = model, cache, completed
         self._segments = _segments(start, count, size)
         self._encoded: Tensor | None = None
@@ -144,6 +146,16 @@ class DecodingStep:
             return [ChunkNeighbours(x, None, n) for x, n in zip(encoded.unbind(1), lengths, strict=True)]
         pairs = zip(*(states.unbind(1) for states in cca.keys_and_values(encoded)), lengths, strict=True)
         return [ChunkNeighbours(key, value, n) for key, value, n in pairs]
+
+
+def _check_at_hand(model: Retrieving) -> None:
+    for cca in (module for module in model.modules() if isinstance(module, ChunkedCrossAttention)):
+        if any(own.is_meta for own in cca.parameters(recurse=False)):
+            raise InputError(
+                f"{type(model).__name__}.decode: weights of a ChunkedCrossAttention are on the meta device. What "
+                "offloads them (accelerate's hooks) brings them for calls of forward only; to generate, keep these "
+                "modules on a device."
+            )
 
 
 def _segments(start: int, count: int, size: int) -> list[tuple[int, int, int]]:

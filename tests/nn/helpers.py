@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,24 @@ def randomise(module: nn.Module, std: float = 0.4) -> nn.Module:
 
 def tiny_model(dtype: torch.dtype = torch.float64, **changes: object) -> Retro:
     return randomise(Retro(TINY.replace(**changes))).to(dtype).eval()
+
+
+def offload(module: nn.Module) -> None:
+    """Each module's own weights are there while its forward runs, as accelerate's hooks have it."""
+    for part in module.modules():
+        own = {name: p for name, p in part.named_parameters(recurse=False)}
+        away = {name: nn.Parameter(p.to("meta"), requires_grad=False) for name, p in own.items()}
+
+        def forward(*given: Any, part=part, own=own, away=away, inner=part.forward, **options: Any) -> Any:
+            part._parameters.update(own)
+            try:
+                return inner(*given, **options)
+            finally:
+                part._parameters.update(away)
+
+        if own:
+            part.forward = forward
+            part._parameters.update(away)
 
 
 def random_neighbours(

@@ -148,6 +148,14 @@ def test_a_token_costs_a_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(encoded) == 2
 
 
+def test_hooks_of_a_layer_are_called(seed: int) -> None:
+    model, x, neighbours = tiny_model(), torch.randint(50, (2, 11)), random_neighbours(2, 2)
+    for layer in model.layers:
+        layer.register_forward_hook(lambda layer, given, result: (1.5 * result[0], result[1]))
+    got = decode(model, x, neighbours, random_split(11))
+    torch.testing.assert_close(got, model(x, neighbours))
+
+
 def test_a_refused_call_leaves_the_cache_alone(seed: int) -> None:
     model = tiny_model()
     x, neighbours = torch.randint(50, (2, 6)), random_neighbours(2, 1)

@@ -20,7 +20,7 @@ from retro_kernels.nn import NeighbourEncoder
 from retro_kernels.nn import attention as attention_module
 from retro_kernels.ops import NeighbourBatch
 
-from .helpers import TINY, random_neighbours, tiny_model
+from .helpers import TINY, offload, random_neighbours, tiny_model
 
 M = TINY.chunk_size
 
@@ -280,6 +280,29 @@ def test_gradient_checkpointing_changes_nothing_but_memory(seed: int) -> None:
         kept.append(timing.saved_bytes(lambda: model(x, neighbours), list(model.parameters())))
     torch.testing.assert_close(results[1], results[0])
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": False},
+        {"share_encoder_embedding": True, "encoder_dim": 24},
+        {"cca_position": "bias"},
+    ],
+)
+@torch.no_grad()
+def test_weights_that_are_kept_elsewhere_between_calls(seed: int, changes: dict[str, object]) -> None:
+    """Read outside a call they are what stands in for them, from which torch computes something."""
+    model = tiny_model(torch.float32, **changes)
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    wanted = model(x, neighbours)
+    offload(model)
+    torch.testing.assert_close(model(x, neighbours), wanted)
+    cache = model.new_cache(2)
+    with pytest.raises(InputError, match="on the meta device"):
+        model.decode(x[:, :2], cache)
+    assert cache.length == cache.self_attention[0].length == 0
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # which nobody writes to
