@@ -279,10 +279,11 @@ def give_lessons(
     """A part of the sequences get their own text as neighbours, each shifted by up to 3/4 of a chunk either way.
 
     tokens int [B, N], neighbours of L chunks of M tokens, `share` of the sequences drawn by `generator` (on the CPU).
-    Neighbour j of chunk u becomes the R tokens from uM + shift on, as far as the document and the sequence reach. It
-    holds what comes next, but at another place than a neighbour's own continuation, so it can be used only by
-    looking up the present tokens in it: the skill that real neighbours, which rarely have the answer, teach slowly.
-    More overlap with neighbours makes RETRO learn faster (Doostmohammadi and Kuhlmann 2025).
+    Neighbour j of chunk u becomes the R tokens from uM + shift on, as far as the sequence reaches and up to padding
+    (behind a document that fills its last chunk, the next one's first tokens). It holds what comes next, but at another
+    place than a neighbour's own continuation, so it can be used only by looking up the present tokens in it: the skill
+    that real neighbours, which rarely have the answer, teach slowly. More overlap with neighbours makes RETRO learn
+    faster (Doostmohammadi and Kuhlmann 2025).
     """
     batch, chunks, count, length = neighbours.tokens.shape
     taught = torch.rand(batch, generator=generator) < share
