@@ -3,9 +3,9 @@
     python bench/plot.py                             # from bench/results/*.json
     python bench/plot.py --demo demo/result.json     # keeps the demo's figures in results/demo.json first
 
-First, bits per byte of the demo's models (demo.json, demo_rfc.json); then chunked cross-attention, forward and
-backward, beside what one would write instead: on the CPU and on the GPU that was measured last, the first group of
-each kind of positions that the file holds. No predictions.
+First, bits per byte of the demos' models (demo.json, demo_rfc.json, demo_factbook.json); then chunked cross-attention,
+forward and backward, beside what one would write instead: on the CPU and on the GPU that was measured last, the first
+group of each kind of positions that the file holds. No predictions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RESULTS = HERE / "results"
 TARGET = HERE.parent / "docs" / "gains.png"
 OURS = "retro_kernels"
 KEPT = ("corpus", "corpus_sha256", "python", "bits_per_byte", "report", "seconds")
-DEMOS = ("demo.json", "demo_rfc.json")
+DEMOS = ("demo.json", "demo_rfc.json", "demo_factbook.json")
 MODELS = {
     "plain": "plain decoder",
     "off": "RETRO off",
@@ -51,7 +51,7 @@ def gains(folder: Path) -> dict[str, dict[str, float]]:
         if path.exists():
             result = json.loads(path.read_text())
             bits = result["bits_per_byte"]
-            found[result["corpus"]] = {label: bits[name] for name, label in MODELS.items() if name in bits}
+            found[result["corpus"]] = {MODELS.get(name, name): value for name, value in bits.items()}
     return found
 
 
@@ -109,7 +109,8 @@ def draw(folder: Path = RESULTS, target: Path = TARGET) -> bool:
         axis.remove()
     for axis, (title, rows, form) in zip(axes.flat, panels, strict=False):
         names, values = [name for name, _ in rows], [value for _, value in rows]
-        colours = ["tab:blue" if name in (OURS, MODELS["on"]) else "tab:gray" for name in names]
+        ours = (name == OURS or name.startswith(MODELS["on"]) for name in names)
+        colours = ["tab:blue" if own else "tab:gray" for own in ours]
         axis.set_title(title, fontsize=9)
         if "ms" in form:
             bars = axis.barh(names, values, color=colours)

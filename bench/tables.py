@@ -306,6 +306,7 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "static": static_table,
     "demo": demo_report,
     "demo_rfc": demo_report,
+    "demo_factbook": demo_report,
     "gpu": gpu_goals,
     "gpu_by_shape": gpu_by_shape,
     "gpu_around": gpu_around,

@@ -94,7 +94,7 @@ def demo(
     size = size or Size()
     folder = Path(out)
     _check_target(folder)
-    clock = _Clock(say)
+    clock = Clock(say)
     steps = steps or size.steps
     if steps < 2:
         raise InputError(
@@ -122,48 +122,7 @@ def demo(
             f"demo: {folder} holds the demo of something else ({other.differences}). Go on with it with the same "
             "--corpus, --embedder and --seed as before, or give another --out for a new one."
         ) from None
-    parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
-    common: dict[str, Any] = dict(
-        data=(source,),
-        preset=size.preset,
-        steps=steps,
-        batch_size=size.batch_size,
-        seed=seed,
-        device="cpu",
-        sequence_length=size.sequence_length,
-        learning_rate=size.learning_rate,
-        save_every=100,
-    )
-    decoder = TrainConfig(
-        out=str(folder / "plain"),
-        tokenizer=str(folder / "set" / "tokenizer.model"),
-        model=size.model,
-        **common,
-    )
-    fitted = TrainConfig(
-        out=str(folder / "retro"),
-        set=str(folder / "set"),
-        model=size.model,
-        retrofit=str(folder / "decoder"),
-        unfreeze=True,
-        copy=size.copy,
-        added_rate=size.added_rate,
-        first_step=parting,
-        lessons=size.lessons,
-        num_neighbours=size.num_neighbours,
-        **common,
-    )
-    options: dict[str, Any] = dict(documents=training, resume=True, progress=progress)
-    if not (folder / "decoder").exists():
-        clock.start("common training")
-        newest = max((step for step, _ in checkpoints(folder / "plain")), default=0)
-        if newest < parting:
-            train(decoder, stop_after=parting - newest, **options)
-        _keep(folder / "plain", folder / "decoder")
-    clock.start("training RETRO")
-    retro = train(fitted, **options)
-    clock.start("training the plain decoder")
-    plain = train(decoder, **options)
+    trained = train_both(folder, training, source, size, steps, seed, clock, progress)
 
     clock.start("evaluation")
     retriever = Retriever.from_pretrained(folder / "set")
@@ -207,14 +166,7 @@ def demo(
             "plain": scores["plain"]["bits_per_byte"]["off"],
             **scores["retro"]["bits_per_byte"],
         },
-        "training": {
-            "retro": retro,
-            "plain": plain,
-            "tokens": steps * size.batch_size * size.sequence_length,
-            "steps": steps,
-            "parting": parting,
-            "num_neighbours": size.num_neighbours,
-        },
+        "training": trained,
         "evaluation": scores,
         "set": {
             "chunks": manifest["num_chunks"],
@@ -243,6 +195,70 @@ def demo(
     say(passage)
     say(f"Written: {folder / 'report.md'}")
     return result
+
+
+def train_both(
+    folder: Path,
+    documents: list[Document],
+    source: str,
+    size: Size,
+    steps: int,
+    seed: int,
+    clock: Clock,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Trains on `documents` (of `source`) the models `folder`/retro, with the retrieval set `folder`/set, and
+    `folder`/plain, as told above. Returns what was measured of the two, and how much they were trained."""
+    parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
+    common: dict[str, Any] = dict(
+        data=(source,),
+        preset=size.preset,
+        steps=steps,
+        batch_size=size.batch_size,
+        seed=seed,
+        device="cpu",
+        sequence_length=size.sequence_length,
+        learning_rate=size.learning_rate,
+        save_every=100,
+    )
+    decoder = TrainConfig(
+        out=str(folder / "plain"),
+        tokenizer=str(folder / "set" / "tokenizer.model"),
+        model=size.model,
+        **common,
+    )
+    fitted = TrainConfig(
+        out=str(folder / "retro"),
+        set=str(folder / "set"),
+        model=size.model,
+        retrofit=str(folder / "decoder"),
+        unfreeze=True,
+        copy=size.copy,
+        added_rate=size.added_rate,
+        first_step=parting,
+        lessons=size.lessons,
+        num_neighbours=size.num_neighbours,
+        **common,
+    )
+    options: dict[str, Any] = dict(documents=documents, resume=True, progress=progress)
+    if not (folder / "decoder").exists():
+        clock.start("common training")
+        newest = max((step for step, _ in checkpoints(folder / "plain")), default=0)
+        if newest < parting:
+            train(decoder, stop_after=parting - newest, **options)
+        _keep(folder / "plain", folder / "decoder")
+    clock.start("training RETRO")
+    retro = train(fitted, **options)
+    clock.start("training the plain decoder")
+    plain = train(decoder, **options)
+    return {
+        "retro": retro,
+        "plain": plain,
+        "tokens": steps * size.batch_size * size.sequence_length,
+        "steps": steps,
+        "parting": parting,
+        "num_neighbours": size.num_neighbours,
+    }
 
 
 def _check_target(folder: Path) -> None:
@@ -377,7 +393,7 @@ def _amount(documents: Sequence[Document]) -> str:
     return f"{len(documents):,} documents, {sum(len(d.text.encode()) for d in documents):,} bytes"
 
 
-class _Clock:
+class Clock:
     """Seconds of each stage, announced."""
 
     def __init__(self, say: Callable[[str], None]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import demo_factbook
 import pytest
 import torch
 from small import MODEL, World, run
@@ -126,3 +128,29 @@ def test_both_models_need_a_step_of_their_own(capfd: pytest.CaptureFixture[str],
     assert run("demo", "--steps", 1, "--out", tmp_path / "d") == 2
     error = capfd.readouterr().err
     assert "steps is 1" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()
+
+
+def test_one_model_and_several_sets(tmp_path: Path, seed: int) -> None:
+    """Of newer text more is found in the newer edition, and the models have read the other documents alone."""
+    rng = random.Random(seed)
+    words = [["".join(rng.choices("abcdefgh", k=5)) for _ in range(250)] for _ in range(6)]
+    books: dict[str, dict[str, Document]] = {}
+    for edition, changed in (("2023", 0.0), ("2020", 0.03), ("2016", 0.3)):
+        for i, text in enumerate(words):
+            edited = [rng.choice(text) if rng.random() < changed else word for word in text]
+            books.setdefault(edition, {})[f"c{i}"] = Document(f"{i} ({edition})", " ".join(edited))
+    result = demo_factbook.swap(tmp_path / "f", books, 2, TINY, "hashing:64")
+    assert result["documents"] == 2 and result["training"]["documents"] == 4
+    assert {name: of["num_documents"] for name, of in result["sets"].items()} == {
+        "2016": 6,
+        "2020": 6,
+        "both": 12,
+    }
+    assert result["overlap"]["2016"] < result["overlap"]["2020"] <= result["overlap"]["both"] + 0.01
+    assert set(result["bits_per_byte"]) == {
+        "plain decoder",
+        "RETRO off",
+        *(f"RETRO on, set of {name}" for name in ("2016", "2020", "both")),
+        "RETRO, set of 2020, shuffled",
+    }
+    assert "| RETRO on, set of 2020 |" in result["report"]
