@@ -46,7 +46,8 @@ class RetroFitted(Retrieving):
     CCA's output projections start at zero, so the first step computes what `base` computes, to the last bit; without
     neighbours that always holds. `freeze=True` trains only what is added: a norm and a CCA in each of
     `config.cca_layers`, and the encoder (Borgeaud et al. 2021, section 4.2). `freeze=False` is reported to reach a
-    better perplexity (Wang et al. 2023), and changes the base. In training mode the base's own dropout is at work.
+    better perplexity (Wang et al. 2023), and changes the base; of one with adapters (PEFT) it trains what they left
+    trainable, since they alone are saved. In training mode the base's own dropout is at work.
 
     `cca_layers` (1-based) are by default every third layer from the sixth, in models of fewer than nine layers the
     middle one and the last. `changes` are further fields of `RetroConfig` that concern the encoder and CCA. The
@@ -89,7 +90,8 @@ class RetroFitted(Retrieving):
             )
         self.bos_id, self.frozen = bos_id, freeze
         self._sites = _sites(base, {number: self._layers[number] for number in config.cca_layers})
-        base.requires_grad_(not freeze)
+        if freeze or not _has_adapters(base):
+            base.requires_grad_(not freeze)
         self.base = base
         options: dict[str, Any] = {
             "head_dim": config.head_dim,
@@ -244,6 +246,8 @@ class RetroFitted(Retrieving):
                 raise InputError(f"{folder}: the base had neither folder nor name. Give that model as base=.")
         if isinstance(base, (str, os.PathLike)):
             base = load_base(base, dtype or getattr(torch, saved.get("dtype", "float32")))
+            if owned and _has_adapters(base):  # which transformers loads frozen
+                base.set_adapter(base.active_adapters())
         elif dtype is not None:
             _cast_parameters(base, dtype)
         _check_same_base(saved, _description(base), folder)
@@ -625,8 +629,14 @@ def _description(base: Any) -> dict[str, Any]:
         "vocab_size": base.get_input_embeddings().num_embeddings,
         "dim": text.hidden_size,
         "num_layers": text.num_hidden_layers,
+        "adapters": _has_adapters(base),
         "sample": sample,
     }
+
+
+def _has_adapters(base: Any) -> bool:
+    """Whether PEFT put some into it: where it came from holds none, and its `save_pretrained` writes them alone."""
+    return bool(getattr(base, "peft_config", None))
 
 
 def _owns_base(config: dict[str, Any], folder: Path) -> bool:
@@ -643,6 +653,12 @@ def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path)
                 f"{folder} was trained with a base whose {name} is {saved.get(name)!r}, not {given[name]!r}. Give "
                 f"that base ({saved.get('source') or 'it had no name'}) as base=."
             )
+    if saved.get("adapters", False) != given["adapters"]:
+        raise InputError(
+            f"{folder} was trained with a base that had {'no ' if given['adapters'] else ''}adapters (PEFT), and this "
+            f"one has {'some' if given['adapters'] else 'none'}. Give that base "
+            f"({saved.get('source') or 'it had no name'}) as base=."
+        )
     sample = saved.get("sample", {})
     for name, value in given["sample"].items():
         if name in sample and not math.isclose(sample[name], value, rel_tol=0.01, abs_tol=1e-6):

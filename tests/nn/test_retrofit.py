@@ -531,6 +531,40 @@ def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
     refused("names no base", base)
 
 
+def test_adapters_in_the_base_are_not_forgotten(seed: int, tmp_path: Path) -> None:
+    """PEFT leaves `peft_config` on what it changed. The folder that the base came from lacks them, and says nothing."""
+    base_model().save_pretrained(tmp_path / "base model")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain, adapted = load(tmp_path / "base model"), load(tmp_path / "base model")
+    adapted.peft_config = {"default": None}
+    fitted(adapted).save_pretrained(tmp_path / "adapted")
+    for given in (None, plain):
+        with pytest.raises(
+            InputError, match=r"had adapters \(PEFT\), and this one has none\. Give that base"
+        ):
+            RetroFitted.from_pretrained(tmp_path / "adapted", base=given)
+    RetroFitted.from_pretrained(tmp_path / "adapted", base=adapted)
+    fitted(plain).save_pretrained(tmp_path / "plain")
+    with pytest.raises(InputError, match=r"had no adapters \(PEFT\), and this one has some"):
+        RetroFitted.from_pretrained(tmp_path / "plain", base=adapted)
+
+
+def test_adapters_are_trained_without_the_base(seed: int, tmp_path: Path) -> None:
+    """They alone are saved with it, so that what else was trained would be lost."""
+    peft = pytest.importorskip("peft")
+    base_model().save_pretrained(tmp_path / "base model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base model")
+    lora = peft.LoraConfig(target_modules=["c_attn"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    model, (x, neighbours) = fitted(peft.get_peft_model(base, lora), freeze=False), random_input()
+    for _ in range(2):
+        trained = [name for name, p in model.base.named_parameters() if p.requires_grad]
+        assert len(trained) == 2 * LAYERS and all("lora_" in name for name in trained)
+        model.save_pretrained(tmp_path / "fitted")
+        expected, model = model(x, neighbours), RetroFitted.from_pretrained(tmp_path / "fitted")
+        torch.testing.assert_close(model(x, neighbours), expected)
+        assert not model.frozen
+
+
 def test_refuses(seed: int) -> None:
     with pytest.raises(TypeError, match="AutoModelForCausalLM"):
         RetroFitted(torch.nn.Linear(2, 2))
