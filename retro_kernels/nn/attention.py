@@ -303,16 +303,15 @@ class ChunkedCrossAttention(nn.Module):
         else:
             key, value = self.keys_and_values(neighbours)
             out = chunked_cross_attention(query, key, value, chunk_size=self.chunk_size, **options)
-        if self._leaves_zeros():  # nothing to cut off, copy and keep for the backward
-            return self.dropout(self.o_proj(out.flatten(2)))
-        prefix = min(self.chunk_size - 1, x.shape[1])
-        out = self.dropout(self.o_proj(out[:, prefix:].flatten(2)))
+        out = self.dropout(self.o_proj(out.flatten(2)))
+        if self._leaves_zeros():
+            return out
+        # a mask, and no rows cut off, so that what is exported for any length serves all of them
+        chunk = torch.arange(1, x.shape[1] + 1, device=x.device) // self.chunk_size  # 1-based, 0 = none
+        present = (chunk > 0)[None]
         if neighbour_lengths is not None:
-            present = (
-                (neighbour_lengths > 0).any(-1).repeat_interleave(self.chunk_size, 1)[:, : out.shape[1], None]
-            )
-            out = torch.where(present, out, 0.0)
-        return F.pad(out, (0, 0, prefix, 0))
+            present = F.pad((neighbour_lengths > 0).any(-1), (1, 0))[:, chunk]
+        return torch.where(present[..., None], out, 0.0)
 
     def absorbs(
         self,

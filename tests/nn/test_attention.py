@@ -351,6 +351,24 @@ def test_exports_for_any_number_of_neighbours(seed: int, strict: bool) -> None:
         torch.testing.assert_close(exported(*given), cca(*given))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("projection", ["materialised", "absorbed"])
+def test_exports_for_any_length(seed: int, projection: str, strict: bool) -> None:
+    """Biases, of which rows without a neighbour are free, must not tie the program to some lengths."""
+    cca, some = make(projection=projection, bias=True).float(), torch.export.Dim.DYNAMIC
+
+    def given(tokens: int) -> tuple[torch.Tensor, ...]:
+        return tuple(x.float() if x.is_floating_point() else x for x in inputs(tokens))
+
+    exported = torch.export.export(cca, given(3 * M + 1), dynamic_shapes=({1: some},) * 3, strict=strict)
+    for tokens in (M, M + 1, 2 * M - 1, 2 * M, 5 * M - 1):
+        x, neighbours, lengths = given(tokens)
+        lengths[0, 0] = 0
+        out = exported.module()(x, neighbours, lengths)
+        torch.testing.assert_close(out, cca(x, neighbours, lengths))
+        assert not out[0, : 2 * M - 1].any()
+
+
 def test_what_is_exported_loads_where_the_ops_are(seed: int, tmp_path: Path) -> None:
     cca, given = make().eval().float(), inputs(3 * M + 1)
     given = tuple(x.float() if x.is_floating_point() else x for x in given)

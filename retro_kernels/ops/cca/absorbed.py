@@ -605,8 +605,9 @@ def _attending(
     column = relative_column(chunk_size, states.shape[3], query.device)
     present = have_keys(states, lengths, None if rel_bias is None else rel_bias[:, column])
     present = present.expand(-1, -1, -1, chunk_size).transpose(2, 3).flatten(1, 2)  # [B, L * M, H or 1]
-    present = present[:, : max(tokens - shift, 0)].to(query.dtype)
-    return F.pad(present, (0, 0, tokens - present.shape[1], 0))[..., None]
+    present = F.pad(present.to(query.dtype), (0, 0, shift, 0))
+    # an index, and no slice, so that what is exported for any length serves all of them
+    return present[:, torch.arange(tokens, device=query.device), :, None]
 
 
 def have_keys(states: Tensor, lengths: Tensor | None, bias: Tensor | None) -> Tensor:
