@@ -75,6 +75,10 @@ class Retrieving(nn.Module):
         assert self.encoder is not None
         self.encoder.gradient_checkpointing = self.gradient_checkpointing
         chunks, size = found.shape[1], self.config.chunk_size
+        if (
+            torch.compiler.is_exporting()
+        ):  # a slice ties the program to lengths that are, or are no, multiples of M
+            x = x.index_select(1, torch.arange(chunks * size, device=x.device))
         hidden = x[:, : chunks * size].unflatten(1, (chunks, size))
         return self.encoder(found, hidden, lengths, embedding=self.input_embedding())
 

@@ -359,6 +359,20 @@ def test_compiled_for_any_length_and_number_of_neighbours(seed: int) -> None:
     assert programs.frame_count == 1
 
 
+def test_exports_for_any_length_and_number_of_neighbours(seed: int) -> None:
+    """From two chunks and two neighbours on; one program for multiples of a chunk and for other lengths."""
+    model, some = tiny_model(torch.float32), torch.export.Dim.DYNAMIC
+
+    def given(tokens: int, batch: int = 2, count: int = 3) -> tuple[torch.Tensor, NeighbourBatch]:
+        return torch.randint(50, (batch, tokens)), random_neighbours(batch, tokens // M, count)
+
+    found = NeighbourBatch({0: some, 1: some, 2: some}, {0: some, 1: some, 2: some})
+    exported = torch.export.export(model, given(18), dynamic_shapes=({0: some, 1: some}, found)).module()
+    for sizes in ((18, 2, 3), (20, 3, 2), (8, 1, 5), (11, 2, 3), (64, 1, 2)):
+        x, neighbours = given(*sizes)
+        torch.testing.assert_close(exported(x, neighbours), model(x, neighbours))
+
+
 def test_rotary_attention_compiles_for_any_length(seed: int) -> None:
     """As it does by itself once a second length has come."""
     compiled = torch.compile(
