@@ -420,10 +420,10 @@ class ChunkedCrossAttention(nn.Module):
         return out
 
     def _check(self, x: Tensor, neighbours: Tensor) -> None:
-        for name, tensor in (("x", x), ("neighbours", neighbours)):
+        for name, tensor, of in (("x", x, ""), ("neighbours", neighbours, " of encoded neighbours")):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
-                    f"ChunkedCrossAttention: {name} is of type {type(tensor).__name__}; it must be a tensor."
+                    f"ChunkedCrossAttention: {name} is of type {type(tensor).__name__}; it must be a tensor{of}."
                 )
         if x.ndim != 3 or x.shape[2] != self.dim:
             raise ValueError(f"ChunkedCrossAttention: x is {list(x.shape)}; it must be [B, N, {self.dim}].")

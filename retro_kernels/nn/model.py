@@ -146,9 +146,9 @@ class Retro(Retrieving):
         `neighbours` holds those of the L = N // M whole chunks: tokens [B, L, K, R], lengths [B, L, K] (None: all R;
         0: no such neighbour). More chunks than L are left out, K is free. None is RETRO off: the encoder and every
         CCA are skipped. N is free; a chunk's neighbours reach its last token and the tokens after it. Raises
-        ValueError for shapes that do not fit.
+        ValueError for shapes that do not fit, TypeError for what is no tensor of integers or no such tuple.
         """
-        found = self.fitting_neighbours(tokens, neighbours, tokens.shape[-1] // self.config.chunk_size)
+        found = self.fitting_neighbours(tokens, neighbours)
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
         x = self.dropout(self.embedding(tokens))
         sinusoids = causal_sinusoids(x) if self.config.self_attention == "relative" else None

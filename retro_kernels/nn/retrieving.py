@@ -4,7 +4,7 @@ chunked cross-attention token by token."""
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,12 @@ class Retrieving(nn.Module):
         raise NotImplementedError
 
     def fitting_neighbours(
-        self, tokens: Tensor, neighbours: NeighbourBatch | None, chunks: int
+        self, tokens: Tensor, neighbours: NeighbourBatch | None, chunks: int | None = None
     ) -> tuple[Tensor, Tensor | None] | None:
-        """Tokens [B, chunks, K, R] and lengths, checked; None where there is nothing to attend to."""
+        """Tokens [B, chunks, K, R] and lengths, checked; None where there is nothing to attend to. `chunks`: None for
+        the whole ones of `tokens`."""
         name, config = type(self).__name__, self.config
+        _check_types(name, tokens, neighbours)
         if tokens.ndim != 2:
             raise InputError(f"{name}: tokens is {list(tokens.shape)}; it must be [B, N].")
         if neighbours is None:
@@ -46,12 +48,9 @@ class Retrieving(nn.Module):
             raise InputError(
                 f"{name}: neighbours are given, but this model is a plain decoder (cca_layers is empty)."
             )
-        # of which the first and second rows would be taken for tokens and lengths
-        if isinstance(neighbours, Tensor):
-            raise TypeError(
-                f"{name}: neighbours is a tensor; it must be a NeighbourBatch, or (tokens, lengths or None)."
-            )
         found, lengths = neighbours[0], neighbours[1]
+        if chunks is None:
+            chunks = tokens.shape[1] // config.chunk_size
         shape = list(found.shape)
         if (
             found.ndim != 4
@@ -75,9 +74,7 @@ class Retrieving(nn.Module):
         assert self.encoder is not None
         self.encoder.gradient_checkpointing = self.gradient_checkpointing
         chunks, size = found.shape[1], self.config.chunk_size
-        if (
-            torch.compiler.is_exporting()
-        ):  # a slice ties the program to lengths that are, or are no, multiples of M
+        if torch.compiler.is_exporting():  # a slice ties the program to multiples of M, or to other lengths
             x = x.index_select(1, torch.arange(chunks * size, device=x.device))
         hidden = x[:, : chunks * size].unflatten(1, (chunks, size))
         return self.encoder(found, hidden, lengths, embedding=self.input_embedding())
@@ -90,6 +87,7 @@ class DecodingStep:
         self, model: Retrieving, tokens: Tensor, cache: DecodingCache, neighbours: NeighbourBatch | None
     ) -> None:
         size, name = model.config.chunk_size, type(model).__name__
+        _check_types(name, tokens, neighbours)
         if tokens.ndim != 2 or tokens.shape[0] != cache.batch_size or tokens.shape[1] < 1:
             raise InputError(
                 f"{name}.decode: tokens is {list(tokens.shape)}; it must be [{cache.batch_size}, T] "
@@ -160,6 +158,28 @@ def _check_at_hand(model: Retrieving) -> None:
                 "offloads them (accelerate's hooks) brings them for calls of forward only; to generate, keep these "
                 "modules on a device."
             )
+
+
+def _check_types(name: str, tokens: Any, neighbours: Any) -> None:
+    """TypeError: `tokens` or `neighbours` are what no shape can be asked of, or mean something else."""
+    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+        given = tokens.dtype if isinstance(tokens, Tensor) else f"of type {type(tokens).__name__}"
+        raise TypeError(f"{name}: tokens is {given}; it must be a tensor of integers, [B, N].")
+    # the first and second rows of a tensor would be taken for tokens and lengths
+    if neighbours is not None and not isinstance(neighbours, (tuple, list)):
+        given = "a tensor" if isinstance(neighbours, Tensor) else f"of type {type(neighbours).__name__}"
+        raise TypeError(
+            f"{name}: neighbours is {given}; it must be a NeighbourBatch, or (tokens, lengths or None)."
+        )
+    if neighbours is not None and (
+        len(neighbours) < 2
+        or not isinstance(neighbours[0], Tensor)
+        or not isinstance(neighbours[1], (Tensor, type(None)))
+    ):
+        kinds = ", ".join(type(part).__name__ for part in neighbours)
+        raise TypeError(
+            f"{name}: neighbours holds ({kinds}); it must be a NeighbourBatch of tensors, or (tokens, lengths or None)."
+        )
 
 
 def _segments(start: int, count: int, size: int) -> list[tuple[int, int, int]]:

@@ -125,7 +125,7 @@ class RetroFitted(Retrieving):
         since the grid of chunks starts at a row's first token. What stands behind a row's end is ignored anyway, so
         a mask is rarely needed. Raises ValueError for shapes that do not fit.
         """
-        found = self.fitting_neighbours(tokens, neighbours, tokens.shape[-1] // self.config.chunk_size)
+        found = self.fitting_neighbours(tokens, neighbours)
         if found is None:
             return self._run(tokens, None, attention_mask=attention_mask, use_cache=False).logits
         if attention_mask is not None and not attention_mask[:, 0].all():

@@ -441,8 +441,22 @@ def test_bad_input(seed: int) -> None:
         model(x, NeighbourBatch(neighbours.tokens, neighbours.lengths[:, :2]))
     with pytest.raises(InputError, match=r"\[B, N\]"):
         model(x[0], neighbours)
-    with pytest.raises(TypeError, match=r"neighbours is a tensor; it must be a NeighbourBatch"):
-        model(x, neighbours.tokens)
+    for tokens, given, match in [
+        (x, neighbours.tokens, "neighbours is a tensor; it must be a NeighbourBatch"),
+        (x, neighbours._asdict(), "neighbours is of type dict; it must be a NeighbourBatch"),
+        (x, neighbours.tokens.numpy(), "neighbours is of type ndarray"),
+        (x, (neighbours.tokens.numpy(), neighbours.lengths), r"neighbours holds \(ndarray, Tensor\)"),
+        (x, (neighbours.tokens,), r"neighbours holds \(Tensor\)"),
+        (x.tolist(), neighbours, r"tokens is of type list; it must be a tensor of integers, \[B, N\]"),
+        (x.numpy(), None, "tokens is of type ndarray"),
+        (x.float(), None, r"tokens is torch\.float32; it must be a tensor of integers"),
+    ]:
+        with pytest.raises(TypeError, match=f"Retro: {match}"):
+            model(tokens, given)
+        cache = model.new_cache(2)
+        with pytest.raises(TypeError, match=f"Retro: {match}"):
+            model.decode(tokens, cache, given)
+        assert cache.length == 0
     with pytest.raises(InputError, match="plain decoder"):
         tiny_model(cca_layers=())(x, neighbours)
 
