@@ -56,6 +56,8 @@ _COMPRESSED: dict[str, Callable[..., Any]] = {
     ".zstd": _open_zstd,
 }
 _NOT_UNPACKED = {".lz4", ".br", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz", ".tbz2", ".tzst"}
+_ARROW_FILES = {"dataset_dict.json", "dataset_info.json", "state.json"}
+"""What `datasets` writes about its Arrow files beside them, or above their folders."""
 _PARQUET, _PARQUET_ROWS = ".parquet", 256
 _PARQUET_BUFFER = 1 << 20
 """Bytes of a column read at a time. Without it all of a row group's are, and a group may be the whole file."""
@@ -73,6 +75,7 @@ if zstd is not None:
 _BROKEN_OFF, _EMPTY, _NOT_UTF8 = "unreadable", "empty", "not UTF-8"
 _TOO_LARGE, _NOT_JSON, _NO_TEXT = "larger than 1 GiB", "not JSON", 'without a "text"'
 _PACKED = "packed in a way that is not read (.gz, .xz, .bz2 and .zst are)"
+_ARROW = "in Arrow, which is not read (Parquet is: Dataset.to_parquet)"
 _NO_ZSTD = "packed with zstd, which takes backports.zstd to read"
 _NO_PYARROW = "in Parquet, which takes pyarrow to read"
 _ADVICE = {
@@ -81,6 +84,7 @@ _ADVICE = {
     _NOT_JSON: "Make it one JSON object a line",
     _NO_TEXT: 'Give its lines or rows a "text"',
     _PACKED: "Unpack it",
+    _ARROW: "Write its rows as Parquet or JSON lines",
     _NO_ZSTD: "Install it (pip install backports.zstd), unpack the file",
     _NO_PYARROW: "Install it (pip install pyarrow)",
 }
@@ -146,8 +150,8 @@ def read_documents(
         a `.parquet` has these as columns (and needs pyarrow). Any other file is one document. All are unpacked where
         they end in `.gz`, `.xz`, `.bz2` or `.zst` (which before Python 3.14 needs backports.zstd).
     include, exclude: shell patterns (`*.py`, `tests`, `docs/*.md`) for files inside folders, matched against the name
-        and the path relative to the folder; an excluded folder is not entered. Hidden files, `__pycache__`, and the
-        folders of training runs and retrieval sets are left out.
+        and the path relative to the folder; an excluded folder is not entered. Hidden files, `__pycache__`, the
+        folders of training runs and retrieval sets, and what `datasets` writes about its Arrow files are left out.
     leave_out: folders that are not entered and files that are not read where they lie in a folder of `paths`, such as
         what is being written.
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
@@ -304,8 +308,12 @@ def _walk(root: Path, folder: str, wanted: _Wanted, report: ReadReport) -> Itera
             raise _broken(str(root), error) from None
         report.skip(_BROKEN_OFF, f"{root / folder}: {error.strerror}")
         return
+    files = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
+    arrow = files == {"dataset_dict.json"} or any(name.endswith(".arrow") for name in files)
     for entry in entries:
         relative = f"{folder}/{entry.name}" if folder else entry.name
+        if arrow and entry.name in _ARROW_FILES:
+            continue
         if entry.name.startswith(".") or _matches(relative, entry.name, wanted.exclude):
             continue
         if entry.is_dir(follow_symlinks=False):
@@ -336,6 +344,8 @@ def _not_read(path: Path) -> str | None:
     """Why no file of this name can be read here, whatever is in it."""
     if _suffix(path) in _NOT_UNPACKED:
         return _PACKED
+    if _suffix(path) == ".arrow":
+        return _ARROW
     if zstd is None and _COMPRESSED.get(path.suffix.lower()) is _open_zstd:
         return _NO_ZSTD
     if _suffix(path) == _PARQUET and importlib.util.find_spec("pyarrow") is None:

@@ -472,3 +472,23 @@ def test_runs_and_retrieval_sets_are_no_text(tmp_path):
         ):
             read_documents([tmp_path / "in" / "mine", tmp_path / "in" / name])
     assert read(tmp_path / "in" / "run" / "train.json")[0] == [("train.json", "train.json")]
+
+
+def test_a_dataset_in_arrow_is_no_text(tmp_path):
+    """As `save_to_disk` of `datasets` writes it: what it says about the rows must not be read in their place."""
+    for split in ("train", "test"):
+        (tmp_path / "in" / "set" / split).mkdir(parents=True)
+        (tmp_path / "in" / "set" / split / "data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xff\x10\0")
+        for name in ("state.json", "dataset_info.json"):
+            (tmp_path / "in" / "set" / split / name).write_text('{\n  "features": {}\n}')
+    (tmp_path / "in" / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    (tmp_path / "in" / "mine").mkdir()
+    for name in ("state.json", "dataset_dict.json"):
+        (tmp_path / "in" / "mine" / name).write_text(name)
+    found, report = read(tmp_path / "in")
+    assert found == [("mine/dataset_dict.json", "dataset_dict.json"), ("mine/state.json", "state.json")]
+    assert report.skipped == {"in Arrow, which is not read (Parquet is: Dataset.to_parquet)": 2}
+    with pytest.raises(
+        InputError, match=r"Dataset\.to_parquet\)\. Write its rows as Parquet or JSON lines, or leave"
+    ):
+        read_documents(tmp_path / "in" / "set" / "test" / "data-00000-of-00001.arrow")
