@@ -471,11 +471,13 @@ def _parquet_rows(file: IO[bytes] | Any, title: str, where: str, report: ReadRep
 def _plain(value: Any) -> Any:
     """A value of pyarrow as one of Python's; None where there is none, or a time that Python cannot hold."""
     try:
-        return value.as_py()
+        found = value.as_py()
     except UnicodeError:
         raise
     except (ValueError, OverflowError):
         return None
+    # where pandas is installed, such a time is one of its own
+    return None if getattr(found, "nanosecond", 0) else found
 
 
 def _entry(entry: Any, title: str, place: str, report: ReadReport) -> Iterator[Document]:
