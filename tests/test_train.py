@@ -104,6 +104,38 @@ def test_the_order_of_the_data_is_the_seeds(seed: int) -> None:
     )  # one sequence, of all documents
     packed = [Packed(corpus, 2, s) for s in (seed, seed + 1)]
     assert len({tuple(map(p.sequence, range(start, start + 20))) for p in packed for start in (0, 20)}) == 4
+    # where a run begins does not matter, nor what was read before
+    one, another = Packed(corpus, 3, seed), Packed(corpus, 3, seed)
+    assert one.num_sequences == 14  # the last holds one chunk
+    read = one.read(range(14))  # every token is the last of its document
+    assert np.count_nonzero(read.targets == 0) == 40 and np.count_nonzero(read.targets == IGNORE) == 2
+    assert read.documents.size == 0  # of a set, and there is none
+    visits = random.sample(range(70), 70)
+    assert sorted(zip(visits, map(one.sequence, visits), strict=True)) == [
+        (i, another.sequence(i)) for i in range(70)
+    ]
+    batches = one.batches(20, 4)
+    for first in (20, 24):
+        assert np.array_equal(next(batches).tokens, another.read(range(first, first + 4)).tokens)
+    with pytest.raises(InputError, match="of whole chunks: 5 tokens are not a multiple of 2"):
+        Packed(
+            TokenDocuments(np.ones((2, 2), np.uint16), np.arange(3), ids[:2], ["x"] * 2, ids[:2], ids[:2]),
+            5,
+            seed,
+        )
+
+
+def test_what_is_counted_of_documents(world: World) -> None:
+    """Bytes and words of those with text; progress is told of the others too, for it to end at the whole."""
+    tokenizer = Tokenizer(world.set / "tokenizer.model")
+    documents = [Document("a", ""), Document("b", " naïve\n\n文字 \t🙂 "), Document("c", "ka")]
+    told: list[int] = []
+    corpus = tokenise(documents, tokenizer, CHUNK, told.append)
+    assert corpus.titles == ["b", "c"] and told == [len(document.text) for document in documents]
+    assert corpus.num_words.tolist() == [3, 1]
+    assert corpus.num_bytes.tolist() == [len(document.text.encode()) for document in documents[1:]]
+    with pytest.raises(InputError, match="no document with text"):
+        tokenise(documents[:1], tokenizer, CHUNK)
 
 
 def test_neighbours_are_of_other_documents(
