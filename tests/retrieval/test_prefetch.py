@@ -70,34 +70,45 @@ def test_the_cores_are_left_to_the_step(retriever: Retriever, monkeypatch: pytes
     assert seen == ([1, 1, 2] if can_limit_threads() else [2, 2, 2])
 
 
-@pytest.mark.parametrize("form", ["tensor", "mapping", "mapping without exclusion", "object", "inputs"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("tensor", "list", "mapping", "mapping without exclusion"),
+        *("object", "object without exclusion", "inputs"),
+    ],
+)
 def test_forms_of_a_batch(retriever: Retriever, form: str) -> None:
     (tokens, exclude) = batches(1)[0]
 
     class Batch:
         def __init__(self) -> None:
-            self.tokens, self.exclude_documents = tokens, exclude
+            self.tokens = tokens
+            if form == "object":
+                self.exclude_documents = exclude
 
     loader: list[Any] = [
         {
             "tensor": tokens,
+            "list": [tokens, exclude],  # as torch's loader makes of pairs
             "mapping": {"tokens": tokens, "exclude_documents": exclude},
             "mapping without exclusion": {"tokens": tokens},
             "object": Batch(),
+            "object without exclusion": Batch(),
             "inputs": ("x", exclude, tokens),
         }[form]
     ]
     inputs = (lambda batch: (batch[2], batch[1])) if form == "inputs" else None
     [(batch, neighbours)] = retriever.prefetch(loader, inputs=inputs)
-    excluded = None if form in ("tensor", "mapping without exclusion") else exclude
+    excluded = None if form == "tensor" or "without" in form else exclude
     assert batch is loader[0]
     assert torch.equal(neighbours.ids, retriever(tokens, exclude_documents=excluded).ids)
 
 
 def test_a_batch_of_unknown_form_is_named(retriever: Retriever) -> None:
-    with pytest.raises(TypeError, match="this is a str"):
-        list(retriever.prefetch(["text"]))
-    tokens = batches(1)[0][0]
+    tokens, exclude = batches(1)[0]
+    for batch in ("text", {"text": tokens}, ("text", "label"), (tokens, tokens.roll(-1, 1), exclude)):
+        with pytest.raises(TypeError, match=f"this is a {type(batch).__name__}"):
+            list(retriever.prefetch([batch]))
     with pytest.raises(TypeError, match=r"two tensors \[2, .*may be tokens and their targets.*Give inputs="):
         list(retriever.prefetch([(tokens, tokens.roll(-1, 1))]))
 
