@@ -28,7 +28,7 @@ from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, losses, run, watch_readi
 
 from retro_kernels import runs
 from retro_kernels import train as train_module
-from retro_kernels.config import DEFAULT_PRESET, InputError, TrainConfig, preset
+from retro_kernels.config import DEFAULT_PRESET, PLACES, InputError, TrainConfig, parse_overrides, preset
 from retro_kernels.data.corpus import Document, read_documents
 from retro_kernels.data.packing import IGNORE, Packed, TokenDocuments, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
@@ -1352,11 +1352,55 @@ def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None
         ({"seed": -1}, "seed is -1; it must be an integer from 0"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"seed": 1.0}, "seed is 1.0"),
+        ({"warmup": -1}, "warmup is -1"),
+        ({"clip": -0.1}, "clip is -0.1"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf"),
+        ({"lessons": 1.01, "set": "s"}, "lessons is 1.01"),
+        ({"lessons": 0.5}, "lessons needs a retrieval set"),
+        ({"retrofit": "r"}, "retrofit needs a retrieval set"),
+        ({"copy": 1.0, "set": "s"}, "copy only means something together with retrofit"),
+        ({"added_rate": 2.0, "set": "s"}, "added_rate only means something together with retrofit"),
+        ({"first_step": 1, "set": "s"}, "first_step only means something together with retrofit"),
+        ({"first_step": -1, "set": "s", "retrofit": "r"}, "first_step is -1"),
+        ({"preset": "retro", "set": "s", "retrofit": "r"}, "'retro' is not one of"),
+        ({"model": ("dim=0",)}, "dim is 0"),
+        ({"model": ("dim",)}, "'dim' is not FIELD=VALUE"),
+        ({"model": ("width=3",)}, "'width=3' is not FIELD=VALUE"),
+        ({"model": ("dim=3.5",)}, "'3.5' is no value for dim; its default is 896"),
+        ({"model": ("cca_layers=1,b",)}, "'1,b' is no value for cca_layers"),
+        ({"model": ("tie_embeddings=yes",)}, "'yes' is no value for tie_embeddings"),
     ],
 )
 def test_settings_out_of_range(fields: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said.replace("(", r"\(")):
         TrainConfig(**{"data": ("x",), "out": "y", **fields})  # type: ignore[arg-type]
+
+
+def test_settings_at_the_end_of_their_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common: dict[str, Any] = {"data": ("x",), "out": "o", "set": "s"}
+    zeros = ("seed", "warmup", "learning_rate", "weight_decay", "clip", "lessons")
+    assert TrainConfig(**common, **dict.fromkeys(zeros, 0), steps=1).warmup_steps == 0
+    TrainConfig(**common, retrofit="r", first_step=999, lessons=1.0, added_rate=0, copy=0, seed=2**63 - 1)
+    for steps, warmup in ((19, 0), (1000, 50), (15_000, 750), (10**6, 750)):
+        assert TrainConfig(**common, steps=steps).warmup_steps == warmup
+    changes = ("tie_embeddings=False", "norm_eps=1e-5", "cca_layers=2,4,", "self_attention=rotary")
+    assert parse_overrides(changes) == {
+        "tie_embeddings": False,
+        "norm_eps": 1e-5,
+        "cca_layers": (2, 4),
+        "self_attention": "rotary",
+    }
+    TrainConfig(data=("x",), out="o", model=("num_layers=2", "cca_layers=9"))  # the plain decoder has none
+    with pytest.raises(InputError, match=r"unknown fields \['epochs'\]"):
+        TrainConfig.from_dict({**common, "epochs": 1})
+    # every path, and nothing that is none
+    monkeypatch.chdir(tmp_path)
+    places = {name: name for name in PLACES[1:] if name != "tokenizer"}
+    found = TrainConfig(data=("-", "x"), preset="retro_tiny", **places).absolute()
+    assert found.data == ("-", str(tmp_path / "x")) and found.preset == "retro_tiny"
+    assert {name: getattr(found, name) for name in places} == {name: str(tmp_path / name) for name in places}
+    paths = TrainConfig(data=("x",), **{name: Path(name) for name in places})  # type: ignore[arg-type]
+    assert {name: getattr(paths, name) for name in places} == places and found.tokenizer is None
 
 
 def test_integers_of_numpy_are_integers() -> None:

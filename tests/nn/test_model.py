@@ -49,6 +49,20 @@ def test_a_presets_other_depth_has_its_own_layers_of_attention() -> None:
         ({"encoder_cross_layers": (True,)}, "encoder_cross_layers is"),
         ({"tie_embeddings": "no"}, "tie_embeddings is 'no'; it must be True or False"),
         ({"pad_id": 0.5}, "pad_id is 0.5"),
+        ({"pad_id": 128_000}, "pad_id is 128000; the vocabulary has 128000"),
+        ({"pad_id": -1}, "pad_id is -1"),
+        ({"dim": 0}, "dim is 0; it must be an integer of at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"norm_eps": 0}, "norm_eps is 0"),
+        ({"norm_eps": float("inf")}, "norm_eps is inf"),
+        ({"cca_layers": (6, 13)}, "cca_layers is .* at most 12 here"),
+        ({"cca_layers": (0, 6)}, "layer numbers are 1-based"),
+        ({"cca_layers": (6, 6)}, "distinct"),
+        ({"encoder_cross_layers": (3,)}, "encoder_cross_layers is .* at most 2 here"),
+        ({"self_attention": "bias"}, "self_attention is 'bias'"),
+        ({"cca_position": "rotary"}, "cca_position is 'rotary'"),
+        ({"self_attention": "rotary", "head_dim": 63}, "an even head_dim, not 63"),
+        ({"share_encoder_embedding": True, "encoder_dim": 64}, "not 896 and 64"),
     ],
 )
 def test_fields_out_of_range(fields: dict[str, object], said: str) -> None:
@@ -56,9 +70,29 @@ def test_fields_out_of_range(fields: dict[str, object], said: str) -> None:
         RetroConfig(**fields)  # type: ignore[arg-type]
 
 
+def test_fields_at_the_end_of_their_range() -> None:
+    config = RetroConfig(
+        vocab_size=1, dim=1, encoder_dim=1, share_encoder_embedding=True, head_dim=63, cca_layers=[12, 1, 6]
+    )
+    assert config.cca_layers == (1, 6, 12)  # in their order, however they were given
+    assert RetroConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(InputError, match=r"unknown fields \['width'\]"):
+        RetroConfig.from_dict({"width": 3})
+
+
 def test_integers_of_numpy_and_torch_are_integers() -> None:
-    given = preset("retro_tiny", dim=np.int64(64), num_layers=torch.tensor(4), cca_layers=np.array([2, 4]))
-    assert given == preset("retro_tiny", dim=64, num_layers=4, cca_layers=(2, 4))
+    given = preset(
+        "retro_tiny",
+        dim=np.int64(64),
+        num_layers=torch.tensor(4),
+        cca_layers=np.array([2, 4]),
+        pad_id=np.int32(3),
+        dropout=np.int64(0),
+        norm_eps=torch.tensor(1),
+    )
+    assert given == preset(
+        "retro_tiny", dim=64, num_layers=4, cca_layers=(2, 4), pad_id=3, dropout=0, norm_eps=1
+    )
     assert json.loads(json.dumps(given.to_dict()))["dim"] == 64
     assert preset("retro_tiny", num_layers=np.uint8(4)) == preset("retro_tiny", num_layers=4)
 
@@ -87,6 +121,8 @@ def test_presets_have_the_papers_sizes(name: str, millions: int, plain: int) -> 
 
     assert body(preset(name)) == pytest.approx(millions * 1e6, rel=0.005)
     assert body(preset(name, cca_layers=())) == pytest.approx(plain * 1e6, rel=0.005)
+    others = {"self_attention": "rotary", "cca_position": "none", "encoder_cross_layers": (1, 2)}
+    body(preset(name, **others))
 
 
 def test_layer_numbers_count_from_one() -> None:
