@@ -363,6 +363,45 @@ def test_the_chosen_factory_exists(n, dim, device):
     assert (factory == "Flat") == (n <= (100_000 if device == "cpu" else 20_000_000))
 
 
+def test_the_factory_is_that_of_the_table():
+    for device, n, factory in (
+        ("cpu", 100_000, "Flat"),
+        ("cpu", 100_001, "PCAR256,IVF1024,PQ128x4fs,RFlat"),
+        ("cpu", 2_000_000, "PCAR256,IVF4096,PQ128x4fs,RFlat"),
+        ("cpu", 2_000_001, "PCAR256,IVF4096,PQ128x4fs,Refine(SQfp16)"),
+        ("cpu", 20_000_000, "PCAR256,IVF16384,PQ128x4fs,Refine(SQfp16)"),
+        ("cpu", 20_000_001, "IVF16384,RaBitQ4"),
+        ("cuda", 20_000_000, "Flat"),
+        ("cuda", 20_000_001, "IVF16384,SQfp16"),
+        ("cuda", 100_000_000, "IVF32768,SQfp16"),
+        ("cuda", 100_000_001, "IVF32768,PQ48"),
+    ):
+        assert choose_factory(n, 384, device) == factory
+    assert choose_factory(100_000_001, 33, "cuda") == "IVF32768,SQfp16"  # whose codes would not divide it
+
+
+def test_what_is_trained_on_is_a_sample_of_all_rows(seed):
+    vectors = np.arange(70_000, dtype=np.float32)[:, None]
+    for factory, count in (
+        ("PQ1", 65_536),
+        ("IVF16,Flat", 65_536),
+        ("IVF1050,Flat", 67_200),
+        ("IVF2k,Flat", 70_000),
+    ):
+        sample = index_module._training_sample(vectors, factory, seed)[:, 0]
+        assert len(sample) == count and (np.diff(sample) > 0).all()
+        if count < 70_000:
+            assert sample[0] < 1000 and sample[-1] > 69_000
+            assert not np.array_equal(sample, index_module._training_sample(vectors, factory, seed + 1)[:, 0])
+
+
+@pytest.mark.parametrize("recall", [0.0, -0.1, 1.01, math.nan])
+def test_recalls_that_cannot_be_asked(recall):
+    index_module.check_recall(1.0)
+    with pytest.raises(InputError, match="above 0 and up to 1"):
+        index_module.check_recall(recall)
+
+
 def test_without_faiss(monkeypatch):
     monkeypatch.setattr(index_module, "_faiss", lambda: None)
     with pytest.raises(ImportError, match=r"faiss-cpu.*faiss-gpu.*Never both"):
