@@ -16,7 +16,7 @@ import torch
 from small import MODEL, OF_RANKS, World, losses, run, weights
 
 from retro_kernels import cli, ranks
-from retro_kernels.config import InputError, TrainConfig
+from retro_kernels.config import InputError, InputFailedElsewhere, TrainConfig
 from retro_kernels.ranks import Ranks, joined, together
 from retro_kernels.retrieval import bm25, retriever
 from retro_kernels.retrieval.store import ChunkStore
@@ -153,9 +153,11 @@ def test_who_fails_does_not_wait_for_nccl(monkeypatch: pytest.MonkeyPatch) -> No
     }.items():
         monkeypatch.setenv(name, value)
     destroyed: list[bool] = []
+    backends: list[str] = []
+    groups: list[dict[str, Any]] = []
     monkeypatch.setattr(ranks, "_store", torch.distributed.HashStore)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda name, **_: backends.append(name))
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: groups.append(options))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
     for cuda in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
@@ -167,6 +169,33 @@ def test_who_fails_does_not_wait_for_nccl(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(OSError), joined():
             raise OSError
     assert destroyed == [False, False, True]
+    assert backends == ["gloo"] * 2 + ["cpu:gloo,cuda:nccl"] * 2
+    # where one tokenises for hours, the others wait for it
+    assert all(group["backend"] == "gloo" and group["timeout"].days >= 1 for group in groups)
+
+
+def test_a_group_that_there_is_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is of this process alone."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: pytest.fail("another"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: pytest.fail("destroyed"))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
+    for world, group in ((1, "one"), (2, "two")):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_, world=world: world)
+        monkeypatch.setattr(torch.distributed, "new_group", lambda group=group, **_: group)
+        with joined() as found:
+            assert (found.rank, found.world) == (world - 1, world)
+        with pytest.raises(OSError), joined():
+            raise OSError
+
+
+def test_a_sum_leaves_what_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Ranks()
+    found.world = 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, group: values.mul_(2))
+    values = torch.ones(2, requires_grad=True)
+    summed = found.sum(values)
+    assert summed.tolist() == [2, 2] and values.tolist() == [1, 1] and not summed.requires_grad
 
 
 def test_the_own_error_is_raised_where_another_process_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +207,11 @@ def test_the_own_error_is_raised_where_another_process_is_gone(monkeypatch: pyte
         raise OSError("mine")
     with pytest.raises(RuntimeError, match="closed"), together(None, torch.device("cpu"), "train"):
         pass
+    # a ValueError, too, says that an argument cannot be used
+    kinds = [
+        ranks._kind(kind("")) for kind in (KeyboardInterrupt, InputError, ValueError, OSError, SystemExit)
+    ]
+    assert kinds == ["interrupt", "input", "input", "other", "other"]
 
 
 @pytest.mark.parametrize("verb", ["demo", "index", "eval"])
@@ -271,8 +305,14 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(InputError, match="each with a GPU of its own"):
         ranks.device("cuda:1")
     ranks.rank = 2
+    met: list[str] = []
+    monkeypatch.setattr(ranks, "together", lambda name: met.append(name) or contextlib.nullcontext())
     with pytest.raises(InputError, match="there are 2 GPUs"):
         ranks.device("cuda")
+    assert met == ["device"]  # the others hear of it
+    assert several(monkeypatch, 0, 2, ["a"]).device("cuda:1") == torch.device(
+        "cuda:1"
+    )  # alone, it may choose
 
 
 def test_processes_that_see_one_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,8 +320,10 @@ def test_processes_that_see_one_gpu_each(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert several(monkeypatch, 1, 1, ["a", "b"]).device("auto") == torch.device("cuda:0")
     for rank in (0, 1, 2):
-        with pytest.raises(InputError, match="ranks 0 and 2 have the same GPU. Start as many processes"):
+        said = "ranks 0 and 2 have the same GPU. Start as many processes"
+        with pytest.raises(InputError, match=said) as caught:
             several(monkeypatch, rank, 1, ["a", "b", "a"]).device("cuda")
+        assert caught.type is (InputFailedElsewhere if rank else InputError)  # one of them speaks
     on_cpus = several(monkeypatch, 1, 1, ["a", "b"])
     monkeypatch.setattr(on_cpus, "gathered", lambda own: [own] * 2)
     assert on_cpus.device("cpu") == torch.device("cpu")
