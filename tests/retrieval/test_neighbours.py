@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import weakref
 from pathlib import Path
@@ -18,7 +19,14 @@ from retro_kernels.config import InputError
 from retro_kernels.ops.gather import NeighbourBatch
 from retro_kernels.retrieval import neighbours as module
 from retro_kernels.retrieval.index import Index
-from retro_kernels.retrieval.neighbours import CachingSearcher, NeighbourFile, PrecomputedSearcher, precompute
+from retro_kernels.retrieval.neighbours import (
+    CachingSearcher,
+    NeighbourFile,
+    PrecomputedSearcher,
+    precompute,
+    share_in_file,
+)
+from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.writing import Journal
 
@@ -451,6 +459,73 @@ def test_a_file_that_names_chunks_beyond_the_set_is_refused(store: MemoryStore, 
     module._save(arrays, out, {**table.metadata, "checksum": module._checksum(arrays)})
     with pytest.raises(InputError, match="damaged: it names chunks that memory does not have"):
         NeighbourFile.open(out, store=store)
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused(store: MemoryStore, tmp_path: Path) -> None:
+    out = tmp_path / "near"
+    precompute(dense(store), store.chunks, store.document_ids, out, per_chunk=4)
+    table = NeighbourFile.open(out)
+    whole = {name: getattr(table, name) for name in module._ARRAYS}
+    for damage in (
+        {"hashes": whole["hashes"][:, None]},
+        {"hashes": whole["hashes"][1:], "checks": whole["checks"][1:]},
+        {"checks": whole["checks"][1:]},
+        {"ids": whole["ids"][:, 0], "distances": whole["distances"][:, 0]},
+        {"ids": whole["ids"][1:], "distances": whole["distances"][1:]},
+        {"distances": whole["distances"][:, 1:]},
+        {"ids": whole["ids"].int()},
+        {"more": whole["ids"]},
+    ):
+        arrays = {name: array.clone().contiguous() for name, array in {**whole, **damage}.items()}
+        module._save(arrays, out, {**table.metadata, "checksum": module._checksum(arrays)})
+        with pytest.raises(InputError, match="damaged: (its arrays do not fit|it holds)"):
+            NeighbourFile.open(out)
+    for said in ({"format": "another"}, {"version": "2"}):
+        module._save(whole, out, {**table.metadata, **said})
+        with pytest.raises(InputError, match="no neighbours of format version 1"):
+            NeighbourFile.open(out)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it does not get there, nothing of it is left."""
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
+    out = tmp_path / "new folder" / "near"
+    arguments = dense(store), store.chunks, store.document_ids, out
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            precompute(*arguments, per_chunk=4)
+    assert [path.name for path in out.parent.iterdir()] == ["near.partial"]
+    synced.clear()
+    precompute(*arguments, per_chunk=4)
+    assert out.stat().st_ino in synced
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_share_of_chunks_that_a_file_has(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a sample, which is spread over all of them, and where its candidates are re-ranked."""
+    n = store.num_chunks // 2
+    precompute(dense(store), store.chunks[:n], store.document_ids[:n], tmp_path / "near", per_chunk=4)
+    retriever = with_file(store, tmp_path / "near")
+    found = retriever.searcher.table.rows(
+        torch.from_numpy(store.chunks.astype(np.int64)), torch.from_numpy(store.document_ids)[:, None]
+    )
+    share = (found >= 0).double().mean().item()
+    assert 0 < share < 1
+    assert share_in_file(retriever, store.chunks, store.document_ids) == pytest.approx(share)
+    assert share_in_file(dense(store), store.chunks, store.document_ids) is None
+    retriever.searcher = Reranker(retriever.searcher, store, "edit")
+    assert share_in_file(retriever, store.chunks, store.document_ids) == pytest.approx(share)
+    monkeypatch.setattr(module, "_SAMPLE", 10)
+    assert share_in_file(retriever, store.chunks, store.document_ids) == pytest.approx(0.5, abs=0.11)
 
 
 def test_what_is_reused_is_counted_once(store: MemoryStore) -> None:
