@@ -731,6 +731,147 @@ def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_kept_tokens_are_those_of_what_they_depend_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def corpus() -> TokenDocuments:
+        chunks = np.arange(1, 9, dtype=np.uint16).reshape(4, 2)
+        return TokenDocuments(
+            chunks, np.array([0, 1, 4]), np.array([3, 4]), ["a", "b"], *np.ones((2, 2), int)
+        )
+
+    made = []
+
+    def kept(text: str = "t", tokenizer: str = "k", chunk_size: int = 2) -> runs.KeptTokens:
+        source: Any = types.SimpleNamespace(fingerprint=text, tokenise=lambda *_: made.append(1) or corpus())
+        return runs.KeptTokens(
+            tmp_path / "tokens", source, types.SimpleNamespace(fingerprint=tokenizer), chunk_size
+        )  # type: ignore[arg-type]
+
+    first = kept()
+    first.keep(first.get())
+    assert len(made) == 1
+    again = kept()
+    found, before = again.get(), corpus()
+    assert len(made) == 1 and found.titles == before.titles
+    assert all(np.array_equal(getattr(found, n), getattr(before, n)) for n in vars(before) if n != "titles")
+    chunks = tmp_path / "tokens" / "chunks.npy"
+    inode = chunks.stat().st_ino
+    again.keep(found)  # they are there
+    assert chunks.stat().st_ino == inode
+    for other in ({"text": "x"}, {"tokenizer": "x"}, {"chunk_size": 4}):
+        kept(**other).get()
+    assert len(made) == 4 and capfd.readouterr().err == ""
+    for damaged in (before.chunks.reshape(2, 4), before.chunks.view(np.int16), before.chunks + 1):
+        np.save(chunks, damaged)  # with the bytes of the others, too
+        kept().get()
+    assert len(made) == 7 and capfd.readouterr().err.count("is damaged") == 3
+    (tmp_path / "tokens" / "titles.npy").write_bytes(b"")
+    kept().get()
+    assert len(made) == 8
+    # what is there goes before it is exchanged, and what there is no room for goes again
+    for name in ("save_array", "save_json"):
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, name, no_room)
+            writer = kept()
+            writer.keep(writer.get())
+        assert not (tmp_path / "tokens").exists()
+    seen: list[bool] = []
+    save, about = writing.save_array, tmp_path / "tokens" / "about.json"
+    monkeypatch.setattr(writing, "save_array", lambda *given: seen.append(about.exists()) or save(*given))
+    for text in ("x", "y"):
+        writer = kept(text=text)
+        writer.keep(writer.get())
+    assert len(seen) == 12 and not any(seen) and about.exists()
+
+
+def test_settings_that_are_damaged_or_none(tmp_path: Path) -> None:
+    settings = tmp_path / "train.json"
+    with pytest.raises(InputError, match="is no training run"):
+        runs.read_settings(tmp_path)
+    for content in ("{}", "[]", '"x"', "{", '{"config": {"sequence_length": 1}}', '{"config": null}'):
+        settings.write_text(content)
+        with pytest.raises(InputError, match="train.json is damaged"):
+            runs.read_settings(tmp_path)
+    with pytest.raises(InputError, match="train.json is damaged"):
+        runs.read_settings(settings)
+
+
+def test_where_a_path_of_a_run_may_be_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "moved" / "runs" / "r"
+    assert runs.places("/a/set", {"out": "/a/runs/r"}, run) == ["/a/set", str(tmp_path / "moved" / "set")]
+    both = [str(tmp_path / "moved" / "set"), str(tmp_path / "set")]
+    assert runs.places("set", {"out": "runs/r"}, run) == both  # of an earlier version
+    assert runs.places("/a/set", {"out": "runs/r"}, run) == runs.places("/a/set", {}, run) == ["/a/set"]
+
+
+def test_only_checkpoints_are_taken_for_such(tmp_path: Path) -> None:
+    """In the order of their steps; and of what was staged only what a process of ours left goes."""
+    names = ["checkpoint-00000900", "checkpoint-100000000", "checkpoint-00001000", "checkpoint-mine"]
+    names += ["checkpoint-00000007.tmp-12", "checkpoint-mine.tmp-12", "checkpoint-00000007.tmp-mine"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert [step for step, _ in checkpoints(tmp_path)] == [900, 1000, 100_000_000]
+    runs.remove_staged(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*names} - {"checkpoint-00000007.tmp-12"}
+
+
+def test_a_state_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"optimiser": Code()}, tmp_path / "training.pt")
+    with pytest.raises(InputError, match="cannot be read .*Remove .* and start again"):
+        load_state(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_first_signal_asks_and_the_second_stops() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with runs.interruptible() as asked:
+            assert not asked.is_set()
+            signal.raise_signal(number)
+            assert asked.is_set()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_the_arithmetic_that_is_asked_for() -> None:
+    cpu = torch.device("cpu")
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        assert runs.pick_dtype(name, cpu) == dtype and runs.dtype_name(dtype) == name
+        with runs.autocast(cpu, dtype):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    with pytest.raises(InputError, match="dtype is 'fp16'"):
+        runs.pick_dtype("fp16", cpu)
+
+
+def test_what_belongs_to_a_model_is_checked_and_fingerprinted(world: World, tmp_path: Path) -> None:
+    loaded = runs.load_run(world.run)
+    prints = {loaded.fingerprint(), runs.load_run(world.run).fingerprint()}
+    assert len(prints) == 1
+    with torch.no_grad():
+        loaded.model.norm.weight[0] += 1e-3
+    prints.add(loaded.fingerprint())
+    loaded.model.config = loaded.model.config.replace(norm_eps=1e-3)
+    prints.add(loaded.fingerprint())
+    loaded.tokenizer = types.SimpleNamespace(fingerprint="another")  # type: ignore[assignment]
+    prints.add(loaded.fingerprint())
+    assert len(prints) == 4
+    with pytest.raises(InputError, match="was not made from a model of transformers; leave out base"):
+        runs.load_run(world.run, base=tmp_path)
+    for name, rows in (("more", 1), ("fewer", -1)):
+        copy = shutil.copytree(world.plain, tmp_path / name)
+        size = loaded.model.config.vocab_size + rows
+        Retro(Retro.from_pretrained(world.plain).config.replace(vocab_size=size)).save_pretrained(copy)
+        with pytest.raises(InputError, match="They do not belong together"):
+            runs.load_run(copy)
+
+
 def test_more_than_the_memory_holds_is_said_in_one_line(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
