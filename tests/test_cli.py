@@ -19,7 +19,7 @@ from small import World, run
 
 import retro_kernels
 from retro_kernels import cli
-from retro_kernels.config import PRESETS
+from retro_kernels.config import PRESETS, InputError
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -81,6 +81,10 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["eval", "--run", "/nowhere", "--data", "x", "--seed", "9" * 23], "it must be an integer from 0 to"),
         (["index", "/nowhere", "--out", "{tmp}/s"], "/nowhere does not exist"),
         (["index", "{tmp}", "--out", "{tmp}/s", "--part", "1-4"], "--part is '1-4'"),
+        (["index", "{tmp}", "--out", "{tmp}/s", "--part", "1/4x"], "--part is '1/4x'"),
+        (["index", "{tmp}", "--out", "{tmp}/s", "--part", "1/4", "--merge"], "exclude one another"),
+        (["index", "{tmp}", "--out", "{tmp}/s", "--append", "--merge"], "exclude one another"),
+        (["train", "--data", "x", "--out", "y", "--step", "3"], "did you mean --steps?"),
         (["index", "{tmp}/empty.txt", "--out", "{tmp}/s", "--embedder", "hashing"], "empty"),
         (["index", "{tmp}/empty.txt", "--out", "{tmp}/s", "--vocab-size", "3"], "vocab_size is 3; 288 to"),
         (["index", "{tmp}/empty.txt", "--out", "{tmp}/s", "--device", "gpu"], "device is 'gpu'"),
@@ -191,7 +195,7 @@ def test_too_little_memory_is_said_in_one_line(
     assert run("train", "--data", "d", "--out", "r") == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"retro-kernels train: {said}") and printed.count("\n") == 1
-    assert "See documentation" not in printed and "--batch-size" in printed
+    assert "See documentation" not in printed and "#1" not in printed and "--batch-size" in printed
     with pytest.raises(RuntimeError, match="a bug"):
         run("train", "--data", "d", "--out", "r")
 
@@ -238,6 +242,149 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr(cli, "_info", interrupt)
     assert run("info") == 130
     assert capsys.readouterr().err == "retro-kernels info: interrupted\n"
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert run("info") == 130 and capsys.readouterr().err == ""  # another process says it
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "MemoryError()"),
+        (ImportError("this is\n  missing"), "this is missing"),
+        (TypeError("no tensor"), "no tensor"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(28, "No space left on device", "/f"), "/f: No space left on device"),
+        (OSError("odd"), "odd"),
+        (InputError("info: said of the verb"), "said of the verb"),
+        (RuntimeError("[enforce fail] can't allocate memory: 4"), "[enforce fail] can't allocate memory: 4."),
+    ],
+)
+def test_what_the_library_raises_is_one_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or a traceback, for who asks for it."""
+
+    def fail(args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_info", fail)
+    assert run("info") == 2
+    assert capsys.readouterr().err == f"retro-kernels info: {said}\n"
+    monkeypatch.setenv("RETRO_DEBUG", "1")
+    with pytest.raises(type(error)):
+        run("info")
+
+
+def test_numbers_at_the_end_of_their_range() -> None:
+    parse = cli._parser().parse
+    args = parse(
+        ["generate", "x", "--run", "r", "--top-p", "1", "--temperature", "0", "--seed", "0", "-k", "1"]
+    )
+    assert (args.top_p, args.temperature, args.seed, args.k) == (1, 0, 0, 1)
+    index = ["index", "x", "--out", "s", "--tune"]
+    assert parse([*index, "1"]).tune == 1 and parse(index).tune == 0.95 and parse(index[:-1]).tune is None
+    train = ["train", "--data", "x", "--out", "r", "-k", "3", "--lr"]
+    args = parse([*train, "0"])
+    assert args.learning_rate == 0 and args.num_neighbours == 3
+    for words in ([*index, "0"], [*train, "inf"], [*train, "-0.5"]):
+        with pytest.raises(SystemExit):
+            parse(words)
+
+
+def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from retro_kernels import retrieval
+
+    seen: list[dict[str, Any]] = []
+
+    def watch(name: str, result: dict[str, Any], module: Any = None) -> None:
+        def called(*args: object, **options: object) -> dict[str, Any]:
+            seen.append({**options, "given": args})
+            return result
+
+        if module is None:
+            monkeypatch.setattr(name, called)
+        else:
+            monkeypatch.setattr(module, name, called)
+
+    watch("retro_kernels.evaluate.evaluate", {})
+    words: list[object] = ["eval", "--run", "r", "--data", "d", "--set", "s", "-k", 3, "--retriever", "bm25"]
+    words += ["--window", 64, "--stride", 16, "--batch-size", 2, "--seed", 7, "--plot", "p"]
+    assert run(*words, "--dtype", "fp32", "--device", "cpu", "--json") == 0
+    assert seen.pop() == {
+        "given": ("r", ["d"]),
+        "set": "s",
+        "num_neighbours": 3,
+        "retriever": "bm25",
+        "batch_size": 2,
+        "plot": "p",
+        "window": 64,
+        "stride": 16,
+        "seed": 7,
+        "device": "cpu",
+        "dtype": "fp32",
+    }
+    watch("retro_kernels.generate.generate", {"chunks": []})
+    words = ["generate", "p", "--run", "r", "--set", "s", "-k", 3, "--retriever", "bm25", "--max-tokens", 9]
+    words += ["--temperature", 0.5, "--top-k", 4, "--top-p", 0.6, "--seed", 7, "--ignore-end"]
+    assert run(*words, "--dtype", "fp32", "--device", "cpu", "--json") == 0
+    assert seen.pop() == {
+        "given": ("r", "p"),
+        "set": "s",
+        "num_neighbours": 3,
+        "retriever": "bm25",
+        "max_tokens": 9,
+        "temperature": 0.5,
+        "top_k": 4,
+        "top_p": 0.6,
+        "seed": 7,
+        "ignore_end": True,
+        "on_text": None,
+        "device": "cpu",
+        "dtype": "fp32",
+    }
+    watch("retro_kernels.retrieval.dedup.deduplicate", {})
+    words = ["dedup", "--data", "a", "b", "--against", "c", "--out", "o", "--threshold", 0.7]
+    assert run(*words, "--json") == 0
+    assert seen.pop() == {"given": (["a", "b"], ["c"]), "out": "o", "threshold": 0.7}
+    manifest = {"index": {"reached": True}}
+    for function in ("build", "merge"):
+        watch(f"{function}_retrieval_set" + ("s" if function == "merge" else ""), manifest, retrieval)
+    common = ["index", "a", "--out", "s", "--index", "Flat", "--tune", 0.9, "--overwrite", "--device", "cpu"]
+    words = ["--tokenizer", "t", "--vocab-size", 300, "--embedder", "e", "--embedder-dtype", "float32"]
+    words += ["--trained-index", "i", "--include", "x", "--exclude", "y", "--exclude", "z"]
+    assert run(*common, *words, "--chunk-size", 32, "--part", "1/4", "--json") == 0
+    shared = {"overwrite": True, "device": torch.device("cpu"), "index": "Flat", "recall": 0.9}
+    assert seen.pop() == {
+        "given": (["a"], "s"),
+        "tokenizer": "t",
+        "vocab_size": 300,
+        "embedder": "e",
+        "part": (1, 4),
+        "embedder_dtype": "float32",
+        "trained_index": "i",
+        "include": ["x"],
+        "exclude": ["y", "z"],
+        "chunk_size": 32,
+        **shared,
+    }
+    assert run(*common, "--merge", "--json") == 0
+    assert seen.pop() == {"given": (["a"], "s"), **shared}
+    assert run("index", "a", "--out", "s", "--json") == 0
+    assert not {"chunk_size", "recall", "device"} & seen.pop().keys()  # what is not given is the library's
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "_prints_unicode", lambda: False)
+    cli._print_json({"a": "é"})
+    assert capsys.readouterr().out == '{"a": "\\u00e9"}\n'
+
+
+def test_a_benchmark_that_fails_or_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for status, said in ((5, "no benchmark matches."), (1, "a benchmark failed (exit status 1).")):
+        monkeypatch.setattr(subprocess, "run", lambda _, s=status: SimpleNamespace(returncode=s))
+        assert run("bench", "-k", "x") == 2
+        assert capsys.readouterr().err == f"retro-kernels bench: {said}\n"
 
 
 def test_reader_that_left(world: World) -> None:
@@ -427,6 +574,17 @@ def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFix
     assert len(hits) == 3 and hits[0]["distance"] <= hits[1]["distance"]
     assert run("search", passage, "--set", tmp_path / "s", "-k", 1, "--device", "cpu") == 0
     assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
+
+
+def test_a_set_of_fewer_chunks_than_are_shown(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("lomi ka")
+    words = ["index", tmp_path / "a.txt", "--out", tmp_path / "s", "--embedder", "hashing:64"]
+    assert run(*words, "--tokenizer", world.set / "tokenizer.model") == 0
+    capfd.readouterr()
+    assert run("search", "lomi", "--set", tmp_path / "s", "--device", "cpu", "--json") == 0
+    assert len(json.loads(capfd.readouterr().out)["neighbours"]) == 1
 
 
 def test_a_search_that_finds_nothing_says_so(world: World, capfd: pytest.CaptureFixture[str]) -> None:
