@@ -438,6 +438,20 @@ def test_a_terminal_that_lacks_characters(world: World, encoding: str) -> None:
             assert ("文字 🙂" in text) == (encoding == "utf-8")
 
 
+def test_only_what_would_fail_is_printed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal's own way with characters that it lacks is kept, and output may be caught in a string."""
+    for encoding, errors, then in (
+        ("ascii", "strict", "replace"),
+        ("ascii", "backslashreplace", "backslashreplace"),
+        ("utf-8", "strict", "strict"),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors))
+        cli._print_any_character()
+        assert sys.stdout.errors == then
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert run("--version") == 0 and sys.stdout.getvalue().startswith("retro-kernels ")
+
+
 def test_info(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("info", "--json") == 0
     found = json.loads(capfd.readouterr().out)

@@ -514,11 +514,18 @@ def test_a_set_with_a_taken_index_grows(model, tmp_path):
 def test_sets_that_differ_are_not_merged(whole, model, tmp_path):
     build(CORPUS, tmp_path / "narrow", tokenizer=model, embedder="hashing:32")
     build(CORPUS, tmp_path / "words", vocab_size=350)
-    for name, what in (("narrow", "embedder"), ("words", "tokenizer")):
+    build(CORPUS, tmp_path / "long", tokenizer=model, chunk_size=32)
+    for name, what in (("narrow", "embedder"), ("words", "tokenizer"), ("long", "chunk size")):
         with pytest.raises(InputError, match=f"differ in the {what}"):
             merge_retrieval_sets([whole, tmp_path / name], tmp_path / "merged", progress=False)
     with pytest.raises(InputError, match="no retrieval sets"):
         merge_retrieval_sets([], tmp_path / "merged")
+    for options, said in (({"recall": 1.5}, "recall is 1.5"), ({"index": "Bogus"}, "no index 'Bogus'")):
+        with pytest.raises(InputError, match=said):
+            merge_retrieval_sets([whole], tmp_path / "merged", **options)
+    with pytest.raises(InputError, match="recall is 0"):
+        tune_retrieval_set(whole, 0)
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.build").exists()
 
 
 @pytest.mark.parametrize("index", [None, "HNSW8,Flat", "IVF4,SQfp16", "Flat"])
@@ -571,7 +578,7 @@ def test_nothing_is_embedded_for_an_index_that_is_refused(model, tmp_path, facto
 
 def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch):
     out = tmp_path / "set"
-    build(CORPUS[:16], out, tokenizer=model, index="IVF4,SQfp16")
+    build(CORPUS[:16], out, tokenizer=model, index="IVF4,SQfp16", recall=0.6)
     train = Index.train
 
     def train_exact(vectors, factory, **options):
@@ -579,8 +586,10 @@ def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch
         return train(vectors, factory, **options)
 
     monkeypatch.setattr(Index, "train", train_exact)
-    append_to_retrieval_set(out, CORPUS[16:], embedder="hashing:64", progress=False)
+    manifest = append_to_retrieval_set(out, CORPUS[16:], embedder="hashing:64", progress=False)
     assert len(Index.open(out)) == ChunkStore.open(out).num_chunks
+    assert manifest["index"]["target"] == manifest["build"]["recall"] == 0.6  # what was asked for, still is
+    assert tune_retrieval_set(out, 0.7)["build"]["recall"] == 0.7
 
 
 def test_tuned_again(model, tmp_path):
