@@ -65,6 +65,7 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["search", "x", "--set", "/nowhere"], "/nowhere"),
         (["search", "x", "--set", "/nowhere", "-k", "0"], "'0' is not an integer of at least 1"),
         (["search", "x", "y", "--set", "z"], "unexpected argument 'y'"),
+        (["search", "x", "-3", "--set", "z"], "unexpected argument '-3'"),
         (["train", "--data", "x", "--out", "y", "--preset", "retro_tinny"], "did you mean retro_tiny?"),
         (["train", "--data", "x", "--out", "y", "--steps", "-3"], "'-3' is not an integer of at least 0"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
