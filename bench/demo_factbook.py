@@ -72,14 +72,13 @@ def swap(
     clock.start("evaluation")
     told: dict[str, Any] = {"documents": held_out, "device": "cpu"}
     bits = {"plain decoder": evaluate(plain, **told)["bits_per_byte"]["off"]}
-    better, results = {}, {}
+    results = {}
     tokens = tokenise(held_out, run.tokenizer, run.model.config.chunk_size)
     for name, path in paths.items():
         found = find_neighbours(tokens, Retriever.from_pretrained(path), size.evaluated_neighbours, 0, True)
         results[name] = evaluate(run, found=found, num_neighbours=size.evaluated_neighbours, **told)
         bits["RETRO off"] = results[name]["bits_per_byte"]["off"]
         bits[f"RETRO on, {_of(name)}"] = results[name]["bits_per_byte"]["on"]
-        better[name] = results[name]["better_on"]
     bits["RETRO, set of 2020, shuffled"] = results["2020"]["bits_per_byte"]["shuffled"]
     result = {
         "corpus": "World Factbook of 2023, model of 2016",
@@ -87,7 +86,9 @@ def swap(
         "python": platform.python_version(),
         "bits_per_byte": bits,
         "overlap": {name: result["mean_overlap"] for name, result in results.items()},
-        "better_on": better,
+        "better_on": {name: result["better_on"] for name, result in results.items()},
+        "filtered": {name: result["filtered"] for name, result in results.items()},
+        "filtered_off": {name: result["filtered_off"] for name, result in results.items()},
         "documents": len(held_out),
         "bytes": sum(len(document.text.encode()) for document in held_out),
         "sets": {
