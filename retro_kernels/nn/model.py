@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -285,5 +286,9 @@ class Retro(Retrieving):
 
     def _logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)
-        logits: Tensor = self.embedding(x, readout=True) if self.readout is None else self.readout(x)
-        return logits
+        if self.readout is not None:
+            return cast(Tensor, self.readout(x))
+        if isinstance(self.embedding, TokenEmbedding):
+            return cast(Tensor, self.embedding(x, readout=True))
+        # replaced, as by one with an adapter, which its weight alone does not tell
+        return F.linear(x, self.embedding(torch.arange(self.config.vocab_size, device=x.device)))

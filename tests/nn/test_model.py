@@ -497,6 +497,34 @@ def test_bad_input(seed: int) -> None:
         tiny_model(cca_layers=())(x, neighbours)
 
 
+class WithAdapter(nn.Module):
+    """As LoRA replaces a layer: beside the old weight there is a new one."""
+
+    def __init__(self, layer: nn.Embedding | nn.Linear) -> None:
+        super().__init__()
+        self.layer, self.added = layer, copy.deepcopy(layer)
+        nn.init.normal_(self.added.weight)
+        self.weight = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.added(x)
+
+
+@pytest.mark.parametrize("tied, name", [(True, "embedding"), (False, "embedding"), (False, "readout")])
+def test_a_replaced_embedding_or_readout_is_what_is_used(seed: int, tied: bool, name: str) -> None:
+    """Also where the logits are read off the embedding: what was trained is the same once it is merged."""
+    model = tiny_model(tie_embeddings=tied)
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    before, merged, adapter = model(x, neighbours), copy.deepcopy(model), WithAdapter(getattr(model, name))
+    setattr(model, name, adapter)
+    with torch.no_grad():
+        getattr(merged, name).weight += adapter.added.weight
+    logits = model(x, neighbours)
+    assert not torch.allclose(logits, before)
+    torch.testing.assert_close(logits, merged(x, neighbours))
+    torch.testing.assert_close(model.decode(x, model.new_cache(2), neighbours), logits)
+
+
 def test_every_attention_of_the_encoder_reads_normalised_states(seed: int) -> None:
     """Queries are made of the norm of the state as it is after self-attention, not of what went into the layer."""
     model, seen = Retro(TINY.replace(normalise_conditioning=True)), {}  # gains are 1 in a new model
