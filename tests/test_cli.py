@@ -379,6 +379,20 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().out == '{"a": "\\u00e9"}\n'
 
 
+@pytest.mark.parametrize("parts", [[], [" and"], [" and", " so", " on"]])
+def test_the_prompt_stands_once_before_what_follows(
+    parts: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(*_: object, on_text: Any, **__: object) -> dict[str, Any]:
+        for part in parts:
+            on_text(part)
+        return {"chunks": []}
+
+    monkeypatch.setattr("retro_kernels.generate.generate", made)
+    assert run("generate", "one", "--run", "r") == 0
+    assert capsys.readouterr().out == "one" + "".join(parts) + "\n"
+
+
 def test_a_benchmark_that_fails_or_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from small import MODEL, World, run
 from retro_kernels import NeighbourBatch, Retro
 from retro_kernels import train as train_module
 from retro_kernels.config import InputError, TrainConfig, retro_tiny
+from retro_kernels.nn import copying
 from retro_kernels.train import give_lessons, learning_rate
 
 SIZE, COUNT = 64, 2
@@ -93,7 +94,10 @@ def test_a_retrofit_can_start_copying(seed: int, shared: bool, rotary: bool) -> 
     plain = Retro(
         retro_tiny(vocab_size=300, cca_layers=(), self_attention="rotary" if rotary else "relative")
     )
-    model = Retro.from_decoder(plain, (2, 3), copy=8.0, share_encoder_embedding=shared).eval()
+    model = Retro.from_decoder(plain, (2, 3), copy=8.0, share_encoder_embedding=shared)
+    assert model.training and all(weight.is_leaf for weight in model.parameters())
+    assert all(module.training for module in model.modules())
+    model.eval()
     tokens = torch.randint(1, 300, (4, 192))
     assert torch.equal(model(tokens), plain.eval()(tokens))
     other = torch.randint(1, 300, (4, 3, 2, 128))
@@ -108,6 +112,18 @@ def test_a_retrofit_can_start_copying(seed: int, shared: bool, rotary: bool) -> 
 
     with torch.no_grad():
         assert bits(holds) < bits(other) - 0.3 and bits(holds) < bits(None) - 0.3
+
+
+def test_parts_of_a_start_that_copies(seed: int) -> None:
+    """A matrix that maps states to others is found again; directions are orthonormal, and each head has its own."""
+    x, matrix = torch.randn(500, 8), torch.randn(5, 8)
+    torch.testing.assert_close(copying._fit(x, x @ matrix.T), matrix, rtol=0.02, atol=0.02)
+    same = torch.ones(20, 4)  # of which the products have no inverse
+    torch.testing.assert_close(same @ copying._fit(same, same).T, same, rtol=0.02, atol=0.02)
+    rows = copying._orthonormal(5, 9, x)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(5), rtol=1e-5, atol=1e-5)
+    assert copying._shares(32) == (20, 12)
+    assert [copying.heads_needed(64, size) for size in (10, 12, 16, 32)] == [4, 3, 3, 2]
 
 
 def test_a_start_that_copies_needs_room_in_the_encoder() -> None:
