@@ -7,6 +7,7 @@ import os
 import resource
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -539,11 +540,24 @@ def test_what_is_reused_is_counted_once(store: MemoryStore) -> None:
     assert stats.reused == 0
     cache.search(query, 2, own)
     assert stats.reused == 1
+    cache.search(query, 2, torch.tensor([[-1, 5]]))  # as rows of fewer documents are filled up
+    assert stats.reused == 2
+    unknown, none = query.flip(1), torch.tensor([[-1]])
+    live = retriever.searcher.search(unknown, 2, none)
+    assert all(map(torch.equal, cache.search(unknown, 2, none), live)) and stats.reused == 2
     row = store.document_chunks(7).start
     query, own = torch.from_numpy(store.chunks[[row]].astype(np.int64)), torch.tensor([[7]])
     near = retriever.searcher.search(query, 2, own)[1]
     cache.search(query, 2, torch.cat([own, retriever.documents(near)], 1))
-    assert stats.reused == 1
+    assert stats.reused == 2
+
+
+def test_what_is_no_chunk_is_searched_as_it_is(store: MemoryStore) -> None:
+    live: Any = SimpleNamespace(search=lambda *given: given)
+    cache = CachingSearcher(live, store, dense(store)._documents)
+    own = torch.from_numpy(store.document_ids[:3])[:, None]
+    short = torch.from_numpy(store.chunks[:3, 1:].astype(np.int64))
+    assert cache.search(short, 2, own) == (short, 2, own)
 
 
 def test_no_more_places_are_kept_than_there_are_chunks(store: MemoryStore, tmp_path: Path) -> None:
