@@ -171,6 +171,10 @@ def test_a_file_has_what_was_asked_for(store: MemoryStore, tmp_path: Path) -> No
         assert result["done_before"] == before and result["per_chunk"] == per_chunk
         made.append(NeighbourFile.open(tmp_path / "near").ids)
     assert made[2].shape[1] == 5 and torch.equal(made[0], made[2][:, :4])
+    nowhere = np.full_like(store.document_ids, -1)  # the same chunks, of text that the set does not have
+    for documents, before in ((nowhere, False), (nowhere, True), (store.document_ids, False)):
+        result = precompute(dense(store), store.chunks, documents, tmp_path / "near", per_chunk=5)
+        assert result["done_before"] == before
 
 
 def test_without_a_live_searcher_the_rest_is_missing(store: MemoryStore, tmp_path: Path) -> None:
