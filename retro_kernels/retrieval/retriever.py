@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError, as_count, as_seed
-from retro_kernels.ops._backend import numbered, pick_device
+from retro_kernels.ops._backend import limit_threads, numbered, pick_device
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
 from retro_kernels.retrieval.bm25 import BM25Searcher
@@ -78,11 +78,26 @@ class Hit:
         return asdict(self)
 
 
+_searching: int | None = None  # the process that searched first, and after a fork still its parent
+
+
+def _know_process() -> None:
+    """In a process that was forked after a search, as `datasets.map(num_proc=…)` and multiprocessing do, loops run on
+    one thread from now on: OpenMP would wait for its other ones for ever, which were not forked."""
+    global _searching
+    if _searching is None:
+        _searching = os.getpid()
+    elif _searching != os.getpid():
+        torch.set_num_threads(1)
+        limit_threads(1)
+
+
 class Retriever:
     """See the module. Public: store, tokenizer, num_chunks, num_documents, chunk_size, stats, searcher.
 
     One call at a time: a lock makes a prefetching thread and an evaluation in between wait for each other.
     A copy, such as a worker of a DataLoader gets that is spawned, opens the set anew, with the same options.
+    In a process that was forked after a search, torch and FAISS run on one thread.
     """
 
     def __init__(
@@ -390,6 +405,7 @@ class Retriever:
     ) -> tuple[Tensor, Tensor]:
         """Distances and ids [Q, k] of queries int64 [Q, M]; chunks of padding get none. keep_copies overrides
         drop_copies."""
+        _know_process()
         drop = None if keep_copies else self.drop_copies
         real = (queries != self.tokenizer.pad_id).any(1)
         self.stats.queries += queries.shape[0]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import pickle
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +336,30 @@ def test_a_copy_opens_the_set_anew(folder: Path, tmp_path: Path, monkeypatch: py
     assert [torch.equal(found.ids, retriever(tokens[: len(found.ids)]).ids) for found in spawned] == [
         True
     ] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+def test_a_fork_of_a_process_that_searched_can_search(folder: Path) -> None:
+    """As in `datasets.map(num_proc=2)`. The threads of the parent's loops are not forked, and OpenMP waits for them."""
+    retriever, tokens = Retriever.from_pretrained(folder), torch.randint(4, 300, (64, 400))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # one would be none to wait for
+    try:
+        wanted = retriever(tokens).ids
+
+        def child() -> None:
+            again = Retriever.from_pretrained(folder)
+            sys.exit(not all(torch.equal(each(tokens).ids, wanted) for each in (retriever, again)))
+
+        forked = multiprocessing.get_context("fork").Process(target=child)
+        forked.start()
+        forked.join(60)
+        forked.kill()
+        assert forked.exitcode == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_cannot_be_copied_says_so(folder: Path, tmp_path: Path) -> None:
