@@ -12,6 +12,9 @@ from retro_kernels.config import RetroConfig
 from retro_kernels.nn import Retro
 from retro_kernels.ops import NeighbourBatch
 
+FREE_SIZES_WITH_GRADIENTS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 10)
+"""torch.export of 2.9 loses track of sizes that are free where something requires a gradient."""
+
 TINY = RetroConfig(
     vocab_size=50,
     dim=24,

@@ -18,7 +18,7 @@ from retro_kernels.nn import BlockAttention, ChunkedCrossAttention, SelfAttentio
 from retro_kernels.nn import attention as attention_module
 from retro_kernels.nn.positions import sinusoid
 
-from .helpers import attend, cca_by_hand, phi, randomise
+from .helpers import FREE_SIZES_WITH_GRADIENTS, attend, cca_by_hand, phi, randomise
 
 M, R, K = 4, 8, 3
 CLOSE = dict(
@@ -340,6 +340,7 @@ def test_exports_with_parameters_that_require_a_gradient(seed: int, projection: 
             exported(torch.autograd.forward_ad.make_dual(x, x), *given[1:])
 
 
+@torch.set_grad_enabled(FREE_SIZES_WITH_GRADIENTS)
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_for_any_number_of_neighbours(seed: int, strict: bool) -> None:
     """Whichever of the two projections is predicted to be faster for some."""
@@ -351,6 +352,7 @@ def test_exports_for_any_number_of_neighbours(seed: int, strict: bool) -> None:
         torch.testing.assert_close(exported(*given), cca(*given))
 
 
+@torch.set_grad_enabled(FREE_SIZES_WITH_GRADIENTS)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("projection", ["materialised", "absorbed"])
 def test_exports_for_any_length(seed: int, projection: str, strict: bool) -> None:

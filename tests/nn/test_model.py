@@ -20,7 +20,7 @@ from retro_kernels.nn import NeighbourEncoder
 from retro_kernels.nn import attention as attention_module
 from retro_kernels.ops import NeighbourBatch
 
-from .helpers import TINY, offload, random_neighbours, tiny_model
+from .helpers import FREE_SIZES_WITH_GRADIENTS, TINY, offload, random_neighbours, tiny_model
 
 M = TINY.chunk_size
 
@@ -395,6 +395,7 @@ def test_compiled_for_any_length_and_number_of_neighbours(seed: int) -> None:
     assert programs.frame_count == 1
 
 
+@torch.set_grad_enabled(FREE_SIZES_WITH_GRADIENTS)
 def test_exports_for_any_length_and_number_of_neighbours(seed: int) -> None:
     """From two chunks and two neighbours on; one program for multiples of a chunk and for other lengths."""
     model, some = tiny_model(torch.float32), torch.export.Dim.DYNAMIC
