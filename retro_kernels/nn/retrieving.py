@@ -101,7 +101,7 @@ class DecodingStep:
                 f"{start + count - 1} complete {completed}."
             )
         self._found = model.fitting_neighbours(tokens, neighbours, completed)
-        if not cache.position_terms and not tokens.is_meta:
+        if not start and not tokens.is_meta:
             _check_at_hand(model)
         self._model, self._cache, self._completed = model, cache, completed
         self._segments = _segments(start, count, size)
