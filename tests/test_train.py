@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -766,9 +767,10 @@ def test_kept_tokens_are_those_of_what_they_depend_on(
         np.save(chunks, damaged)  # with the bytes of the others, too
         kept().get()
     assert len(made) == 7 and capfd.readouterr().err.count("is damaged") == 3
-    (tmp_path / "tokens" / "titles.npy").write_bytes(b"")
-    kept().get()
-    assert len(made) == 8
+    for damage in (b"", b"no array at all"):
+        (tmp_path / "tokens" / "titles.npy").write_bytes(damage)
+        kept().get()
+    assert len(made) == 9
     # what is there goes before it is exchanged, and what there is no room for goes again
     for name in ("save_array", "save_json"):
         with monkeypatch.context() as patch:
@@ -817,6 +819,16 @@ def test_only_checkpoints_are_taken_for_such(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*names} - {"checkpoint-00000007.tmp-12"}
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    def save(folder: Path) -> None:
+        (folder / "model").mkdir(parents=True)
+        no_room()
+
+    with pytest.raises(OSError, match="No space"):
+        runs.save_checkpoint(tmp_path, 3, types.SimpleNamespace(save_pretrained=save), {})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_state_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
     class Code:
         def __reduce__(self) -> Any:
@@ -844,8 +856,10 @@ def test_the_arithmetic_that_is_asked_for() -> None:
     cpu = torch.device("cpu")
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         assert runs.pick_dtype(name, cpu) == dtype and runs.dtype_name(dtype) == name
-        with runs.autocast(cpu, dtype):
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch's, of a type that autocast does not take
+            with runs.autocast(cpu, dtype):
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     with pytest.raises(InputError, match="dtype is 'fp16'"):
         runs.pick_dtype("fp16", cpu)
 
@@ -1366,6 +1380,10 @@ def test_a_run_does_not_lie_in_what_it_is_made_from(
     for out, said in [(tmp_path / "set", "which is set"), (tmp_path / "set" / "runs" / "r", "or lies in it")]:
         assert run(*words, out) == 2
         assert said in capfd.readouterr().err.splitlines()[-1]
+    base = shutil.copytree(world.plain, tmp_path / "base")
+    before = contents(tmp_path)
+    assert run(*words, base / "r", "--retrofit", base) == 2
+    assert "which is retrofit" in capfd.readouterr().err.splitlines()[-1]
     assert run("train", "--data", world.train, "--steps", 1, *PLAIN, "--out", tmp_path / "set") == 2
     assert "manifest.json" in capfd.readouterr().err.splitlines()[-1]
     assert contents(tmp_path) == before
