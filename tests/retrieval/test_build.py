@@ -24,6 +24,7 @@ from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
 from retro_kernels.retrieval import embedder as embedder_module
 from retro_kernels.retrieval import index as index_module
+from retro_kernels.retrieval import merge as merge_module
 from retro_kernels.retrieval import store as store_module
 from retro_kernels.retrieval.embedder import HashingEmbedder
 from retro_kernels.retrieval.index import Index
@@ -511,7 +512,7 @@ def test_a_set_with_a_taken_index_grows(model, tmp_path):
     assert tuned["index"]["trained"] == trained
 
 
-def test_sets_that_differ_are_not_merged(whole, model, tmp_path):
+def test_sets_that_differ_are_not_merged(whole, model, tmp_path, monkeypatch):
     build(CORPUS, tmp_path / "narrow", tokenizer=model, embedder="hashing:32")
     build(CORPUS, tmp_path / "words", vocab_size=350)
     build(CORPUS, tmp_path / "long", tokenizer=model, chunk_size=32)
@@ -520,9 +521,17 @@ def test_sets_that_differ_are_not_merged(whole, model, tmp_path):
             merge_retrieval_sets([whole, tmp_path / name], tmp_path / "merged", progress=False)
     with pytest.raises(InputError, match="no retrieval sets"):
         merge_retrieval_sets([], tmp_path / "merged")
-    for options, said in (({"recall": 1.5}, "recall is 1.5"), ({"index": "Bogus"}, "no index 'Bogus'")):
+    monkeypatch.setattr(merge_module, "_copy", None)  # nothing is copied before it is known
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("as it is")
+    for out, options, said in (
+        ("merged", {"recall": 1.5}, "recall is 1.5"),
+        ("merged", {"index": "Bogus"}, "no index 'Bogus'"),
+        ("notes", {}, "holds other files, and no retrieval set"),
+    ):
         with pytest.raises(InputError, match=said):
-            merge_retrieval_sets([whole], tmp_path / "merged", **options)
+            merge_retrieval_sets([whole], tmp_path / out, progress=False, **options)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "as it is"
     with pytest.raises(InputError, match="recall is 0"):
         tune_retrieval_set(whole, 0)
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.build").exists()
@@ -590,6 +599,45 @@ def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch
     assert len(Index.open(out)) == ChunkStore.open(out).num_chunks
     assert manifest["index"]["target"] == manifest["build"]["recall"] == 0.6  # what was asked for, still is
     assert tune_retrieval_set(out, 0.7)["build"]["recall"] == 0.7
+
+
+def test_a_trained_index_is_kept_from_half_of_the_chunks_on():
+    def start(chunks, first_kept, second_kept, index=None):
+        described = {"index": {"factory": "HNSW8,SQ8"}}
+        stores = [SimpleNamespace(num_chunks=n, path="s", manifest=described) for n in (chunks, second_kept)]
+        kept = [SimpleNamespace(rows=np.arange(n)) for n in (first_kept, second_kept)]
+        return merge_module._start(SimpleNamespace(say=lambda _: None), stores, kept, index)
+
+    assert start(5, 5, 5).factory == start(5, 5, 5, "HNSW8,SQ8").factory == "HNSW8,SQ8"
+    assert start(5, 5, 6) is None and start(5, 4, 1) is None  # too few of its vectors, or not all of them
+    assert start(5, 5, 1, "HNSW16,SQ8") is None  # another one is asked for
+
+
+def test_an_index_chosen_by_size_is_chosen_again_when_the_set_grows(model, tmp_path, monkeypatch):
+    """And one that was asked for is not."""
+    for index, then in ((None, "IVF2,Flat"), ("Flat", "Flat")):
+        out = tmp_path / str(index)
+        build(CORPUS[:10], out, tokenizer=model, index=index)
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "choose_factory", lambda *_: "IVF2,Flat")
+            manifest = append_to_retrieval_set(out, CORPUS[10:], progress=False)
+        assert manifest["index"]["factory"] == then
+
+
+def test_only_an_addition_that_is_in_the_set_is_deleted(model, tmp_path):
+    out = tmp_path / "set.append"
+    build(CORPUS[:3], out, tokenizer=model)
+    hashes = ChunkStore.open(out).document_hashes.tolist()
+    with pytest.raises(InputError, match="it holds something else"):
+        merge_module._drop_merged(out, set(hashes))  # a set of somebody's, that has this name
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["build"]["addition"] = True
+    store_module.write_manifest(out, manifest)
+    before = contents(out)
+    merge_module._drop_merged(out, set(hashes[:2]))
+    assert contents(out) == before
+    merge_module._drop_merged(out, {*hashes, 7})
+    assert not out.exists()
 
 
 def test_tuned_again(model, tmp_path):
