@@ -522,8 +522,8 @@ class TestInASet:
         content = (path / INDEX).read_bytes()
         try:
             for other in (faiss.IndexFlatL2(64), faiss.IndexFlatL2(8), faiss.IndexFlatIP(64)):
-                if other.metric_type == faiss.METRIC_INNER_PRODUCT:
-                    other.add(store.embeddings.astype(np.float32))
+                if other.d == 8 or other.metric_type == faiss.METRIC_INNER_PRODUCT:  # else there are too few
+                    other.add(store.embeddings[:, : other.d].astype(np.float32))
                 faiss.write_index(other, str(path / INDEX))
                 entry = store.manifest["files"][INDEX]
                 entry["sha256"] = index_module.check_checksum.__globals__["file_sha256"](path / INDEX)
@@ -537,6 +537,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, seed, monkeypatch):
     index = Index.build(clustered(seed, 100), "HNSW8,Flat")
     with pytest.raises(OSError, match="could not be written"):
         index.save(tmp_path / "missing" / "x")
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
+    index.save(tmp_path / "index.faiss")
+    assert (tmp_path / "index.faiss").stat().st_ino in synced  # on the disk, before it has that name
+    (tmp_path / "index.faiss").unlink()
 
     def full(index, path):
         open(path, "wb").close()
@@ -720,10 +725,16 @@ def test_room_is_made_once(seed, tmp_path):
     assert len(index) == 2000 and len(places) == 1
 
 
-@pytest.mark.parametrize("other", ["IVF16,SQ8", "IVF8,Flat", "IVF16,Flat", "IVF16,Flat,RFlat"])
-def test_a_manifest_that_is_wrong_about_the_training_is_noticed(other, seed, tmp_path):
+@pytest.mark.parametrize(
+    "factory, other",
+    [
+        *(("IVF16,Flat", other) for other in ("IVF16,SQ8", "IVF8,Flat", "IVF16,Flat", "IVF16,Flat,RFlat")),
+        ("PCAR8,Flat", "PCAR8,Flat"),  # which FAISS joins, whatever the two PCAs are
+    ],
+)
+def test_a_manifest_that_is_wrong_about_the_training_is_noticed(factory, other, seed, tmp_path):
     vectors = clustered(seed)
-    (first, *_), _ = parts_and_whole(tmp_path, "IVF16,Flat", vectors)
+    (first, *_), _ = parts_and_whole(tmp_path, factory, vectors)
     wrong = stored(
         tmp_path / "wrong",
         Index.build(vectors[5:500], other),
