@@ -808,6 +808,29 @@ def test_where_a_path_of_a_run_may_be_now(tmp_path: Path, monkeypatch: pytest.Mo
     assert runs.places("/a/set", {"out": "runs/r"}, run) == runs.places("/a/set", {}, run) == ["/a/set"]
 
 
+def test_a_run_goes_on_with_what_lies_beside_it_now(tmp_path: Path) -> None:
+    folder, moved = tmp_path / "moved" / "runs" / "r", tmp_path / "moved"
+    (moved / "set").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    config = {"out": "/a/runs/r", "set": "/a/set", "tokenizer": "/a/t.model", "neighbours": "/a/near"}
+    config |= {"sequence_length": 64, "num_neighbours": 2, "steps": 5}
+    (folder / "train.json").write_text(json.dumps({"config": config}))
+    for name in ("t.model", "near"):
+        (moved / name).write_text("")
+    now = {"set": str(moved / "set"), "tokenizer": str(moved / "t.model"), "neighbours": str(moved / "near")}
+    assert runs.resumed(folder, {"steps": 9}) == {**config, **now, "steps": 9}
+    assert runs.resumed(folder, {"neighbours": "x"}) == {**config, **now, "neighbours": "x"}
+    # an earlier version did not note which set it was: any in that place is it
+    settings = runs.read_settings(folder)
+    assert runs._sets(settings, folder) == ([now["set"]], now["set"])
+    settings["set"] = "f" * 64
+    assert runs._sets(settings, folder) == ([now["set"]], None)
+    (folder / "train.json").write_text(json.dumps(settings))
+    assert runs.resumed(folder, {})["set"] == now["set"]  # of which is said then that it is another
+    (moved / "near").unlink()
+    assert runs.resumed(folder, {})["neighbours"] == "/a/near"
+
+
 def test_only_checkpoints_are_taken_for_such(tmp_path: Path) -> None:
     """In the order of their steps; and of what was staged only what a process of ours left goes."""
     names = ["checkpoint-00000900", "checkpoint-100000000", "checkpoint-00001000", "checkpoint-mine"]
