@@ -257,9 +257,12 @@ def test_the_stall_is_what_the_loop_waited(retriever: Retriever, monkeypatch: py
     assert hidden.first_seconds >= 0.15
     assert hidden.stall_seconds - hidden.first_seconds < 0.2  # of 0.45; a busy machine may add a little
     assert open_.stall_seconds >= 4 * 0.05 * 0.9
+    assert open_.stall_seconds - open_.first_seconds >= 2 * 0.05  # the first of the four waits alone
 
 
 def test_bad_depth(retriever: Retriever) -> None:
+    usual = prefetch.Prefetcher(retriever, [])
+    assert (usual.num_neighbours, usual.depth) == (2, 1)
     for depth in (0, 1.5, True):
         with pytest.raises(ValueError, match="depth"):
             retriever.prefetch([], depth=depth)
