@@ -617,11 +617,11 @@ def _first(values: Any, named: dict[str, Any] | None = None) -> Any:
 
 
 def _description(base: Any) -> dict[str, Any]:
-    """What a base is known by: where it came from, its kind, its sizes, and a few of its weights."""
+    """What a base is known by: where it came from, its kind, its sizes, and a number out of each of its matrices."""
     text, sample, source = _text_config(base), {}, base.config.name_or_path
-    weights = [(name, w) for name, w in base.named_parameters() if w.numel() and w.is_floating_point()]
-    for name, weight in weights[:: max(1, len(weights) // 16)]:
-        sample[name] = float(weight.detach().flatten()[weight.numel() // 2])
+    for name, weight in base.named_parameters():
+        if weight.ndim > 1 and weight.numel() and weight.is_floating_point():
+            sample[name] = float(weight.detach().flatten()[weight.numel() // 2])
     return {
         "source": str(Path(source).resolve()) if source and Path(source).is_dir() else source,
         "model_type": base.config.model_type,
@@ -646,7 +646,7 @@ def _owns_base(config: dict[str, Any], folder: Path) -> bool:
 
 
 def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
-    """InputError where they differ by more than the rounding to another dtype."""
+    """InputError where they differ, by more than rounding if the dtypes do."""
     for name in ("model_type", "vocab_size", "dim", "num_layers"):
         if saved.get(name) != given[name]:
             raise InputError(
@@ -659,9 +659,10 @@ def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path)
             f"one has {'some' if given['adapters'] else 'none'}. Give that base "
             f"({saved.get('source') or 'it had no name'}) as base=."
         )
-    sample = saved.get("sample", {})
+    sample, rounded = saved.get("sample", {}), saved.get("dtype") != given["dtype"]
+    relative, absolute = (0.01, 1e-6) if rounded else (0.0, 0.0)
     for name, value in given["sample"].items():
-        if name in sample and not math.isclose(sample[name], value, rel_tol=0.01, abs_tol=1e-6):
+        if name in sample and not math.isclose(sample[name], value, rel_tol=relative, abs_tol=absolute):
             raise InputError(
                 f"{folder} was trained with another base of the same kind: {name} differs. Give that base "
                 f"({saved.get('source') or 'it had no name'}) as base=."

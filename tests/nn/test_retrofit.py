@@ -522,6 +522,10 @@ def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
     refused("num_layers is 4, not 3", base_model(n_layer=3))
     refused("model_type is 'gpt2', not 'llama'", base_model("Llama, grouped heads"))
     refused("another base of the same kind", base_model())
+    merged = copy.deepcopy(base)
+    merged.transformer.h[2].attn.c_attn.weight.data *= 1.001  # as an adapter that was merged
+    refused(r"another base of the same kind: transformer\.h\.2\.attn\.c_attn\.weight differs", merged)
+    RetroFitted.from_pretrained(tmp_path, base=copy.deepcopy(base).bfloat16())
     refused("cannot be loaded", str(tmp_path / "nowhere"))
     config = json.loads((tmp_path / "config.json").read_text())
     config["added"]["encoder_ffn_dim"] = 7
