@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from retrieval_quality import data_folder
+from retrieval_quality import corpora
 from run import environment, write
 
 from retro_kernels.data.corpus import Document, document_hash
@@ -29,7 +29,6 @@ from retro_kernels.retrieval import Retriever, build_retrieval_set, merge_retrie
 from retro_kernels.runs import load_run, note
 
 TARGET = Path(__file__).resolve().parent / "results" / "demo_factbook.json"
-CORPUS = Path("factbook") / "factbook-2016-2020-2023.jsonl.xz"
 SCORED = 8  # countries
 
 
@@ -137,11 +136,10 @@ def main() -> int:
     )
     parser.add_argument("--out", default="demo-factbook")
     args = parser.parse_args()
-    folder = data_folder()
-    if folder is None or not (folder / CORPUS).exists():
-        print("skipped: there are no corpora; RETRO_DATA names their folder.", file=sys.stderr)
+    path = corpora("factbook", "factbook-2016-2020-2023.jsonl.xz")
+    if path is None:
         return 0
-    result = swap(Path(args.out), editions(folder / CORPUS), SCORED, Size())
+    result = swap(Path(args.out), editions(path), SCORED, Size())
     write(TARGET, {"environment": environment(), **result})
     print(result["report"])
     return 0

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from plot import kept
-from retrieval_quality import data_folder
+from retrieval_quality import corpora
 from run import write
 
 from retro_kernels.demo import demo
@@ -47,10 +47,8 @@ def main() -> int:
     )
     parser.add_argument("--out", default="demo-rfc")
     args = parser.parse_args()
-    folder = data_folder()
-    path = None if folder is None else folder / "rfc" / "rfc-families-dev.jsonl.xz"
-    if path is None or not path.exists():
-        print("skipped: there are no corpora; RETRO_DATA names their folder.", file=sys.stderr)
+    path = corpora("rfc", "rfc-families-dev.jsonl.xz")
+    if path is None:
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "rfc-families.jsonl"

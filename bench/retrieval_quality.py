@@ -59,6 +59,18 @@ def data_folder() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def corpora(*parts: str) -> Path | None:
+    """Their folder, or what is in it; None, said on standard error, where it is absent."""
+    folder = data_folder()
+    if folder is not None and (path := folder.joinpath(*parts)).exists():
+        return path
+    print(
+        "skipped: there are no corpora; RETRO_DATA names their folder, or ../shared/data holds them.",
+        file=sys.stderr,
+    )
+    return None
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
@@ -187,12 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--embedder", help="a BERT folder or name (default: all-MiniLM-L6-v2)")
     parser.add_argument("--out", type=Path, help=f"result file (default, with all questions: {OUT.name})")
     args = parser.parse_args(argv)
-    folder = data_folder()
+    folder = corpora()
     if folder is None:
-        print(
-            "skipped: there are no corpora; RETRO_DATA names their folder, or ../shared/data holds them.",
-            file=sys.stderr,
-        )
         return 0
     rows = measure(folder, args.questions, args.embedder)
     result = {"environment": environment(), "results": rows}
