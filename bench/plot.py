@@ -23,6 +23,7 @@ TARGET = HERE.parent / "docs" / "gains.png"
 OURS = "retro_kernels"
 KEPT = ("corpus", "corpus_sha256", "python", "bits_per_byte", "report", "seconds")
 DEMOS = ("demo.json", "demo_rfc.json", "demo_factbook.json")
+TITLES = {"rfc-families.jsonl": "RFCs, those that they replaced in the set"}
 MODELS = {
     "plain": "plain decoder",
     "off": "RETRO off",
@@ -51,7 +52,8 @@ def gains(folder: Path) -> dict[str, dict[str, float]]:
         if path.exists():
             result = json.loads(path.read_text())
             bits = result["bits_per_byte"]
-            found[result["corpus"]] = {MODELS.get(name, name): value for name, value in bits.items()}
+            title = TITLES.get(result["corpus"], result["corpus"])
+            found[title] = {MODELS.get(name, name): value for name, value in bits.items()}
     return found
 
 
