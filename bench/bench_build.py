@@ -13,8 +13,6 @@ rate of a large matrix product, measured right after it, says how many chunks a 
 from __future__ import annotations
 
 import itertools
-import json
-import lzma
 import multiprocessing
 import os
 import resource
@@ -52,18 +50,13 @@ CORPORA = (
 
 def corpora() -> Iterator[str]:
     """Documents of all corpora in turn, so that any number of them is of every kind."""
-    from retrieval_quality import data_folder
+    from retrieval_quality import data_folder, json_lines
 
     folder = data_folder()
     paths = [folder / f"{name}.jsonl.xz" for name in CORPORA] if folder else []
 
-    def texts(path: Path) -> Iterator[str]:
-        with lzma.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield json.loads(line)["text"]
-
-    for row in itertools.zip_longest(*(texts(path) for path in paths if path.exists())):
-        yield from filter(None, row)
+    for row in itertools.zip_longest(*(json_lines(path) for path in paths if path.exists())):
+        yield from (entry["text"] for entry in row if entry and entry["text"])
 
 
 def standard_library() -> Iterator[str]:

@@ -11,14 +11,12 @@ on. The corpora are found as in retrieval_quality.py.
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-from retrieval_quality import corpora
+from retrieval_quality import corpora, json_lines
 from run import environment, write
 
 from retro_kernels.data.corpus import Document, document_hash
@@ -35,11 +33,10 @@ SCORED = 8  # countries
 def editions(path: Path) -> dict[str, dict[str, Document]]:
     """By edition and country."""
     found: dict[str, dict[str, Document]] = {}
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        for entry in map(json.loads, lines):
-            _, edition, _, country = entry["id"].split("/")
-            document = Document(f"{entry['title']} ({edition})", entry["text"])
-            found.setdefault(edition, {})[country] = document
+    for entry in json_lines(path):
+        _, edition, _, country = entry["id"].split("/")
+        document = Document(f"{entry['title']} ({edition})", entry["text"])
+        found.setdefault(edition, {})[country] = document
     return found
 
 
@@ -65,7 +62,7 @@ def swap(
         for name in ("2016", "2020")
     }
     made["both"] = merge_retrieval_sets([paths["2020"], paths["2016"]], paths["both"])
-    trained = train_both(folder, training, "the World Factbook of 2016", size, size.steps, 0, clock)
+    trained = train_both(folder, training, "the World Factbook of 2016", size, 0, clock)
     run, plain = load_run(folder / "retro"), load_run(folder / "plain")
 
     clock.start("evaluation")

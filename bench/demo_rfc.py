@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import sys
 import tempfile
 from pathlib import Path
 
 from plot import kept
-from retrieval_quality import corpora
+from retrieval_quality import corpora, json_lines
 from run import write
 
 from retro_kernels.demo import demo
@@ -30,11 +29,9 @@ FAMILIES = 45
 def families(path: Path, count: int) -> list[dict[str, str]]:
     """All members of the first `count` families that have at least two, of at most 100,000 bytes each."""
     groups: dict[str, list[dict[str, str]]] = {}
-    with lzma.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            entry = json.loads(line)
-            if len(entry["text"].encode()) <= 100_000:
-                groups.setdefault(entry["family"], []).append(entry)
+    for entry in json_lines(path):
+        if len(entry["text"].encode()) <= 100_000:
+            groups.setdefault(entry["family"], []).append(entry)
     whole = sorted(
         (name for name, members in groups.items() if len(members) > 1), key=lambda name: (len(name), name)
     )

@@ -71,7 +71,8 @@ def corpora(*parts: str) -> Path | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Those of an xz file, one at a time."""
     with lzma.open(path, "rt", encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
@@ -80,7 +81,7 @@ def squad(folder: Path) -> tuple[list[str], Questions]:
     """Paragraphs, and every question to them."""
     passages: list[str] = []
     questions: Questions = []
-    for entry in _lines(folder / "squad" / "squad-v1.1-dev-rebuilt.jsonl.xz"):
+    for entry in json_lines(folder / "squad" / "squad-v1.1-dev-rebuilt.jsonl.xz"):
         questions += [(qa["question"], len(passages)) for qa in entry["qas"]]
         passages.append(entry["context"])
     return passages, questions
@@ -90,7 +91,7 @@ def natural_questions(folder: Path) -> tuple[list[str], Questions]:
     """Gold passages with their titles, each once, and the questions that they answer."""
     numbers: dict[str, int] = {}
     questions: Questions = []
-    for entry in _lines(folder / "nq-open" / "nq-open-oracle.jsonl.xz"):
+    for entry in json_lines(folder / "nq-open" / "nq-open-oracle.jsonl.xz"):
         gold = next(passage for passage in entry["ctxs"] if passage["isgold"])
         passage = f"{gold['title']}\n{gold['text']}"
         questions.append((entry["question"], numbers.setdefault(passage, len(numbers))))

@@ -17,7 +17,7 @@ import shutil
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,14 @@ def demo(
     Raises InputError where there is too little text, or the folder holds something else.
     """
     size = size or Size()
+    if steps:
+        size = replace(size, steps=steps)
     folder = Path(out)
     _check_target(folder)
     clock = Clock(say)
-    steps = steps or size.steps
-    if steps < 2:
+    if size.steps < 2:
         raise InputError(
-            f"demo: steps is {steps}; both models need a common step and one of their own, so at least 2."
+            f"demo: steps is {size.steps}; both models need a common step and one of their own, so at least 2."
         )
     documents, source = read_corpus(corpus)
     training, held_out = split(documents, size, seed)
@@ -122,7 +123,7 @@ def demo(
             f"demo: {folder} holds the demo of something else ({other.differences}). Go on with it with the same "
             "--corpus, --embedder and --seed as before, or give another --out for a new one."
         ) from None
-    trained = train_both(folder, training, source, size, steps, seed, clock, progress)
+    trained = train_both(folder, training, source, size, seed, clock, progress)
 
     clock.start("evaluation")
     retriever = Retriever.from_pretrained(folder / "set")
@@ -202,18 +203,17 @@ def train_both(
     documents: list[Document],
     source: str,
     size: Size,
-    steps: int,
     seed: int,
     clock: Clock,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Trains on `documents` (of `source`) the models `folder`/retro, with the retrieval set `folder`/set, and
     `folder`/plain, as told above. Returns what was measured of the two, and how much they were trained."""
-    parting = max(1, min(steps - 1, round(size.retrieval_from * steps)))
+    parting = max(1, min(size.steps - 1, round(size.retrieval_from * size.steps)))
     common: dict[str, Any] = dict(
         data=(source,),
         preset=size.preset,
-        steps=steps,
+        steps=size.steps,
         batch_size=size.batch_size,
         seed=seed,
         device="cpu",
@@ -254,8 +254,8 @@ def train_both(
     return {
         "retro": retro,
         "plain": plain,
-        "tokens": steps * size.batch_size * size.sequence_length,
-        "steps": steps,
+        "tokens": size.steps * size.batch_size * size.sequence_length,
+        "steps": size.steps,
         "parting": parting,
         "num_neighbours": size.num_neighbours,
     }

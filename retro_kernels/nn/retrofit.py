@@ -123,7 +123,7 @@ class RetroFitted(Retrieving):
 
         `attention_mask` [B, N] is the base's: 0 where a row is padded, which with neighbours must be on the right,
         since the grid of chunks starts at a row's first token. What stands behind a row's end is ignored anyway, so
-        a mask is rarely needed. Raises ValueError for shapes that do not fit.
+        a mask is rarely needed. Raises ValueError for shapes that do not fit, TypeError as `Retro.forward`.
         """
         found = self.fitting_neighbours(tokens, neighbours)
         if found is None:
