@@ -19,9 +19,10 @@ T* at(uintptr_t address) {
 
 retro::Gather gather(uintptr_t tokens, int token_bytes, int64_t row_stride, int64_t num_chunks, int64_t chunk_size,
                      uintptr_t continuation, uintptr_t ids, int64_t n, int64_t pad_id, uintptr_t out, int out_bytes,
-                     uintptr_t lengths) {
+                     uintptr_t lengths, uintptr_t order) {
   return {at<void>(tokens),  token_bytes, row_stride, num_chunks,    chunk_size, at<uint8_t>(continuation),
-          at<int64_t>(ids),  n,           pad_id,     at<void>(out), out_bytes,  at<int32_t>(lengths)};
+          at<int64_t>(ids),  n,           pad_id,     at<void>(out), out_bytes,  at<int32_t>(lengths),
+          at<int64_t>(order)};
 }
 
 retro::Attention attention(uintptr_t query, std::array<int64_t, 3> query_strides, uintptr_t key,
@@ -66,7 +67,8 @@ retro::AbsorbedDecode absorbed_decode(float scale_log2, int batch, int tokens, i
 PYBIND11_MODULE(_C, m) {
   py::class_<retro::Gather>(m, "Gather")
       .def(py::init(&gather), py::kw_only(), "tokens"_a, "token_bytes"_a, "row_stride"_a, "num_chunks"_a,
-           "chunk_size"_a, "continuation"_a, "ids"_a, "n"_a, "pad_id"_a, "out"_a, "out_bytes"_a, "lengths"_a);
+           "chunk_size"_a, "continuation"_a, "ids"_a, "n"_a, "pad_id"_a, "out"_a, "out_bytes"_a, "lengths"_a,
+           "order"_a = 0);
   m.def(
       "gather_neighbours_cpu",
       [](const retro::Gather& g, int threads, int advise) {

@@ -21,6 +21,7 @@ struct Gather {
   void* out;                    // [n, 2M] uint16, int32 or int64
   int out_bytes;                // 2, 4 or 8; not below token_bytes
   int32_t* lengths;             // [n]
+  const int64_t* order;         // [n] of the GPU: which rows are read one after another; null: as they stand
 };
 
 enum class Advise : int { never = 0, always = 1, when_cold = 2 };

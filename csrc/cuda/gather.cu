@@ -1,5 +1,6 @@
 // The host gather's twin: one warp a neighbour, 16 bytes a lane and load. The loads may cross the bus into pinned host
-// memory, where wide accesses of whole lines are what counts; a warp asks for a chunk and its continuation at once.
+// memory, where wide accesses of whole lines are what counts; a warp asks for a chunk and its continuation at once. Many
+// rows all over the store would have most loads wait for a page's address there: they come in an order by place.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -29,7 +30,8 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock) gather_neighbours_kerne
   const int64_t m = g.chunk_size;
   const Token* tokens = static_cast<const Token*>(g.tokens);
   const int64_t stride = int64_t(gridDim.x) * kWarpsPerBlock;
-  for (int64_t i = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; i < g.n; i += stride) {
+  for (int64_t turn = int64_t(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp; turn < g.n; turn += stride) {
+    const int64_t i = g.order == nullptr ? turn : g.order[turn];
     const int64_t id = g.ids[i];
     const bool present = id >= 0 && id < g.num_chunks;
     const bool continues = present && id + 1 < g.num_chunks && g.continuation[id] != 0;

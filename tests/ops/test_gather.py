@@ -462,7 +462,8 @@ def test_embeddings_on_the_gpu(seed: int, dtype: torch.dtype) -> None:
 def test_on_the_gpu(tmp_path: Path, place: str, dtype: str, chunk_size: int, pad_id: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     store, continuation = make_store(rng, 997, chunk_size, dtype, pad_id)
-    ids = make_ids(rng, 997, (4, 33, 2)).cuda()
+    many = place == "pinned"  # enough to be read by place, too
+    ids = make_ids(rng, 997, (native._IN_ORDER // 2, 3) if many else (4, 33, 2)).cuda()
     expected = slow_gather(store, ids.cpu().numpy(), continuation, pad_id)
     tokens, flags = torch.from_numpy(store), torch.from_numpy(continuation)
     backends: list[str | None] = [None, "native"]
@@ -484,15 +485,33 @@ def test_on_the_gpu(tmp_path: Path, place: str, dtype: str, chunk_size: int, pad
             check(result, expected)
 
 
+@pytest.mark.parametrize("num_chunks", [1, 2, 32_768, 32_769, 10**9])
+def test_rows_by_place(num_chunks: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, num_chunks, (5, 7, 3), generator=generator)
+    ids[0, 0, 0], ids[4, 6, 2] = num_chunks - 1, -1
+    order = native._by_place(ids, num_chunks)
+    assert sorted(order.tolist()) == list(range(ids.numel()))
+    apart = ids.flatten()[order].diff()
+    assert apart.min() > -max(1, num_chunks / 2**14), "a row lies before one that is read earlier"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend_name", ["triton", "cuda"])
-def test_on_the_gpu_without_waiting(backend_name: str) -> None:
+@pytest.mark.parametrize(
+    ("backend_name", "place"), [("triton", "gpu"), ("cuda", "gpu"), ("cuda", "pinned")]
+)
+def test_on_the_gpu_without_waiting(
+    backend_name: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No synchronisation, capturable, and ids out of range read nothing."""
     if backend_name == "cuda" and not native.WITH_CUDA:
         pytest.skip("built without nvcc")
+    monkeypatch.setattr(native, "_IN_ORDER", 6)
     store = torch.arange(1, 257, dtype=torch.int32, device="cuda").reshape(4, 64)
     flags = torch.tensor([True, True, True, False], device="cuda")
     ids = torch.tensor([3, -1, 2**40, 4, 1, -7], device="cuda")
+    if place == "pinned":
+        store, flags = store.cpu().pin_memory(), flags.cpu().pin_memory()
     arguments = {"continuation": flags, "backend": backend_name}
     gather_neighbours(store, ids, **arguments)  # compiled before it is captured
     torch.cuda.synchronize()

@@ -621,6 +621,7 @@ class _Backward:
         small = tiles.SLICE if not flat or arch < 90 else 2 * tiles.SLICE
         width = g.padded_dim // config.panels
         self._own_shape, self._blocks_each = own_shape, repeat * g.row_tiles
+        self._key_shape = key.shape
         self._writers = g.num_heads // kv_heads * self._blocks_each
         self._tables = TableGradients(
             need,
@@ -758,10 +759,10 @@ class _Backward:
             self._tables.add(i, query, ds, scratch, position_bias)
         tables = self._tables.finish(scratch, (rel_key, content_bias, position_bias, rel_bias))
         if self._writers > 1:
-            own_key, own_value = (self._sum_writers(x, key) for x in (own_key, own_value))
+            own_key, own_value = (self._sum_writers(x) for x in (own_key, own_value))
         return grad_query, own_key.view(key.shape), own_value.view(key.shape), *tables
 
-    def _sum_writers(self, own: Tensor, key: Tensor) -> Tensor:
+    def _sum_writers(self, own: Tensor) -> Tensor:
         """[P · tiles, J, TK, H, D] → [G, J, TK, Hkv, D]: the shares of the programs that read the same keys."""
-        groups, num_sets, num_keys, kv_heads, head_dim = key.shape
+        groups, num_sets, num_keys, kv_heads, head_dim = self._key_shape
         return own.view(groups, self._blocks_each, num_sets, num_keys, kv_heads, -1, head_dim).sum((1, 5))

@@ -17,6 +17,10 @@ except ImportError as error:  # a checkout that nobody installed still has every
 WITH_CUDA: bool = WHY_NOT is None and _C.cuda
 """Was the extension built by nvcc as well?"""
 
+_IN_ORDER = 8192
+"""From so many rows on, those in host memory are read in the order of their addresses, which the GPU translates page by
+page: it saves more than sorting takes."""
+
 Array: TypeAlias = Tensor | np.ndarray
 _ADVISE = {"never": 0, "always": 1, "when cold": 2}
 
@@ -52,14 +56,27 @@ def gather_cuda(
     ids = ids.contiguous()
     out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, device=ids.device)
     lengths = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
-    job = _describe(tokens, ids, continuation, pad_id, out, lengths)
+    order = _by_place(ids, tokens.shape[0]) if not tokens.is_cuda and ids.numel() >= _IN_ORDER else None
+    job = _describe(tokens, ids, continuation, pad_id, out, lengths, order)
     stream = torch.cuda.current_stream(ids.device).cuda_stream
     _C.gather_neighbours_cuda(job, not tokens.is_cuda, not continuation.is_cuda, stream)
     return out, lengths
 
 
+def _by_place(ids: Tensor, num_chunks: int) -> Tensor:
+    """int64 [n]: the rows of ids by where in the store they lie, to 1/32,768 of it, since narrow keys sort fast."""
+    shift = max(0, (num_chunks - 1).bit_length() - 15)
+    return (ids.flatten() >> shift).to(torch.int16).argsort()
+
+
 def _describe(
-    tokens: Array, ids: Tensor, continuation: Array, pad_id: int, out: Tensor, lengths: Tensor
+    tokens: Array,
+    ids: Tensor,
+    continuation: Array,
+    pad_id: int,
+    out: Tensor,
+    lengths: Tensor,
+    order: Tensor | None = None,
 ) -> _C.Gather:
     if isinstance(tokens, np.ndarray):
         token_bytes, row_stride = tokens.itemsize, tokens.strides[0] // tokens.itemsize
@@ -78,6 +95,7 @@ def _describe(
         out=out.data_ptr(),
         out_bytes=out.element_size(),
         lengths=lengths.data_ptr(),
+        order=0 if order is None else order.data_ptr(),
     )
 
 
