@@ -360,6 +360,7 @@ def test_gpu(dtype: torch.dtype, heads: int, seed: int) -> None:
         (40, 1, 32, 2, 128, 896),  # a few, which a cluster merges, or the product with W_V
         (64, 1, 32, 4, 128, 896),
         (1, 3, 5, 40, 128, 1024),
+        (2, 1, 32, 3, 128, 1024),  # shared memory for two tiles of states, not three
         (2, 1, 16, 0, 128, 896),
     ],
 )
