@@ -6,7 +6,7 @@
 // passes twice from shared memory to the matrix units, and the query, whose fragments stay in registers, never again.
 //
 // A tile takes about as long to come as to be used, so nothing may wait in between: states come as bulk copies of whole
-// rows, which cost the warps no instructions, two or three tiles ahead; the first before the launch that makes the query
+// rows, which cost the warps no instructions, one or two tiles ahead; the first before the launch that makes the query
 // has ended. Logits by distance are the same for all neighbours, and are fetched once.
 //
 // Programs that share the keys of a row leave a part of it each, or form a cluster, which merges the parts.
@@ -146,14 +146,10 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
   using S = Sizes<Steps, Tiles>;
   constexpr int Stages = S::stages;
   constexpr float kNone = -INFINITY;
-  constexpr float kSlack = 8.f;  // weights reach 2^kSlack before what was added up is scaled anew
   constexpr int kColumns = 16 * Steps;            // of a warp
   constexpr int kRowsEach = S::rows / kWarps;     // whose softmax a warp makes
   constexpr int kLanesEach = 32 / kRowsEach;      // of one row
   constexpr int kKeysEach = kKeys / kLanesEach;   // of one lane
-  struct alignas(4 * kKeysEach) Logits {
-    float x[kKeysEach];
-  };
   extern __shared__ __align__(16) unsigned char shared[];
   unsigned char* const states = shared;
   float* const parts = reinterpret_cast<float*>(shared + Stages * S::stage_bytes);  // [warps, rows, kPartRow]
@@ -285,8 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       load_matrices(q[k][m], shared_address(states) + (Stages - 1) * S::stage_bytes +
                                  ((16 * m + lane % 16) * S::row + warp * kColumns + 16 * k + lane / 16 * 8) * 2);
 
-  __syncthreads();  // zeros of the first tile are there too, and the query is in registers
-  load_next();
+  __syncthreads();  // zeros of the first tile are there too
 
   for (int stage = 0, phase = 0; tile < end; tile = next_tile(tile + 1)) {
     wait_for(here_is + stage, phase);
@@ -330,13 +325,18 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
       }
     }
     __syncthreads();
+    load_next();  // to where the tile before this one was, which nobody reads any more
 
     float s[kKeysEach] = {};
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const Logits part = *reinterpret_cast<const Logits*>(parts + (w * S::rows + own) * kPartRow + own_key);
+      const float* part = parts + (w * S::rows + own) * kPartRow + own_key;
 #pragma unroll
-      for (int i = 0; i < kKeysEach; ++i) s[i] += part.x[i];
+      for (int i = 0; i < kKeysEach; i += 2) {
+        const float2 two = *reinterpret_cast<const float2*>(part + i);
+        s[i] += two.x;
+        s[i + 1] += two.y;
+      }
     }
     Few<T, kKeysEach> by_distance;
     if (d.rel != nullptr) by_distance = *reinterpret_cast<const Few<T, kKeysEach>*>(near + own * near_row + key);
@@ -353,9 +353,9 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
 #pragma unroll
     for (int offset = kLanesEach / 2; offset > 0; offset /= 2)
       high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, offset));
-    if (!(high > highest + kSlack)) high = highest;
+    high = fmaxf(high, highest);
     const float base = high == kNone ? 0.f : high;
-    const float factor = highest == kNone ? 1.f : exp2f(highest - base);  // of zeros, where nothing was seen yet
+    const float factor = exp2f(highest - base);
     highest = high;
     float total = 0.f;
 #pragma unroll
@@ -370,15 +370,24 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
     for (int offset = kLanesEach / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
     sum = sum * factor + total;
     if (lane % kLanesEach == 0) factors[own] = factor;
-    if (!__syncthreads_and(factor == 1.f)) {
+    __syncthreads();
+
+    float scales[Tiles][2];
+    bool same = true;
 #pragma unroll
-      for (int m = 0; m < Tiles; ++m) {
-        const float scales[2] = {factors[16 * m + group], factors[16 * m + 8 + group]};
+    for (int m = 0; m < Tiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        scales[m][half] = factors[16 * m + 8 * half + group];
+        same = same && scales[m][half] == 1.f;
+      }
+    if (!__all_sync(0xffffffffu, same)) {
+#pragma unroll
+      for (int m = 0; m < Tiles; ++m)
 #pragma unroll
         for (int n = 0; n < 2 * Steps; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[m][n][i] *= scales[i / 2];
-      }
+          for (int i = 0; i < 4; ++i) acc[m][n][i] *= scales[m][i / 2];
     }
     // weights as [m, k]; states as [k, n]: keys 0-7 and 8-15, columns 0-7 and 8-15
     const uint32_t p_from = shared_address(weights) + ((lane % 8 + lane / 8 % 2 * 8) * S::weight_row + lane / 16 * 8) * 2;
@@ -399,8 +408,6 @@ __global__ void __launch_bounds__(kThreads, 1) absorbed_decode_kernel(AbsorbedDe
         }
       }
     }
-    __syncthreads();  // a barrier more, but what nobody reads any more is filled again while the next tile is waited for
-    load_next();
     if (++stage == Stages) stage = 0, phase ^= 1;
   }
   let_next_begin();  // not before: it would fill the few multiprocessors that are idle, and be slow there
