@@ -16,7 +16,8 @@
 # Needs no network: the extension is built in place, packages are those at hand. OUT (default bench/results) gets gpu.json,
 # goals.md and log.txt, renewed after every part. LIMIT is the time for all parts in seconds; each has its own limit
 # too, and one that fails or runs over costs nothing but itself: it is named at the end, and the exit status is 1.
-# FAISS_ARCHIVE names a .tar.xz with a GPU build of faiss.
+# FAISS_ARCHIVE names a .tar.xz with a GPU build of faiss, RESULT another file of rows: bench/results/gpu_h200.json is an H200's,
+# bench/results/gpu.json, which is what it is by itself, an H100's.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,7 +29,7 @@ PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-570}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-if [ -n "$REHEARSE" ]; then OUT=${OUT:-$WORK/out}; RESULT=$WORK/gpu.json; else OUT=${OUT:-bench/results}; RESULT=bench/results/gpu.json; fi
+if [ -n "$REHEARSE" ]; then OUT=${OUT:-$WORK/out}; RESULT=$WORK/gpu.json; else OUT=${OUT:-bench/results}; RESULT=${RESULT:-bench/results/gpu.json}; fi
 mkdir -p "$OUT" bench/results
 SITE=$WORK/site SCRATCH=$WORK/extension
 export PYTHONUNBUFFERED=1 PYTHONPATH="$SITE:$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false

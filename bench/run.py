@@ -12,6 +12,7 @@ commit and the date they belong to; bench/tables.py makes the README's tables of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -71,6 +72,13 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    if not any(name.startswith("faiss") for name in versions):  # an unpacked build has no metadata
+        with contextlib.suppress(ImportError):
+            import faiss
+
+            versions["faiss-gpu" if hasattr(faiss, "StandardGpuResources") else "faiss-cpu"] = (
+                faiss.__version__
+            )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     # results are written by the run itself, and do not make its code another
     changed = git("status", "--porcelain", "--", ":/retro_kernels", ":/csrc", ":/bench/*.py")

@@ -5,8 +5,9 @@ python bench/tables.py --write    # put them between the documents' markers
 
 A file whose rows are no plain times has views of its own: `retrieval` (bench_search.py, one line a set and index),
 `retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-rfc` (as the demo prints them),
-`static` (static.py, machine code of the kernels), and of gpu.json `gpu` (goals), `gpu-by-shape` (the operation) and
-`gpu-around` (what surrounds it).
+`static` (static.py, machine code of the kernels), `gpu` (goals: gpu.json, an H100's, and gpu_h200.json). These two
+files have views with their name in front: `gpu-by-shape` (the operation), `gpu-around` (what surrounds it), `gpu-search`
+(as `retrieval`), and `gpu-h200-by-shape` and so on.
 """
 
 from __future__ import annotations
@@ -232,9 +233,12 @@ def demo_report(result: dict[str, Any]) -> str:
     )
 
 
-def gpu_goals(result: dict[str, Any]) -> str:
-    """Every goal, and the conditions of all that the file has."""
-    return f"{goals.report(result)[0]}\n\n{conditions(result)}\n"
+def gpu_goals(folder: Path) -> str:
+    """Every goal, on every GPU that was measured, and the conditions of all that the files have."""
+    paths = [path for path in (folder / "gpu_h200.json", folder / "gpu.json") if path.exists()]
+    results = [json.loads(path.read_text()) for path in paths]
+    names = {" ".join(r["environment"]["device"].split()[:2]).removeprefix("NVIDIA "): r for r in results}
+    return "\n\n".join([goals.beside(names), *map(conditions, results)]) + "\n"
 
 
 def gpu_by_shape(result: dict[str, Any]) -> str:
@@ -307,12 +311,14 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo_report,
     "demo_rfc": demo_report,
     "demo_factbook": demo_report,
-    "gpu": gpu_goals,
-    "gpu_by_shape": gpu_by_shape,
-    "gpu_around": gpu_around,
 }
-"""By name, which is that of the result file but for those in OF_GPU; every other file is shown as times."""
-OF_GPU = ("gpu", "gpu_by_shape", "gpu_around")
+"""By the name of the result file; every other one is shown as times."""
+OF_GPU: dict[str, Callable[[dict[str, Any]], str]] = {
+    "by_shape": gpu_by_shape,
+    "around": gpu_around,
+    "search": retrieval_table,
+}
+"""Views of a GPU's file, whose name comes first."""
 
 
 def rendered(text: str, folder: Path = HERE / "results") -> str:
@@ -320,11 +326,14 @@ def rendered(text: str, folder: Path = HERE / "results") -> str:
 
     def one(match: re.Match[str]) -> str:
         stem = match["name"].replace("-", "_")
-        file = "gpu" if stem in OF_GPU else stem
+        if stem == "gpu":
+            return match[1] + gpu_goals(folder) + match["end"]
+        gpu = re.fullmatch(f"(gpu|gpu_h200)_({'|'.join(OF_GPU)})", stem)
+        file, view = (gpu[1], OF_GPU[gpu[2]]) if gpu else (stem, VIEWS.get(stem, table))
         result = json.loads((folder / f"{file}.json").read_text())
         if only := match["only"]:
             result["results"] = [row for row in result["results"] if row["group"].startswith(only)]
-        return match[1] + VIEWS.get(stem, table)(result) + match["end"]
+        return match[1] + view(result) + match["end"]
 
     return MARKER.sub(one, text)
 
@@ -340,8 +349,10 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text())
         if "results" in result:
-            for name in OF_GPU if path.stem == "gpu" else (path.stem,):
-                print(f"{path.name}\n\n{VIEWS.get(name, table)(result)}")
+            gpu = path.stem in ("gpu", "gpu_h200")
+            for view in OF_GPU.values() if gpu else (VIEWS.get(path.stem, table),):
+                print(f"{path.name}\n\n{view(result)}")
+    print(f"goals of GPUs\n\n{gpu_goals(HERE / 'results')}")
 
 
 if __name__ == "__main__":

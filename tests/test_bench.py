@@ -559,11 +559,19 @@ def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind(tmp_path
         {**row(9e-3, share_of_floor=0.1, **{**core, "H": 32}), "group": "other"},
         {**row(7e-3, "retro_kernels", what="gather"), "group": "gather", "commit": "b"},
     ]
-    (tmp_path / "gpu.json").write_text(json.dumps(result("a", rows)))
-    goals, shapes, around = (
-        tables.rendered(f"<!-- bench:{name} -->\n<!-- /bench -->", tmp_path)
-        for name in ("gpu", "gpu-by-shape", "gpu-around")
+    (tmp_path / "gpu.json").write_text(json.dumps(result("a", rows, "NVIDIA H100 80GB HBM3")))
+    other = [row(1e-3, share_of_floor=0.9, **core), row(8e-3, "retro_kernels", what="gather")]
+    found = [{"n": 10, "what": "search", "recall": 0.99, "build_s": 1.0, "build_processor_s": 2.0}]
+    other += [{**row(1e-6, "CAGRA", **extra), "group": "search"} for extra in found]
+    (tmp_path / "gpu_h200.json").write_text(json.dumps(result("c", other, "NVIDIA H200")))
+    names = ("gpu", "gpu-by-shape", "gpu-around", "gpu-h200-by-shape", "gpu-h200-around", "gpu-h200-search")
+    goals, shapes, around, *of_h200 = (
+        tables.rendered(f"<!-- bench:{name} -->\n<!-- /bench -->", tmp_path) for name in names
     )
+    assert "| D 64 K 2 | 1 ms | 0.90 |" in of_h200[0] and "| retro_kernels | 8 ms | 1.00 |" in of_h200[1]
+    assert "| 10 | CAGRA | 0.990 | 1,000,000 |" in of_h200[2]
+    assert "| goal | at least | aim | H200 | H100 |" in goals and "chip" not in goals
+    assert "| backward without table gradient, share of the floor, D 64 |" in goals
     assert "| additive bias, learned | backward | D 64 K 2 | 1 ms | 0.50 | 2.00x | 3.00x |" in shapes
     assert "9 ms" not in shapes and "7 ms" not in shapes
     assert "| gather | retro_kernels | 7 ms | 1.00 |" in around and "1 ms" not in around

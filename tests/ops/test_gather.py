@@ -497,12 +497,8 @@ def test_rows_by_place(num_chunks: int, seed: int) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("backend_name", "place"), [("triton", "gpu"), ("cuda", "gpu"), ("cuda", "pinned")]
-)
-def test_on_the_gpu_without_waiting(
-    backend_name: str, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("backend_name", "place"), [("triton", "gpu"), ("cuda", "gpu"), ("cuda", "pinned")])
+def test_on_the_gpu_without_waiting(backend_name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No synchronisation, capturable, and ids out of range read nothing."""
     if backend_name == "cuda" and not native.WITH_CUDA:
         pytest.skip("built without nvcc")

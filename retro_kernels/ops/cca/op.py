@@ -225,7 +225,11 @@ class _BlockAttention(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         needs, given = ctx.needs_input_grad[4:8], (grad_out, *ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (None, *_FirstDerivative.apply(needs, *given, *ctx.options), *(None,) * 8)  # create_graph=True
+            return (
+                None,
+                *_FirstDerivative.apply(needs, *given, *ctx.options),
+                *(None,) * 8,
+            )  # create_graph=True
         wanted = sum(need << i for i, need in enumerate(needs))
         kind, known = look_up("cca_bwd", given, (wanted, *ctx.options))
         if known is not None:
