@@ -20,6 +20,7 @@ class Gather:
         out: int,
         out_bytes: int,
         lengths: int,
+        order: int = 0,
     ) -> None: ...
 
 def gather_neighbours_cpu(gather: Gather, threads: int, advise: int) -> None: ...
