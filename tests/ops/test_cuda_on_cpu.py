@@ -116,6 +116,7 @@ def attention(query: Tensor, states: Tensor, seen: Tensor, add: Tensor, scale: f
         (1, 2, 10, 3, 48, 768, 2, True, "rel lengths"),  # R no multiple of a tile; 32 rows, not all real
         (1, 2, 24, 2, 40, 896, 4, True, "none"),  # two tiles of rows
         (1, 3, 5, 3, 32, 1024, 3, False, "rel_bias lengths"),
+        (1, 2, 16, 3, 64, 1024, 2, True, "rel lengths"),  # two tiles of states in shared memory, not three
         (2, 1, 16, 2, 64, 896, 3, True, "rel rel_bias lengths"),
         (2, 1, 32, 5, 128, 896, 2, True, "rel lengths"),
     ],
@@ -227,9 +228,17 @@ def test_decoding_over_states_of_other_widths(on_cpu: ModuleType) -> None:
 @pytest.mark.parametrize("stored", [torch.uint16, torch.int32])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("chunk_size", [64, 5])  # 16 bytes a load, or one token
+@pytest.mark.parametrize("in_order", [2, 10**9])  # so many ids are read by place, or as they stand
 def test_gather(
-    stored: torch.dtype, dtype: torch.dtype, chunk_size: int, on_cpu: ModuleType, seed: int
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    chunk_size: int,
+    in_order: int,
+    on_cpu: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
 ) -> None:
+    monkeypatch.setattr(native, "_IN_ORDER", in_order)
     tokens = torch.randint(0, 9, (40, chunk_size), dtype=torch.int32).to(stored)  # pads among them
     continuation = torch.rand(40) < 0.7
     ids = torch.randint(-1, 40, (3, 7, 2))
