@@ -578,6 +578,27 @@ def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind(tmp_path
     assert "| goal |" in goals and all("Some rows are of b" in text for text in (goals, shapes, around))
 
 
+def test_goals_of_gpus_beside_one_another() -> None:
+    fields = {"D": 64, "pass": "forward"}
+    fast, slow = (result("a", [row(1.0, share_of_floor=x, **fields)]) for x in (0.95, 0.5))
+    lines = goals.beside({"X200": fast, "X100": slow}).splitlines()
+    assert lines[0] == "| goal | at least | aim | X200 | X100 |" and len(lines) == 2 + len(goals.GPU_GOALS)
+    assert "| forward, share of the floor, D 64, K = 2 | ≥ 0.7 | 0.87 | 0.95, aim | 0.5, MISSED |" in lines
+    assert sum(line.endswith("| not measured | not measured |") for line in lines) == len(goals.GPU_GOALS) - 1
+
+
+def test_an_unpacked_faiss_has_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise run.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(run.metadata, "version", version)
+    for fields, name in (({}, "faiss-cpu"), ({"StandardGpuResources": None}, "faiss-gpu")):
+        monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(__version__="1.9", **fields))
+        assert run.environment()["versions"] == {name: "1.9"}
+    monkeypatch.setitem(sys.modules, "faiss", None)  # none at all
+    assert run.environment()["versions"] == {}
+
+
 def test_a_long_cell_of_the_demo_widens_no_other() -> None:
     environment = {"device": "chip", "cores": 2, "versions": {"torch": "2"}, "commit": "a", "date": "d"}
     report = "corpus\n\n|        |      |\n|--------|------|\n| short  | 1    |\n| longer | long |\n"
