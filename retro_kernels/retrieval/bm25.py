@@ -167,9 +167,9 @@ class TermWeights:
     def scores(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """float32 [Q, F] for token ids queries [Q, M] and candidates [Q, F, R]; a repeated query token counts again."""
         real = candidates != self.pad_id
-        norm = self.k1 * (1 - self.b + self.b * real.sum(-1) / self.mean_length)
+        norm = self.k1 * (1 - self.b + self.b * real.sum(-1).float() / self.mean_length)
         idf = self.idf.to(queries.device)[queries.long()].masked_fill(queries == self.pad_id, 0.0)
-        total = torch.zeros(candidates.shape[:2], device=queries.device)
+        total = torch.zeros(candidates.shape[:2], dtype=torch.float32, device=queries.device)
         for i in range(queries.shape[1]):
             tf = (candidates == queries[:, i, None, None]).sum(-1).float()
             total += idf[:, i, None] * tf / (tf + norm)

@@ -298,10 +298,11 @@ class Embedder:
         import torch
 
         width = max(map(len, encoded))
-        ids = torch.full((len(encoded), width), self._tokenizer.pad_token_id or 0, dtype=torch.long)
-        mask = torch.zeros(len(encoded), width, dtype=torch.long)
+        pad = self._tokenizer.pad_token_id or 0
+        ids = torch.full((len(encoded), width), pad, dtype=torch.long, device="cpu")
+        mask = torch.zeros_like(ids)
         for row, tokens in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
+            ids[row, : len(tokens)] = torch.tensor(tokens, device="cpu")
             mask[row, : len(tokens)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         with torch.inference_mode():

@@ -52,7 +52,7 @@ class Reranker:
         """See `search.Searcher.search`. Of equal candidates the one that came first stays first."""
         _, ids = self.inner.search(queries, max(k, self.fetch), exclude)
         queries = queries.to(ids.device)
-        distances = torch.full(ids.shape, torch.inf, device=ids.device)
+        distances = torch.full(ids.shape, torch.inf, dtype=torch.float32, device=ids.device)
         with self.stats.time("rerank"):
             for start in range(0, len(ids), _BLOCK):
                 rows = slice(start, start + _BLOCK)

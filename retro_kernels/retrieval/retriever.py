@@ -332,6 +332,7 @@ class Retriever:
         """What a message calls the whole of what is searched."""
         return f"the retrieval set {self.store.path}"
 
+    @torch.compiler.disable  # what is traced through locks and numpy fails in ways of its own
     def __call__(
         self, tokens: Tensor, *, num_neighbours: int = 2, exclude_documents: Tensor | None = None
     ) -> NeighbourBatch:
@@ -491,11 +492,12 @@ class Retriever:
             raise InputError("search_text: the text is empty. Give some words to search for.")
         encoded = self.tokenizer.encode_batch(texts)
         width = max(map(len, encoded), default=1)
-        queries = torch.tensor([row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded])
+        rows = [row + [self.tokenizer.pad_id] * (width - len(row)) for row in encoded]
+        queries = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return queries.reshape(len(texts), width), k
 
     def _hits(self, distances: list[float], ids: list[int]) -> list[Hit]:
-        chosen = torch.tensor([i for i in ids if i >= 0], dtype=torch.int64)
+        chosen = torch.tensor([i for i in ids if i >= 0], dtype=torch.int64, device="cpu")
         documents = self.documents(chosen)
         tokens = self.gather(chosen)[0].reshape(len(chosen), 2, self.chunk_size).tolist()
         rows = zip(

@@ -98,7 +98,7 @@ def take_first(distances: Tensor, ids: Tensor, keep: Tensor, k: int) -> tuple[Te
     place = keep.long().cumsum(1) - 1
     place = torch.where(keep & (place < k), place, k)
     rows = ids.shape[0]
-    out = torch.full((rows, k + 1), torch.inf, device=ids.device)
+    out = torch.full((rows, k + 1), torch.inf, dtype=torch.float32, device=ids.device)
     out_ids = torch.full((rows, k + 1), -1, dtype=torch.int64, device=ids.device)
     out.scatter_(1, place, distances.float())
     out_ids.scatter_(1, place, ids)
@@ -123,7 +123,7 @@ def settle_ties(distances: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 def unfilled(num: int, k: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Distances [num, k] of +inf and ids [num, k] of −1."""
     return (
-        torch.full((num, k), torch.inf, device=device),
+        torch.full((num, k), torch.inf, dtype=torch.float32, device=device),
         torch.full((num, k), -1, dtype=torch.int64, device=device),
     )
 
@@ -310,8 +310,9 @@ class DenseSearcher:
     def known_keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(known bool [Q], keys [Q, D]), both on the host, or on the device where the set's tokens are there."""
         if not self.look_up or queries.shape[1] != self.store.chunk_size:
-            return torch.zeros(len(queries), dtype=torch.bool), torch.zeros(
-                len(queries), self.store.embeddings.shape[1]
+            shape = (len(queries), self.store.embeddings.shape[1])
+            return torch.zeros(shape[:1], dtype=torch.bool, device="cpu"), torch.zeros(
+                shape, dtype=torch.float32, device="cpu"
             )
         if self.device_store is not None and queries.is_cuda:
             ids = self.device_store.find_chunks(queries)
@@ -407,7 +408,7 @@ class RandomSearcher:
             a, b = (start, stride) if rows is None else (start[rows], stride[rows])
             steps = torch.arange(fetch, device=a.device)
             ids = (a[:, None] + steps * b[:, None]).remainder(documents.num_chunks)
-            return torch.zeros(ids.shape, device=a.device), ids
+            return torch.zeros(ids.shape, dtype=torch.float32, device=a.device), ids
 
         return search_excluding(
             candidates, documents, queries.shape[0], k, exclude, scan=None, max_fetch=documents.num_chunks

@@ -173,7 +173,9 @@ class ShardedRetriever(Retriever):
     ) -> tuple[Tensor, Tensor]:
         """See `Retriever.search`. Collective."""
         with self.stats.time("exchange"):
-            excluded = torch.zeros(len(queries), 0, dtype=torch.int64) if exclude is None else exclude
+            excluded = (
+                torch.zeros(len(queries), 0, dtype=torch.int64, device="cpu") if exclude is None else exclude
+            )
             everyones, rows = self._share(to_device(queries, self.device), k)
             excludes, _ = self._share(to_device(excluded, self.device), k, fill=-1)
         self.stats.queries += len(queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels.config import InputError
+from retro_kernels.retrieval.build import build_retrieval_set
 from retro_kernels.retrieval.leakage import containment
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.search import (
@@ -421,6 +423,40 @@ def test_bad_input(seed: int) -> None:
     retriever.check_tokenizer("f" * 64)
     with pytest.raises(InputError, match="another tokenizer"):
         retriever.check_tokenizer("0" * 64)
+
+
+@pytest.mark.parametrize("retriever", ["dense", "random", "bm25:tokens", "dense+bm25", "dense+edit"])
+def test_defaults_of_torch_change_nothing(seed: int, tmp_path: Path, retriever: str) -> None:
+    """Of the user's model: a dtype, and a device, on which nothing of what lies on the host may be made."""
+    text = "\n\n".join(" ".join(random.choices(["ka", "lo", "mi", "ter", "su"], k=200)) for _ in range(3))
+    (tmp_path / "a.txt").write_text(text)
+    build_retrieval_set(tmp_path / "a.txt", tmp_path / "set", embedder="hashing:32")
+
+    def found() -> Any:
+        opened = Retriever.from_pretrained(tmp_path / "set", device="cpu", retriever=retriever)
+        return opened.search_text("ka lo mi", 2), opened(tokens, num_neighbours=3)
+
+    tokens = torch.randint(5, 250, (2, 130))
+    hits, wanted = found()
+    for default, usual, other in (
+        (torch.set_default_dtype, torch.float32, torch.float64),
+        (torch.set_default_device, None, "meta"),
+    ):
+        default(other)
+        try:
+            again, given = found()
+        finally:
+            default(usual)
+        assert again == hits
+        for one, same in zip(given, wanted, strict=True):
+            assert one.dtype == same.dtype and torch.equal(one, same)
+
+
+def test_compiled_a_step_runs_it_as_it_is(seed: int) -> None:
+    store = MemoryStore(make_documents(20), embedder := BagEmbedder())
+    retriever, (tokens, _) = dense(store, embedder=embedder), sequences(store, 2, 3)
+    step = torch.compile(lambda x: retriever(x + 0, num_neighbours=2).tokens + 1, backend="eager")
+    assert torch.equal(step(tokens), retriever(tokens, num_neighbours=2).tokens + 1)
 
 
 def test_an_empty_exclusion_excludes_nothing(seed: int) -> None:

@@ -39,8 +39,9 @@ def gather_host(
     """`threads`: as many as PyTorch uses by default. `advise`: whether the pages of a mapped file are asked for
     before they are read. `pin`: allocate the results in pinned memory. Ids out of range raise ValueError."""
     ids = ids.contiguous()
-    out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, pin_memory=pin)
-    lengths = torch.empty(ids.shape, dtype=torch.int32, pin_memory=pin)
+    # said, since the user may have set another default
+    out = torch.empty((*ids.shape, 2 * tokens.shape[1]), dtype=dtype, pin_memory=pin, device="cpu")
+    lengths = torch.empty(ids.shape, dtype=torch.int32, pin_memory=pin, device="cpu")
     job = _describe(tokens, ids, continuation, pad_id, out, lengths)
     _C.gather_neighbours_cpu(job, threads or torch.get_num_threads(), _ADVISE[advise])
     return out, lengths
