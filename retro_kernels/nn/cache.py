@@ -37,7 +37,8 @@ class SelfAttentionCache:
 
     def _grown(self, old: Tensor | None, new: Tensor, needed: int) -> Tensor:
         capacity = max(64, 1 << (needed - 1).bit_length())
-        grown = new.new_empty(new.shape[0], capacity, *new.shape[2:])
+        with torch.inference_mode(False):  # what begins in it may go on outside
+            grown = new.new_empty(new.shape[0], capacity, *new.shape[2:])
         if old is not None:
             grown[:, : self.length] = old[:, : self.length]
         return grown

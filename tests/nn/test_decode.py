@@ -156,6 +156,14 @@ def test_hooks_of_a_layer_are_called(seed: int) -> None:
     torch.testing.assert_close(got, model(x, neighbours))
 
 
+def test_what_begins_in_inference_mode_goes_on_outside(seed: int) -> None:
+    model, x = tiny_model(torch.float32), torch.randint(50, (1, 7))
+    cache = model.new_cache(1)
+    with torch.inference_mode():
+        model.decode(x[:, :5], cache)
+    torch.testing.assert_close(model.decode(x[:, 5:], cache), model(x)[:, 5:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_refused_call_leaves_the_cache_alone(seed: int) -> None:
     model = tiny_model()
     x, neighbours = torch.randint(50, (2, 6)), random_neighbours(2, 1)
