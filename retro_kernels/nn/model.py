@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from ..ops import NeighbourBatch
 
 
+torch.serialization.add_safe_globals(
+    [RetroConfig]
+)  # plain data, which a checkpoint may hold beside the weights
+
+
 def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return function(*arguments)
 
@@ -191,8 +196,18 @@ class Retro(Retrieving):
         return self._logits(x)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `config.json` and `model.safetensors` into `directory` (made if needed); each appears whole."""
-        saving.save(self.state_dict(), self.config.to_dict(), Path(directory))
+        """Writes `config.json` and `model.safetensors` into `directory` (made if needed); each appears whole.
+
+        Raises InputError for weights that `from_pretrained` could not read: of adapters or parametrisations, or tied by
+        hand.
+        """
+        wanted = None
+        if type(self) is Retro:  # another class may have more
+            with torch.device("meta"):
+                wanted = Retro(self.config).state_dict().keys()
+        weights = self.state_dict()
+        saving.check_savable(weights, wanted)
+        saving.save(weights, self.config.to_dict(), Path(directory))
 
     @classmethod
     def from_pretrained(

@@ -7,10 +7,12 @@ import functools
 import math
 import os
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _OWN_BASE = "base"  # folder of a base that was trained as well
 _Contribution = Callable[[int, nn.Module, ChunkedCrossAttention, Tensor], Tensor]
+_TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+"""Of each base, whose one thread at a time it is: what is added to its layers, every thread would see."""
 
 
 class RetroFitted(Retrieving):
@@ -57,6 +61,9 @@ class RetroFitted(Retrieving):
     one (Llama, Mistral, Gemma); the base then reads it before `tokens`, and chunks, logits and caches do not count it.
     A 0 at the very beginning is no text, so the logits behind it are those of the first token. Give `file_pad_id` and
     `file_bos_id` of the `Tokenizer` that made the tokens. `backend`: as in `Retro`.
+
+    Calls from several threads wait for one another, those of models around the same base too; a thread that calls
+    `base` itself meanwhile would get what is added.
 
     Under `torch.compile` all of it runs as it is, uncompiled; a base that is compiled itself is refused.
 
@@ -93,21 +100,7 @@ class RetroFitted(Retrieving):
         if freeze or not _has_adapters(base):
             base.requires_grad_(not freeze)
         self.base = base
-        options: dict[str, Any] = {
-            "head_dim": config.head_dim,
-            "encoder_dim": config.encoder_dim,
-            "chunk_size": config.chunk_size,
-            "neighbour_len": config.neighbour_len,
-            "position": config.cca_position,
-            "dropout": config.dropout,
-            "backend": backend,
-        }
-        self.added = nn.ModuleDict()
-        for number in config.cca_layers:
-            cca = ChunkedCrossAttention(config.dim, config.num_heads, **options)
-            norm = RMSNorm(config.dim, eps=config.norm_eps)
-            self.added[str(number)] = nn.ModuleDict({"cca_norm": norm, "cca": cca})
-        self.encoder = NeighbourEncoder(config, backend)
+        self.added, self.encoder = _additions(config, backend)
         initialise(self.added, config.num_layers, config.dim)
         initialise(self.encoder, config.encoder_layers, config.encoder_dim)
         for number in config.cca_layers:
@@ -184,7 +177,8 @@ class RetroFitted(Retrieving):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes what was added, `config.json` and `model.safetensors`, into `directory` (made if needed). The base is
         named by where it came from; one that is or was trained too is written into the folder `base`. Raises InputError
-        where that would replace the folder that the base came from, or another model of transformers."""
+        where that would replace the folder that the base came from, or another model of transformers, and for added
+        weights that `from_pretrained` could not read: of adapters, of parametrisations, tied by hand."""
         folder = Path(directory)
         frozen = self.frozen and not any(parameter.requires_grad for parameter in self.base.parameters())
         description = _description(self.base)
@@ -196,6 +190,12 @@ class RetroFitted(Retrieving):
                 f"RetroFitted: {folder} holds a model of transformers, which would be replaced. Give another directory."
             )
         owned = _owns_base(there, folder)
+        weights, wanted = self._added_weights(), None
+        if type(self) is RetroFitted:  # another class may have more
+            with torch.device("meta"):
+                added, encoder = _additions(self.config)
+            wanted = nn.ModuleDict({"added": added, "encoder": encoder}).state_dict().keys()
+        saving.check_savable(weights, wanted)
         if not frozen:
             if own.is_dir() and not owned and str(own.resolve()) == description["source"]:
                 raise InputError(
@@ -210,7 +210,7 @@ class RetroFitted(Retrieving):
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
         about = {**description, "frozen": frozen, "bos_id": self.bos_id}
-        saving.save(self._added_weights(), {"base": about, "added": self.config.to_dict()}, folder)
+        saving.save(weights, {"base": about, "added": self.config.to_dict()}, folder)
         if frozen and owned and str(own.resolve()) != description["source"]:
             shutil.rmtree(own, ignore_errors=True)  # of another model that was saved here before
 
@@ -288,7 +288,7 @@ class RetroFitted(Retrieving):
         if lead:
             ids = F.pad(ids, (1, 0), value=self.bos_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
-        with self._adding(contribution, lead):
+        with self._turn(), self._adding(contribution, lead):
             result = self.base(input_ids=ids, attention_mask=attention_mask, return_dict=True, **options)
         if getattr(result, "logits", None) is None:
             raise TypeError(
@@ -303,6 +303,9 @@ class RetroFitted(Retrieving):
             logits[..., 0] = logits[..., pad]
             logits[..., pad] = first
         return result
+
+    def _turn(self) -> threading.RLock:
+        return _TURNS.setdefault(self.base, threading.RLock())
 
     def _exchanged(self, tokens: Tensor) -> Tensor:
         """Ids of the base for ours, and the other way round."""
@@ -338,6 +341,7 @@ class RetroFitted(Retrieving):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with contextlib.ExitStack() as during:
+                during.enter_context(self._turn())  # to be recomputed, which another thread may do
                 if base_asks:
                     during.enter_context(_not_recomputing(layer))
                 if contribution is not None:
@@ -371,6 +375,25 @@ class RetroFitted(Retrieving):
 
 
 _OF_THE_BASE = ("vocab_size", "dim", "num_layers")
+
+
+def _additions(config: RetroConfig, backend: str | None = None) -> tuple[nn.ModuleDict, NeighbourEncoder]:
+    """`added` and `encoder` of a RetroFitted."""
+    options: dict[str, Any] = {
+        "head_dim": config.head_dim,
+        "encoder_dim": config.encoder_dim,
+        "chunk_size": config.chunk_size,
+        "neighbour_len": config.neighbour_len,
+        "position": config.cca_position,
+        "dropout": config.dropout,
+        "backend": backend,
+    }
+    added = nn.ModuleDict()
+    for number in config.cca_layers:
+        cca = ChunkedCrossAttention(config.dim, config.num_heads, **options)
+        norm = RMSNorm(config.dim, eps=config.norm_eps)
+        added[str(number)] = nn.ModuleDict({"cca_norm": norm, "cca": cca})
+    return added, NeighbourEncoder(config, backend)
 
 
 def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Any:

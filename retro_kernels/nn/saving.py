@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,27 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
     finally:
         staged.unlink(missing_ok=True)
         staged_config.unlink(missing_ok=True)
+
+
+def check_savable(weights: dict[str, Tensor], wanted: Container[str] | None) -> None:
+    """InputError where what `save` would write could not be read again: `weights` are not the `wanted` (None: any), or
+    two of them are one tensor."""
+    if strange := [name for name in weights if wanted is not None and name not in wanted]:
+        raise InputError(
+            f"save_pretrained: the model has {', '.join(strange[:3])}{', …' if strange[3:] else ''}, which no model of "
+            "its configuration has, so that from_pretrained could not read it. Merge or remove what was put into it "
+            "(adapters, parametrisations, masks, a compiled part), or save its state_dict()."
+        )
+    seen: dict[tuple[torch.device, int], str] = {}
+    for name, value in weights.items():
+        # one made of others, as quantised, has no place of its own
+        place = value.data_ptr() if type(value) is Tensor else 0
+        if place and (other := seen.setdefault((value.device, place), name)) != name:
+            raise InputError(
+                f"save_pretrained: {other} and {name} are one tensor, and from_pretrained would make them two. Give one "
+                "of them a copy, or take a configuration that ties them (tie_embeddings, share_encoder_embedding), or "
+                "save the state_dict()."
+            )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -313,6 +315,23 @@ def test_compiled_it_is_the_same(seed: int) -> None:
         model(x, neighbours)
 
 
+def test_threads_take_turns(seed: int) -> None:
+    """What is added to the base's layers while one thread calls it, another thread's call does not see."""
+    base = base_model()
+    x, neighbours = random_input()
+    models = [fitted(base), fitted(base)]
+    with torch.no_grad():
+        calls = [functools.partial(model, x, found) for model in models for found in (None, neighbours)]
+        wanted = [call() for call in calls]
+
+        def repeat(number: int) -> bool:
+            with torch.no_grad():
+                return all(torch.equal(calls[number](), wanted[number]) for _ in range(30))
+
+        with ThreadPoolExecutor(len(calls)) as threads:
+            assert all(threads.map(repeat, range(len(calls))))
+
+
 def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
     """With pad_id, tokens, neighbours and logits call the base's end of text 0, and its 0 pad_id."""
     base, end = base_model(), 57
@@ -473,6 +492,15 @@ def test_a_frozen_base_takes_no_other_ones_place(seed: int, tmp_path: Path) -> N
         fitted(load(tmp_path / "base"), freeze=False).save_pretrained(tmp_path)
     fitted(load(tmp_path / "base")).save_pretrained(tmp_path)
     assert (tmp_path / "base").is_dir()
+
+
+def test_added_weights_that_could_not_be_read_again_are_not_written(seed: int, tmp_path: Path) -> None:
+    model = fitted(base_model(), freeze=False)
+    first = next(iter(model.added.values()))["cca"]
+    torch.nn.utils.parametrizations.weight_norm(first.q_proj)
+    with pytest.raises(InputError, match=r"has added\.\d\.cca\.q_proj\.parametrizations.* Merge or remove"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("freeze", [True, False])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from retro_kernels import InputError, Retro
 
-from .helpers import random_neighbours, tiny_model
+from .helpers import TINY, random_neighbours, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -73,3 +75,40 @@ def test_a_failed_save_leaves_the_old_model(
     with pytest.raises(OSError, match="no space"):
         tiny_model().save_pretrained(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_what_could_not_be_read_again_is_not_written(seed: int, tmp_path: Path) -> None:
+    normed = tiny_model()
+    torch.nn.utils.parametrizations.weight_norm(normed.layers[1].cca.k_proj)
+    tied = tiny_model(tie_embeddings=False)
+    tied.readout.weight = tied.embedding.weight
+    for model, match in (
+        (normed, r"has layers\.1\.cca\.k_proj\.parametrizations\.weight\.original0, .* Merge or remove"),
+        (tied, r"embedding\.weight and readout\.weight are one tensor, .*\(tie_embeddings"),
+    ):
+        with pytest.raises(InputError, match=match):
+            model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    torch.nn.utils.parametrize.remove_parametrizations(normed.layers[1].cca.k_proj, "weight")
+    normed.save_pretrained(tmp_path)
+
+    class Wider(Retro):
+        def __init__(self, name: str) -> None:
+            super().__init__(TINY)
+            self.head = torch.nn.Linear(TINY.dim, len(name))
+
+    Wider("a subclass, which reads its own").save_pretrained(tmp_path)
+
+
+def test_configuration_and_neighbours_are_safe_to_load(seed: int, tmp_path: Path) -> None:
+    """As in a checkpoint of a training framework, which torch.load reads with weights_only=True."""
+    given = {"config": TINY, "neighbours": random_neighbours(2, 3)}
+    torch.save(given, tmp_path / "checkpoint.pt")
+    script = (
+        "import sys, torch; from retro_kernels import Retro, NeighbourBatch; Retro, NeighbourBatch; "
+        "print(torch.load(sys.argv[1], weights_only=True)['config'])"
+    )
+    read = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "checkpoint.pt"], capture_output=True, text=True
+    )
+    assert read.stdout == f"{TINY}\n", read.stderr

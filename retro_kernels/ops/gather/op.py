@@ -48,6 +48,9 @@ class NeighbourBatch(NamedTuple):
         )
 
 
+torch.serialization.add_safe_globals([NeighbourBatch])  # plain data: torch.load may read it back
+
+
 def gather_neighbours(
     tokens: Tensor | np.ndarray,
     ids: Tensor,
