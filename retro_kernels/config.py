@@ -45,6 +45,13 @@ def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
     return OSError(f"{path} cannot be written: {error}")
 
 
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """OSError of its own kind where `path` cannot be opened: of one without the right to, safetensors says that it does
+    not exist."""
+    with open(path, "rb"):
+        pass
+
+
 def _is_integer(value: Any) -> bool:
     """True and False are none: whoever writes dim=True means something else."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from ..ops import NeighbourBatch
 
 
-torch.serialization.add_safe_globals(
-    [RetroConfig]
-)  # plain data, which a checkpoint may hold beside the weights
+torch.serialization.add_safe_globals([RetroConfig])  # plain data, beside the weights of a checkpoint
 
 
 def _call(function: Callable[..., Tensor], *arguments: Any) -> Tensor:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import InputError, RetroConfig, as_os_error
+from ..config import InputError, RetroConfig, as_os_error, check_readable
 from .positions import DistanceTable
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -53,8 +53,8 @@ def check_savable(weights: dict[str, Tensor], wanted: Container[str] | None) -> 
         place = value.data_ptr() if type(value) is Tensor else 0
         if place and (other := seen.setdefault((value.device, place), name)) != name:
             raise InputError(
-                f"save_pretrained: {other} and {name} are one tensor, and from_pretrained would make them two. Give one "
-                "of them a copy, or take a configuration that ties them (tie_embeddings, share_encoder_embedding), or "
+                f"save_pretrained: {other} and {name} are one tensor, and from_pretrained would make two of them. Give "
+                "one a copy, or take a configuration that ties them (tie_embeddings, share_encoder_embedding), or "
                 "save the state_dict()."
             )
 
@@ -90,9 +90,11 @@ def model_config(values: dict[str, Any], directory: Path) -> RetroConfig:
 def read_weights(
     directory: Path, wanted: dict[str, Tensor], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """What `save` was given: as many, of the names and shapes of `wanted`. InputError: missing, damaged, or others."""
+    """What `save` was given: as many, of the names and shapes of `wanted`. InputError: missing, damaged, or others;
+    OSError: it cannot be opened."""
     path = directory / WEIGHTS
     try:
+        check_readable(path)
         weights = load_file(path, device=str(device))
     except FileNotFoundError:
         raise InputError(

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, as_count, as_os_error
+from retro_kernels.config import InputError, as_count, as_os_error, check_readable
 from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
@@ -93,6 +93,7 @@ class NeighbourFile:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_readable(path)
             with safe_open(os.fspath(path), framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
@@ -105,6 +106,8 @@ class NeighbourFile:
             raise InputError(
                 f"There is no file of neighbours {path}. Make one with: retro-kernels neighbours"
             ) from None
+        except PermissionError:
+            raise
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is no whole file of neighbours: {error}") from None
         n = arrays["hashes"].shape

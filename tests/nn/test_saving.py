@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,15 @@ def test_what_does_not_fit(seed: int, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(InputError, match="damaged"):
         Retro.from_pretrained(tmp_path)
+    if os.geteuid() != 0:  # root reads everything
+        (tmp_path / "model.safetensors").chmod(0)
+        with pytest.raises(PermissionError):
+            Retro.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(IsADirectoryError, match="model"):
+        Retro.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rmdir()
     with pytest.raises(InputError, match="holds no model"):
         Retro.from_pretrained(tmp_path)
 

@@ -405,6 +405,14 @@ def test_the_cache_has_the_neighbours_of_a_live_search(store: MemoryStore) -> No
         CachingSearcher(live.searcher, store, live._documents, per_chunk=0)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_not_missing(store: MemoryStore, tmp_path: Path) -> None:
+    precompute(dense(store), store.chunks, store.document_ids, tmp_path / "near", per_chunk=4)
+    (tmp_path / "near").chmod(0)
+    with pytest.raises(PermissionError):
+        NeighbourFile.open(tmp_path / "near")
+
+
 def test_bad_input(store: MemoryStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chunks must be"):
         precompute(dense(store), store.chunks[:, :-1], store.document_ids, tmp_path / "x")
