@@ -140,7 +140,11 @@ class _Parser(argparse.ArgumentParser):
             choices = [choice.strip("' ") for choice in allowed.split(",")]
             what = "unknown verb" if name == "verb" else f"{name}:"
             message = f"{what} {given!r}{_nearest(given, choices) or '; choose from ' + ', '.join(choices)}"
-        _complain(self.prog, f"{message.rstrip('.')}. {self.prog} --help shows what there is")
+        message = message.rstrip(".")
+        _complain(
+            self.prog,
+            f"{message}{'' if message.endswith('?') else '.'} {self.prog} --help shows what there is",
+        )
         raise SystemExit(2)
 
 
@@ -289,10 +293,16 @@ def _add_demo(parser: _Parser) -> None:
         "--out", default="demo", metavar="DIR", help="where set, models and report go (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=_COUNT, default=None, metavar="N", help="training steps of each model"
+        "--steps", type=_COUNT, default=None, metavar="N", help="training steps of each model (default: 560)"
     )
     parser.add_argument("--embedder", metavar="PATH", help="as for index")
-    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N")
+    parser.add_argument(
+        "--seed",
+        type=_NATURAL,
+        default=0,
+        metavar="N",
+        help="of what is held out, the models and what is generated (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -310,7 +320,10 @@ def _add_index(parser: _Parser) -> None:
         help="SentencePiece model or tokenizer.json (default: one is trained on the text)",
     )
     parser.add_argument(
-        "--vocab-size", type=_COUNT, metavar="N", help="entries of the tokenizer that is trained"
+        "--vocab-size",
+        type=_COUNT,
+        metavar="N",
+        help="entries of the tokenizer that is trained (default: 16,384, or as many as the text supports)",
     )
     parser.add_argument(
         "--embedder",
@@ -337,10 +350,18 @@ def _add_index(parser: _Parser) -> None:
         help="find the fastest search setting with this recall@10 (default: 0.95); exit status 2 where none has it",
     )
     parser.add_argument(
-        "--include", action="append", default=[], metavar="PATTERN", help="only such files of folders"
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only such files of folders, by name or relative path: '*.py'; may be given again",
     )
     parser.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="no such files of folders"
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="no such files and folders of folders; may be given again",
     )
     parser.add_argument("--chunk-size", type=_COUNT, metavar="M", help="tokens in a chunk (default: 64)")
     parser.add_argument(
@@ -360,7 +381,7 @@ def _add_index(parser: _Parser) -> None:
 
 
 def _add_search(parser: _Parser) -> None:
-    parser.add_argument("text", metavar="TEXT")
+    parser.add_argument("text", metavar="TEXT", help="what to find neighbours of")
     _add_set(parser, required=True, help="retrieval set")
     parser.add_argument(
         "-k", type=_COUNT, metavar="N", help="neighbours to show (default: 5, or as many as there are)"
@@ -397,7 +418,7 @@ def _add_train(parser: _Parser) -> None:
         elif entry.name not in special:
             options["type"] = _number(int, 0) if "int" in str(entry.type) else _number(float, 0)
             options["metavar"] = "N" if "int" in str(entry.type) else "X"
-        if entry.default not in (dataclasses.MISSING, None, False, ()):
+        if entry.default is not False and entry.default not in (dataclasses.MISSING, None, ()):
             options["help"] += f" (default: {entry.default})"
         aliases = (
             ["-k"] if entry.name == "num_neighbours" else ["--lr"] if entry.name == "learning_rate" else []
@@ -406,7 +427,11 @@ def _add_train(parser: _Parser) -> None:
         parser.add_argument(
             flag, *aliases, dest=entry.name, required=required, default=argparse.SUPPRESS, **options
         )
-    parser.add_argument("--resume", action="store_true", help="continue the run in RUN from its checkpoint")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in RUN from its checkpoint; start where there is none",
+    )
     parser.add_argument(
         "--stop-after", type=_COUNT, metavar="N", help="stop with a checkpoint after N steps of this call"
     )
@@ -458,7 +483,13 @@ def _add_generate(parser: _Parser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from stdin")
     _add_run(parser)
     _add_set(parser, required=False, help="retrieval set (default: the one trained with)")
-    parser.add_argument("--max-tokens", type=_COUNT, default=200, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens",
+        type=_COUNT,
+        default=200,
+        metavar="N",
+        help="how many to generate at most (default: %(default)s)",
+    )
     parser.add_argument(
         "--temperature",
         type=_number(float, low=0),
@@ -466,14 +497,18 @@ def _add_generate(parser: _Parser) -> None:
         metavar="T",
         help="0: the likeliest (default: %(default)s)",
     )
-    parser.add_argument("--top-k", type=_COUNT, metavar="N", help="sample from the N likeliest tokens")
+    parser.add_argument(
+        "--top-k", type=_COUNT, metavar="N", help="sample from the N likeliest tokens (default: all)"
+    )
     parser.add_argument(
         "--top-p",
         type=_number(float, above=0, high=1),
         metavar="P",
-        help="sample from the likeliest tokens that together have probability P",
+        help="sample from the likeliest tokens that together have probability P (default: all)",
     )
-    parser.add_argument("--seed", type=_NATURAL, default=0, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=_NATURAL, default=0, metavar="N", help="of what is drawn (default: %(default)s)"
+    )
     parser.add_argument("-k", type=_COUNT, metavar="N", help="neighbours of each chunk (default: as trained)")
     _add_retriever(parser)
     parser.add_argument(

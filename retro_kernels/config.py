@@ -354,7 +354,7 @@ class TrainConfig:
     steps: int = 1000
     """updates of the weights"""
     seed: int = 0
-    """of the initial weights, the order of the data and dropout; the default is 0"""
+    """of the initial weights, the order of the data and dropout"""
     batch_size: int = 8
     """sequences in a forward pass"""
     accumulate: int = 1

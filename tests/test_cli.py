@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -19,7 +20,9 @@ from small import World, run
 
 import retro_kernels
 from retro_kernels import cli
-from retro_kernels.config import PRESETS, InputError
+from retro_kernels.config import PRESETS, InputError, TrainConfig
+from retro_kernels.data.tokenizer import DEFAULT_VOCAB_SIZE
+from retro_kernels.demo import Size
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -55,6 +58,21 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
     assert f"usage: retro-kernels {verb}" in capsys.readouterr().out
 
 
+def test_each_option_is_explained_with_its_default() -> None:
+    for verb, parser in cli._parser().verbs.items():
+        for action in parser._actions:
+            told = action.help or ""
+            assert told and not told.startswith("("), f"{verb} {action.dest}: {told!r}"
+            if isinstance(action.default, int | float) and not isinstance(action.default, bool):
+                assert "(default: " in told, f"{verb} {action.dest}: {told!r}"
+    helps = {verb: parser.format_help() for verb, parser in cli._parser().verbs.items()}
+    assert f"(default: {Size.steps})" in helps["demo"] and f"{DEFAULT_VOCAB_SIZE:,}" in helps["index"]
+    told = {action.dest: str(action.help) for action in cli._parser().verbs["train"]._actions}
+    for entry in dataclasses.fields(TrainConfig):
+        if isinstance(entry.default, int | float) and not isinstance(entry.default, bool):
+            assert f"(default: {entry.default})" in told[entry.name]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -66,7 +84,10 @@ def test_each_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         (["search", "x", "--set", "/nowhere", "-k", "0"], "'0' is not an integer of at least 1"),
         (["search", "x", "y", "--set", "z"], "unexpected argument 'y'"),
         (["search", "x", "-3", "--set", "z"], "unexpected argument '-3'"),
-        (["train", "--data", "x", "--out", "y", "--preset", "retro_tinny"], "did you mean retro_tiny?"),
+        (
+            ["train", "--data", "x", "--out", "y", "--preset", "retro_tinny"],
+            "did you mean retro_tiny? retro-kernels",
+        ),
         (["train", "--data", "x", "--out", "y", "--steps", "-3"], "'-3' is not an integer of at least 0"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
         (["train", "--data", "/nowhere", "--out", "{tmp}/y"], "/nowhere does not exist"),
