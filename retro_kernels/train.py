@@ -210,6 +210,11 @@ def _prepared(
             f"retrofit: there is no folder {config.retrofit}. Give the run of a plain decoder, or the folder of a "
             "pretrained model, as it is now."
         )
+    if config.retrofit and not any((Path(config.retrofit) / name).exists() for name in (SETTINGS, CONFIG)):
+        raise InputError(
+            f"retrofit: {config.retrofit} is neither a training run (no {SETTINGS} in it) nor a pretrained model (no "
+            f"{CONFIG}). Give the folder that holds one of these."
+        )
     retriever = _open_set(config, device, progress)
     # neither this run nor another is text
     text = text_of(config.data, documents, "train: there is no text to train on", progress, (config.out,))

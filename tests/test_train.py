@@ -1114,6 +1114,10 @@ def test_data_that_has_moved(
             "dim is 64 by --preset or --model",
         ),
         (["--set", "{set}", "--retrofit", "{plain}", "--model", "norm_eps=0.1"], "has 1e-06. Its own"),
+        (
+            ["--set", "{set}", "--retrofit", "{set}"],
+            "neither a training run (no train.json in it) nor a pretrained",
+        ),
         (["--model", "pad_id=3"], "pad_id=3, but it is 0, fixed by the tokenizer"),
         (
             ["--set", "{set}", "--model", "cca_layers="],

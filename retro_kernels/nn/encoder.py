@@ -85,8 +85,15 @@ class NeighbourEncoder(nn.Module):
 
         Tokens that are embedded already (`gather_embeddings`) are taken as they are: [B, L, K, R, encoder_dim].
         What stands behind a neighbour's length is finite and carries no meaning. Raises ValueError for shapes that
-        do not fit together.
+        do not fit together, TypeError for what is no tensor.
         """
+        given = {"tokens": tokens, "hidden": hidden, **({} if lengths is None else {"lengths": lengths})}
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"NeighbourEncoder: {name} is of type {type(tensor).__name__}; it must be a tensor. Of a "
+                    "NeighbourBatch give tokens and lengths."
+                )
         config = self.config
         expected = [*tokens.shape[:2], config.chunk_size, config.dim]
         embedded = tokens.is_floating_point()
@@ -96,12 +103,18 @@ class NeighbourEncoder(nn.Module):
                 f"NeighbourEncoder: tokens is {list(tokens.shape)} and hidden {list(hidden.shape)}; they must be "
                 f"[B, L, K, {', '.join(map(str, row))}] and [B, L, {config.chunk_size}, {config.dim}]."
             )
+        if lengths is not None and lengths.shape != tokens.shape[:3]:
+            raise ValueError(
+                f"NeighbourEncoder: lengths is {list(lengths.shape)}; it must be [B, L, K] = {list(tokens.shape[:3])}."
+            )
         table = self.embedding if self.embedding is not None else embedding
         if table is None and not embedded:
             raise ValueError(
                 "NeighbourEncoder: with share_encoder_embedding, the decoder's embedding must be given."
             )
         chunks = hidden.flatten(0, 1)  # [B·L, M, dim]
+        if tokens.shape[2] == 0:  # no neighbour attends to any
+            chunks = chunks[:0]
         if self.conditioning_norm is not None:
             chunks = self.conditioning_norm(chunks)
         flat = tokens.flatten(0, 2)

@@ -269,6 +269,23 @@ def test_neighbours_are_encoded_one_by_one(seed: int) -> None:
             neighbours.tokens[:, 1:2, j : j + 1], hidden[:, 1:2], neighbours.lengths[:, 1:2, j : j + 1]
         )
         torch.testing.assert_close(alone[:, 0, 0], whole[:, 1, j])
+    for part in ((0, 3, 3), (2, 0, 3), (2, 3, 0)):  # nothing to encode
+        few, shape = NeighbourBatch(*(v[: part[0], : part[1], : part[2]] for v in neighbours[:2])), part[:2]
+        encoded = encoder(few.tokens, hidden[: shape[0], : shape[1]], few.lengths)
+        assert encoded.shape == (*part, TINY.neighbour_len, 16) and encoded.sum().requires_grad
+
+
+def test_the_encoder_says_what_does_not_fit(seed: int) -> None:
+    encoder: NeighbourEncoder = tiny_model().encoder
+    neighbours, hidden = random_neighbours(2, 3), torch.randn(2, 3, M, 24).double()
+    with pytest.raises(TypeError, match="tokens is of type NeighbourBatch; .* give tokens and lengths"):
+        encoder(neighbours, hidden)
+    with pytest.raises(TypeError, match="lengths is of type list"):
+        encoder(neighbours.tokens, hidden, neighbours.lengths.tolist())
+    with pytest.raises(ValueError, match=r"lengths is \[2, 3, 1\]; it must be \[B, L, K\] = \[2, 3, 3\]"):
+        encoder(neighbours.tokens, hidden, neighbours.lengths[..., :1])
+    with pytest.raises(ValueError, match=r"hidden \[2, 2, 4, 24\]"):
+        encoder(neighbours.tokens, hidden[:, 1:], neighbours.lengths)
 
 
 @pytest.mark.parametrize(
