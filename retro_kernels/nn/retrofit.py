@@ -119,6 +119,12 @@ class RetroFitted(Retrieving):
         a mask is rarely needed. Raises ValueError for shapes that do not fit, TypeError as `Retro.forward`.
         """
         found = self.fitting_neighbours(tokens, neighbours)
+        # transformers fills up a shorter one with what is not attended to
+        if attention_mask is not None and attention_mask.shape != tokens.shape:
+            raise InputError(
+                f"RetroFitted: attention_mask is {list(attention_mask.shape)}; it must be [B, N] = "
+                f"{list(tokens.shape)}."
+            )
         if found is None:
             return self._run(tokens, None, attention_mask=attention_mask, use_cache=False).logits
         if attention_mask is not None and not attention_mask[:, 0].all():

@@ -427,6 +427,9 @@ def test_padding(seed: int) -> None:
         torch.testing.assert_close(padded[0], logits[0])
     with pytest.raises(InputError, match="pad on the right"):
         model(x, neighbours, attention_mask=mask.flip(1))
+    for found in (neighbours, None):
+        with pytest.raises(InputError, match=r"attention_mask is \[2, 9\]; it must be \[B, N\] = \[2, 14\]"):
+            model(x, found, attention_mask=mask[:, :9])
 
 
 @pytest.mark.parametrize("freeze", [True, False])
