@@ -69,6 +69,7 @@ from retro_kernels.retrieval.writing import (
     ChunkWriter,
     GrowingArray,
     Progress,
+    interrupted,
     link_or_copy,
     load_json,
     locked,
@@ -590,6 +591,8 @@ class Builder:
                 if not self.has_shards():  # nothing worth keeping, and in the way of better arguments
                     self._tidy()
                 raise
+            except KeyboardInterrupt as signal:
+                raise signal if signal.args else interrupted(self.folder) from None
             except OSError as error:
                 # FAISS, which writes the index, gives no number
                 if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):

@@ -264,11 +264,16 @@ def journal(path: Path | None, about: str, busy: str) -> Iterator[Journal]:
             if not kept.has_parts():
                 path.unlink(missing_ok=True)
             elif type(stopped) is KeyboardInterrupt and not stopped.args:
-                raise KeyboardInterrupt(
-                    f"Interrupted. What is done is kept in {path}: the same command goes on from there."
-                ) from None
+                raise interrupted(path) from None
             raise
         path.unlink(missing_ok=True)
+
+
+def interrupted(path: Path) -> KeyboardInterrupt:
+    """Ctrl-C, where `path` holds what the same command goes on from."""
+    return KeyboardInterrupt(
+        f"Interrupted. What is done is kept in {path}: the same command goes on from there."
+    )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -167,7 +167,7 @@ class Interrupted(HashingEmbedder):
 
 def test_interrupted_work_is_kept_and_not_done_again(model, tmp_path, expected, capsys):
     first, second = Interrupted(3), Interrupted(10**6)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"is kept in .*set\.build: the same command goes on"):
         build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=10, index="IVF2,SQfp16", embedder=first)
     assert not (tmp_path / "set").exists()
     with pytest.raises(InputError, match="holds unfinished work on something else.*another corpus"):
