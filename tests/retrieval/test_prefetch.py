@@ -10,7 +10,8 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,6 +26,12 @@ from retro_kernels.retrieval.retriever import Retriever
 
 def threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name == "retro-kernels-prefetch"]
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true() and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -106,24 +113,31 @@ def test_forms_of_a_batch(retriever: Retriever, form: str) -> None:
 
 def test_a_batch_of_unknown_form_is_named(retriever: Retriever) -> None:
     tokens, exclude = batches(1)[0]
-    for batch in ("text", {"text": tokens}, ("text", "label"), (tokens, tokens.roll(-1, 1), exclude)):
+    pairs = [("text", "label"), (tokens, "label"), ("text", exclude)]
+    for batch in ("text", {"text": tokens}, *pairs, (tokens, tokens.roll(-1, 1), exclude)):
         with pytest.raises(TypeError, match=f"this is a {type(batch).__name__}"):
             list(retriever.prefetch([batch]))
     with pytest.raises(TypeError, match=r"two tensors \[2, .*may be tokens and their targets.*Give inputs="):
         list(retriever.prefetch([(tokens, tokens.roll(-1, 1))]))
 
 
-def failing_loader(good: int) -> Iterator[Tensor]:
+def failing_loader(good: int, error: type[BaseException]) -> Iterator[Tensor]:
     yield from (torch.ones(1, M, dtype=torch.int64) for _ in range(good))
-    raise OSError("the disk is gone")
+    raise error("the disk is gone")
 
 
-def test_an_exception_of_the_loader_surfaces_in_the_loop(retriever: Retriever) -> None:
-    seen = 0
-    with pytest.raises(OSError, match="the disk is gone") as caught:
-        for _ in retriever.prefetch(failing_loader(2)):
-            seen += 1
-    assert seen == 2
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_exception_of_the_loader_surfaces_in_the_loop(
+    retriever: Retriever, error: type[BaseException]
+) -> None:
+    prefetcher = retriever.prefetch(failing_loader(2, error))
+    late = threading.Timer(30, prefetcher.close)  # for a loop that would wait for ever
+    late.start()
+    with pytest.raises(error, match="the disk is gone") as caught:
+        for _ in prefetcher:
+            pass
+    late.cancel()
+    assert prefetcher.steps == 2
     assert "failing_loader" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
 
 
@@ -133,7 +147,9 @@ def test_an_exception_of_the_retriever_surfaces_in_the_loop(retriever: Retriever
     assert "check_queries" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
 
 
-def test_leaving_early_ends_the_thread(retriever: Retriever) -> None:
+@pytest.mark.parametrize("depth", [1, 3])
+def test_leaving_early_ends_the_thread(retriever: Retriever, depth: int) -> None:
+    """Also one that has a batch which does not fit; and it reads no further."""
     read = []
 
     def endless() -> Iterator[Tensor]:
@@ -141,12 +157,43 @@ def test_leaving_early_ends_the_thread(retriever: Retriever) -> None:
             read.append(1)
             yield torch.ones(1, M, dtype=torch.int64)
 
-    for step, _ in enumerate(retriever.prefetch(endless())):
+    prefetcher = retriever.prefetch(endless(), depth=depth)
+    for _ in prefetcher:
         assert threads()
-        if step == 3:
+        if prefetcher.steps == 3:
+            until(lambda: len(read) == 3 + depth + 1)
+            time.sleep(0.05)
             break
-    assert not threads()
-    assert len(read) <= 4 + 2  # depth + 1 ahead of the loop
+    assert not threads() and len(read) == 3 + depth + 1
+
+
+def test_what_the_loop_has_used_is_freed_before_the_next_batch_is_there(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    left = []
+    usual = Retriever.__call__
+
+    def watched(*args: Any, **options: Any) -> Any:
+        found = usual(*args, **options)
+        alive.add(found.tokens)
+        return found
+
+    def inputs(batch: Tensor) -> tuple[Tensor, None]:
+        tokens = batch.clone()
+        alive.add(tokens)
+        return tokens, None
+
+    def loader() -> Iterator[Tensor]:
+        for _ in range(3):
+            until(lambda: not alive)
+            left.append(len(alive))
+            yield torch.ones(1, M, dtype=torch.int64)
+
+    monkeypatch.setattr(Retriever, "__call__", watched)
+    for batch, neighbours in retriever.prefetch(loader(), inputs=inputs):
+        del batch, neighbours
+    assert left == [0, 0, 0]
 
 
 @pytest.mark.parametrize("way", ["break", "exception"])
@@ -235,6 +282,49 @@ def test_close_ends_a_loop_that_waits(retriever: Retriever) -> None:
         given_up.set()
         release.set()
         consumer.join()
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_close_ends_a_loop_at_its_step(retriever: Retriever, ready: bool) -> None:
+    """Whether or not the next batch is there already."""
+    release, read = threading.Event(), []
+
+    def loader() -> Iterator[Tensor]:
+        for i in range(5):
+            read.append(i)
+            if i and not ready:
+                release.wait(60)
+            yield torch.ones(1, M, dtype=torch.int64)
+
+    prefetcher = retriever.prefetch(loader())
+    prefetcher.close()  # of no loop
+    for _ in prefetcher:
+        until(lambda: len(read) == (3 if ready else 2))
+        closing = threading.Thread(target=prefetcher.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
+        release.set()
+    assert prefetcher.steps == 1 and not threads()
+
+
+def test_a_loop_may_end_on_its_own_thread(retriever: Retriever) -> None:
+    """Which collects garbage, too."""
+    loops: list[Any] = []
+    dropped, ended = threading.Event(), threading.Event()
+
+    def loader() -> Iterator[Tensor]:
+        yield torch.ones(1, M, dtype=torch.int64)
+        dropped.wait(60)
+        loops.pop().close()
+        ended.set()
+        yield torch.ones(1, M, dtype=torch.int64)
+
+    loops.append(iter(retriever.prefetch(loader())))
+    next(loops[0])
+    dropped.set()
+    assert ended.wait(30)
+    until(lambda: not threads())
 
 
 def test_the_stall_is_what_the_loop_waited(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
