@@ -8,6 +8,7 @@ import math
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from retro_kernels.data.corpus import Document
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval.bm25 import BM25Searcher, TermWeights, terms
 from retro_kernels.retrieval.build import build_retrieval_set
-from retro_kernels.retrieval.rerank import Reranker, edit_distance, normalised_edit_distance
+from retro_kernels.retrieval.rerank import MEASURES, Reranker, edit_distance, normalised_edit_distance
 from retro_kernels.retrieval.retriever import Retriever
+from retro_kernels.retrieval.search import Stats
 
 K1, B = 0.9, 0.4
 
@@ -192,17 +194,18 @@ def slow_edit_distance(a: list[int], b: list[int]) -> int:
     return row[-1]
 
 
-def test_edit_distance_equals_the_slow_table(seed: int) -> None:
+@pytest.mark.parametrize("pad_id", [0, 9])
+def test_edit_distance_equals_the_slow_table(seed: int, pad_id: int) -> None:
     queries, values = torch.randint(1, 4, (12, 10)), torch.randint(1, 4, (12, 5, 13))
     for row in range(12):
-        queries[row, torch.randint(11, ()) :] = 0
+        queries[row, torch.randint(11, ()) if row else 0 :] = pad_id
         for f in range(5):
-            values[row, f, torch.randint(14, ()) :] = 0
-    got = edit_distance(queries, values)
-    normalised = normalised_edit_distance(queries, values)
+            values[row, f, torch.randint(14, ()) if row + f else 0 :] = pad_id
+    got = edit_distance(queries, values, pad_id)
+    normalised = normalised_edit_distance(queries, values, pad_id)
     for row in range(12):
         for f in range(5):
-            a, b = ([t for t in x.tolist() if t] for x in (queries[row], values[row, f]))
+            a, b = ([t for t in x.tolist() if t != pad_id] for x in (queries[row], values[row, f]))
             assert got[row, f] == slow_edit_distance(a, b)
             assert normalised[row, f].item() == pytest.approx(
                 slow_edit_distance(a, b) / max(len(a), len(b), 1)
@@ -214,8 +217,10 @@ def test_reranking_sorts_the_candidates(store: MemoryStore, by: str, monkeypatch
     monkeypatch.setattr("retro_kernels.retrieval.rerank._BLOCK", 4)
     inner = dense(store).searcher
     queries, exclude = torch.randint(1, 60, (9, M)), torch.randint(0, 40, (9, 2))
-    queries[0, 3:] = 0
-    distances, ids = Reranker(inner, store, by, fetch=12).search(queries, 5, exclude)
+    queries[0, 3:] = queries[1] = 0
+    stats = Stats()
+    distances, ids = Reranker(inner, store, by, fetch=12, stats=stats).search(queries, 5, exclude)
+    assert stats.seconds["rerank"] > 0
     _, candidates = inner.search(queries, 12, exclude)
     for row in range(9):
         assert set(ids[row].tolist()) <= set(candidates[row].tolist())
@@ -226,10 +231,19 @@ def test_reranking_sorts_the_candidates(store: MemoryStore, by: str, monkeypatch
             truth = normalised_edit_distance(queries[row : row + 1], chunks[None])[0].numpy()
         else:
             query = [token for token in queries[row].tolist() if token]
-            truth = np.array([1 - longest(query, chunk) / len(query) for chunk in chunks.tolist()])
+            truth = np.array([1 - longest(query, chunk) / max(len(query), 1) for chunk in chunks.tolist()])
         np.testing.assert_allclose(distances[row].numpy(), np.sort(truth)[:5], rtol=1e-4, atol=1e-5)
     _, few = Reranker(inner, store, by).search(queries, store.num_chunks + 2, exclude)
     assert (few[:, -2:] == -1).all()
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_equal_candidates_keep_their_order(store: MemoryStore, by: str) -> None:
+    candidates = torch.randperm(store.num_chunks)[:17].expand(3, -1)
+    inner: Any = SimpleNamespace(search=lambda *_: (None, candidates))
+    queries = torch.full((3, M), 4999)  # which no chunk has
+    _, ids = Reranker(inner, store, by).search(queries, 9)
+    assert torch.equal(ids, candidates[:, :9])
 
 
 def longest(a: list[int], b: list[int]) -> int:
@@ -242,6 +256,10 @@ def test_bad_measure(store: MemoryStore) -> None:
         Reranker(dense(store).searcher, store, "cosine")
     with pytest.raises(InputError, match="fetch"):
         Reranker(dense(store).searcher, store, "run", fetch=0)
+    assert [Reranker(dense(store).searcher, store, "run", **fetch).fetch for fetch in ({}, {"fetch": 1})] == [
+        64,
+        1,
+    ]
 
 
 def test_bm25_finds_the_paragraph_of_a_question(data: Path, tmp_path: Path) -> None:
