@@ -75,7 +75,7 @@ def failures(retriever: ShardedRetriever, documents: list[Any], rank: int) -> di
         "hashes": (1, retriever.store, "find_documents", lambda: retriever.find_documents([7])),
         "tokens": (1, None, "", lambda: retriever(tokens * (1000 * rank + 1))),
         "text": (0, None, "", lambda: retriever.search_text("1" if rank else " ")),
-        "titles": (1, None, "", lambda: retriever.titles([10**6] if rank else [0])),
+        "titles": (1, None, "", lambda: retriever.titles([retriever.num_documents] if rank else [0])),
         "open": (0, Retriever, "from_pretrained", lambda: ShardedRetriever.from_pretrained("set")),
     }
     told = {}
@@ -96,17 +96,27 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     documents = corpus(seed)
     embedder = BagEmbedder()
-    local = dense(MemoryStore(share(documents, rank, world), embedder), embedder=embedder)
+    store = MemoryStore(share(documents, rank, world), embedder)
+    store.document_hashes += rank * 1000 * len(share(documents, 0, world))  # as in one set
+    if rank:
+        store.document_hashes[-1] = 1007  # which the other has, too
+    local = dense(store, embedder=embedder)
     local.name = local.candidates = "dense"  # as from_pretrained says
     retriever = ShardedRetriever.of(local)
     found: dict[str, Any] = {"num": (retriever.num_chunks, retriever.num_documents)}
     found["names"] = [retriever.name, retriever.candidates]
+    assert retriever.collective and retriever.group is not dist.group.WORLD
+    assert retriever.stats is local.stats and retriever.device_store is local.device_store
+    with mock.patch.object(Retriever, "from_pretrained", return_value=local) as opened:
+        ShardedRetriever.from_pretrained("set", device="cpu")
+    found["opened"] = (*opened.call_args.args, opened.call_args.kwargs)
     for call, sizes in enumerate(BATCHES):
         tokens, exclude = batch(documents, rank, call, sizes[rank])
         near = retriever(tokens, num_neighbours=K, exclude_documents=exclude)
         found[f"call {call}"] = (*near, retriever.documents(near.ids))
+    found["stats"] = retriever.stats.to_dict()
     found["titles"] = retriever.titles([0, -1] if rank else [len(documents) - 1])
-    found["documents"] = retriever.find_documents([7, 8] if rank else [1007])
+    found["documents"] = retriever.find_documents([40007, 8, 7] if rank else [1007])
     found["hits"] = [
         hit.to_dict() for hit in retriever.search_text(" ".join(map(str, documents[-1][:M])), k=3)
     ]
@@ -120,24 +130,31 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
     except ValueError as error:
         found["different k"] = str(error)
     found["failures"] = failures(retriever, documents, rank)
-    try:
-        retriever.check_num_neighbours(10**9)
-    except InputError as error:
-        found["too many"] = str(error)
+    for name, check in (
+        ("too many", lambda: retriever.check_num_neighbours(10**9)),
+        ("no chunk", lambda: retriever.documents(torch.tensor([retriever.num_chunks]))),
+    ):
+        try:
+            check()
+        except InputError as error:
+            found[name] = str(error)
     again = retriever(*batch(documents, rank, 0, BATCHES[0][rank])[:1], num_neighbours=K)
     found["after failures"] = again.ids.shape
-    for option, value in (("drop_copies", 0.5), ("candidates", "dense, inner product")):
-        other: Any = dense(retriever.store, embedder=embedder)
-        setattr(other, option, value if rank else getattr(other, option))
+    for option, value in (
+        *(("drop_copies", 0.5), ("candidates", "dense, inner product"), ("chunk_size", 2 * M)),
+        *(("embed_unknown", False), ("searcher", None), ("tokenizer", "other"), ("embedder", "other")),
+    ):
+        other: Any = dense(MemoryStore(documents, embedder), embedder=embedder)
+        if rank:
+            if option in ("tokenizer", "embedder"):
+                other.store.manifest[option]["fingerprint"] = value
+            else:
+                place = {"embed_unknown": other.searcher, "chunk_size": other.store}.get(option, other)
+                setattr(place, option, value)
         try:
             ShardedRetriever.of(other)
         except InputError as error:
             found[option] = str(error)
-    retriever.store.manifest["tokenizer"]["fingerprint"] = str(rank)
-    try:
-        ShardedRetriever.of(dense(retriever.store, embedder=embedder))
-    except InputError as error:
-        found["different tokenizer"] = str(error)
     torch.save(found, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 
