@@ -114,6 +114,68 @@ def test_a_retrofit_can_start_copying(seed: int, shared: bool, rotary: bool) -> 
         assert bits(holds) < bits(other) - 0.3 and bits(holds) < bits(None) - 0.3
 
 
+def start(copy: float, layers: tuple[int, ...] = (2, 3), **changes: object) -> Retro:
+    """Of the same plain decoder, apart from `changes`."""
+    torch.manual_seed(torch.initial_seed())
+    plain = Retro(retro_tiny(vocab_size=300, cca_layers=(), **changes))
+    return Retro.from_decoder(plain, layers, copy=copy)
+
+
+@pytest.mark.parametrize("self_attention", ["rotary", "relative"])
+@torch.no_grad()
+def test_every_head_compares_a_token_and_the_one_before(
+    seed: int, self_attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the predecessors in the neighbour, and adds up what it finds, where states hold the token before."""
+    plainly = copying._states
+
+    def states(model: Retro, text: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        found, last = plainly(model, text)
+        before = model.embedding(text).roll(1, 1).flip(2)
+        return [state + state.std() / before.std() * before for state in found], last
+
+    monkeypatch.setattr(copying, "_states", states)
+    model = start(1.0, self_attention=self_attention).eval()
+    text = torch.randint(1, 300, (8, 128))
+    encoded = copying._encode(model, text)[:, 2:]
+    token = text[:, 1:].flatten()[:, None] == text[:, 1:-1].flatten()
+    before = text[:, :-1].flatten()[:, None] == text[:, :-2].flatten()
+    for layer, state in zip((2, 3), states(model, text)[0], strict=True):
+        cca = model.layers[layer - 1].cca
+        queries, keys = cca.q_proj(state[:, 1:]), cca.k_proj(encoded)
+        logits = torch.einsum(
+            "qhd,khd->hqk", *(x.flatten(0, 1).unflatten(-1, (cca.num_heads, -1)) for x in (queries, keys))
+        )
+        for head in logits / cca.head_dim**0.5:
+            one, other = head[token & ~before].mean(), head[before & ~token].mean()
+            assert one > 1 and other > 2 and head[token & before].mean() > one + other - 0.5
+            assert head[~token & ~before].mean().abs() < 0.3
+
+
+@pytest.mark.parametrize("layers", [(2,), (2, 3)])
+@torch.no_grad()
+def test_the_strength_is_that_of_all_cross_attentions(seed: int, layers: tuple[int, ...]) -> None:
+    """Up to what the states do not tell: the logit of a neighbour's token is raised, and others are not."""
+    model = start(0.1, layers).eval()
+    text = torch.randint(1, 300, (8, 128))
+    _, last = copying._states(model, text)
+    encoded = copying._encode(model, text)
+    added = sum(
+        encoded @ (cca.o_proj.weight @ cca.v_proj.weight).T
+        for cca in (model.layers[i - 1].cca for i in layers)
+    )
+    before, after = (
+        F.linear(model.norm(x), model.embedding.weight) for x in (last, last + added.roll(-1, 1))
+    )
+    gain = (after - before)[:, 1:-1] / 0.1
+    assert 0.4 < gain.gather(2, text[:, 2:, None]).mean() < 0.7 and gain.mean().abs() < 0.05
+
+
+def test_a_start_that_copies_drops_nothing_out(seed: int) -> None:
+    wanted, model = start(1.0), start(1.0, dropout=0.5)
+    assert all(map(torch.equal, model.parameters(), wanted.parameters()))
+
+
 def test_parts_of_a_start_that_copies(seed: int) -> None:
     """A matrix that maps states to others is found again; directions are orthonormal, and each head has its own."""
     x, matrix = torch.randn(500, 8), torch.randn(5, 8)
