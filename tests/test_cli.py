@@ -78,6 +78,8 @@ def test_each_option_is_explained_with_its_default() -> None:
     [
         ([], "required: verb"),
         (["trian"], "unknown verb 'trian'; did you mean train?"),
+        (["frobnicate"], "unknown verb 'frobnicate'; choose from info, demo, index"),
+        (["search", "x", "--sett=y"], "unknown option --sett; did you mean --set?"),
         (["search", "x", "--sett", "y"], "did you mean --set?"),
         (["search", "x"], "required: --set"),
         (["search", "x", "--set", "/nowhere"], "/nowhere"),
@@ -214,6 +216,10 @@ def test_too_little_memory_is_said_in_one_line(
         raise raised.pop(0)
 
     monkeypatch.setattr("retro_kernels.train.train", fail)
+    monkeypatch.setattr("retro_kernels.evaluate.evaluate", fail)
+    raised.insert(0, error)
+    assert run("eval", "--data", "d", "--run", "r") == 2
+    assert capsys.readouterr().err.endswith(". Give a smaller --batch-size.\n")
     assert run("train", "--data", "d", "--out", "r") == 2
     printed = capsys.readouterr().err
     assert printed.startswith(f"retro-kernels train: {said}") and printed.count("\n") == 1
@@ -392,12 +398,76 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     }
     assert run(*common, "--merge", "--json") == 0
     assert seen.pop() == {"given": (["a"], "s"), **shared}
+    for function in ("append_to", "tune"):
+        watch(f"{function}_retrieval_set", manifest, retrieval)
+    words = ["index", "a", "--out", "s", "--append", "--tune", 0.9, "--overwrite", "--device", "cpu"]
+    words += ["--embedder", "e", "--include", "x", "--exclude", "y", "--exclude", "z"]
+    assert run(*words, "--json") == 0
+    assert seen.pop() == {"given": ("s", 0.9), "device": torch.device("cpu")}
+    assert seen.pop() == {
+        "given": ("s", ["a"]),
+        "overwrite": True,
+        "device": torch.device("cpu"),
+        "embedder": "e",
+        "include": ["x"],
+        "exclude": ["y", "z"],
+    }
+    assert run("index", "a", "--out", "s", "--append", "--json") == 0
+    assert len(seen) == 1 and "device" not in seen.pop()  # and nothing is tuned
+    watch("retro_kernels.demo.demo", {})
+    words = ["demo", "--corpus", "c", "--out", "o", "--steps", 3, "--embedder", "e", "--seed", 7]
+    assert run(*words, "--json") == 0
+    assert seen.pop() == {"given": ("o",), "corpus": "c", "steps": 3, "embedder": "e", "seed": 7}
+    watch("retro_kernels.train.train", {})
+    assert run("train", "--data", "d", "--out", "nowhere", "--resume", "--stop-after", 3, "--json") == 0
+    assert seen.pop() == {"given": (TrainConfig(("d",), "nowhere"),), "resume": True, "stop_after": 3}
     assert run("index", "a", "--out", "s", "--json") == 0
     assert not {"chunk_size", "recall", "device"} & seen.pop().keys()  # what is not given is the library's
     capsys.readouterr()
     monkeypatch.setattr(cli, "_prints_unicode", lambda: False)
     cli._print_json({"a": "é"})
     assert capsys.readouterr().out == '{"a": "\\u00e9"}\n'
+
+
+def test_what_is_not_given() -> None:
+    """Is what the help and the README say."""
+    parse, text = cli._parser().parse, ["--data", "d"]
+    sampled = {"max_tokens": 200, "temperature": 0.8, "top_k": None, "top_p": None, "seed": 0, "k": None}
+    for words, wanted in (
+        (["demo"], {"out": "demo", "corpus": None, "steps": None, "embedder": None, "seed": 0}),
+        (["index", "x", "--out", "s"], {"device": None, "index": None, "tune": None, "part": None}),
+        (["search", "x", "--set", "s"], {"retriever": "dense", "k": None, "device": "auto"}),
+        (["eval", "--run", "r", *text], {"batch_size": 8, "seed": 0, "retriever": None, "dtype": "auto"}),
+        (["generate", "x", "--run", "r"], {**sampled, "retriever": None, "set": None, "dtype": "auto"}),
+        (["neighbours", *text, "--set", "s", "--out", "f"], {"per_chunk": 16, "retriever": "dense"}),
+        (["dedup", *text, "--against", "e"], {"threshold": 0.8, "out": None}),
+        (["bench"], {"k": "", "out": None, "quick": False}),
+    ):
+        assert wanted.items() <= vars(parse(words)).items(), words
+
+
+def test_what_a_training_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    summary: dict[str, Any] = {"run": "r", "steps": 1000, "loss": 1.5, "parameters": 2000, "dtype": "fp32"}
+    summary |= {"tokens_per_second": 3000.4, "stall_share": 0.25, "seconds": 1.0}
+    monkeypatch.setattr("retro_kernels.train.train", lambda *_, **__: summary)
+
+    def said(*words: str) -> str:
+        assert run("train", "--data", "d", "--out", "r", *words) == 0
+        return capsys.readouterr().out
+
+    line = (
+        "r: step 1,000, loss 1.5000, 2,000 parameters, 3,000 tokens/s in fp32, 25.0% of the time waiting for "
+    )
+    assert said() == line + "data\n"
+    summary["without_neighbours"] = 0.0
+    assert said("--set", "s") == line + "neighbours, 0.0% of the chunks without a neighbour\n"
+    summary["neighbours_from_file"] = 0.0
+    assert said("--set", "s", "--neighbours", "f").endswith(", 0.0% of the neighbours from f\n")
+    summary["seconds"] = 0.0
+    assert said() == "r: nothing left to do at step 1,000\n"
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert said() == said("--json") == ""  # another process says it
 
 
 @pytest.mark.parametrize("parts", [[], [" and"], [" and", " so", " on"]])
@@ -410,13 +480,21 @@ def test_the_prompt_stands_once_before_what_follows(
         return {"chunks": []}
 
     monkeypatch.setattr("retro_kernels.generate.generate", made)
-    assert run("generate", "one", "--run", "r") == 0
-    assert capsys.readouterr().out == "one" + "".join(parts) + "\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one"))
+    for prompt in ("one", "-"):
+        assert run("generate", prompt, "--run", "r") == 0
+        assert capsys.readouterr().out == "one" + "".join(parts) + "\n"
 
 
 def test_a_benchmark_that_fails_or_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    called = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda words: called.append(words) or SimpleNamespace(returncode=0)
+    )
+    assert run("bench") == run("bench", "-k", "x", "--out", "f", "--quick") == 0
+    assert [words[2:] for words in called] == [["-k", ""], ["-k", "x", "--out", "f", "--quick"]]
     for status, said in ((5, "no benchmark matches."), (1, "a benchmark failed (exit status 1).")):
         monkeypatch.setattr(subprocess, "run", lambda _, s=status: SimpleNamespace(returncode=s))
         assert run("bench", "-k", "x") == 2
@@ -617,13 +695,17 @@ def test_index_and_search(world: World, tmp_path: Path, capfd: pytest.CaptureFix
     manifest = json.loads(capfd.readouterr().out)
     assert manifest["num_documents"] == 8
     assert run(*words) == 0  # a second time, nothing is done
-    capfd.readouterr()
+    said = f"{manifest['num_chunks']:,} chunks of 8 documents, index Flat, recall@10 1.000"
+    assert capfd.readouterr().out == f"{tmp_path / 's'}: {said}\n"
     passage = "\n".join((world.train / "train-3.txt").read_text().splitlines()[:2])
     assert run("search", passage, "--set", tmp_path / "s", "-k", 3, "--json", "--device", "cpu") == 0
-    hits = json.loads(capfd.readouterr().out)["neighbours"]
-    assert len(hits) == 3 and hits[0]["distance"] <= hits[1]["distance"]
+    shown = json.loads(capfd.readouterr().out)
+    hits = shown["neighbours"]
+    assert shown["text"] == passage and len(hits) == 3 and hits[0]["distance"] <= hits[1]["distance"]
     assert run("search", passage, "--set", tmp_path / "s", "-k", 1, "--device", "cpu") == 0
-    assert capfd.readouterr().out.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
+    first, *lines = capfd.readouterr().out.splitlines()
+    assert first.startswith(f"1. {hits[0]['title']}  (chunk {hits[0]['chunk']:,}, distance")
+    assert lines == ["   │ " + line for line in hits[0]["text"].strip("\n").splitlines()]
 
 
 def test_a_set_of_fewer_chunks_than_are_shown(
@@ -649,6 +731,8 @@ def test_a_search_that_finds_nothing_says_so(world: World, capfd: pytest.Capture
     assert run(*words, "--retriever", "bm25+edit", "--json") == 0
     out, err = capfd.readouterr()
     assert json.loads(out)["neighbours"] == [] and "no chunk shares a word" in err
+    assert run(*words[:1], "\u2603", *words[2:], "--retriever", "bm25:tokens") == 0
+    assert "no chunk shares a token" in capfd.readouterr().err
 
 
 def test_another_index_and_recall_from_the_command_line(
@@ -760,6 +844,20 @@ def test_text_that_is_not_utf8(
     words[1] = os.fsdecode(b"caf\xe9")  # as the shell hands it over
     assert run(*words) == 2
     assert capfd.readouterr().err.endswith("what bytes become that are not UTF-8. Convert them to UTF-8.\n")
+
+
+def test_neighbours_says_how_many_there_are(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["neighbours", "--data", world.train, "--set", world.set, "--out", tmp_path / "near"]
+    words += ["--per-chunk", 2, "--device", "cpu"]
+    assert run(*words, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert run(*words) == 0
+    assert found["rows"] > 8 and capfd.readouterr().out == (
+        f"{tmp_path / 'near'}: neighbours of {found['rows']:,} chunks, 2 for each; {found['filled']:.1%} of the places "
+        f"are filled, {found['without_neighbours']:.1%} of the chunks have none\n"
+    )
 
 
 def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
