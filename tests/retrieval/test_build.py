@@ -354,19 +354,25 @@ def as_documents(store):
     return {(title, "".join(store.texts(list(store.document_chunks(i))))) for i, title in titles}
 
 
-def test_parts_merge_into_the_whole(whole, model, tmp_path):
+@pytest.mark.parametrize("rows", [7, 1 << 16])
+def test_parts_merge_into_the_whole(whole, model, tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(merge_module, "_COPY_ROWS", rows)
     parts = parts_of(model, tmp_path, 3)
     assert [ChunkStore.open(part).num_documents for part in parts] == [7, 7, 6]
     manifest = merge_retrieval_sets(parts, tmp_path / "merged", progress=False)
     merged, expected = ChunkStore.open(tmp_path / "merged", verify="full"), ChunkStore.open(whole)
     assert as_documents(merged) == as_documents(expected) == {(d.title, d.text) for d in CORPUS}
-    assert manifest["num_tokens"] == expected.manifest["num_tokens"]
+    for name in ("num_tokens", "text_bytes"):
+        assert manifest[name] == expected.manifest[name] > 0
+    assert manifest["build"]["recall"] == 0.95
     for i, text_hash in enumerate(merged.document_hashes.tolist()):
         ours, theirs = (
             merged.document_chunks(i),
             expected.document_chunks(int(expected.find_documents([text_hash])[0])),
         )
         np.testing.assert_array_equal(merged.embeddings[ours], expected.embeddings[theirs])
+    sizes = [{e["title"]: e["bytes"] for e in map(s._document, range(20))} for s in (merged, expected)]
+    assert sizes[0] == sizes[1]
     assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
     twice = merge_retrieval_sets([*parts, whole], tmp_path / "twice", progress=False)
     assert twice["num_documents"] == 20 and twice["corpus"]["duplicates"] == 20
@@ -624,6 +630,36 @@ def test_an_index_chosen_by_size_is_chosen_again_when_the_set_grows(model, tmp_p
         assert manifest["index"]["factory"] == then
 
 
+def test_an_addition_is_made_as_the_set_was(model, tmp_path, capfd):
+    """Chunks of its size, of the files that are asked for; and quietly, if that is asked for."""
+    text, out = tmp_path / "text", tmp_path / "set"
+    text.mkdir()
+    for document in CORPUS[10:14]:
+        (text / f"{document.title}.txt").write_text(document.text)
+    (text / "notes.md").write_text("no part of it")
+    build(CORPUS[:10], out, tokenizer=model, chunk_size=32)
+    capfd.readouterr()
+    options = dict(include=["*.txt"], exclude=["*12*"], progress=False)
+    manifest = append_to_retrieval_set(out, [text], **options)
+    store = ChunkStore.open(out, verify="full")
+    assert store.titles(range(10, store.num_documents)) == [f"title {i}.txt" for i in (10, 11, 13)]
+    assert manifest["chunk_size"] == store.chunk_size == 32
+    assert append_to_retrieval_set(out, [text], **options) == manifest  # nothing to do
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_recall_of_a_merging_keeps_what_was_copied(model, tmp_path, monkeypatch):
+    parts, out = parts_of(model, tmp_path, 2), tmp_path / "merged"
+    merge_retrieval_sets(parts, out, index="IVF2,SQfp16", recall=0.6, progress=False)
+    monkeypatch.setattr(merge_module, "_copy", None)
+    monkeypatch.setattr(Index, "train", no_embedding)
+    for recall in (0.7, 0.7):
+        manifest = merge_retrieval_sets(parts, out, index="IVF2,SQfp16", recall=recall, progress=False)
+        assert manifest["build"]["recall"] == manifest["index"]["target"] == recall
+    with pytest.raises(InputError, match="--overwrite"):
+        merge_retrieval_sets(parts[:1], out, progress=False)
+
+
 def test_only_an_addition_that_is_in_the_set_is_deleted(model, tmp_path):
     out = tmp_path / "set.append"
     build(CORPUS[:3], out, tokenizer=model)
@@ -647,6 +683,9 @@ def test_tuned_again(model, tmp_path):
     assert manifest["index"]["search"] != "nprobe=1" and manifest["index"]["recall"] == 1.0
     assert ChunkStore.open(out, verify="full").manifest == manifest
     assert Index.open(out).setting == manifest["index"]["search"]
+    assert manifest["index"]["k"] == 10 and tune_retrieval_set(out, 0.5, k=3)["index"]["k"] == 3
+    build(CORPUS, tmp_path / "exact", tokenizer=model)
+    assert tune_retrieval_set(tmp_path / "exact", k=3)["index"]["k"] == 3
 
 
 def test_with_minilm(tmp_path, model):

@@ -564,6 +564,18 @@ def test_an_addition_does_not_drop_a_replacement_that_is_being_built(model, tmp_
     assert ChunkStore.open(out, verify="full").num_documents == 21
 
 
+def test_a_merging_drops_unfinished_work_on_demand(model, tmp_path):
+    part, out = tmp_path / "part", tmp_path / "set"
+    build(CORPUS, part, tokenizer=model)
+    with pytest.raises(KeyboardInterrupt):
+        build(OTHER, out, tokenizer=model, shard_chunks=10, embedder=Interrupted(1))
+    with pytest.raises(InputError, match="set.build holds unfinished work on something else"):
+        merge_retrieval_sets([part], out, progress=False)
+    merge_retrieval_sets([part], out, progress=False, overwrite=True)
+    assert ChunkStore.open(out, verify="full").num_documents == 16
+    assert {path.name for path in tmp_path.iterdir()} == {"part", "set"}
+
+
 def test_a_set_is_not_replaced_while_it_is_tuned(model, tmp_path, monkeypatch):
     out = tmp_path / "set"
     build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
