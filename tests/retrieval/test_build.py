@@ -10,6 +10,7 @@ import re
 import sys
 import threading
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -660,7 +661,18 @@ def test_another_recall_of_a_merging_keeps_what_was_copied(model, tmp_path, monk
         merge_retrieval_sets(parts[:1], out, progress=False)
 
 
-def test_only_an_addition_that_is_in_the_set_is_deleted(model, tmp_path):
+def test_a_set_of_an_earlier_version_keeps_its_index_when_it_grows(model, tmp_path):
+    """Whose manifest does not say what was asked for."""
+    out = tmp_path / "set"
+    build(CORPUS[:4], out, tokenizer=model, index="IVF2,SQfp16", recall=0.5)
+    manifest = json.loads((out / MANIFEST).read_text())
+    del manifest["build"]
+    store_module.write_manifest(out, manifest)
+    index = append_to_retrieval_set(out, CORPUS, progress=False)["index"]
+    assert (index["factory"], index["target"]) == ("IVF2,SQfp16", 0.95)
+
+
+def test_only_an_addition_that_is_in_the_set_is_deleted(model, tmp_path, monkeypatch):
     out = tmp_path / "set.append"
     build(CORPUS[:3], out, tokenizer=model)
     hashes = ChunkStore.open(out).document_hashes.tolist()
@@ -672,8 +684,12 @@ def test_only_an_addition_that_is_in_the_set_is_deleted(model, tmp_path):
     before = contents(out)
     merge_module._drop_merged(out, set(hashes[:2]))
     assert contents(out) == before
+    unlink, deleted = Path.unlink, []
+    monkeypatch.setattr(Path, "unlink", lambda path, **o: deleted.append(path.name) or unlink(path, **o))
     merge_module._drop_merged(out, {*hashes, 7})
-    assert not out.exists()
+    assert (
+        not out.exists() and deleted.index(MANIFEST) == len(deleted) - 1
+    )  # what says that it is ours goes last
 
 
 def test_tuned_again(model, tmp_path):
@@ -685,7 +701,8 @@ def test_tuned_again(model, tmp_path):
     assert Index.open(out).setting == manifest["index"]["search"]
     assert manifest["index"]["k"] == 10 and tune_retrieval_set(out, 0.5, k=3)["index"]["k"] == 3
     build(CORPUS, tmp_path / "exact", tokenizer=model)
-    assert tune_retrieval_set(tmp_path / "exact", k=3)["index"]["k"] == 3
+    tuned = tune_retrieval_set(tmp_path / "exact", k=3)
+    assert tuned["index"]["k"] == 3 and tuned["index"]["target"] == tuned["build"]["recall"] == 0.95
 
 
 def test_with_minilm(tmp_path, model):

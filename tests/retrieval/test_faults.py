@@ -576,6 +576,41 @@ def test_a_merging_drops_unfinished_work_on_demand(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"part", "set"}
 
 
+@pytest.mark.parametrize("appended", [True, False])
+def test_a_set_that_was_parked_grows(model, tmp_path, monkeypatch, appended):
+    """By one replacement killed between two renames, which are then taken back."""
+    monkeypatch.setattr(writing, "_exchange", lambda *_: False)
+    out, more, rename_really = tmp_path / "set", tmp_path / "more", os.rename
+    build(CORPUS, out, tokenizer=model)
+    build(OTHER, more, tokenizer=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            writing.os,
+            "rename",
+            lambda a, b: interrupt() if (Path(a).name, Path(b)) == ("set", out) else rename_really(a, b),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            build(documents(8, 9), out, tokenizer=model, overwrite=True)
+    assert not out.exists()
+    if appended:
+        manifest = append_to_retrieval_set(out, OTHER, progress=False, overwrite=True)
+    else:
+        manifest = merge_retrieval_sets([out, more], out, progress=False, overwrite=True)
+    assert manifest["num_documents"] == ChunkStore.open(out, verify="full").num_documents == 21
+
+
+def test_a_merged_set_that_lacks_only_its_name_is_not_copied_again(model, tmp_path, monkeypatch):
+    out = tmp_path / "set"
+    build(CORPUS, tmp_path / "part", tokenizer=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module.Builder, "publish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merge_retrieval_sets([tmp_path / "part"], out, progress=False)
+    monkeypatch.setattr(merge_module, "_copy", None)
+    assert merge_retrieval_sets([tmp_path / "part"], out, progress=False)["num_documents"] == 16
+    assert ChunkStore.open(out, verify="full").num_documents == 16
+
+
 def test_a_set_is_not_replaced_while_it_is_tuned(model, tmp_path, monkeypatch):
     out = tmp_path / "set"
     build(CORPUS, out, tokenizer=model, index="IVF2,SQfp16")
