@@ -375,6 +375,9 @@ def test_parts_merge_into_the_whole(whole, model, tmp_path, monkeypatch, rows):
     sizes = [{e["title"]: e["bytes"] for e in map(s._document, range(20))} for s in (merged, expected)]
     assert sizes[0] == sizes[1]
     assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
+    build([Document("another title", d.text) for d in CORPUS], tmp_path / "titled", tokenizer=model)
+    with pytest.raises(InputError, match="another corpus"):
+        merge_retrieval_sets([tmp_path / "titled", *parts], tmp_path / "merged", progress=False)
     twice = merge_retrieval_sets([*parts, whole], tmp_path / "twice", progress=False)
     assert twice["num_documents"] == 20 and twice["corpus"]["duplicates"] == 20
 
@@ -458,7 +461,11 @@ def test_sets_that_cannot_be_joined_are_merged_as_ever(model, tmp_path, capsys, 
     parts = [tmp_path / "part0", tmp_path / "part1"]
     manifest = merge_retrieval_sets(parts, tmp_path / "merged", index=index)
     error = capsys.readouterr().err
-    assert "joined as they are" not in error and (said is None or re.search(said, error))
+    assert (
+        "joined as they are" not in error
+        and "copying: 100%" in error
+        and (said is None or re.search(said, error))
+    )
     store = ChunkStore.open(tmp_path / "merged")
     assert store.num_documents == 20 and len(Index.open(store)) == store.num_chunks
     assert manifest["index"]["factory"] == index
@@ -609,8 +616,8 @@ def test_trained_index_is_kept_when_little_is_added(model, tmp_path, monkeypatch
 
 
 def test_a_trained_index_is_kept_from_half_of_the_chunks_on():
-    def start(chunks, first_kept, second_kept, index=None):
-        described = {"index": {"factory": "HNSW8,SQ8"}}
+    def start(chunks, first_kept, second_kept, index=None, factory="HNSW8,SQ8"):
+        described = {"index": {"factory": factory}}
         stores = [SimpleNamespace(num_chunks=n, path="s", manifest=described) for n in (chunks, second_kept)]
         kept = [SimpleNamespace(rows=np.arange(n)) for n in (first_kept, second_kept)]
         return merge_module._start(SimpleNamespace(say=lambda _: None), stores, kept, index)
@@ -618,6 +625,7 @@ def test_a_trained_index_is_kept_from_half_of_the_chunks_on():
     assert start(5, 5, 5).factory == start(5, 5, 5, "HNSW8,SQ8").factory == "HNSW8,SQ8"
     assert start(5, 5, 6) is None and start(5, 4, 1) is None  # too few of its vectors, or not all of them
     assert start(5, 5, 1, "HNSW16,SQ8") is None  # another one is asked for
+    assert start(5, 5, 1, factory="CAGRA") is start(5, 5, 1, factory="Flat") is None  # nothing to be added to
 
 
 def test_an_index_chosen_by_size_is_chosen_again_when_the_set_grows(model, tmp_path, monkeypatch):
