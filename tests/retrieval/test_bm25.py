@@ -233,6 +233,9 @@ def test_reranking_sorts_the_candidates(store: MemoryStore, by: str, monkeypatch
             query = [token for token in queries[row].tolist() if token]
             truth = np.array([1 - longest(query, chunk) / max(len(query), 1) for chunk in chunks.tolist()])
         np.testing.assert_allclose(distances[row].numpy(), np.sort(truth)[:5], rtol=1e-4, atol=1e-5)
+        of = dict(zip(candidates[row].tolist(), truth.tolist(), strict=True))
+        own = [of[i] for i in ids[row].tolist()]
+        np.testing.assert_allclose(distances[row].numpy(), own, rtol=1e-4, atol=1e-5)
     _, few = Reranker(inner, store, by).search(queries, store.num_chunks + 2, exclude)
     assert (few[:, -2:] == -1).all()
 
