@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,45 @@ def test_every_head_compares_a_token_and_the_one_before(
             one, other = head[token & ~before].mean(), head[before & ~token].mean()
             assert one > 1 and other > 2 and head[token & before].mean() > one + other - 0.5
             assert head[~token & ~before].mean().abs() < 0.3
+
+
+@torch.no_grad()
+def test_the_encoder_fetches_two_predecessors_of_every_token(seed: int) -> None:
+    """Wherever it stands and whatever there is."""
+    attention = start(1.0).eval().encoder.layers[0].attention
+    x, y, one = torch.randn(3, 4, 128, 128)
+    torch.testing.assert_close(attention(x) + attention(y), attention(x + y), rtol=1e-4, atol=1e-5)
+    one[:, :60], one[:, 61:] = 0, 0
+    fetched = attention(one).norm(dim=-1).mean(0)
+    assert fetched[61:63].min() > 0.3 and fetched.sort().values[-3] < 0.01
+
+
+@torch.no_grad()
+def test_what_a_start_that_copies_does_not_set_is_nearly_nothing(seed: int) -> None:
+    model, usual = start(1.0, encoder_layers=2), dict(start(0.0, encoder_layers=2).named_parameters())
+    quiet = [
+        name
+        for name in usual
+        if re.search(r"encoder.*(down_proj|cross.o_proj|[^0].attention.o_proj)|cca.rel_proj", name)
+    ]
+    assert len(quiet) >= 6
+    for name in quiet:
+        assert torch.equal(model.get_parameter(name), 0.1 * usual[name]), name
+
+
+@pytest.mark.parametrize("self_attention", ["rotary", "relative"])
+@torch.no_grad()
+def test_a_start_that_copies_knows_what_cross_attention_reads(seed: int, self_attention: str) -> None:
+    model, seen = start(1.0, self_attention=self_attention).eval(), []
+    model.layers[1].cca_norm.register_forward_hook(lambda *found: seen.append(found[2]))
+    model.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    text = torch.randint(1, 300, (2, 128))
+    model(text, NeighbourBatch(torch.randint(1, 300, (2, 2, 1, 128)), None))
+    model(text)
+    reads, ends = seen[0], seen[-1]
+    states, last = copying._states(model, text)
+    torch.testing.assert_close(states[0], reads)
+    torch.testing.assert_close(last, ends)
 
 
 @pytest.mark.parametrize("layers", [(2,), (2, 3)])
