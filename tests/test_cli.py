@@ -352,6 +352,10 @@ def test_every_option_arrives(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         "device": "cpu",
         "dtype": "fp32",
     }
+    watch("retro_kernels.runs.load_run", {"a": "run"})
+    assert run("eval", "--run", "r", "--base", "b", "--data", "d", "--device", "cpu", "--json") == 0
+    assert seen.pop()["given"] == ({"a": "run"}, ["d"])
+    assert seen.pop() == {"given": ("r", torch.device("cpu")), "base": "b"}
     watch("retro_kernels.generate.generate", {"chunks": []})
     words = ["generate", "p", "--run", "r", "--set", "s", "-k", 3, "--retriever", "bm25", "--max-tokens", 9]
     words += ["--temperature", 0.5, "--top-k", 4, "--top-p", 0.6, "--seed", 7, "--ignore-end"]
@@ -858,6 +862,14 @@ def test_neighbours_says_how_many_there_are(
         f"{tmp_path / 'near'}: neighbours of {found['rows']:,} chunks, 2 for each; {found['filled']:.1%} of the places "
         f"are filled, {found['without_neighbours']:.1%} of the chunks have none\n"
     )
+
+
+def test_bad_sampling_is_said_before_the_prompt_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run("generate", "-", "--run", "r", "--seed", "9" * 23) == 2
+    assert "it must be an integer from 0 to" in capsys.readouterr().err
 
 
 def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
