@@ -490,6 +490,21 @@ def test_the_prompt_stands_once_before_what_follows(
         assert capsys.readouterr().out == "one" + "".join(parts) + "\n"
 
 
+def test_words_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, out = [], io.BytesIO()
+
+    def made(*_: object, on_text: Any, **__: object) -> dict[str, Any]:
+        for part in (" and", " so"):
+            on_text(part)
+            shown.append(out.getvalue().decode())
+        return {"chunks": []}
+
+    monkeypatch.setattr("retro_kernels.generate.generate", made)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="utf-8"))
+    assert run("generate", "one", "--run", "r") == 0
+    assert shown == ["one and", "one and so"] and out.getvalue() == b"one and so\n"
+
+
 def test_a_benchmark_that_fails_or_is_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
