@@ -879,6 +879,15 @@ def test_neighbours_says_how_many_there_are(
     )
 
 
+def test_neighbours_refuses_a_retriever_before_the_text_is_read(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bm25s")
+    words = ["neighbours", "--data", "/nowhere", "--set", world.set, "--out", tmp_path / "near"]
+    assert run(*words, "--retriever", "bm25+run", "--device", "cpu") == 2
+    assert "Make it with the retriever bm25" in capfd.readouterr().err
+
+
 def test_bad_sampling_is_said_before_the_prompt_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
