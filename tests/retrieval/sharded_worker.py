@@ -19,6 +19,7 @@ from retro_kernels.config import InputError
 from retro_kernels.data.packing import TokenDocuments
 from retro_kernels.evaluate import find_neighbours
 from retro_kernels.retrieval.retriever import Retriever
+from retro_kernels.retrieval.search import DeviceStore
 from retro_kernels.retrieval.sharded import ShardedRetriever
 
 BATCHES = ((3, 2), (0, 4), (1, 0))  # sequences of ranks 0 and 1 in each call
@@ -100,13 +101,14 @@ def main(rank: int, world: int, folder: Path, seed: int) -> None:
     store.document_hashes += rank * 1000 * len(share(documents, 0, world))  # as in one set
     if rank:
         store.document_hashes[-1] = 1007  # which the other has, too
-    local = dense(store, embedder=embedder)
+    on_device = DeviceStore(store, torch.device("cpu"))
+    local = dense(store, embedder=embedder, device_store=on_device)
     local.name = local.candidates = "dense"  # as from_pretrained says
     retriever = ShardedRetriever.of(local)
     found: dict[str, Any] = {"num": (retriever.num_chunks, retriever.num_documents)}
     found["names"] = [retriever.name, retriever.candidates]
     assert retriever.collective and retriever.group is not dist.group.WORLD
-    assert retriever.stats is local.stats and retriever.device_store is local.device_store
+    assert retriever.stats is local.stats and retriever.device_store is on_device
     with mock.patch.object(Retriever, "from_pretrained", return_value=local) as opened:
         ShardedRetriever.from_pretrained("set", device="cpu")
     found["opened"] = (*opened.call_args.args, opened.call_args.kwargs)
