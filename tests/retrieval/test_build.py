@@ -375,9 +375,10 @@ def test_parts_merge_into_the_whole(whole, model, tmp_path, monkeypatch, rows):
     sizes = [{e["title"]: e["bytes"] for e in map(s._document, range(20))} for s in (merged, expected)]
     assert sizes[0] == sizes[1]
     assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
-    build([Document("another title", d.text) for d in CORPUS], tmp_path / "titled", tokenizer=model)
+    titled = [Document("another title", d.text) for i in range(3) for d in CORPUS[i::3]]
+    build(titled, tmp_path / "titled", tokenizer=model)
     with pytest.raises(InputError, match="another corpus"):
-        merge_retrieval_sets([tmp_path / "titled", *parts], tmp_path / "merged", progress=False)
+        merge_retrieval_sets([tmp_path / "titled"], tmp_path / "merged", progress=False)
     twice = merge_retrieval_sets([*parts, whole], tmp_path / "twice", progress=False)
     assert twice["num_documents"] == 20 and twice["corpus"]["duplicates"] == 20
 
