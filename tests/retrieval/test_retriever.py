@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -436,17 +438,19 @@ def test_defaults_of_torch_change_nothing(seed: int, tmp_path: Path, retriever: 
         opened = Retriever.from_pretrained(tmp_path / "set", device="cpu", retriever=retriever)
         return opened.search_text("ka lo mi", 2), opened(tokens, num_neighbours=3)
 
+    @contextlib.contextmanager
+    def double() -> Iterator[None]:
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
     tokens = torch.randint(5, 250, (2, 130))
     hits, wanted = found()
-    for default, usual, other in (
-        (torch.set_default_dtype, torch.float32, torch.float64),
-        (torch.set_default_device, None, "meta"),
-    ):
-        default(other)
-        try:
+    for default in (double(), torch.device("meta")):
+        with default:
             again, given = found()
-        finally:
-            default(usual)
         assert again == hits
         for one, same in zip(given, wanted, strict=True):
             assert one.dtype == same.dtype and torch.equal(one, same)
