@@ -43,6 +43,10 @@ class Goal:
     """The goal is an upper limit."""
     unit: str = ""
 
+    def limits(self) -> tuple[str, str]:
+        """What is to be reached, and what is aimed at."""
+        return f"{'≤' if self.smaller else '≥'} {self.at_least:g}{self.unit}", f"{self.aim:g}{self.unit}"
+
     def verdict(self, rows: list[Row]) -> tuple[str, str, str]:
         """The worst value, where it was measured, and the word for it."""
         found = self.find(rows)
@@ -457,9 +461,7 @@ def report(result: dict[str, Any]) -> tuple[str, int]:
     for goal in GPU_GOALS if gpu else CPU_GOALS:
         value, where, word = goal.verdict(rows)
         missed += word == "MISSED"
-        sign = "≤ " if goal.smaller else "≥ "
-        limits = f"{sign}{goal.at_least:g}{goal.unit} | {goal.aim:g}{goal.unit}"
-        lines.append(f"| {goal.name} | {limits} | {value} | {where} | {word} |")
+        lines.append("| " + " | ".join([goal.name, *goal.limits(), value, where, word]) + " |")
     return "\n".join(lines), missed
 
 
@@ -470,11 +472,9 @@ def beside(results: dict[str, dict[str, Any]]) -> str:
         "|---|---:|---:" + "|---:" * len(results) + "|",
     ]
     for goal in GPU_GOALS:
-        sign = "≤ " if goal.smaller else "≥ "
         verdicts = [goal.verdict(result["results"]) for result in results.values()]
         cells = [f"{value}, {word}" if value else word for value, _, word in verdicts]
-        limits = [f"{sign}{goal.at_least:g}{goal.unit}", f"{goal.aim:g}{goal.unit}"]
-        lines.append("| " + " | ".join([goal.name, *limits, *cells]) + " |")
+        lines.append("| " + " | ".join([goal.name, *goal.limits(), *cells]) + " |")
     return "\n".join(lines)
 
 

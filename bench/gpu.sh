@@ -13,7 +13,7 @@
 # Seconds on an H100 with 16 cores: build 20, tests 55, warm 50, sanitizer 50, kernels 50, training 50, calls 80 and more,
 # absorbed 60 and more, decode 27, gather 15, profile 40; peers are as long as they may be.
 #
-# Needs no network: the extension is built in place, packages are those at hand. OUT (default bench/results) gets gpu.json,
+# Needs no network: the extension is built in place, packages are those at hand. OUT (default bench/results) gets the rows,
 # goals.md and log.txt, renewed after every part. LIMIT is the time for all parts in seconds; each has its own limit
 # too, and one that fails or runs over costs nothing but itself: it is named at the end, and the exit status is 1.
 # FAISS_ARCHIVE names a .tar.xz with a GPU build of faiss, RESULT another file of rows: bench/results/gpu_h200.json is an H200's,
@@ -42,7 +42,8 @@ left() { echo $((LIMIT - (SECONDS - started))); }
 publish() {
     cat "$WORK"/*.log > "$OUT/log.txt" 2> /dev/null
     [ -f "$RESULT" ] || return 0
-    [ "$RESULT" -ef "$OUT/gpu.json" ] || cp "$RESULT" "$OUT/gpu.json"
+    local copy=$OUT/${RESULT##*/}  # under its own name: another GPU's file may lie there
+    [ "$RESULT" -ef "$copy" ] || cp "$RESULT" "$copy"
     "$PYTHON" bench/goals.py "$RESULT" --gpu > "$OUT/goals.md" 2>> "$WORK/publish.log"
 }
 

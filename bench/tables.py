@@ -235,7 +235,7 @@ def demo_report(result: dict[str, Any]) -> str:
 
 def gpu_goals(folder: Path) -> str:
     """Every goal, on every GPU that was measured, and the conditions of all that the files have."""
-    paths = [path for path in (folder / "gpu_h200.json", folder / "gpu.json") if path.exists()]
+    paths = [path for name in GPUS if (path := folder / f"{name}.json").exists()]
     results = [json.loads(path.read_text()) for path in paths]
     names = {" ".join(r["environment"]["device"].split()[:2]).removeprefix("NVIDIA "): r for r in results}
     return "\n\n".join([goals.beside(names), *map(conditions, results)]) + "\n"
@@ -313,6 +313,8 @@ VIEWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo_factbook": demo_report,
 }
 """By the name of the result file; every other one is shown as times."""
+GPUS = ("gpu_h200", "gpu")
+"""Result files of GPUs."""
 OF_GPU: dict[str, Callable[[dict[str, Any]], str]] = {
     "by_shape": gpu_by_shape,
     "around": gpu_around,
@@ -328,7 +330,7 @@ def rendered(text: str, folder: Path = HERE / "results") -> str:
         stem = match["name"].replace("-", "_")
         if stem == "gpu":
             return match[1] + gpu_goals(folder) + match["end"]
-        gpu = re.fullmatch(f"(gpu|gpu_h200)_({'|'.join(OF_GPU)})", stem)
+        gpu = re.fullmatch(f"({'|'.join(GPUS)})_({'|'.join(OF_GPU)})", stem)
         file, view = (gpu[1], OF_GPU[gpu[2]]) if gpu else (stem, VIEWS.get(stem, table))
         result = json.loads((folder / f"{file}.json").read_text())
         if only := match["only"]:
@@ -349,8 +351,7 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text())
         if "results" in result:
-            gpu = path.stem in ("gpu", "gpu_h200")
-            for view in OF_GPU.values() if gpu else (VIEWS.get(path.stem, table),):
+            for view in OF_GPU.values() if path.stem in GPUS else (VIEWS.get(path.stem, table),):
                 print(f"{path.name}\n\n{view(result)}")
     print(f"goals of GPUs\n\n{gpu_goals(HERE / 'results')}")
 

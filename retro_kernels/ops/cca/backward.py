@@ -621,6 +621,7 @@ class _Backward:
         small = tiles.SLICE if not flat or arch < 90 else 2 * tiles.SLICE
         width = g.padded_dim // config.panels
         self._own_shape, self._blocks_each = own_shape, repeat * g.row_tiles
+        # in a later call of the kind, the blocks may have an axis for the batch too
         self._key_shape = key.shape
         self._writers = g.num_heads // kv_heads * self._blocks_each
         self._tables = TableGradients(

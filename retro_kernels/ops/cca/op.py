@@ -224,12 +224,8 @@ class _BlockAttention(torch.autograd.Function):
         if grad_out is None:
             return (None,) * len(ctx.needs_input_grad)
         needs, given = ctx.needs_input_grad[4:8], (grad_out, *ctx.saved_tensors)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (
-                None,
-                *_FirstDerivative.apply(needs, *given, *ctx.options),
-                *(None,) * 8,
-            )  # create_graph=True
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return (None, *_FirstDerivative.apply(needs, *given, *ctx.options), *(None,) * 8)
         wanted = sum(need << i for i, need in enumerate(needs))
         kind, known = look_up("cca_bwd", given, (wanted, *ctx.options))
         if known is not None:
