@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,20 +72,21 @@ class ChunkNeighbours:
         return ChunkNeighbours(self.key.clone(), self.value.clone(), lengths)
 
 
-@dataclass
 class DecodingCache:
     """State of `Retro.decode` and `RetroFitted.decode`. `length` tokens of `batch_size` sequences have been read.
 
     It belongs to the weights that it was filled with: throw it away when they change.
     """
 
-    batch_size: int
-    length: int = 0
-    self_attention: list[SelfAttentionCache] = field(default_factory=list)
-    conditioning: Tensor | None = None
-    """State that conditions the encoder, of the tokens since the last chunk boundary: [B, length % M, dim]."""
-    neighbours: dict[int, ChunkNeighbours | None] = field(default_factory=dict)
-    """Per CCA layer (1-based), the neighbours of the last whole chunk; None or absent: RETRO is off for it."""
-    position_terms: dict[int, dict[str, Any]] = field(default_factory=dict)
-    past: dict[str, Any] = field(default_factory=dict)
-    """By the name of its argument, what a base from another library keeps its keys and values in."""
+    # no dataclass: FSDP makes those among a call's arguments anew, and what is written into the copy would be lost
+    def __init__(self, batch_size: int, self_attention: list[SelfAttentionCache] | None = None) -> None:
+        self.batch_size = batch_size
+        self.length = 0
+        self.self_attention = self_attention or []
+        self.conditioning: Tensor | None = None
+        """State that conditions the encoder, of the tokens since the last chunk boundary: [B, length % M, dim]."""
+        self.neighbours: dict[int, ChunkNeighbours | None] = {}
+        """Per CCA layer (1-based), the neighbours of the last whole chunk; None or absent: RETRO is off for it."""
+        self.position_terms: dict[int, dict[str, Any]] = {}
+        self.past: dict[str, Any] = {}
+        """By the name of its argument, what a base from another library keeps its keys and values in."""
