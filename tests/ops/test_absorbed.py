@@ -292,9 +292,10 @@ def test_opcheck(fused: bool, seed: int) -> None:
     for keep in (True, False):
         torch.library.opcheck(absorbed._cca_absorbed_fwd, (*args, keep))
     out, weights, mixed = absorbed._cca_absorbed_fwd(*args, True)
-    torch.library.opcheck(
-        absorbed._cca_absorbed_bwd, (torch.randn_like(out), weights, mixed, *args, [True] * 8)
-    )
+    for needs in ([True] * 8, [True, False] * 4):
+        torch.library.opcheck(
+            absorbed._cca_absorbed_bwd, (torch.randn_like(out), weights, mixed, *args, needs)
+        )
 
 
 def test_fullgraph(seed: int) -> None:

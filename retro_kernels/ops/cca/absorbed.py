@@ -325,7 +325,7 @@ def _backward(
         grad_query = query.new_empty(query.shape)
         grad_query[:, :shift] = 0.0
         grad_query[:, shift:] = dq.view(batch, -1, heads, head_dim)[:, : max(tokens - shift, 0)]
-    return (
+    grads = (
         grad_query,
         grad_states.view(states.shape) if need_states else none,
         grad_key_weight,
@@ -335,6 +335,8 @@ def _backward(
         grad_position_bias,
         grad_rel_bias,
     )
+    # an op's results may not be one tensor twice
+    return tuple(none.clone() if grad is none else grad for grad in grads)
 
 
 def _of_weight(per_head: Tensor, weight: Tensor) -> Tensor:
