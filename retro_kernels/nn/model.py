@@ -154,7 +154,7 @@ class Retro(Retrieving):
         """
         found = self.fitting_neighbours(tokens, neighbours)
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self.embedding(tokens.long()))
         sinusoids = causal_sinusoids(x) if self.config.self_attention == "relative" else None
         encoded: Tensor | None = None
         lengths: Tensor | None = None
@@ -186,7 +186,7 @@ class Retro(Retrieving):
         projected once. Raises ValueError for shapes that do not fit, before the cache is touched.
         """
         step = DecodingStep(self, tokens, cache, neighbours)
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self.embedding(tokens.long()))
         for number, layer in self._numbered():
             held = cache.self_attention[number - 1]
             x, _ = layer(x, cache=held, contribution=partial(step.contribution, number))

@@ -162,7 +162,12 @@ def _check_at_hand(model: Retrieving) -> None:
 
 def _check_types(name: str, tokens: Any, neighbours: Any) -> None:
     """TypeError: `tokens` or `neighbours` are what no shape can be asked of, or mean something else."""
-    if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+    if (
+        not isinstance(tokens, Tensor)
+        or tokens.is_floating_point()
+        or tokens.is_complex()
+        or tokens.dtype == torch.bool
+    ):
         given = tokens.dtype if isinstance(tokens, Tensor) else f"of type {type(tokens).__name__}"
         raise TypeError(f"{name}: tokens is {given}; it must be a tensor of integers, [B, N].")
     # the first and second rows of a tensor would be taken for tokens and lengths

@@ -315,7 +315,7 @@ class RetroFitted(Retrieving):
 
     def _exchanged(self, tokens: Tensor) -> Tensor:
         """Ids of the base for ours, and the other way round."""
-        pad = self.config.pad_id
+        pad, tokens = self.config.pad_id, tokens.long()
         return tokens if pad == 0 else torch.where(tokens == 0, pad, torch.where(tokens == pad, 0, tokens))
 
     @contextlib.contextmanager

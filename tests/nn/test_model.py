@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from retro_kernels import InputError, Retro, RetroConfig, preset
 from retro_kernels.nn import NeighbourEncoder
@@ -383,6 +383,40 @@ def test_layers_can_be_sharded_one_by_one(seed: int, checkpointing: bool) -> Non
         dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_sharded_model_decodes(seed: int, dtype: torch.dtype | None) -> None:
+    """FSDP makes some of a call's arguments anew: tensors that require a gradient, or are to be of `dtype`."""
+    model = tiny_model(torch.float32)
+    x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    wanted = model(x, neighbours)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(param_dtype=dtype)
+        for part in (*model.layers, model.encoder, model):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(model, "decode")
+        cache, logits = model.new_cache(2), []
+        for t in range(14):
+            u = t // M
+            done = NeighbourBatch(neighbours.tokens[:, u : u + 1], neighbours.lengths[:, u : u + 1])
+            logits.append(model.decode(x[:, t : t + 1], cache, done if t % M == M - 1 else None))
+            read = cache.length
+            assert read == t + 1
+        torch.testing.assert_close(torch.cat(logits, 1), wanted)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int16, torch.int32])
+def test_tokens_of_any_integers(seed: int, dtype: torch.dtype) -> None:
+    model, x, neighbours = tiny_model(), torch.randint(50, (2, 14)), random_neighbours(2, 3)
+    wanted = model(x, neighbours)
+    narrow = NeighbourBatch(neighbours.tokens.to(dtype), neighbours.lengths)
+    assert torch.equal(model(x.to(dtype), narrow), wanted)
+    torch.testing.assert_close(model.decode(x.to(dtype), model.new_cache(2), narrow), wanted)
+
+
 @pytest.mark.parametrize("self_attention, rows", [("relative", None), ("relative", 4), ("rotary", None)])
 def test_compiles_without_a_graph_break(
     seed: int, self_attention: str, rows: int | None, monkeypatch: pytest.MonkeyPatch
@@ -504,6 +538,7 @@ def test_bad_input(seed: int) -> None:
         (x.tolist(), neighbours, r"tokens is of type list; it must be a tensor of integers, \[B, N\]"),
         (x.numpy(), None, "tokens is of type ndarray"),
         (x.float(), None, r"tokens is torch\.float32; it must be a tensor of integers"),
+        (x > 0, None, r"tokens is torch\.bool; it must be a tensor of integers"),
     ]:
         with pytest.raises(TypeError, match=f"Retro: {match}"):
             model(tokens, given)
