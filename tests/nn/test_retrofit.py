@@ -344,6 +344,8 @@ def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
     theirs = neighbours._replace(tokens=order[neighbours.tokens])
     assert torch.equal(model(x, neighbours), plain(order[x], theirs)[..., order])
     assert torch.equal(model(x), base(order[x]).logits[..., order])
+    narrow = neighbours._replace(tokens=neighbours.tokens.to(torch.uint16))
+    assert torch.equal(model(x.to(torch.uint8), narrow), model(x, neighbours))
     model(x, neighbours).sum().backward()
 
 
