@@ -311,6 +311,11 @@ def test_ids_out_of_range(backend: str, wrong: int) -> None:
             r"tokens have shape \(0, 4\); expected \[C, M\], neither of them 0",
         ),
         ({"tokens": STORE.T.contiguous().T}, ValueError, "have to lie side by side"),
+        (  # a field of records
+            {"tokens": np.ones(3, dtype="4u2, u1")["f0"], "pad_id": 0},
+            ValueError,
+            "rows of tokens lie 9 bytes apart, which is no multiple of the 2 bytes of a token",
+        ),
         ({"ids": IDS.int()}, TypeError, "ids are torch.int32; expected a tensor of torch.int64"),
         ({"ids": [[[0]]]}, TypeError, "ids are list; expected a tensor of torch.int64"),
         ({"continuation": FLAGS.int()}, TypeError, "continuation is torch.int32; expected bool"),

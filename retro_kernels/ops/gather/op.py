@@ -175,6 +175,11 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
         raise ValueError(
             f"{NAME}: the tokens of a chunk, and continuation, have to lie side by side in memory."
         )
+    if isinstance(tokens, np.ndarray) and tokens.strides[0] % tokens.itemsize:
+        raise ValueError(
+            f"{NAME}: the rows of tokens lie {tokens.strides[0]} bytes apart, which is no multiple of the "
+            f"{tokens.itemsize} bytes of a token. Copy them (numpy.ascontiguousarray)."
+        )
     if dtype not in (torch.int64, torch.int32, torch.uint16):
         raise TypeError(f"{NAME}: dtype is {dtype}; choose torch.int64, torch.int32 or torch.uint16.")
     if dtype == torch.uint16 and kind != torch.uint16:
