@@ -135,6 +135,28 @@ def test_tuning_keeps_the_fastest_that_is_right(own_file: Path, monkeypatch: pyt
     assert [path.name for path in own_file.parent.iterdir()] == [own_file.name]
 
 
+@interpreted
+def test_tuning_asks_the_table_alone(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file says to tune again; and what was found to fit before is not preferred to what was tuned."""
+    own_file.parent.mkdir()
+    own_file.write_text('{"format": 2')
+    monkeypatch.setattr(tuning, "candidates", lambda direction, dim: iter([Config(32, 8, 1)]))
+    problem = tuning.Problem("forward", 0, 16, torch.float32, 16, "relative")
+    monkeypatch.setitem(tuning._fitted, problem, Config(16, 4, 1))
+    best = tuning.tune(
+        16,
+        torch.float32,
+        num_heads=1,
+        chunk_size=16,
+        neighbour_len=32,
+        chunks=1,
+        device="cpu",
+        clock=lambda call: 1.0,
+        tell=lambda line: None,
+    )
+    assert tuning.block_sizes(problem) == best[problem.name] != Config(16, 4, 1)
+
+
 def test_the_file_is_checked(own_file: Path) -> None:
     tuning.save({PROBLEM.name: Config(16, 4, 1)}, "some GPU")
     assert tuning.block_sizes(PROBLEM) == Config(16, 4, 1)

@@ -160,6 +160,7 @@ def save(block_sizes: dict[str, Config], gpu: str, path: Path | None = None) -> 
     finally:
         partial.unlink(missing_ok=True)
     _tuned.cache_clear()
+    _fitted.clear()  # of the sizes before
     launch.forget()
     return path
 
@@ -222,25 +223,31 @@ def tune(
     terms = terms if relative else [None, None, None, draw(num_heads, columns)]
     last = (None, None, chunk_size, chunk_size - 1, 1, head_dim**-0.5, 0.0)
     arguments = (query, key, value, *terms, *last)
-    out, lse = forward.forward(*arguments)
+    g = tiles.geometry(query, key, chunk_size, 1)
+    arch = tiles.architecture(query.device)
+
+    problems = {
+        direction: Problem(direction, arch, g.padded_dim, dtype, g.rows, "relative" if relative else tables)
+        for direction, tables in (("forward", "plain"), ("backward", "sums"))
+    }
+
+    def by_table(direction: str, call: Callable[..., Any]) -> Any:
+        # not by what was tuned before: it may be wrong, or its file damaged
+        problem = problems[direction]
+        shrink = functools.partial(smaller, problem)
+        return until_it_fits(_table(problem), lambda config: call(config=config), shrink)
+
+    out, lse = by_table("forward", functools.partial(forward.forward, *arguments))
     grad = draw(*query.shape)
     back: Any = backward.backward
     calls: dict[str, Callable[..., tuple[Tensor | None, ...]]] = {
         "forward": lambda **more: forward.forward(*arguments, **more)[:1],
         "backward": lambda **more: back(grad, out, lse, *arguments, (True,) * 4, **more),
     }
-    g = tiles.geometry(query, key, chunk_size, 1)
     best: dict[str, Config] = {}
     for direction, call in calls.items():
-        problem = Problem(
-            direction,
-            tiles.architecture(query.device),
-            g.padded_dim,
-            dtype,
-            g.rows,
-            "relative" if relative else "plain" if direction == "forward" else "sums",
-        )
-        expected, own = call(), _table(problem)
+        problem = problems[direction]
+        expected, own = by_table(direction, call), _table(problem)
         times: dict[Config, float] = {}
         for config in dict.fromkeys((own, *candidates(direction, g.padded_dim))):
             try:
