@@ -120,12 +120,12 @@ def _cuda(torch: Any) -> tuple[bool, str]:
 
 
 def _triton(torch: Any) -> tuple[bool, str]:
-    from .ops._backend import why_not_triton
+    from .ops._backend import INTERPRETING, why_not_triton
 
     works, version = _package("triton", "triton")
     if not works:
         return False, version + (" (Linux only)" if platform.system() != "Linux" else "")
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETING:
         return False, "kernels are interpreted in this process (TRITON_INTERPRET=1)"
     if not torch.cuda.is_available():
         return (
@@ -140,11 +140,11 @@ def _interpreter() -> tuple[bool, str]:
     works, version = _package("triton", "triton")
     if not works:
         return False, version
-    from .ops._backend import NOT_INTERPRETED
+    from .ops._backend import INTERPRETING, NOT_INTERPRETED
 
     if NOT_INTERPRETED is not None:
         return False, NOT_INTERPRETED
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETING:
         return True, f"{version}, on (for tests: slow; fp32 and fp16 only)"
     return (
         False,

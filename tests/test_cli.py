@@ -654,11 +654,11 @@ def test_info_says_why_something_does_not_work(monkeypatch: pytest.MonkeyPatch) 
     fake("triton", None)
     assert info._triton(no_gpu)[1].startswith("not installed") and not info._interpreter()[0]
     fake("triton", SimpleNamespace())
-    for on, said in (("1", "interpreted in this process"), ("0", "its kernels need a CUDA GPU")):
-        monkeypatch.setenv("TRITON_INTERPRET", on)
+    for on, said in ((True, "interpreted in this process"), (False, "its kernels need a CUDA GPU")):
+        monkeypatch.setattr("retro_kernels.ops._backend.INTERPRETING", on)
         assert said in info._triton(no_gpu)[1] and not info._triton(no_gpu)[0]
         monkeypatch.setattr("retro_kernels.ops._backend.NOT_INTERPRETED", None)
-        assert info._interpreter()[0] == (on == "1")
+        assert info._interpreter()[0] == on
         monkeypatch.setattr("retro_kernels.ops._backend.NOT_INTERPRETED", "too old")
         assert info._interpreter() == (False, "too old")
     a_gpu = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True), device=str, float32=None)

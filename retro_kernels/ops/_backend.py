@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from retro_kernels.config import InputError
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 """Triton decides when a kernel is defined whether it is compiled or interpreted, so this is read once as well."""
 
 _preferred: str | None = None

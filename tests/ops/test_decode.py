@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 from typing import Any
 
 import pytest
@@ -436,6 +437,13 @@ def test_an_interpreter_that_does_not_know_this_numpy_says_so(monkeypatch: pytes
         absorbed_decode(
             **{n: x.cpu() for n, x in make(*SIZES[0], dtype=torch.float32).items()}, backend="triton"
         )
+
+
+@pytest.mark.parametrize("value", ["1", "true", "Yes", "on", "y", "0", "2", ""])
+def test_interpreting_is_what_triton_takes_for_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    knobs = pytest.importorskip("triton.knobs", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert runpy.run_path(_backend.__file__)["INTERPRETING"] == knobs.runtime.interpret
 
 
 @needs_triton
