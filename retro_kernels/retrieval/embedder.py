@@ -268,7 +268,7 @@ class Embedder:
         digest = hashlib.sha256(json.dumps(rules, sort_keys=True).encode())
         for name, tensor in sorted(self._model.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def embed(self, texts: Sequence[str], progress: Callable[[int], object] | None = None) -> torch.Tensor:
@@ -305,7 +305,8 @@ class Embedder:
             ids[row, : len(tokens)] = torch.tensor(tokens, device="cpu")
             mask[row, : len(tokens)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        with torch.inference_mode():
+        # a caller's training step may be in autocast, and the vectors of a set are those of `dtype`
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             states = self._model(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, T, E]
             if self.pooling == "cls":
                 pooled = states[:, 0].float()

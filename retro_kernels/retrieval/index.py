@@ -620,10 +620,11 @@ def exact_search(
         else:
             block = torch.from_numpy(_block(vectors, start)).to(queries.device)
         norms, nearest = block.square().sum(1), min(k, len(block))
-        found = [
-            torch.addmm(norms, some, block.T, alpha=-2).topk(nearest, dim=1, largest=False)
-            for some in queries.split(_BLOCK_QUERIES)
-        ]
+        with torch.autocast(queries.device.type, enabled=False):  # that of a caller's training step
+            found = [
+                torch.addmm(norms, some, block.T, alpha=-2).topk(nearest, dim=1, largest=False)
+                for some in queries.split(_BLOCK_QUERIES)
+            ]
         candidates = torch.cat([best_distances, torch.cat([part.values for part in found])], 1)
         candidate_ids = torch.cat([best_ids, torch.cat([part.indices for part in found]) + start], 1)
         best_distances, order = candidates.sort(dim=1, stable=True)

@@ -245,7 +245,8 @@ def scan_exact(
         owners, squares = documents.document_ids[start : start + len(block)], block.square().sum(1)
         for first in range(0, len(keys), _SCAN_QUERIES):
             part = slice(first, first + _SCAN_QUERIES)
-            d = keys[part] @ block.T  # [queries, chunks]
+            with torch.autocast(keys.device.type, enabled=False):  # that of a caller's training step
+                d = keys[part] @ block.T  # [queries, chunks]
             if inner_product:
                 d.neg_()
             else:

@@ -76,6 +76,23 @@ def test_batches_and_order_do_not_matter(bert, monkeypatch):
     assert embedder.embed([]).shape == (0, 16)
 
 
+def test_autocast_changes_no_vector(bert):
+    """A training step is often in it, and the fingerprint says in what is computed."""
+    embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
+    wanted = embedder.embed(TEXTS[:1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(embedder.embed(TEXTS[:1]), wanted)
+
+
+def test_a_weight_without_dimensions_is_in_the_fingerprint(bert):
+    prints = set()
+    for scale in (1.0, 2.0):
+        embedder = Embedder.from_pretrained(bert, dtype=torch.float32)
+        embedder._model.register_buffer("scale", torch.tensor(scale))
+        prints.add(embedder.fingerprint)
+    assert len(prints) == 2
+
+
 def test_each_core_takes_a_batch(bert, monkeypatch):
     """And the caller's own loops keep all of them; what goes wrong in one is raised."""
     if not can_limit_threads():

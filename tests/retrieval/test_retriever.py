@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels.config import InputError
 from retro_kernels.retrieval.build import build_retrieval_set
+from retro_kernels.retrieval.index import exact_search
 from retro_kernels.retrieval.leakage import containment
 from retro_kernels.retrieval.retriever import Retriever
 from retro_kernels.retrieval.search import (
@@ -603,6 +604,21 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
         return made
+
+
+@pytest.mark.parametrize("inner_product", [False, True])
+def test_within_autocast_a_search_is_as_exact(seed: int, inner_product: bool) -> None:
+    """As in a training step, whose products need not be."""
+    store = MemoryStore(make_documents(30), BagEmbedder())
+    keys, table = torch.randn(4, 16), DocumentTable(store.document_ids, 30)
+
+    def found() -> list[Tensor]:
+        scanned = scan_exact(keys, store.embeddings, table, None, 9, inner_product=inner_product)
+        return [*scanned, *exact_search(store.embeddings, keys, 9)]
+
+    wanted = found()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(map(torch.equal, found(), wanted))
 
 
 def test_scan_of_many_rows_takes_no_more_memory(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
