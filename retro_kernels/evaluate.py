@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from .retrieval.writing import Journal
 
 LEAKAGE_NEIGHBOURS = 10
-MODES = ("off", "on", "shuffled")
 
 
 @dataclass

@@ -79,20 +79,6 @@ def require_faiss() -> Any:
     return faiss
 
 
-def faiss_status() -> dict[str, Any]:
-    """What `retro-kernels info` shows: version, GPUs that FAISS can use, and whether it was built with cuVS."""
-    faiss = _faiss()
-    if faiss is None:
-        return {"available": False, "reason": _MISSING}
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    return {
-        "available": True,
-        "version": faiss.__version__,
-        "gpus": gpus,
-        "cuvs": hasattr(faiss, "GpuIndexCagra"),
-    }
-
-
 def _has_gpu_faiss() -> bool:
     faiss = _faiss()
     return faiss is not None and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
