@@ -31,6 +31,9 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
         except SafetensorError as error:
             raise as_os_error(error, directory / WEIGHTS) from None
         staged_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for path in (staged, staged_config):  # or a power cut might leave nothing under either name
+            with open(path, "r+b") as file:
+                os.fsync(file.fileno())
         os.replace(staged, directory / WEIGHTS)
         os.replace(staged_config, directory / CONFIG)
     finally:

@@ -35,6 +35,18 @@ def test_round_trip(seed: int, tmp_path: Path, changes: dict[str, object]) -> No
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+def test_what_takes_a_name_is_on_the_disk(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, int]] = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: done.append(("sync", os.fstat(file).st_ino)) or sync(file))
+    monkeypatch.setattr(
+        "os.replace", lambda old, new: done.append(("name", os.stat(old).st_ino)) or replace(old, new)
+    )
+    tiny_model().save_pretrained(tmp_path)
+    files = [(tmp_path / name).stat().st_ino for name in ("model.safetensors", "config.json")]
+    assert done == [("sync", files[0]), ("sync", files[1]), ("name", files[0]), ("name", files[1])]
+
+
 def test_what_does_not_fit(seed: int, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no config\.json"):
         Retro.from_pretrained(tmp_path)
