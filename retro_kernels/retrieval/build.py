@@ -538,6 +538,7 @@ class Builder:
             self.drop_leftovers(plan)
             return manifest
         if set(differs) <= _INDEX_ONLY:
+            self.check_nothing_else()  # now, and not when the index is made
             self.say(f"{self.out}: built from this input; only its index is made again.")
         elif not overwrite:
             raise MadeFromOther(self.out, differs, "was built from something else", self.otherwise)
@@ -588,7 +589,8 @@ class Builder:
             try:
                 yield
             except InputError:
-                if not self.has_shards():  # nothing worth keeping, and in the way of better arguments
+                # nothing worth keeping, and in the way of better arguments
+                if not self.has_shards() and not self._index_note():
                     self._tidy()
                 raise
             except KeyboardInterrupt as signal:

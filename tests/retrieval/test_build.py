@@ -317,6 +317,36 @@ def test_nothing_that_is_kept_in_a_set_goes_with_it(tmp_path, model):
     assert build(CORPUS[:14], out, tokenizer=model, index="HNSW8,SQ8")["index"]["factory"] == "HNSW8,SQ8"
 
 
+def test_an_index_is_not_made_in_vain(tmp_path, model, monkeypatch):
+    """It takes hours: what is in its way is said before, and what comes in its way meanwhile costs nothing."""
+    out, trained = tmp_path / "set", []
+    build(CORPUS[:14], out, tokenizer=model)
+    train, note = Index.train, build_module.Builder._note_index
+
+    def counted(*args, **options):
+        trained.append(args)
+        return train(*args, **options)
+
+    monkeypatch.setattr(Index, "train", counted)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="also holds notes.txt"):
+        build(CORPUS[:14], out, tokenizer=model, index="IVF4,SQfp16")
+    assert not trained
+    (out / "notes.txt").unlink()
+
+    def disturbed(*args):
+        note(*args)
+        (out / "notes.txt").write_text("mine")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(build_module.Builder, "_note_index", disturbed)
+        with pytest.raises(InputError, match="what is done by then is kept"):
+            build(CORPUS[:14], out, tokenizer=model, index="IVF4,SQfp16")
+    (out / "notes.txt").unlink()
+    assert build(CORPUS[:14], out, tokenizer=model, index="IVF4,SQfp16")["index"]["factory"] == "IVF4,SQfp16"
+    assert len(trained) == 1 and [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 def test_a_set_behind_a_link(tmp_path, model, monkeypatch):
     """What the link points to is replaced, and the link stays one."""
     build(CORPUS[:10], tmp_path / "real" / "set", tokenizer=model)
