@@ -132,10 +132,10 @@ class Prefetcher:
                 self.stall_seconds += waited
                 self.first_seconds += waited if first else 0.0
                 self.steps, first = self.steps + 1, False
-                batch, neighbours, done, asked = item
+                batch, neighbours, done = item
                 if done is not None:
                     _hand_over(neighbours, done)
-                del asked, item  # which the other stream has read by now
+                del item
                 yield batch, neighbours
                 del batch, neighbours  # or they would live until the next one is there
         finally:
@@ -176,13 +176,18 @@ def _work(
         for batch in loader:
             if lane.stop.is_set():
                 return
-            asked = tokens, exclude = inputs(batch)
+            tokens, exclude = inputs(batch)
             with torch.cuda.stream(stream):  # None: nothing
                 if stream is not None and tokens.is_cuda:
                     stream.wait_stream(torch.cuda.default_stream(tokens.device))
                 neighbours = retriever(tokens, num_neighbours=num_neighbours, exclude_documents=exclude)
-                done = stream.record_event() if stream is not None else None
-            if not lane.put(("batch", (batch, neighbours, done, asked))):
+                # of a retriever on the host they are on a GPU too where the tokens are
+                place = neighbours.tokens.device
+                done = torch.cuda.current_stream(place).record_event() if place.type == "cuda" else None
+            for asked in (tokens, exclude):  # which the loop may let go of before this stream has read it
+                if stream is not None and asked is not None and asked.is_cuda:
+                    asked.record_stream(stream)
+            if not lane.put(("batch", (batch, neighbours, done))):
                 return
             del batch, asked, tokens, exclude, neighbours
         lane.put(("end", None))

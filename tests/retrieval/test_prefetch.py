@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -19,6 +20,7 @@ import torch
 from retrieval.sets import BagEmbedder, M, MemoryStore, dense, make_documents
 from torch import Tensor
 
+from retro_kernels.ops import NeighbourBatch
 from retro_kernels.ops._backend import can_limit_threads
 from retro_kernels.retrieval import prefetch
 from retro_kernels.retrieval.retriever import Retriever
@@ -356,6 +358,72 @@ def test_bad_depth(retriever: Retriever) -> None:
     for depth in (0, 1.5, True):
         with pytest.raises(ValueError, match="depth"):
             retriever.prefetch([], depth=depth)
+
+
+@pytest.mark.parametrize("where", ["cuda", "cpu"])
+def test_on_a_gpu_each_stream_waits_for_the_other(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told by stand-ins for streams and for tensors there: what waits for what, and whose memory is kept for whom. The
+    loop is on a stream of its own, the loader on the default one, and so is a retriever on the host."""
+    told: list[str] = []
+    here = threading.local()
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self) -> str:
+            told.append(f"event of {self.name}")
+            return f"the event of {self.name}"
+
+        def wait_event(self, event: str) -> None:
+            told.append(f"{self.name} waits for {event}")
+
+    class OnGpu(Tensor):
+        is_cuda, device = True, torch.device("cuda", 0)
+
+        def record_stream(self, stream: Stream) -> None:
+            told.append(f"{self.shape[0]} kept for {stream.name}")
+
+    @contextlib.contextmanager
+    def on(stream: Stream | None) -> Iterator[None]:
+        here.stream = stream
+        yield
+        here.stream = None
+
+    def made(size: int) -> Tensor:
+        return torch.zeros(size, dtype=torch.int64).as_subclass(OnGpu)
+
+    class Finder:
+        device = torch.device(where)
+
+        def __call__(self, tokens: Tensor, **options: Any) -> NeighbourBatch:
+            told.append("found")
+            return NeighbourBatch(made(3), made(4), made(5), made(6))
+
+    side, default, loop = (Stream(name) for name in ("side", "default", "loop"))
+    main = threading.current_thread()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: side)
+    monkeypatch.setattr("torch.cuda.stream", on)
+    monkeypatch.setattr("torch.cuda.default_stream", lambda device: default)
+    monkeypatch.setattr(
+        "torch.cuda.current_stream",
+        lambda device: (
+            loop if threading.current_thread() is main else getattr(here, "stream", None) or default
+        ),
+    )
+    finder: Any = Finder()
+    for _ in prefetch.Prefetcher(finder, [(made(1), made(2))]):
+        break
+    kept = [f"{size} kept for loop" for size in (3, 4, 5, 6)]
+    if where == "cuda":
+        wanted = ["side waits for default", "found", "event of side", "1 kept for side", "2 kept for side"]
+        assert told == [*wanted, "loop waits for the event of side", *kept]
+    else:
+        assert told == ["found", "event of default", "loop waits for the event of default", *kept]
 
 
 @pytest.mark.gpu
