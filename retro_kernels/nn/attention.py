@@ -367,9 +367,8 @@ class ChunkedCrossAttention(nn.Module):
     def position_terms(self) -> dict[str, Any]:
         """The position arguments of `chunked_cross_attention`, projected."""
         if self.position == "relative":
-            rel_key = _heads(self.rel_proj(self.distances(self.content_bias)), self.num_heads)
             return {
-                "rel_key": rel_key,
+                "rel_key": _relative_keys(self),
                 "content_bias": self.content_bias,
                 "position_bias": self.position_bias,
             }
@@ -501,7 +500,7 @@ class BlockAttention(nn.Module):
             self.q_proj(x).unflatten(-1, shape),
             self.k_proj(source).unflatten(-1, shape)[:, None],
             self.v_proj(source).unflatten(-1, shape)[:, None],
-            rel_key=_heads(self.rel_proj(self.distances(self.content_bias)), self.num_heads),
+            rel_key=_relative_keys(self),
             content_bias=self.content_bias,
             position_bias=self.position_bias,
             lengths=None if lengths is None else lengths[:, None],
@@ -541,6 +540,12 @@ def _exported_for_any(size: Any) -> bool:
 
 def _heads(table: Tensor, num_heads: int) -> Tensor:
     return table.unflatten(-1, (num_heads, -1)).transpose(0, 1)  # [G, H·D] → [H, G, D]
+
+
+def _relative_keys(attention: ChunkedCrossAttention | BlockAttention) -> Tensor:
+    """Of every distance column: [H, G, D], in one piece, or each call would make it so, and never be one that ran before."""
+    distances = attention.distances(attention.content_bias)
+    return _heads(attention.rel_proj(distances), attention.num_heads).contiguous()
 
 
 def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:

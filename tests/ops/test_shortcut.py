@@ -432,6 +432,39 @@ def test_the_short_way_launches_what_the_long_way_does(tmp_path: Path) -> None:
     without_gpu.run(SCRIPT, tmp_path)
 
 
+LAYERS = """
+from retro_kernels import ChunkedCrossAttention
+from retro_kernels.nn.attention import BlockAttention
+from retro_kernels.ops.cca import decode, decode_kernel, op
+
+op.why_not_triton = decode.why_not_triton = lambda device, dtype: None
+decode_kernel.slots = lambda device, resident: 132 * resident
+tensor, calls = id, []
+
+cca = ChunkedCrossAttention(64, 2, encoder_dim=48, chunk_size=16, neighbour_len=32, projection="materialised", backend="triton").bfloat16()
+block = BlockAttention(64, 2, 16, 16, head_dim=32, dropout=0.0, backend="triton").bfloat16()
+x, neighbours = torch.randn(1, 64, 64).bfloat16(), torch.randn(1, 4, 2, 32, 48).bfloat16()
+
+def step():
+    key, value = cca.keys_and_values(neighbours[:, 0])
+    return cca.attend_rows(x[:, :1], 0, key, value, None, cca.position_terms())
+
+cases = (lambda: cca(x, neighbours)), (lambda: block(x.view(4, 16, 64))), step
+for function, gradients in [(f, False) for f in cases] + [(f, True) for f in cases[:2]]:
+    with torch.set_grad_enabled(gradients):
+        function()
+        checks = op._check_ranks, decode._check_floating
+        op._check_ranks = decode._check_floating = None  # the long way is closed
+        function()
+        op._check_ranks, decode._check_floating = checks
+print("the same")
+"""
+
+
+def test_layers_take_the_short_way(tmp_path: Path) -> None:
+    without_gpu.run(LAYERS, tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(2, 40, 2, 8), (12, 20, 2, 8)])
 def test_gradients_of_the_short_way(shape: tuple[int, ...], seed: int) -> None:
     """Its tensors are as they were given: keys and lengths of chunks have an axis more than those of blocks."""
