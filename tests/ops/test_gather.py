@@ -330,6 +330,8 @@ def test_ids_out_of_range(backend: str, wrong: int) -> None:
         ({"tokens": STORE.to(torch.uint16), "pad_id": -1}, ValueError, "torch.uint16 holds 0 to 65535"),
         ({"pad_id": 0.5}, TypeError, "pad_id is 0.5; it has to be an integer"),
         ({"ids": IDS.to("meta")}, ValueError, "ids are on meta"),
+        ({"tokens": STORE.to("meta")}, ValueError, "tokens are on meta, without data"),
+        ({"continuation": FLAGS.to("meta")}, ValueError, "continuation is on meta, without data"),
         ({"backend": "cuda"}, ValueError, 'backend "cuda" cannot run here'),
         ({"backend": "faiss"}, ValueError, 'there is no backend "faiss"'),
     ],

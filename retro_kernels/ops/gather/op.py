@@ -191,8 +191,13 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
         raise ValueError(
             f"{NAME}: pad_id is {pad_id}; the store's {tokens.dtype} holds {limits[0]} to {limits[1]}."
         )
-    if ids.is_meta and not (isinstance(tokens, Tensor) and tokens.is_meta):
-        raise ValueError(f"{NAME}: ids are on meta, without data, but tokens are not. Move ids there.")
+    given = (("tokens are", tokens), ("ids are", ids), ("continuation is", continuation))
+    without = [label for label, x in given if isinstance(x, Tensor) and x.is_meta]
+    if 0 < len(without) < len(given):  # torch would take the others to be without data, too, and fill in nothing
+        raise ValueError(
+            f"{NAME}: {without[0]} on meta, without data, but tokens, ids and continuation are not all there. Move "
+            "them to one device."
+        )
     on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
     if on_gpu and ids.device != tokens.device:
         raise ValueError(f"{NAME}: tokens are on {tokens.device}, but ids on {ids.device}. Move ids there.")
