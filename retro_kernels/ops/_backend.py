@@ -51,7 +51,7 @@ def pick_backend(op: str, requested: str | None, candidates: Mapping[str, str | 
                 return candidate
         listed = "; ".join(f"{candidate}: {reason}" for candidate, reason in candidates.items())
         raise ValueError(f"{op}: no backend can run here. {listed}")
-    if name not in candidates:
+    if not isinstance(name, str) or name not in candidates:
         raise ValueError(
             f'{op}: there is no backend "{name}". Choose one of {", ".join(candidates)}, or None.'
         )

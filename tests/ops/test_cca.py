@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 
+import numpy as np
 import pytest
 import torch
 from numerics import assert_accurate
@@ -606,6 +607,8 @@ def test_it_saves_its_inputs_and_its_output_only(seed):
 
 def test_bad_arguments_say_what_to_do(seed):
     (query, key, value), options = inputs()
+    lengths = options["neighbour_lengths"]
+    ragged = torch.nested.nested_tensor([key[0, 0], key[0, 0, :1]], layout=torch.jagged)
     cases = [
         (dict(key=key[:, 1:], value=value[:, 1:]), ValueError, "2 chunks.*48 tokens.*3 expected"),
         (dict(query=query.int()), TypeError, "floating-point"),
@@ -627,7 +630,14 @@ def test_bad_arguments_say_what_to_do(seed):
             TypeError,
             "float8_e4m3fn; it has to be a floating-point",
         ),
+        (dict(scale="wide"), TypeError, "scale is 'wide'; it has to be a number"),
+        (dict(scale=[1.0]), TypeError, r"scale is \[1.0\]; it has to be a number"),
+        (dict(dropout_p=None), TypeError, "dropout_p is None; it has to be a number"),
+        (dict(query=query.to_sparse()), TypeError, "query is of layout torch.sparse_coo; .* a dense one"),
+        (dict(rel_bias=ragged), TypeError, "rel_bias is a nested tensor; .* pad it, and give lengths"),
+        (dict(neighbour_lengths=lengths.to_sparse()), TypeError, "neighbour_lengths is of layout"),
         (dict(backend="cuda"), ValueError, "no backend"),
+        (dict(backend=["torch"]), ValueError, "no backend"),
         (dict(query=query[:1]), ValueError, "batch"),
         (dict(query=torch.cat((query, query[..., :1]), -1)), ValueError, "head size"),
     ]
@@ -635,6 +645,11 @@ def test_bad_arguments_say_what_to_do(seed):
         call = {"query": query, "key": key, "value": value, "chunk_size": M, **changes}
         with pytest.raises(error, match=message):
             chunked_cross_attention(**call)
+    for number in (np.float16(0.5), torch.tensor(0.5)):  # 2^32 times the one is infinite
+        torch.manual_seed(seed)
+        dropped = chunked_cross_attention(query, key, value, chunk_size=M, dropout_p=number)
+        torch.manual_seed(seed)
+        assert torch.equal(dropped, chunked_cross_attention(query, key, value, chunk_size=M, dropout_p=0.5))
     blocks = torch.randn(4, M, 2, D), *(torch.randn(2, 1, R, 2, D) for _ in "kv")
     with pytest.raises(TypeError, match="key_repeat is 2.0; it has to be an integer"):
         block_attention(*blocks, key_repeat=2.0)

@@ -319,6 +319,9 @@ def test_wrong_inputs(change: dict[str, Any], message: str) -> None:
         absorbed_decode(**{**tensors, "rows": tensors["rows"].float()})
     with pytest.raises(TypeError, match="key_weight is of type NoneType"):
         absorbed_decode(**{**tensors, "key_weight": None})
+    for name in ("rel_key", "rel_bias"):
+        with pytest.raises(TypeError, match=f"{name} is of type list; it has to be a tensor"):
+            absorbed_decode(**{**tensors, name: tensors[name].tolist()})
 
 
 @needs_triton

@@ -28,6 +28,7 @@ from retro_kernels.ops.cca.op import (
     _check_float,
     _check_lengths,
     _check_table,
+    _checked_dropout,
     _checked_scale,
 )
 from retro_kernels.ops.cca.reference import block_attention_reference, dropout_keep, relative_column
@@ -529,13 +530,12 @@ def absorbed_cross_attention(
         position_bias,
         rel_bias,
         neighbour_lengths,
-        dropout_p,
     )
     query, states, key_weight, value_weight, key_bias, value_bias, rel_key, content_bias, position_bias = (
         options
     )
     heads, head_dim = query.shape[2:]
-    scale = _checked_scale(name, scale, head_dim)
+    scale, dropout_p = _checked_scale(name, scale, head_dim), _checked_dropout(name, dropout_p)
     transformed = why_not_transformed()
     candidates = {
         "triton": why_not_triton(query.device, query.dtype) or transformed,
@@ -681,7 +681,6 @@ def _check(
     position_bias: Tensor | None,
     rel_bias: Tensor | None,
     lengths: Tensor | None,
-    dropout_p: float,
 ) -> list[Any]:
     """The tensors, cast where autocast is on."""
     for label, tensor in (
@@ -705,8 +704,6 @@ def _check(
             f"{name}: states has a batch of {states.shape[0]} with {states.shape[1]:,} chunks, but query has one of "
             f"{batch} with {tokens:,} tokens and chunk_size is {chunk_size} ({tokens // chunk_size:,} chunks expected)."
         )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
     if key_weight.dim() != 2:
         raise ValueError(f"{name}: key_weight has shape {tuple(key_weight.shape)}; expected [Hkv * D, E].")
     inner = key_weight.shape[0]

@@ -471,7 +471,10 @@ def _check_positions(
         raise ValueError(
             f"{name}: position_bias is given without rel_key, where it has no effect. Give both."
         )
-    tables = [table.shape[1] for table in (rel_key, rel_bias) if table is not None and table.dim() > 1]
+    # what is no table is told below, with the shape expected for so many columns
+    tables = [
+        x.shape[1] for x in (rel_key, rel_bias) if isinstance(x, Tensor) and not x.is_nested and x.dim() > 1
+    ]
     columns = tables[0] if tables else neighbour_len
     if columns < neighbour_len:
         raise ValueError(

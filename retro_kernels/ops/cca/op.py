@@ -461,8 +461,7 @@ def _attend(
     num_keys, kv_heads = key.shape[2], key.shape[3]
     if kv_heads < 1 or num_heads % kv_heads != 0:
         raise ValueError(f"{name}: {kv_heads} key heads do not divide the query's {num_heads} heads.")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
+    dropout_p = _checked_dropout(name, dropout_p)
     if position_bias is not None and rel_key is None:
         raise ValueError(
             f"{name}: position_bias is given without rel_key, where it has no effect. Give both."
@@ -563,6 +562,15 @@ def _check_float(name: str, label: str, tensor: Tensor) -> None:
             f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor (float32, float16, bfloat16 or "
             "float64)."
         )
+    _check_dense(name, label, tensor)
+
+
+def _check_dense(name: str, label: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        given = "a nested tensor" if tensor.is_nested else f"of layout {tensor.layout}"
+        raise TypeError(
+            f"{name}: {label} is {given}; it has to be a dense one (to_dense; a nested one: pad it, and give lengths)."
+        )
 
 
 def _check_count(name: str, label: str, count: Any) -> None:
@@ -577,10 +585,24 @@ def _checked_scale(name: str, scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5 if head_dim else 1.0
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError(f"{name}: scale gets no gradient; multiply the query with what is learned.")
-    scale = float(scale)
+    scale = _as_float(name, "scale", scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"{name}: scale is {scale}; it has to be finite.")
     return scale
+
+
+def _checked_dropout(name: str, dropout_p: float) -> float:
+    dropout_p = _as_float(name, "dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}; it has to be in [0, 1).")
+    return dropout_p
+
+
+def _as_float(name: str, label: str, number: Any) -> float:
+    try:
+        return float(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: {label} is {number!r}; it has to be a number.") from None
 
 
 def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...], query: Tensor) -> None:
@@ -591,6 +613,7 @@ def _check_lengths(name: str, label: str, lengths: Tensor, shape: tuple[int, ...
             f"{name}: {label} is {lengths.dtype}; it has to hold integers"
             + (" (a mask: use mask.sum(-1))." if label.endswith("lengths") else ".")
         )
+    _check_dense(name, label, lengths)
     if lengths.shape != shape:
         raise ValueError(f"{name}: {label} has shape {tuple(lengths.shape)}; expected {tuple(shape)}.")
     if lengths.device != query.device:

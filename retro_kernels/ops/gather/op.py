@@ -193,7 +193,8 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
         )
     given = (("tokens are", tokens), ("ids are", ids), ("continuation is", continuation))
     without = [label for label, x in given if isinstance(x, Tensor) and x.is_meta]
-    if 0 < len(without) < len(given):  # torch would take the others to be without data, too, and fill in nothing
+    # torch would take the others to be without data, too, and fill in nothing
+    if 0 < len(without) < len(given):
         raise ValueError(
             f"{NAME}: {without[0]} on meta, without data, but tokens, ids and continuation are not all there. Move "
             "them to one device."
