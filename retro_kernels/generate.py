@@ -9,6 +9,7 @@ with the last half of one, read anew with the neighbours it had.
 
 from __future__ import annotations
 
+import numbers
 import os
 import time
 from collections.abc import Callable
@@ -134,6 +135,9 @@ def check_sampling(
 ) -> None:
     check_count("generate", "max_tokens", max_tokens)
     as_seed("generate", seed)
+    for name, given in (("temperature", temperature), ("top_p", 1.0 if top_p is None else top_p)):
+        if not isinstance(given, numbers.Real):
+            raise InputError(f"generate: {name} is {given!r}; it must be a number.")
     if not 0.0 <= temperature < float("inf"):
         raise InputError(f"generate: temperature is {temperature}; it must be 0 or more.")
     if top_k is not None:

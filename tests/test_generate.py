@@ -235,9 +235,11 @@ def test_a_plain_decoder_takes_no_neighbours(
         {"temperature": -1.0},
         {"temperature": float("inf")},
         {"temperature": float("nan")},
+        {"temperature": "hot"},
         {"top_k": 0},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"top_p": [0.9]},
         {"num_neighbours": 0},
     ],
 )

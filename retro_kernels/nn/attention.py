@@ -222,7 +222,9 @@ class ChunkedCrossAttention(nn.Module):
         # numpy's would be data to torch.compile, on which nothing may depend
         sizes = {name: as_integer(size) for name, size in given.items()}
         for name, size in sizes.items():
-            if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            if size is None and name in ("head_dim", "encoder_dim", "num_kv_heads"):
+                continue
+            if isinstance(size, bool) or not isinstance(size, int):
                 raise TypeError(f"ChunkedCrossAttention: {name} is {size!r}; it must be an integer.")
         dim, num_heads, head_dim, encoder_dim, num_kv_heads, chunk_size, neighbour_len = sizes.values()
         head_dim = _head_dim(dim, num_heads, head_dim)

@@ -303,6 +303,9 @@ def test_bad_options(options: dict[str, object], message: str) -> None:
 def test_sizes_that_are_no_integers(name: str, size: object) -> None:
     with pytest.raises(TypeError, match=f"{name} is {size!r}; it must be an integer"):
         make(**{name: size})
+    if name in ("chunk_size", "neighbour_len"):  # the others have a default for it
+        with pytest.raises(TypeError, match=f"{name} is None; it must be an integer"):
+            make(**{name: None})
 
 
 def test_sizes_that_are_numpys(seed: int) -> None:
