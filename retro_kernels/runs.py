@@ -289,16 +289,19 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def remove_staged(folder: Path) -> None:
-    """What a process left that was killed while it saved a checkpoint, of the run in `folder`."""
-    for path in folder.glob("checkpoint-*.tmp-*"):
+    """What a process left that was killed while it saved, of the run in `folder`."""
+    files = "|".join(map(re.escape, ("config.json", "model.safetensors", SETTINGS, TOKENIZER)))
+    for path in folder.glob("*.tmp-*"):
         if re.fullmatch(r"checkpoint-\d{8}\.tmp-\d+", path.name):
             shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(rf"({files})\.tmp-\d+", path.name):
+            path.unlink(missing_ok=True)
 
 
 def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: dict[str, Any]) -> None:
     """Weights and `state` (tensors and plain values only) as the newest checkpoint; older ones go when it is on the
     disk, so that a power cut too leaves one."""
-    from .retrieval.writing import link_or_copy, sync_folder
+    from .retrieval.writing import sync_folder
 
     final = folder / f"checkpoint-{step:08d}"
     staged = folder / f"{final.name}.tmp-{os.getpid()}"
@@ -315,10 +318,18 @@ def save_checkpoint(folder: Path, step: int, model: Retro | RetroFitted, state: 
         os.replace(staged, final)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+    publish_checkpoint(folder, step)
+
+
+def publish_checkpoint(folder: Path, step: int) -> None:
+    """The weights of the checkpoint of `step` become the run's, and every other checkpoint goes."""
+    from .retrieval.writing import link_or_copy, sync_folder
+
     for name in ("config.json", "model.safetensors"):
         copy = folder / f"{name}.tmp-{os.getpid()}"
-        link_or_copy(final / name, copy)
+        link_or_copy(folder / f"checkpoint-{step:08d}" / name, copy)
         os.replace(copy, folder / name)
+        copy.unlink(missing_ok=True)  # where both were names of one file already, they are still
     sync_folder(folder)
     for old, path in checkpoints(folder):
         if old != step:

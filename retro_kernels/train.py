@@ -57,6 +57,7 @@ from .runs import (
     pick_dtype,
     places,
     progress_bar,
+    publish_checkpoint,
     read_settings,
     remove_staged,
     save_checkpoint,
@@ -467,6 +468,8 @@ class _Trainer:
         self.settings["summary"] = self.ranks.told(self._summary(log, (self.step - first) * tokens_per_step))
         with self.ranks.together("train"):
             if self.ranks.first:
+                if first >= until:  # killed between the last checkpoint and what follows it
+                    publish_checkpoint(self.folder, first)
                 write_json(self.folder / SETTINGS, self.settings)
         return self.settings["summary"]
 

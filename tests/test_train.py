@@ -654,16 +654,19 @@ def test_documents_without_text(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment, goes_on_from",
+    "moment, time, goes_on_from",
     [
-        ("checkpoint-00000002", 1),  # written, but not yet under its name
-        ("model.safetensors", 2),  # whole, but the weights beside it are still those of step 1
-        ("train.json", 3),  # at the end, when all that is missing is the summary
+        ("checkpoint-00000002", 1, 1),  # written, but not yet under its name
+        ("model.safetensors", 2, 2),  # whole, but the weights beside it are still those of step 1
+        ("model.safetensors", 3, 3),  # the same, and no step is left to do
+        ("train.json", 2, 3),  # at the end, when all that is missing is the summary
     ],
 )
-def test_killed_in_the_middle_of_saving(world: World, tmp_path: Path, moment: str, goes_on_from: int) -> None:
-    """kill -9 just before something gets its final name for the second time (a checkpoint: the first) leaves a run
-    that loads, and goes on to the same weights."""
+def test_killed_in_the_middle_of_saving(
+    world: World, tmp_path: Path, moment: str, time: int, goes_on_from: int
+) -> None:
+    """kill -9 just before something gets its final name for that time leaves a run that loads, and goes on to the same
+    weights."""
     words = ["train", "--data", world.train, "--tokenizer", world.set / "tokenizer.model", "--steps", 3]
     words += ["--save-every", 1, "--dtype", "fp32", *PLAIN]
     code = f"""
@@ -672,7 +675,7 @@ from retro_kernels import cli
 replace, seen = os.replace, []
 def replacing(source, target):
     seen.append(os.path.relpath(target, sys.argv[-1]))
-    if seen.count({moment!r}) == {1 if moment.startswith("checkpoint") else 2}:
+    if seen.count({moment!r}) == {time}:
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = replacing
@@ -687,6 +690,7 @@ cli.main(sys.argv[1:])
     assert run(*words, "--out", tmp_path / "whole") == 0
     assert weights(out) == weights(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
     assert [step for step, _ in checkpoints(out)] == [3]
+    assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
 
 
 def test_a_resumed_run_does_not_tokenise_again(
@@ -838,8 +842,12 @@ def test_only_checkpoints_are_taken_for_such(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).mkdir()
     assert [step for step, _ in checkpoints(tmp_path)] == [900, 1000, 100_000_000]
+    files = ["model.safetensors", "model.safetensors.tmp-12", "train.json.tmp-mine", "mine.json.tmp-12"]
+    for name in files:
+        (tmp_path / name).write_text("")
     runs.remove_staged(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {*names} - {"checkpoint-00000007.tmp-12"}
+    gone = {"checkpoint-00000007.tmp-12", "model.safetensors.tmp-12"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, *files} - gone
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
