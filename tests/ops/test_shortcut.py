@@ -441,7 +441,8 @@ op.why_not_triton = decode.why_not_triton = lambda device, dtype: None
 decode_kernel.slots = lambda device, resident: 132 * resident
 tensor, calls = id, []
 
-cca = ChunkedCrossAttention(64, 2, encoder_dim=48, chunk_size=16, neighbour_len=32, projection="materialised", backend="triton").bfloat16()
+sizes = {"encoder_dim": 48, "chunk_size": 16, "neighbour_len": 32}
+cca = ChunkedCrossAttention(64, 2, **sizes, projection="materialised", backend="triton").bfloat16()
 block = BlockAttention(64, 2, 16, 16, head_dim=32, dropout=0.0, backend="triton").bfloat16()
 x, neighbours = torch.randn(1, 64, 64).bfloat16(), torch.randn(1, 4, 2, 32, 48).bfloat16()
 
