@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import time
@@ -38,6 +39,7 @@ from . import __version__
 from .config import InputError, as_count, as_seed
 from .data.corpus import Document
 from .data.packing import TokenDocuments
+from .data.tokenizer import _write_whole
 from .nn import RetroFitted
 from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
@@ -223,10 +225,13 @@ def _kept(run: Run, retriever: Retriever | None, about: dict[str, Any]) -> Itera
 
 def _check_plot(path: Path) -> None:
     """Before the work, and not after it."""
+    from .retrieval.writing import check_writable
+
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("eval: --plot needs matplotlib, which is missing: pip install matplotlib")
     if not path.absolute().parent.is_dir():
         raise InputError(f"eval: --plot is {path}, but the folder {path.absolute().parent} does not exist.")
+    check_writable(path.absolute().parent, f", where --plot {path} is to be. Give another place.")
     try:
         with open(path, "rb") as file:
             replaces = file.read(8) not in (b"", b"\x89PNG\r\n\x1a\n")
@@ -565,8 +570,8 @@ def draw(
     )
     axes.legend()
     axes.grid(alpha=0.3)
-    temporary = Path(path).with_name(f"{Path(path).name}.tmp-{os.getpid()}")
-    figure.savefig(temporary, format="png", dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     pyplot.close(figure)
-    os.replace(temporary, path)
+    _write_whole(Path(path), image.getvalue())
     return True

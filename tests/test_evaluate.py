@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -453,6 +454,33 @@ def test_no_plot_is_refused_before_the_work(
         out, err = capfd.readouterr()
         assert out == "" and len(err.splitlines()) == 1 and said in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plot_that_cannot_be_written_costs_no_evaluation(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that is not to be written to is refused before it, and after a full disk the same command goes on."""
+    pytest.importorskip("matplotlib")
+    words = ["eval", "--run", world.run, "--data", world.held_out, "--device", "cpu"]
+    words += ["--plot", tmp_path / "curve.png"]
+    before = set(world.run.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, *_: Path(path) != tmp_path)
+        assert run(*words) == 2
+    assert f"{tmp_path} cannot be written, where --plot" in capfd.readouterr().err
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run(*words) == 2
+    (kept,) = set(world.run.iterdir()) - before
+    said = f"{tmp_path}/curve.png: No space left on device. What is done is kept in {kept}: run the same"
+    assert said in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Journal, "add", None)  # nothing is computed again
+    assert run(*words) == 0 and set(world.run.iterdir()) == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_what_does_not_fit(world: World, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ from retro_kernels.retrieval.index import (
 from retro_kernels.retrieval.store import ChunkStore, hash_chunks, open_array
 from retro_kernels.retrieval.writing import (
     HEADER_BYTES,
+    NO_ROOM,
     ChunkWriter,
     GrowingArray,
     Progress,
@@ -597,7 +598,7 @@ class Builder:
                 raise signal if signal.args else interrupted(self.folder) from None
             except OSError as error:
                 # FAISS, which writes the index, gives no number
-                if error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                if error.errno in (None, *NO_ROOM, errno.EIO):
                     reason = error.strerror or str(error).rstrip(".")
                     text = f"{reason}. What is done is kept in {self.folder}: run the same command again."
                     stopped = f"The build of {self.out} stopped: {text}"

@@ -29,6 +29,8 @@ from retro_kernels.data.tokenizer import Tokenizer, token_dtype
 from retro_kernels.retrieval import store as files
 
 HEADER_BYTES = 128
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""After these the same command goes on, once there is."""
 
 
 @contextlib.contextmanager
@@ -219,8 +221,7 @@ class Journal:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            kept = f"What was done before is kept in {self._file.name}: run the same command again."
-            raise OSError(error.errno, f"{error.strerror}. {kept}") from error
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def has_parts(self) -> bool:
         """Whether there is anything to take up later, be it of an earlier call."""
@@ -251,7 +252,7 @@ def journal(path: Path | None, about: str, busy: str) -> Iterator[Journal]:
     about: text on whatever the parts depend on. A journal about something else is begun anew; a file that is no journal
     is left as it is: InputError.
     The file is deleted at the end, so the result must be written before that; it stays after an exception, if a part
-    was done. Ctrl-C then says where, and that the same command goes on.
+    was done. Ctrl-C and a full disk then say where, and that the same command goes on.
     """
     if path is None:
         yield Journal()
@@ -261,10 +262,16 @@ def journal(path: Path | None, about: str, busy: str) -> Iterator[Journal]:
         try:
             yield kept
         except BaseException as stopped:
-            if not kept.has_parts():
+            if done := kept.has_parts():
+                if type(stopped) is KeyboardInterrupt and not stopped.args:
+                    raise interrupted(path) from None
+            else:
                 path.unlink(missing_ok=True)
-            elif type(stopped) is KeyboardInterrupt and not stopped.args:
-                raise interrupted(path) from None
+            if isinstance(stopped, OSError) and stopped.errno in NO_ROOM:
+                again = f". What is done is kept in {path}: run the same command again." if done else ""
+                # a file without a name, or one that is open already, does not say which disk it is
+                where = stopped.filename or str(path.parent)
+                raise OSError(stopped.errno, f"{stopped.strerror}{again}", where) from stopped
             raise
         path.unlink(missing_ok=True)
 

@@ -125,6 +125,24 @@ def test_what_begins_anew_leaves_the_file_that_was_there(tmp_path: Path) -> None
     assert np.array_equal(np.load(name), np.arange(6))
 
 
+@pytest.mark.parametrize("parts", [0, 1])
+@pytest.mark.parametrize("name", [None, "/disk/result.tmp"])
+def test_where_a_disk_is_full_is_said_and_what_is_kept(tmp_path: Path, parts: int, name: str | None) -> None:
+    """Also of a file without a name. What has nothing to do with the disk stays as it is."""
+    path = tmp_path / "job.partial"
+    for error in (OSError(errno.ENOSPC, "No space left on device", name), OSError(errno.EPIPE, "gone", name)):
+        with pytest.raises(OSError) as said, journal(path, "this", "busy") as done:
+            for part in PARTS[:parts]:
+                done.take() or done.add(part)
+            raise error
+        if error.errno == errno.EPIPE:
+            assert said.value is error
+            continue
+        again = f". What is done is kept in {path}: run the same command again." if parts else ""
+        assert said.value.args == (errno.ENOSPC, f"No space left on device{again}")
+        assert said.value.filename == (name or str(tmp_path)) and path.exists() == bool(parts)
+
+
 def test_a_full_disk(tmp_path: Path) -> None:
     class Full:
         def __init__(self, path: Path, room: int) -> None:
@@ -145,6 +163,6 @@ def test_a_full_disk(tmp_path: Path) -> None:
     two, three = len(kept(path, parts=2)), len(kept(tmp_path / "whole"))
     done = Journal(Full(path, three - two - 1), "this")
     assert done.take() and done.take() and done.take() is None
-    with pytest.raises(OSError, match=f"No space left on device. What was done before is kept in {path}"):
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         done.add(PARTS[2])
     assert path.stat().st_size == three - 1 and taken(path) == 2
