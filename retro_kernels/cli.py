@@ -693,6 +693,7 @@ def _train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    counted = "num_neighbours" in given
     if args.resume:
         from .runs import SETTINGS, resumed
 
@@ -700,6 +701,9 @@ def _train(args: argparse.Namespace) -> None:
         if (folder / SETTINGS).exists():  # what is given is to make sense together with what the run has
             given = resumed(folder, given)
     config = TrainConfig.from_dict(given)
+    # of what was given alone: a plain decoder's run has a number noted, too
+    if counted and not config.set:
+        raise InputError("train: num_neighbours needs a retrieval set (--set).")
     from .train import train
 
     summary = train(config, resume=args.resume, stop_after=args.stop_after)

@@ -1132,6 +1132,7 @@ def test_data_that_has_moved(
             "the model has no cca_layers, so it cannot use the set",
         ),
         (["--retriever", "bm25"], "retriever needs a retrieval set"),
+        (["-k", "2"], "num_neighbours needs a retrieval set"),
         (["--set", "{set}", "--retriever", "bm52"], "'bm52' is not one of dense, bm25, random"),
     ],
 )
