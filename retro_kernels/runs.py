@@ -26,6 +26,7 @@ import shlex
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -365,6 +366,9 @@ def _save_state(state: dict[str, Any], path: Path) -> None:
 def load_state(checkpoint: Path) -> dict[str, Any]:
     """The optimiser's and generators' state; never unpickles an object."""
     try:
+        with zipfile.ZipFile(checkpoint / STATE) as file:  # has checksums, which torch does not compare
+            if (damaged := file.testzip()) is not None:
+                raise ValueError(f"{damaged} is not what was written")
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = str(error).strip().split("\n")[0]

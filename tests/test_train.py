@@ -871,6 +871,18 @@ def test_a_state_that_runs_code_is_not_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_a_state_that_is_not_what_was_written_is_not_loaded(tmp_path: Path) -> None:
+    """With other bits in the optimiser's state training would go on, to other weights."""
+    path, tensor = tmp_path / "training.pt", torch.full((1000,), 1.5)
+    runs._save_state({"optimiser": tensor}, path)
+    assert torch.equal(load_state(tmp_path)["optimiser"], tensor)
+    content = bytearray(path.read_bytes())
+    content[content.index(tensor.numpy().tobytes()) + 2003] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path} cannot be read .*not what was written.*start again"):
+        load_state(tmp_path)
+
+
 def test_the_first_signal_asks_and_the_second_stops() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number in (signal.SIGINT, signal.SIGTERM):
