@@ -545,7 +545,7 @@ def _heads(table: Tensor, num_heads: int) -> Tensor:
 
 
 def _relative_keys(attention: ChunkedCrossAttention | BlockAttention) -> Tensor:
-    """Of every distance column: [H, G, D], in one piece, or each call would copy it and find no earlier one's kernels."""
+    """Of every distance column: [H, G, D], in one piece, or each call would copy it and find no earlier kernels."""
     distances = attention.distances(attention.content_bias)
     return _heads(attention.rel_proj(distances), attention.num_heads).contiguous()
 
