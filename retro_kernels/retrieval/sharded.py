@@ -208,7 +208,9 @@ class ShardedRetriever(Retriever):
         own = torch.arange(rows.start, rows.stop, device=self.device)
         unknown = own[(owner[own] == self.world) & real[own]]
         self.stats.embedded += unknown.numel()
-        self.stats.looked_up += int(real[own].sum()) - unknown.numel()
+        searched = int(real[own].sum())
+        self.stats.looked_up += searched - unknown.numel()
+        self.stats.padding += len(own) - searched
         with self._alone():
             if unknown.numel():
                 with self.stats.time("embed"):

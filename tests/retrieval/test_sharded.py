@@ -20,7 +20,7 @@ def test_two_ranks_find_what_one_set_finds(seed: int, tmp_path: Path) -> None:
     small.run_ranks("retrieval/sharded_worker.py", tmp_path, seed, world=WORLD)
     documents = sharded_worker.corpus(seed)
     one = dense(MemoryStore(documents, BagEmbedder()))
-    counted = ("calls", "queries", "looked_up", "embedded")
+    counted = ("calls", "queries", "padding", "looked_up", "embedded")
     for rank in range(WORLD):
         found = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
         assert found["num"] == (one.num_chunks, one.num_documents)
