@@ -73,6 +73,7 @@ _READ_ERRORS: tuple[type[Exception], ...] = (OSError, EOFError, lzma.LZMAError, 
 if zstd is not None:
     _READ_ERRORS += (zstd.ZstdError,)
 _BROKEN_OFF, _EMPTY, _NOT_UTF8 = "unreadable", "empty", "not UTF-8"
+LONE_SURROGATES = "with lone surrogates"
 _TOO_LARGE, _NOT_JSON, _NO_TEXT = "larger than 1 GiB", "not JSON", 'without a "text"'
 _PACKED = "packed in a way that is not read (.gz, .xz, .bz2 and .zst are)"
 _ARROW = "in Arrow, which is not read (Parquet is: Dataset.to_parquet)"
@@ -80,6 +81,7 @@ _NO_ZSTD = "packed with zstd, which takes backports.zstd to read"
 _NO_PYARROW = "in Parquet, which takes pyarrow to read"
 _ADVICE = {
     _NOT_UTF8: "Convert it to UTF-8",
+    LONE_SURROGATES: "Spell characters by both surrogates of their pair, or as they are",
     _TOO_LARGE: "Split it into several documents",
     _NOT_JSON: "Make it one JSON object a line",
     _NO_TEXT: 'Give its lines or rows a "text"',
@@ -157,8 +159,8 @@ def read_documents(
     report: is filled in while reading. Without one, what was left out is logged as one warning at the end.
 
     Left out and counted: lines of a `.jsonl`, rows of a `.parquet`, and files inside folders, that cannot be read or
-    unpacked, are not UTF-8, are larger than 1 GiB, or no JSON object with a text; in folders also binary files (a NUL
-    in the first 8 KiB); and whatever is empty or white space.
+    unpacked, are not UTF-8, have lone surrogates (which JSON can spell), are larger than 1 GiB, or no JSON object with
+    a text; in folders also binary files (a NUL in the first 8 KiB); and whatever is empty or white space.
     Raises InputError, before anything is read, for a path that does not exist, for no path at all, for the folder of a
     training run or a retrieval set, and for a file in `paths` whose first bytes cannot be read; while reading, for one
     that shows later that it cannot be.
@@ -484,9 +486,9 @@ def _entry(entry: Any, title: str, place: str, report: ReadReport) -> Iterator[D
     """The document of one line or row. title: where it has none of its own."""
     try:
         text = entry["text"]
-        size = len(text.encode())  # JSON can spell lone surrogates
-    except UnicodeError:
-        report.skip(_NOT_UTF8, place)
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        report.skip(LONE_SURROGATES, f"{place}, \\u{ord(error.object[error.start]):04x}")
         return
     except (TypeError, KeyError, AttributeError):
         report.skip(_NO_TEXT, place)

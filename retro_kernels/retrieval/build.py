@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from retro_kernels.config import InputError, as_integer
 from retro_kernels.data.corpus import (
+    LONE_SURROGATES,
     Document,
     Fingerprint,
     ReadReport,
@@ -343,7 +344,7 @@ def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Docume
         try:
             size = len(document.text.encode())
         except UnicodeEncodeError:
-            report.skip("with lone surrogates", document.title)
+            report.skip(LONE_SURROGATES, document.title)
             continue
         report.documents += 1
         report.text_bytes += size

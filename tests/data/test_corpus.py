@@ -289,13 +289,15 @@ def test_what_is_no_text_is_counted(tmp_path, caplog):
     documents, report = read(tmp_path)
     assert [text for _, text in documents] == ["fine", "good"]
     assert report.skipped == {
-        "not UTF-8": 3,
+        "not UTF-8": 2,
+        "with lone surrogates": 1,
         "empty": 3,
         "binary": 1,
         "unreadable": 3,
         "not JSON": 2,
         'without a "text"': 3,
     }
+    assert r"with lone surrogates (first:" in report.warning() and r"line 6, \ud800" in report.warning()
     assert "latin.txt, byte 3" in report.warning() and "Documents left out: 15" in report.warning()
     assert len(list(read_documents(tmp_path))) == 2
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "left out: 15" in caplog.text
@@ -333,6 +335,11 @@ def test_a_named_file_that_cannot_be_read_is_refused_at_once(tmp_path, name, con
         ("a.txt.gz", gzip.compress(os.urandom(LATER).hex().encode())[:-20], "Compressed file ended.*again"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * LATER)[:-20], "Compressed file ended.*again"),
         ("a.jsonl", b"one\ntwo\n", r"not JSON \(.*line 1\). Make it one JSON object a line"),
+        (
+            "a.jsonl",
+            b'{"text": "\\udfff"}',
+            r"with lone surrogates \(.*line 1, .udfff\). Spell characters by both",
+        ),
         ("a.jsonl", b"{}\n", r"without a \"text\" \(.*\). Give its lines or rows a \"text\""),
     ],
 )
