@@ -251,9 +251,9 @@ def _add_run(parser: _Parser) -> None:
     )
 
 
-def _run(args: argparse.Namespace) -> Any:
-    """What `_add_run` reads, for `evaluate` and `generate`."""
-    if args.base is None:
+def _run(args: argparse.Namespace, opened: bool = False) -> Any:
+    """What `_add_run` reads, for `evaluate` and `generate`, which open it themselves where that need not be before."""
+    if args.base is None and not opened:
         return args.model
     from .runs import load_run, pick_device
 
@@ -747,6 +747,7 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    from .evaluate import check_plain
     from .generate import check_sampling, generate, show_chunks
 
     check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
@@ -757,6 +758,9 @@ def _generate(args: argparse.Namespace) -> None:
             f"the prompt on stdin is not UTF-8 (byte {error.start:,}). Convert it to UTF-8."
         ) from None
 
+    run = _run(args, opened=args.show_neighbours)
+    if args.show_neighbours and not run.model.config.cca_layers:
+        check_plain("generate", run, {"--show-neighbours": True})
     shown: list[str] = []
 
     def show(text: str) -> None:  # the prompt comes with the first word, when all has been found usable
@@ -764,7 +768,7 @@ def _generate(args: argparse.Namespace) -> None:
         shown.append(text)
 
     result = generate(
-        _run(args),
+        run,
         prompt,
         set=args.set,
         max_tokens=args.max_tokens,

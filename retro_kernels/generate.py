@@ -285,7 +285,7 @@ def _never(tokenizer: Tokenizer, ignore_end: bool) -> Tensor:
 
 def show_chunks(chunks: list[dict[str, Any]]) -> str:
     """The chunks with their neighbours, for a reader."""
-    lines = []
+    lines = [] if chunks else ["", "(no neighbours: the text has no whole chunk)"]
     for u, chunk in enumerate(chunks):
         lines += ["", f"── chunk {u} " + "─" * 60, chunk["text"].strip("\n")]
         if not chunk["neighbours"]:

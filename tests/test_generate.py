@@ -195,6 +195,10 @@ def test_command_line(world: World, capfd: pytest.CaptureFixture[str]) -> None:
         near["title"] in shown and f"{near['distance']:.3f}" in shown for near in neighbours
     )
     assert all(near["title"].startswith("train-") for near in neighbours)
+    assert (
+        run("generate", "lomi", *words[2:4], "--max-tokens", 1, "--show-neighbours", "--device", "cpu") == 0
+    )
+    assert capfd.readouterr().out.endswith("\n(no neighbours: the text has no whole chunk)\n")
 
 
 def test_arithmetic_that_was_asked_for(
@@ -214,7 +218,9 @@ def test_arithmetic_that_was_asked_for(
     assert run(*words, "--dtype", "bf16") == 0 and set(seen) == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("words", [["--set", "{set}"], ["-k", 2], ["--retriever", "bm25"]])
+@pytest.mark.parametrize(
+    "words", [["--set", "{set}"], ["-k", 2], ["--retriever", "bm25"], ["--show-neighbours"]]
+)
 def test_a_plain_decoder_takes_no_neighbours(
     world: World, words: list[object], capfd: pytest.CaptureFixture[str]
 ) -> None:
