@@ -210,7 +210,7 @@ class RetroFitted(Retrieving):
                 )
             staged = folder / f"{_OWN_BASE}.tmp-{os.getpid()}"
             try:
-                self.base.save_pretrained(staged)
+                _save_base(self.base, staged)
                 shutil.rmtree(own, ignore_errors=True)
                 os.replace(staged, own)
             finally:
@@ -290,6 +290,11 @@ class RetroFitted(Retrieving):
     ) -> Any:
         """The base's result with logits of `tokens` [B, N], at the beginning of a text or behind what was read."""
         _refuse_compiled((self.base, *self._layers.values()))
+        if not tokens.numel():
+            raise InputError(
+                f"RetroFitted: tokens is {list(tokens.shape)}, and models of transformers read no empty batch. Leave it "
+                "out."
+            )
         ids, lead = self._exchanged(tokens), int(begins and self.bos_id is not None)
         if lead:
             ids = F.pad(ids, (1, 0), value=self.bos_id)

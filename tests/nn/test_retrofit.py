@@ -644,6 +644,20 @@ def test_refuses(seed: int) -> None:
         model.decode(x, model.new_cache(2), neighbours)
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_an_empty_batch_is_refused(shape: tuple[int, int]) -> None:
+    """On which transformers fails with a reshape."""
+    batch, length = shape
+    x, none = torch.zeros(shape, dtype=torch.int64), torch.zeros(batch, length // M, 2, R, dtype=torch.int64)
+    model = fitted(base_model())
+    for neighbours in (None, (none, None)):
+        with pytest.raises(InputError, match=rf"tokens is \[{batch}, {length}\].*no empty batch"):
+            model(x, neighbours)
+    if not batch:
+        with pytest.raises(InputError, match="no empty batch"):
+            model.decode(x, model.new_cache(0))
+
+
 def test_default_layers() -> None:
     """The paper's, and a rule for models too shallow for it."""
     assert default_cca_layers(12) == (6, 9, 12) and default_cca_layers(32)[-2:] == (27, 30)
