@@ -182,9 +182,10 @@ class RetroFitted(Retrieving):
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes what was added, `config.json` and `model.safetensors`, into `directory` (made if needed). The base is
-        named by where it came from; one that is or was trained too is written into the folder `base`. Raises InputError
-        where that would replace the folder that the base came from, or another model of transformers, and for added
-        weights that `from_pretrained` could not read: of adapters, of parametrisations, tied by hand."""
+        named by where it came from; one that is or was trained too is written into the folder `base`, of one with
+        adapters (PEFT) the active one alone. Raises InputError where that would replace the folder that the base came
+        from, or another model of transformers, where several adapters are active, and for added weights that
+        `from_pretrained` could not read: of adapters, of parametrisations, tied by hand."""
         folder = Path(directory)
         frozen = self.frozen and not any(parameter.requires_grad for parameter in self.base.parameters())
         description = _description(self.base)
@@ -292,8 +293,8 @@ class RetroFitted(Retrieving):
         _refuse_compiled((self.base, *self._layers.values()))
         if not tokens.numel():
             raise InputError(
-                f"RetroFitted: tokens is {list(tokens.shape)}, and models of transformers read no empty batch. Leave it "
-                "out."
+                f"RetroFitted: tokens is {list(tokens.shape)}, and models of transformers read no empty batch. "
+                "Leave it out."
             )
         ids, lead = self._exchanged(tokens), int(begins and self.bos_id is not None)
         if lead:
@@ -429,6 +430,24 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
             "the whole causal language model there, as AutoModelForCausalLM gives it."
         )
     return base
+
+
+def _save_base(base: Any, folder: Path) -> None:
+    """Into `folder`, from which `load_base` gets it; of adapters (PEFT) the active one. InputError: several are."""
+    active = getattr(base, "active_adapters", None)
+    if not isinstance(active, list):  # without adapters, or transformers' own way, which knows one only
+        base.save_pretrained(folder)
+        return
+    if len(active) != 1:
+        raise InputError(
+            f"RetroFitted: the base has {len(active)} active adapters ({', '.join(active)}), of which one could be "
+            "read again. Combine them into one (PEFT's add_weighted_adapter), or save the base's state_dict()."
+        )
+    base.save_pretrained(folder, selected_adapters=active)
+    if active != ["default"]:  # PEFT puts it into a folder of its name, where transformers does not look
+        for file in (folder / active[0]).iterdir():
+            file.rename(folder / file.name)
+        (folder / active[0]).rmdir()
 
 
 def longest_sequence(base: Any, bos_id: int | None) -> float:

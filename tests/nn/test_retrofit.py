@@ -602,6 +602,25 @@ def test_adapters_are_trained_without_the_base(seed: int, tmp_path: Path) -> Non
         assert not model.frozen
 
 
+def test_the_active_adapter_is_saved_whatever_its_name(seed: int, tmp_path: Path) -> None:
+    """PEFT saves each in a folder of its name, but for the one called default; transformers loads that."""
+    peft = pytest.importorskip("peft")
+    base_model().save_pretrained(tmp_path / "base model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base model")
+    lora = peft.LoraConfig(target_modules=["c_attn"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base, lora)
+    adapted.add_adapter("second", lora)
+    adapted.set_adapter("second")
+    model, (x, neighbours) = fitted(adapted, freeze=False), random_input()
+    model.save_pretrained(tmp_path / "fitted")
+    again = RetroFitted.from_pretrained(tmp_path / "fitted")
+    torch.testing.assert_close(again(x, neighbours), model(x, neighbours))
+    adapted.base_model.set_adapter(["default", "second"])
+    with pytest.raises(InputError, match=r"2 active adapters \(default, second\), of which one"):
+        model.save_pretrained(tmp_path / "both")
+    assert not list(tmp_path.glob("both/*"))
+
+
 def test_refuses(seed: int) -> None:
     with pytest.raises(TypeError, match="AutoModelForCausalLM"):
         RetroFitted(torch.nn.Linear(2, 2))
