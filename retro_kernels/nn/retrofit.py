@@ -197,12 +197,12 @@ class RetroFitted(Retrieving):
                 f"RetroFitted: {folder} holds a model of transformers, which would be replaced. Give another directory."
             )
         owned = _owns_base(there, folder)
-        weights, wanted = self._added_weights(), None
-        if type(self) is RetroFitted:  # another class may have more
-            with torch.device("meta"):
-                added, encoder = _additions(self.config)
-            wanted = nn.ModuleDict({"added": added, "encoder": encoder}).state_dict().keys()
-        saving.check_savable(weights, wanted)
+        weights = self._added_weights()
+
+        def made() -> nn.Module:
+            return nn.ModuleDict(dict(zip(("added", "encoder"), _additions(self.config), strict=True)))
+
+        saving.check_savable(weights, made if type(self) is RetroFitted else None)
         if not frozen:
             if own.is_dir() and not owned and str(own.resolve()) == description["source"]:
                 raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,14 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
         staged_config.unlink(missing_ok=True)
 
 
-def check_savable(weights: dict[str, Tensor], wanted: Container[str] | None) -> None:
-    """InputError where what `save` would write could not be read again: `weights` are not the `wanted` (None: any), or
-    two of them are one tensor."""
-    if strange := [name for name in weights if wanted is not None and name not in wanted]:
+def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | None) -> None:
+    """InputError where what `save` would write could not be read again: `weights` are not those of the module that
+    `made` makes (None: of a class of the user's, which may have more), or two of them are one tensor."""
+    wanted: Container[str] = weights
+    if made is not None:
+        with torch.device("meta"):
+            wanted = made().state_dict()
+    if strange := [name for name in weights if name not in wanted]:
         raise InputError(
             f"save_pretrained: the model has {', '.join(strange[:3])}{', …' if strange[3:] else ''}, which no model of "
             "its configuration has, so that from_pretrained could not read it. Merge or remove what was put into it "
