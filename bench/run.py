@@ -1,6 +1,6 @@
 """Run the benchmarks and keep what they measured.
 
-    python bench/run.py                     # every case of the CPU or GPU at hand → bench/results/cpu.json or gpu.json
+    python bench/run.py                     # every case of the CPU or GPU at hand → its file in bench/results/
     python bench/run.py -k "cca and K10" --merge      # some of them; the file's other rows stay
     python bench/run.py --rehearse          # everything tiny, one round: does the code run? Writes nothing
 
@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -93,6 +94,19 @@ def environment() -> dict[str, Any]:
         or (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+
+
+def file_of(found: dict[str, Any], folder: Path = HERE / "results") -> Path:
+    """The result file of the CPU or GPU that `environment` found: the one that is of it, else a new one, never
+    another's."""
+    device, kind = found["device"], "cpu" if found["device"] == found["processor"] else "gpu"
+    name = re.sub(r"\W+", "_", device.removeprefix("NVIDIA ")).strip("_").lower()
+    first, named = folder / f"{kind}.json", folder / f"{kind}_{name}.json"
+    for path in (first, named, *sorted(folder.glob(f"{kind}_*.json"))):
+        there = json.loads(path.read_text()) if path.exists() else {}
+        if "ceilings" in there and there["environment"]["device"] == device:
+            return path
+    return named if first.exists() else first
 
 
 Collected = dict[str, dict[str, Any]]
@@ -198,7 +212,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="files of cases, e.g. bench/bench_kernels.py (default: all)")
     parser.add_argument("-k", default="", help="only cases whose name matches, as pytest's -k")
-    parser.add_argument("--out", type=Path, help="result file (default: bench/results/<cpu or gpu>.json)")
+    parser.add_argument(
+        "--out", type=Path, help="result file (default: this CPU's or GPU's in bench/results)"
+    )
     parser.add_argument("--merge", action="store_true", help="keep the file's other rows")
     parser.add_argument(
         "--seconds", type=float, help="stop after so long, and keep what was measured until then"
@@ -269,9 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in rows:
             row.setdefault("extra", {})["conditions"] = args.conditions
     result = {"environment": found, "ceilings": ceilings, "results": rows}
-    import torch
-
-    out = args.out or HERE / "results" / ("gpu.json" if torch.cuda.is_available() else "cpu.json")
+    out = args.out or file_of(found)
     if args.rehearse and not args.out:
         return status
     if args.merge and out.exists():

@@ -440,6 +440,27 @@ def test_what_cannot_run_here_takes_no_measured_place_and_what_fails_does() -> N
     assert verdicts(found)["forward, share of the floor, D 128, K = 2"][2] == "not measured"
 
 
+def test_each_processor_and_gpu_has_its_file(tmp_path: Path) -> None:
+    """Nobody's measurements are replaced by another machine's."""
+    committed = sorted((BENCH / "results").glob("[cg]pu*.json"))
+    for name in ("cpu", "cpu_avx512", "gpu", "gpu_h200"):
+        path = BENCH / "results" / f"{name}.json"
+        assert run.file_of(json.loads(path.read_text())["environment"]) == path
+    for found, name in (
+        ({"device": "NVIDIA A100-SXM4-80GB", "processor": "AMD EPYC"}, "gpu_a100_sxm4_80gb"),
+        ({"device": "Intel(R) Xeon(R)", "processor": "Intel(R) Xeon(R)"}, "cpu_intel_r_xeon_r"),
+    ):
+        new = run.file_of(found)
+        assert new.name == f"{name}.json" and new not in committed
+        first = run.file_of(found, tmp_path)
+        assert first.name == f"{name[:3]}.json"
+        first.write_text(json.dumps({"environment": {**found, "device": "another"}, "ceilings": {}}))
+        (tmp_path / f"{name[:3]}_1.json").write_text(json.dumps({"environment": found}))  # no benchmarks
+        own = run.file_of(found, tmp_path)
+        own.write_text(json.dumps({"environment": found, "ceilings": {}}))
+        assert own.name == new.name and run.file_of(found, tmp_path) == own
+
+
 CASES = """
 import pytest
 
