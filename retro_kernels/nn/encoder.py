@@ -125,6 +125,5 @@ class NeighbourEncoder(nn.Module):
                 e = checkpoint(layer, e, chunks, flat_lengths, use_reentrant=False)
             else:
                 e = layer(e, chunks, flat_lengths)
-        if self.norm is not None:
-            e = self.norm(e)
-        return e.unflatten(0, tokens.shape[:3])
+        e = e.unflatten(0, tokens.shape[:3])
+        return e if self.norm is None else self.norm(e)  # no view, of which FSDP2 warns

@@ -76,16 +76,16 @@ class DecoderLayer(nn.Module):
         contribution: Callable[[nn.Module, ChunkedCrossAttention, Tensor], Tensor] | None = None,
         run: Callable[..., Tensor] = _call,
     ) -> tuple[Tensor, Tensor | None]:
-        """`x` [B, N, dim] → the same, and `encoded` [B, L, K, R, encoder_dim], which in layer min(P) is what `encode`
-        makes of the state after self-attention. `run` calls each half. In decoding, `x` are the tokens after those in
-        `cache`, and `contribution` of norm, cross-attention and state is what the neighbours add.
+        """`x` [B, N, dim] → the same, and what `encode` made of the state after self-attention, in layer min(P): the
+        `encoded` [B, L, K, R, encoder_dim] of the layers after it, which return None. `run` calls each half. In
+        decoding, `x` are the tokens after those in `cache`, and `contribution` of norm, cross-attention and state is
+        what the neighbours add.
 
         All stands behind one call, since that is what hooks, sharding and compilation of a layer see.
         """
         x = run(self.attend, x, sinusoids, cache)
-        if encode is not None:
-            encoded = encode(x)
-        return run(self.finish, x, encoded, lengths, contribution), encoded
+        made = None if encode is None else encode(x)
+        return run(self.finish, x, encoded if made is None else made, lengths, contribution), made
 
     def attend(
         self, x: Tensor, sinusoids: Tensor | None = None, cache: SelfAttentionCache | None = None
@@ -163,7 +163,8 @@ class Retro(Retrieving):
             if found is not None and number == self.config.cca_layers[0]:
                 lengths = found[1]
                 encode = partial(self.encode, found[0], lengths=lengths)
-            x, encoded = layer(x, sinusoids, encoded, lengths, encode=encode, run=run)
+            x, made = layer(x, sinusoids, encoded, lengths, encode=encode, run=run)
+            encoded = encoded if made is None else made
         return self._logits(x)
 
     def input_embedding(self) -> nn.Embedding:
