@@ -88,5 +88,10 @@ def without_autograd(op: Any, *args: Any) -> Any:
         device = "cuda" if any(x.is_cuda for x in tensors) else tensors[0].device.type
         if (implementation := _implementations[op].get(device)) is not None:
             return implementation(*args)
+    elif any(hasattr(x, "to_local") for x in tensors):
+        raise TypeError(
+            f"{op._schema.name}: a tensor is a DTensor, which the kernels do not take apart. Give each rank its own "
+            "part: x.to_local(), or torch.distributed.tensor.experimental.local_map around the call."
+        )
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

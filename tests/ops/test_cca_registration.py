@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from retro_kernels import chunked_cross_attention
@@ -204,6 +207,24 @@ def test_what_is_no_argument_of_the_op_is_named(seed):
         assert chunked_cross_attention(**empty, chunk_size=M, backend=backend).shape == empty["query"].shape
     with pytest.raises(ValueError, match='no backend "bogus"'):
         chunked_cross_attention(**empty, chunk_size=M, backend="bogus")
+
+
+def test_distributed_tensors(seed):
+    """Of which torch knows nothing for an op that is not its own."""
+    tensors, options = example("torch")
+    del options["backend"], options["neighbour_lengths"]
+    wanted = chunked_cross_attention(**tensors, **options)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, places = init_device_mesh("cpu", (1,)), [Shard(0)]
+        spread = {n: distribute_tensor(x, mesh, places if x.dim() > 3 else None) for n, x in tensors.items()}
+        for given in (spread, {**tensors, "query": spread["query"]}):
+            with pytest.raises(TypeError, match=r"a tensor is a DTensor, which .*x\.to_local\(\)"):
+                chunked_cross_attention(**given, **options)
+        local = chunked_cross_attention(**{n: x.to_local() for n, x in spread.items()}, **options)
+        torch.testing.assert_close(local, wanted)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_exports(seed):
