@@ -402,8 +402,10 @@ class Index:
 
     def add(self, vectors: np.ndarray, progress: Progress | None = None) -> None:
         """Adds rows [n, E]; they get the next ids. Centroids and codebooks stay as they were trained."""
-        for start in range(0, len(vectors), _BLOCK_ROWS):
-            block = vectors[start : start + _BLOCK_ROWS]
+        # FAISS makes these graphs of all their vectors at once
+        rows = max(1, len(vectors)) if "NSG" in self.factory else _BLOCK_ROWS
+        for start in range(0, len(vectors), rows):
+            block = vectors[start : start + rows]
             self._searcher.add(block)
             if progress:
                 progress(len(block))

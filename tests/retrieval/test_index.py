@@ -297,6 +297,14 @@ def test_factories_that_work_are_let_through(factory, seed):
     assert float((distances - exact)[ids >= 0].abs().median()) < 0.25 * typical
 
 
+def test_a_graph_that_takes_its_vectors_at_once_gets_them_so(seed, monkeypatch):
+    vectors, told = clustered(seed), []
+    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 100)
+    index = Index.build(vectors, "NSG16,Flat", progress=told.append)
+    found = index.search(vectors[:50], 1)[1][:, 0]
+    assert told == [len(vectors)] == [len(index)] and (found == torch.arange(50)).float().mean() > 0.9
+
+
 def test_what_faiss_refuses_while_it_is_filled_is_bad_input():
     with pytest.raises(InputError, match="These vectors cannot be added to IndexNSG.*Without --index"):
         Index.build(clustered(0, 50), "NSG16,Flat")
