@@ -6,7 +6,7 @@ B batch, N tokens, L chunks, M chunk size, K neighbours, R tokens per neighbour,
 from __future__ import annotations
 
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,13 @@ _FEW_ROWS = 4  # of a chunk: what decoding kernels are for
 _ROWS = 256  # query rows whose logits [H, rows, N] exist at one time
 
 
+def _refuse_scripting(module: nn.Module) -> NoReturn:
+    """What torch.jit.script calls first, which else fails at an annotation and could not call the kernels anyway."""
+    raise TypeError(
+        f"{type(module).__name__}: torch.jit.script cannot take it. Use torch.export to save it, or torch.compile."
+    )
+
+
 class SelfAttention(nn.Module):
     """Causal self-attention of the decoder, distance d = i − j ≥ 0.
 
@@ -38,6 +45,8 @@ class SelfAttention(nn.Module):
     as the paper has it; `"rotary"` has no such parameters and runs on PyTorch's fused attention.
     The dropout is that of the output. Parameters otherwise: `q_proj`, `k_proj`, `v_proj`, `o_proj`.
     """
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def __init__(
         self,
@@ -197,6 +206,8 @@ class ChunkedCrossAttention(nn.Module):
     Parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`; `rel_proj`, `content_bias`, `position_bias` [H, D] ("relative");
     `rel_bias` [H, M+R−1] ("bias"). Raises ValueError for sizes that do not fit together, TypeError for what is none.
     """
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def __init__(
         self,
@@ -456,6 +467,8 @@ class BlockAttention(nn.Module):
     cross-attention they are the M states of the chunk that retrieved the neighbour (`context_dim` wide).
     Distance d = (neighbour token) − (key), from −(keys − 1) to rows − 1 (Borgeaud et al. 2021, eq. 7).
     """
+
+    __prepare_scriptable__ = _refuse_scripting
 
     def __init__(
         self,

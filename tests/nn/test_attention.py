@@ -18,7 +18,7 @@ from retro_kernels.nn import BlockAttention, ChunkedCrossAttention, SelfAttentio
 from retro_kernels.nn import attention as attention_module
 from retro_kernels.nn.positions import sinusoid
 
-from .helpers import FREE_SIZES_WITH_GRADIENTS, attend, cca_by_hand, phi, randomise
+from .helpers import FREE_SIZES_WITH_GRADIENTS, attend, cca_by_hand, phi, randomise, tiny_model
 
 M, R, K = 4, 8, 3
 CLOSE = dict(
@@ -372,6 +372,22 @@ def test_exports_for_any_length(seed: int, projection: str, strict: bool) -> Non
         out = exported.module()(x, neighbours, lengths)
         torch.testing.assert_close(out, cca(x, neighbours, lengths))
         assert not out[0, : 2 * M - 1].any()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripting_is_refused_by_name() -> None:
+    """Also of what holds one, as every model does."""
+    cca = ChunkedCrossAttention(32, 2, chunk_size=4, neighbour_len=8)
+    for module, name in (
+        (cca, "ChunkedCrossAttention"),
+        (torch.nn.Sequential(torch.nn.ModuleDict({"cca": cca})), "ChunkedCrossAttention"),
+        (tiny_model(cca_layers=()), "SelfAttention"),
+        (tiny_model().encoder, "BlockAttention"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"{name}: torch\.jit\.script cannot take it\. Use torch\.export"
+        ):
+            torch.jit.script(module)
 
 
 def test_what_is_exported_loads_where_the_ops_are(seed: int, tmp_path: Path) -> None:
