@@ -104,7 +104,9 @@ def train(
     them, so `accumulate` is a multiple of their number, and what is computed is the same but for rounding, on however
     many. Each opens the retrieval set; the first alone reads the text, writes and speaks, in a folder that all see.
     What waits and stalls is the first's. All return the same. What they are called with is the same but for paths, and
-    so is what they find there: InputError where it is not.
+    so is what they find there: InputError where it is not. Where the forward or backward pass fails in one alone, for
+    want of memory, say, the others wait for its gradients: until that process ends (torchrun ends all), or as long as
+    the caller's group has patience.
     Raises InputError where data, set, tokenizer or run do not fit, where the folder holds something else or another
     process trains in it, Interrupted after Ctrl-C, with a checkpoint written.
     """
