@@ -101,7 +101,9 @@ def load_run(
             base = _base(settings, folder, "--base")
         model = RetroFitted.from_pretrained(folder, base=base, device=device)
     elif base is not None:
-        raise InputError(f"{folder} was not made from a model of transformers; leave out base ({base}).")
+        raise InputError(
+            f"{folder} was not made from a model of transformers; leave out base (--base {base})."
+        )
     else:
         model = Retro.from_pretrained(folder, device=device)
     tokenizer = Tokenizer(folder / TOKENIZER)

@@ -159,7 +159,7 @@ def test_each_option_is_explained_with_its_default() -> None:
                 "--embedder-dtype",
                 "float32",
             ],
-            "cannot be had in float32",
+            "cannot be had in float32; leave its dtype (--embedder-dtype) out",
         ),
         (["search", "x", "--set", "y", "--device", "gpu"], "device is 'gpu'"),
         # before the set is opened, or the text read

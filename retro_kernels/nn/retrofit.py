@@ -31,6 +31,7 @@ from .retrieving import DecodingStep, Retrieving
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
 
+_AS_BASE = "as base= (train: --retrofit; eval, generate: --base)"
 _OWN_BASE = "base"  # folder of a base that was trained as well
 _Contribution = Callable[[int, nn.Module, ChunkedCrossAttention, Tensor], Tensor]
 _TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -247,10 +248,12 @@ class RetroFitted(Retrieving):
             base = folder / _OWN_BASE if owned else saved["source"]
             if owned and not base.is_dir():
                 raise InputError(
-                    f"{base} is missing: the base was trained as well. Copy it, or give it as base=."
+                    f"{base} is missing: the base was trained as well. Copy it, or give it {_AS_BASE}."
                 )
             if not base:
-                raise InputError(f"{folder}: the base had neither folder nor name. Give that model as base=.")
+                raise InputError(
+                    f"{folder}: the base had neither folder nor name. Give that model {_AS_BASE}."
+                )
         if isinstance(base, (str, os.PathLike)):
             base = load_base(base, dtype or getattr(torch, saved.get("dtype", "float32")))
             if owned and _has_adapters(base):  # which transformers loads frozen
@@ -422,7 +425,7 @@ def load_base(source: str | os.PathLike[str], dtype: torch.dtype | None = None) 
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
-            f"The base {source} cannot be loaded ({reason}). Name its folder with base= (eval, generate: --base)."
+            f"The base {source} cannot be loaded ({reason}). Give its folder {_AS_BASE}."
         ) from None
     if missing := sorted(found["missing_keys"]):  # transformers draws them at random, anew in each process
         raise InputError(
@@ -704,13 +707,13 @@ def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path)
         if saved.get(name) != given[name]:
             raise InputError(
                 f"{folder} was trained with a base whose {name} is {saved.get(name)!r}, not {given[name]!r}. Give "
-                f"that base ({saved.get('source') or 'it had no name'}) as base=."
+                f"that base ({saved.get('source') or 'it had no name'}) {_AS_BASE}."
             )
     if saved.get("adapters", False) != given["adapters"]:
         raise InputError(
             f"{folder} was trained with a base that had {'no ' if given['adapters'] else ''}adapters (PEFT), and this "
             f"one has {'some' if given['adapters'] else 'none'}. Give that base "
-            f"({saved.get('source') or 'it had no name'}) as base=."
+            f"({saved.get('source') or 'it had no name'}) {_AS_BASE}."
         )
     sample, rounded = saved.get("sample", {}), saved.get("dtype") != given["dtype"]
     relative, absolute = (0.01, 1e-6) if rounded else (0.0, 0.0)
@@ -718,5 +721,5 @@ def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path)
         if name in sample and not math.isclose(sample[name], value, rel_tol=relative, abs_tol=absolute):
             raise InputError(
                 f"{folder} was trained with another base of the same kind: {name} differs. Give that base "
-                f"({saved.get('source') or 'it had no name'}) as base=."
+                f"({saved.get('source') or 'it had no name'}) {_AS_BASE}."
             )

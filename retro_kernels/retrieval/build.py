@@ -139,11 +139,15 @@ def build_retrieval_set(
     """
     part = None if part is None else (as_integer(part[0]), as_integer(part[1]))
     if part is not None and not (0 <= part[0] < part[1]):
-        raise InputError(f"part is {part}; (i, n) with 0 ≤ i < n is needed.")
+        raise InputError(f"part is {part}; (i, n) with 0 ≤ i < n is needed (--part I/N).")
     if part is not None and tokenizer is None:
-        raise InputError("Parts of one set need one tokenizer: train it first and give it to each of them.")
+        raise InputError(
+            "Parts of one set need one tokenizer: train it first and give it to each of them (--tokenizer)."
+        )
     if vocab_size is not None and tokenizer is not None:
-        raise InputError("Give a tokenizer, or the vocab_size of one to be trained, not both.")
+        raise InputError(
+            "Give a tokenizer (--tokenizer), or the vocab_size (--vocab-size) of one to be trained, not both."
+        )
     vocab_size = as_integer(vocab_size)
     check_vocab_size(vocab_size)
     check_recall(recall)

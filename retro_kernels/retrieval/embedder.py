@@ -72,7 +72,9 @@ def as_embedder(given: Any, device: Any = None, dtype: str | None = None) -> Tex
         raise InputError(f"The embedder's dtype is {dtype!r}; {' and '.join(DTYPES)} can be had.")
     made = given if hasattr(given, "embed") else load_embedder(given, device, dtype and _torch_dtype(dtype))
     if dtype is not None and str(getattr(made, "dtype", None)).removeprefix("torch.") != dtype:
-        raise InputError(f"The embedder {made.name} cannot be had in {dtype}; leave its dtype out.")
+        raise InputError(
+            f"The embedder {made.name} cannot be had in {dtype}; leave its dtype (--embedder-dtype) out."
+        )
     return made
 
 
@@ -143,8 +145,9 @@ def load_described(
             if given is not None:
                 raise
             raise InputError(
-                f"The retrieval set {folder} was built with the embedder {name}, which is not found under that name; "
-                f"give its folder, or the object that it was (embedder=). {error}"
+                f"The retrieval set {folder} was built with the embedder {name}, which is not found under that name. "
+                "Put it there again, or give its folder (index --append: --embedder; in Python embedder=, which may be "
+                f"the object that it was). {error}"
             ) from None
         if made.fingerprint == fingerprint:
             return made

@@ -328,7 +328,7 @@ def check_retriever(retriever: Retriever) -> None:
         raise InputError(
             f"neighbours: {retriever.name} re-ranks candidates when it is used, so a file for it holds the candidates. "
             f"Make it with the retriever {retriever.name.partition('+')[0]}, and more neighbours of a chunk than the "
-            f"{retriever.searcher.fetch} that are re-ranked."
+            f"{retriever.searcher.fetch} that are re-ranked (--per-chunk)."
         )
 
 

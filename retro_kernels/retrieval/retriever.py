@@ -235,7 +235,7 @@ class Retriever:
                 raise InputError(
                     f"{neighbours} holds {table.per_chunk} neighbours of a chunk, but {retriever} re-ranks {needed} "
                     f"candidates. Make it with more than that (retro-kernels neighbours --per-chunk {needed + 16}), or "
-                    "re-rank fewer (rerank_fetch)."
+                    "re-rank fewer (rerank_fetch, in Python)."
                 )
             searcher = PrecomputedSearcher(table, documents, searcher, stats=stats)
         cache = min(cache, store.num_chunks)  # places beyond could not be filled

@@ -559,7 +559,9 @@ def test_another_base_is_refused(seed: int, tmp_path: Path) -> None:
     merged.transformer.h[2].attn.c_attn.weight.data *= 1.001  # as an adapter that was merged
     refused(r"another base of the same kind: transformer\.h\.2\.attn\.c_attn\.weight differs", merged)
     RetroFitted.from_pretrained(tmp_path, base=copy.deepcopy(base).bfloat16())
-    refused("cannot be loaded", str(tmp_path / "nowhere"))
+    refused(
+        "cannot be loaded.* as base= .train: --retrofit; eval, generate: --base", str(tmp_path / "nowhere")
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     config["added"]["encoder_ffn_dim"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))

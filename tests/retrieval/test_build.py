@@ -250,8 +250,8 @@ def test_unreadable_documents_are_counted(tmp_path, capsys):
         (dict(shard_chunks=0), "shard_chunks is 0"),
         (dict(recall=2), "recall is 2; above 0"),
         (dict(device="gpu"), "device is 'gpu'"),
-        (dict(part=(2, 2)), "part is"),
-        (dict(part=(0, 2)), "one tokenizer"),
+        (dict(part=(2, 2)), r"part is \(2, 2\).*--part I/N"),
+        (dict(part=(0, 2)), r"one tokenizer.*\(--tokenizer\)"),
         (dict(embedder="/nowhere"), "no folder with a BERT"),
         (dict(index="Nonsense"), "knows no index"),
         (dict(index="IDMap,Flat"), "IDMap,Flat cannot be used"),
@@ -264,7 +264,9 @@ def test_arguments_that_do_not_work(tmp_path, options, message):
 
 
 def test_a_tokenizer_and_a_size_contradict(tmp_path, model):
-    with pytest.raises(InputError, match="not both"):
+    with pytest.raises(
+        InputError, match=r"tokenizer \(--tokenizer\), or the vocab_size \(--vocab-size\) .* not both"
+    ):
         build(CORPUS, tmp_path / "set", tokenizer=model, vocab_size=500)
 
 

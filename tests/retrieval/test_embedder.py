@@ -217,7 +217,9 @@ def test_a_set_names_its_embedder(bert, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=f"{entry['fingerprint'][:12]}….*, but hashing:64 .* was loaded"):
         load_described(entry, "s", given=HashingEmbedder(64))
     shutil.move(copy, tmp_path / "moved")
-    with pytest.raises(InputError, match="./no, which is not found under that name; give its folder"):
+    with pytest.raises(
+        InputError, match=r"./no, which is not found under that name\. Put it .*--append: --embedder"
+    ):
         load_described({**entry, "name": "./no"}, "s")  # which no one looks for on the Hub
     assert load_described(entry, "s", given=tmp_path / "moved").fingerprint == entry["fingerprint"]
 

@@ -118,11 +118,15 @@ def test_what_is_kept_for_a_re_ranking_are_its_candidates(folder: Path, tmp_path
         assert torch.equal(got.ids, want.ids) and torch.equal(got.distances, want.distances)
         kept(tokens, exclude_documents=exclude, num_neighbours=3)
         assert kept.stats.reused > 0
-    with pytest.raises(InputError, match="7 neighbours of a chunk, .* re-ranks 8.*--per-chunk"):
+    with pytest.raises(
+        InputError, match="7 neighbours of a chunk, .* re-ranks 8.*--per-chunk.*rerank_fetch, in Python"
+    ):
         Retriever.from_pretrained(folder, **chosen, neighbours=tmp_path / "few")
     with pytest.raises(InputError, match="cache is 7, .* re-ranks 8"):
         Retriever.from_pretrained(folder, **chosen, cache=7)
-    with pytest.raises(InputError, match=f"re-ranks .* the retriever {source}, .*more neighbours .* 8"):
+    with pytest.raises(
+        InputError, match=f"re-ranks .* the retriever {source}, .*more neighbours .* 8 .*--per-chunk"
+    ):
         precompute(live, chunks, owners, tmp_path / "chosen", per_chunk=30)
     assert not (tmp_path / "chosen").exists()
 
