@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import PRESETS, FailedElsewhere, InputError, TrainConfig, processes
+from .config import PRESETS, FailedElsewhere, InputError, TrainConfig, parse_overrides, processes
 
 PROG = "retro-kernels"
 
@@ -704,6 +704,9 @@ def _train(args: argparse.Namespace) -> None:
     # of what was given alone: a plain decoder's run has a number noted, too
     if counted and not config.set:
         raise InputError("train: num_neighbours needs a retrieval set (--set).")
+    if config.set is None and parse_overrides(config.model).get("cca_layers") and _speaks():
+        told = "without --set the plain decoder is trained; its cca_layers are those of a later --retrofit"
+        _complain(f"{PROG} train", told)
     from .train import train
 
     summary = train(config, resume=args.resume, stop_after=args.stop_after)

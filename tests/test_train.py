@@ -1157,6 +1157,18 @@ def test_nothing_that_was_asked_for_is_ignored(
     assert said in capfd.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "r").exists()
 
 
+def test_layers_that_only_a_retrofit_will_use_are_said(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Who forgot --set learns it before the training; cca_layers= is what the plain decoder has."""
+    for layers, said in (("1,2", True), ("", False)):
+        out = tmp_path / f"r{layers}"
+        words = ["--data", world.train, "--out", out, "--steps", 1, *PLAIN, f"cca_layers={layers}"]
+        assert run("train", *words, "--vocab-size", 400) == 0
+        assert ("without --set the plain decoder is trained" in capfd.readouterr().err) == said
+        assert json.loads((out / "config.json").read_text())["cca_layers"] == []
+
+
 def test_what_is_asked_for_and_holds_anyway_is_taken(world: World, tmp_path: Path) -> None:
     words = ["--data", world.train, "--out", tmp_path / "r", "--steps", 1, "--vocab-size", 400, *MODEL]
     same = ["vocab_size=400", f"chunk_size={CHUNK}", f"neighbour_len={2 * CHUNK}"]
