@@ -85,16 +85,16 @@ class BM25Searcher:
     def search(self, queries: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `search.Searcher.search`. Results are on the host."""
         distances, ids = unfilled(queries.shape[0], k)
-        excluded = [[]] * queries.shape[0] if exclude is None else exclude.tolist()
+        excluded = queries.new_zeros(len(queries), 0).cpu() if exclude is None else exclude.cpu()
         with self.stats.time("search"):
             for row, ids_of_terms in enumerate(self._terms(queries)):
                 if not ids_of_terms or self._index is None:
                     continue
                 scores = np.array(self._index.get_scores_from_ids(ids_of_terms), dtype=np.float32)
-                for document in excluded[row]:
-                    if document >= 0:
-                        chunks = self.store.document_chunks(document)
-                        scores[chunks.start : chunks.stop] = 0.0
+                documents = excluded[row].numpy()  # −1 has no chunks
+                places = np.searchsorted(self.store.document_ids, [documents, documents + 1])
+                for first, last in places.T.tolist():
+                    scores[first:last] = 0.0
                 best = _top(scores, k)
                 ids[row, : len(best)] = torch.from_numpy(best)
                 distances[row, : len(best)] = torch.from_numpy(-scores[best])

@@ -34,6 +34,7 @@ _FIRST_FETCH = 64
 _SCAN_ROWS = 1 << 16  # chunks compared at a time …
 _SCAN_QUERIES = 256  # … with this many queries: 64 MiB of distances
 _PENDING_ELEMENTS = 1 << 24  # candidates in flight while widening
+_FEW_EXCLUDED = 32  # documents that are compared one after another; more are looked up
 
 
 class Searcher(Protocol):
@@ -150,7 +151,11 @@ class DocumentTable:
         keep = ids >= 0
         if exclude is not None and exclude.shape[1]:
             documents = self.of(ids)
-            for column in exclude.unbind(1):  # E is small; [Q, F, E] at once might not be
+            if exclude.shape[1] > _FEW_EXCLUDED:
+                listed = exclude.sort(dim=1).values
+                place = torch.searchsorted(listed, documents.contiguous()).clamp_(max=exclude.shape[1] - 1)
+                return keep & (listed.gather(1, place) != documents)
+            for column in exclude.unbind(1):  # [Q, F, E] at once might be large
                 keep &= documents != column[:, None]
         return keep
 
@@ -237,12 +242,13 @@ def scan_exact(
     Distances are squared L2, or the negative inner product. Memory does not grow with Q or C but for the results.
     """
     best, best_ids = unfilled(keys.shape[0], k, keys.device)
-    excluded = [] if exclude is None else exclude.unbind(1)
     for start in range(0, documents.num_chunks, _SCAN_ROWS):
         rows = embeddings[start : start + _SCAN_ROWS]
         as_tensor = torch.from_numpy(np.array(rows)) if isinstance(rows, np.ndarray) else rows
         block = as_tensor.to(keys.device, torch.float32)
         owners, squares = documents.document_ids[start : start + len(block)], block.square().sum(1)
+        if exclude is not None:  # looked up: all of E compared with each chunk took hours
+            present, places = owners.unique(return_inverse=True)
         for first in range(0, len(keys), _SCAN_QUERIES):
             part = slice(first, first + _SCAN_QUERIES)
             with torch.autocast(keys.device.type, enabled=False):  # that of a caller's training step
@@ -251,13 +257,21 @@ def scan_exact(
                 d.neg_()
             else:
                 d.mul_(-2).add_(keys[part].square().sum(1, keepdim=True)).add_(squares).clamp_(min=0)
-            for column in excluded:
-                d.masked_fill_(owners == column[part, None], torch.inf)
+            if exclude is not None:
+                d.masked_fill_(_which(present, exclude[part])[:, places], torch.inf)
             d, place = d.topk(min(k, d.shape[1]), largest=False)
             d, ids = torch.cat([best[part], d], 1), torch.cat([best_ids[part], place + start], 1)
             d, order = d.sort(dim=1, stable=True)  # what was there comes first: −1 before what is excluded
             best[part], best_ids[part] = d[:, :k], ids.gather(1, order[:, :k])
     return best, best_ids
+
+
+def _which(present: Tensor, exclude: Tensor) -> Tensor:
+    """bool [Q, P]: which of `present` [P], ascending, are in each row of `exclude` [Q, E]."""
+    place = torch.searchsorted(present, exclude)
+    there = present[place.clamp(max=len(present) - 1)] == exclude
+    banned = torch.zeros(len(exclude), len(present) + 1, dtype=torch.bool, device=exclude.device)
+    return banned.scatter_(1, place.masked_fill_(~there, len(present)), True)[:, :-1]
 
 
 class DenseSearcher:

@@ -71,6 +71,22 @@ def test_bm25_is_the_formula_and_excludes_documents(store: MemoryStore, analyser
         assert np.isinf(distances[row].numpy()[~present]).all()
 
 
+def test_bm25_looks_up_excluded_documents_together(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries, exclude = torch.randint(1, 60, (3, M)), torch.randint(-1, 20, (3, 2000))
+    searcher, searched, looked_up = BM25Searcher(store, analyser="tokens"), np.searchsorted, []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        looked_up.append(1)
+        return searched(*arguments, **options)
+
+    monkeypatch.setattr(np, "searchsorted", counted)
+    _, ids = searcher.search(queries, 7, exclude)
+    assert len(looked_up) == 3
+    assert (ids >= 0).any() and (store.document_ids[ids[ids >= 0].numpy()] >= 20).all()
+
+
 def test_bm25_without_a_common_term_or_any_term(store: MemoryStore) -> None:
     queries = torch.tensor([[4000] * M, [0] * M])
     distances, ids = BM25Searcher(store, analyser="tokens").search(queries, 3)

@@ -642,6 +642,35 @@ def test_scan_of_many_rows_takes_no_more_memory(seed: int, monkeypatch: pytest.M
     torch.testing.assert_close(whole.gather(1, ids), want.values, rtol=1e-4, atol=1e-4)
 
 
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("many", [2, 33, 3000])
+def test_many_documents_are_excluded_without_one_operation_for_each(seed: int, many: int) -> None:
+    store = MemoryStore(make_documents(300), BagEmbedder())
+    table = DocumentTable(store.document_ids, store.num_documents)
+    exclude = torch.randint(-1, 400, (5, many)) if many > 300 else torch.randint(-1, 300, (5, many))
+    exclude[exclude % 7 == 3] = -1  # of 3,000 there would be none left
+    keys, ids = torch.randn(5, 16), torch.randint(-1, store.num_chunks, (20, 5)).T
+    with Operations() as operations:
+        keep = table.allowed(ids, exclude)
+        distances, found = scan_exact(keys, store.embeddings, table, exclude, 9)
+    assert operations.count < 200
+    gone = (table.document_ids[:, None, None] == exclude).any(-1).T  # [Q, C]
+    assert torch.equal(keep, (ids >= 0) & ~gone.gather(1, ids.clamp(min=0)))
+    whole = torch.cdist(keys.double(), torch.from_numpy(store.embeddings.astype("f8"))).square()
+    want = whole.masked_fill(gone, torch.inf).topk(9, largest=False).values
+    torch.testing.assert_close(distances.double(), want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found < 0, want.isinf()) and not gone.gather(1, found.clamp(min=0))[found >= 0].any()
+
+
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_waits_for_nothing(seed: int) -> None:
     from retro_kernels.retrieval.index import Index
