@@ -13,12 +13,15 @@ end's id.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from retro_kernels.config import InputError
 
 _SPACE = "\u2581"
+_SEGMENT_CHARS = 1 << 18  # tokenizers takes 200 bytes a character
+_BORDER = re.compile(r"[^\W\d_](?=[ \n][^\W\d_])")  # where a word ends, before another one
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
 
@@ -75,6 +78,8 @@ class TokenizerJson:
                 literal = i in plain and not self._falls_back
                 self.pieces[i] = token.encode() if literal else self._piece(token)
         self.pieces[0], self.pieces[self.file_pad_id] = b"", self.pieces[0]
+        inside = (piece[i - 1 : i + 1] for piece in self.pieces for i in range(1, len(piece)))
+        self._joined = {pair for pair in inside if pair[1:] in (b" ", b"\n")}
         self._literal_space = [vocabulary[self._bytes[byte]] for byte in _SPACE.encode()]
 
     def _normalizer(self) -> dict[str, Any] | None:
@@ -91,8 +96,22 @@ class TokenizerJson:
         """The ids of `text`, in parts."""
         for n, part in enumerate(text.split(_SPACE) if self._falls_back else [text]):
             ids = self._literal_space if n else []
-            ids = ids + self._backend.encode(part, add_special_tokens=False).ids
-            yield [self.file_pad_id if i == 0 else i for i in ids] if self.file_pad_id else ids
+            for segment in self._segments(part):
+                ids = ids + self._backend.encode(segment, add_special_tokens=False).ids
+                yield [self.file_pad_id if i == 0 else i for i in ids] if self.file_pad_id else ids
+                ids = []
+
+    def _segments(self, text: str) -> Iterator[str]:
+        """A long text, cut where a word ends that no token joins to the white space behind it: at such places these
+        tokenizers divide a text, too, so that the ids are those of the whole."""
+        start = 0
+        while len(text) - start > _SEGMENT_CHARS:
+            ends = (border.end() for border in _BORDER.finditer(text, start + _SEGMENT_CHARS))
+            cut = next((i for i in ends if text[i - 1 : i + 1].encode()[-2:] not in self._joined), len(text))
+            yield text[start:cut]
+            start = cut
+        if start < len(text) or not text:
+            yield text[start:]
 
 
 def _before_text(post_processor: dict[str, Any] | None) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from retro_kernels import InputError, Tokenizer
+from retro_kernels.data import tokenizer_json
 
 tokenizers = pytest.importorskip("tokenizers")
 WORDS = "a neighbour, and another one: it's 1984!\n\tif x == y:\n        return naïve\n" * 20
@@ -102,6 +103,47 @@ def test_byte_fallback(seed: int, tmp_path: Path, metaspace: bool) -> None:
     theirs = backend.encode(WORDS.strip(), add_special_tokens=False).ids
     assert tokenizer.encode(" " + WORDS.strip()) == theirs and 0 not in theirs and end not in theirs
     assert tokenizer.decode_bytes(tokenizer.encode("\U0001f642")[:1]) == "\U0001f642".encode()[:1]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "no words", "fallback", "metaspace"])
+def test_a_long_text_is_encoded_in_segments(
+    seed: int, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of bounded length, which decides how much memory is taken, and with the ids of the whole."""
+    if kind == "byte-level":
+        made(tmp_path / "t.json")
+    elif kind == "no words":  # tokens reach over spaces
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=330, initial_alphabet=alphabet, show_progress=False
+        )
+        backend.train_from_iterator(WORDS.splitlines(), trainer)
+        backend.add_special_tokens(["<|endoftext|>"])
+        backend.save(str(tmp_path / "t.json"))
+    else:
+        made_with_fallback(tmp_path / "t.json", kind == "metaspace")
+    tokenizer = Tokenizer(tmp_path / "t.json")
+    if kind == "no words":
+        assert any(b" " in piece[1:-1] for piece in tokenizer._pieces)
+    rng = random.Random(seed)
+    words = [*WORDS.split(" "), "naïve", "имя", "字。\n字\n", "a\u2581b", "  ", "12", "x\n\ny", "it's"]
+    texts = [" ".join(rng.choices(words, k=4000)), "a" * 3000, some_text(seed)]
+    whole = [tokenizer.encode(text) for text in texts]
+    backend, longest = tokenizer._backend._backend, 0
+    monkeypatch.setattr(tokenizer_json, "_SEGMENT_CHARS", 100)
+
+    class Watched:
+        def encode(self, part: str, **options: Any) -> Any:
+            nonlocal longest
+            longest = max(longest, len(part))
+            return backend.encode(part, **options)
+
+    monkeypatch.setattr(tokenizer._backend, "_backend", Watched())
+    assert tokenizer.encode(texts[0]) == whole[0]
+    assert longest < 1500
+    assert [tokenizer.encode(text) for text in texts[1:]] == whole[1:]
 
 
 @pytest.mark.parametrize("first", [False, True])
