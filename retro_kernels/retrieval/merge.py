@@ -85,7 +85,7 @@ def _merge(
     _check_mergeable(stores)
     check_factory(index, stores[0].manifest["embedder"]["dim"])
     builder.check_target(overwrite)
-    corpus, kept = _survey_sets(stores)
+    corpus, kept = _survey_sets(builder, stores)
     first = stores[0].manifest
     plan = {
         "corpus": corpus.fingerprint,
@@ -295,29 +295,31 @@ def _check_mergeable(stores: list[ChunkStore]) -> None:
                 )
 
 
-def _survey_sets(stores: list[ChunkStore]) -> tuple[Corpus, list[_Kept]]:
+def _survey_sets(builder: Builder, stores: list[ChunkStore]) -> tuple[Corpus, list[_Kept]]:
     fingerprint = Fingerprint()
     seen: set[int] = set()
     kept, text_bytes, duplicates = [], 0, 0
     skipped: dict[str, int] = {}
-    for store in stores:
-        mine = []
-        for i, text_hash in enumerate(store.document_hashes.tolist()):
-            if text_hash in seen:
-                duplicates += 1
-                continue
-            seen.add(text_hash)
-            mine.append(i)
-            entry = store._document(i)
-            fingerprint.add(text_hash, entry["title"])
-            text_bytes += int(entry.get("bytes", 0))
-        ids = np.array(mine, dtype=np.int64)
-        keep = np.zeros(store.num_documents, dtype=bool)
-        keep[ids] = True
-        kept.append(_Kept(ids, np.flatnonzero(keep[store.document_ids])))
-        for reason, count in store.manifest.get("corpus", {}).get("skipped", {}).items():
-            skipped[reason] = skipped.get(reason, 0) + count
-        duplicates += store.manifest.get("corpus", {}).get("duplicates", 0)
+    with builder.bar("reading", None, "documents") as bar:
+        for store in stores:
+            mine = []
+            for i, text_hash in enumerate(store.document_hashes.tolist()):
+                bar.update()
+                if text_hash in seen:
+                    duplicates += 1
+                    continue
+                seen.add(text_hash)
+                mine.append(i)
+                entry = store._document(i)
+                fingerprint.add(text_hash, entry["title"])
+                text_bytes += int(entry.get("bytes", 0))
+            ids = np.array(mine, dtype=np.int64)
+            keep = np.zeros(store.num_documents, dtype=bool)
+            keep[ids] = True
+            kept.append(_Kept(ids, np.flatnonzero(keep[store.document_ids])))
+            for reason, count in store.manifest.get("corpus", {}).get("skipped", {}).items():
+                skipped[reason] = skipped.get(reason, 0) + count
+            duplicates += store.manifest.get("corpus", {}).get("duplicates", 0)
     return Corpus(fingerprint.hex(), len(seen), duplicates, text_bytes, skipped), kept
 
 
@@ -330,13 +332,15 @@ def _copy(builder: Builder, stores: list[ChunkStore], kept: list[_Kept]) -> None
     embeddings = GrowingArray(builder.set / files.EMBEDDINGS, np.dtype(np.float16), (dim,), 0)
     for store in stores:
         store.read_ahead()
-    with builder.bar("copying", sum(len(part.rows) for part in kept), "chunks") as bar:
+    total = sum(len(part.documents) + len(part.rows) for part in kept)
+    with builder.bar("copying", total, "documents and chunks") as bar:
         for store, part in zip(stores, kept, strict=True):
             number = np.full(store.num_documents, -1, dtype=np.int64)
             number[part.documents] = state.documents + np.arange(len(part.documents))
             for i in part.documents.tolist():
                 entry = store._document(i)
                 writer.add_document(int(store.document_hashes[i]), entry["title"], int(entry.get("bytes", 0)))
+                bar.update()
             for start in range(0, len(part.rows), _COPY_ROWS):
                 rows = part.rows[start : start + _COPY_ROWS]
                 chunks = np.asarray(store.chunks[rows])

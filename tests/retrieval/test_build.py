@@ -387,6 +387,24 @@ def as_documents(store):
     return {(title, "".join(store.texts(list(store.document_chunks(i))))) for i, title in titles}
 
 
+def test_merging_shows_each_document_too(model, tmp_path, monkeypatch):
+    """Of many short ones they take longer than their chunks, which are copied in blocks."""
+    parts, totals, counts = parts_of(model, tmp_path, 2), {}, []
+    bar = build_module.Builder.bar
+
+    def watched(builder, what, total, *rest):
+        made, totals[what] = bar(builder, what, total, *rest), total
+        monkeypatch.setattr(made, "update", lambda n=1: counts.append((what, n)))
+        return made
+
+    monkeypatch.setattr(build_module.Builder, "bar", watched)
+    manifest = merge_retrieval_sets(parts, tmp_path / "merged", progress=False)
+    documents, chunks = manifest["num_documents"], manifest["num_chunks"]
+    assert [n for what, n in counts if what == "reading"] == [1] * documents
+    copied = [n for what, n in counts if what == "copying"]
+    assert copied.count(1) >= documents and sum(copied) == documents + chunks == totals["copying"]
+
+
 @pytest.mark.parametrize("rows", [7, 1 << 16])
 def test_parts_merge_into_the_whole(whole, model, tmp_path, monkeypatch, rows):
     monkeypatch.setattr(merge_module, "_COPY_ROWS", rows)
