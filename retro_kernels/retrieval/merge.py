@@ -41,6 +41,8 @@ from retro_kernels.retrieval.store import ChunkStore
 from retro_kernels.retrieval.writing import ChunkWriter, GrowingArray, Progress, load_json, save_json
 
 _COPY_ROWS = 1 << 16
+_FILES_OF_A_SET = 8
+"""Which stay open while it is: those that are mapped into memory."""
 
 
 def merge_retrieval_sets(
@@ -59,7 +61,8 @@ def merge_retrieval_sets(
     the sets' inverted lists are joined, with no vector encoded again, where their indexes have one trained state (see
     `trained_index` of `build_retrieval_set`) and no document was dropped. Else, where the first set holds at least half
     of the chunks, its trained index is kept and the others' vectors are added to it; otherwise an index is trained
-    anew. Arguments, errors and return value are those of `build_retrieval_set`.
+    anew. Arguments, errors and return value are those of `build_retrieval_set`. Where all sets together take more open
+    files than this process may have, its limit is raised; InputError where the system does not allow as many.
     """
     return _merge(
         sets, Builder(Path(out), SHARD_CHUNKS, progress), index, recall, device, overwrite, overwrite
@@ -81,6 +84,7 @@ def _merge(
     check_recall(recall)
     device = pick_device(device or "cpu")
     builder.recover()
+    _allow_open_files(_FILES_OF_A_SET * len(sets), len(sets))
     stores = [ChunkStore.open(path) for path in sets]
     _check_mergeable(stores)
     check_factory(index, stores[0].manifest["embedder"]["dim"])
@@ -269,6 +273,22 @@ def _start(builder: Builder, stores: list[ChunkStore], kept: list[_Kept], index:
         return Start(factory, trained, partial(Index.open, stores[0]))
     builder.say(f"The indexes of the sets are not kept{reason}.")
     return None
+
+
+def _allow_open_files(needed: int, sets: int) -> None:
+    """Lets this process have `needed` files open, and some more. InputError where the system does not."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if hard != unlimited and hard < needed:
+        raise InputError(
+            f"merge: {sets:,} sets take {needed:,} open files, and this process may have {hard:,}. Raise that "
+            "(ulimit -n), or merge some of the sets first, and then what comes of it."
+        )
+    wanted = needed + 256 if hard == unlimited else min(needed + 256, hard)
+    if soft != unlimited and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_mergeable(stores: list[ChunkStore]) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import sys
 import threading
 import tracemalloc
@@ -385,6 +386,20 @@ def parts_of(model, folder, count):
 def as_documents(store):
     titles = enumerate(store.titles(range(store.num_documents)))
     return {(title, "".join(store.texts(list(store.document_chunks(i))))) for i, title in titles}
+
+
+def test_more_sets_are_merged_than_files_may_be_open_at_first(model, tmp_path, monkeypatch):
+    (part,) = parts_of(model, tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    try:
+        manifest = merge_retrieval_sets([part] * 30, tmp_path / "merged", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert manifest["num_documents"] == len(CORPUS)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+    with pytest.raises(InputError, match="9 sets take 72 open files, and this process may have 64"):
+        merge_retrieval_sets([part] * 9, tmp_path / "other", progress=False)
 
 
 def test_merging_shows_each_document_too(model, tmp_path, monkeypatch):
