@@ -77,7 +77,10 @@ class Retrieving(nn.Module):
         if torch.compiler.is_exporting():  # a slice ties the program to multiples of M, or to other lengths
             x = x.index_select(1, torch.arange(chunks * size, device=x.device))
         hidden = x[:, : chunks * size].unflatten(1, (chunks, size))
-        return self.encoder(found, hidden, lengths, embedding=self.input_embedding())
+        if self.encoder.embedding is None:
+            # here, since accelerate would move a module that is an argument to the device of the encoder
+            found = self.input_embedding()(found.to(torch.int64)).to(x.dtype)  # a base may have another dtype
+        return self.encoder(found, hidden, lengths)
 
 
 class DecodingStep:

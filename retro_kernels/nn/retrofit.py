@@ -176,10 +176,7 @@ class RetroFitted(Retrieving):
         return self.base.get_input_embeddings()
 
     def encode(self, found: Tensor, x: Tensor, lengths: Tensor | None) -> Tensor:
-        found = self._exchanged(found)
-        if self.encoder.embedding is None:  # the base's, which may have another dtype
-            found = self.input_embedding()(found.to(torch.int64)).to(x.dtype)
-        return super().encode(found, x, lengths)
+        return super().encode(self._exchanged(found), x, lengths)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes what was added, `config.json` and `model.safetensors`, into `directory` (made if needed). The base is

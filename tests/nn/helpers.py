@@ -51,15 +51,17 @@ def offload(module: nn.Module) -> None:
         away = {name: nn.Parameter(p.to("meta"), requires_grad=False) for name, p in own.items()}
 
         def forward(*given: Any, part=part, own=own, away=away, inner=part.forward, **options: Any) -> Any:
+            for value in (*given, *options.values()):
+                if isinstance(value, nn.Module):  # brought to the device of this part, as tensors are
+                    value.to("cpu")
             part._parameters.update(own)
             try:
                 return inner(*given, **options)
             finally:
                 part._parameters.update(away)
 
-        if own:
-            part.forward = forward
-            part._parameters.update(away)
+        part.forward = forward
+        part._parameters.update(away)
 
 
 def random_neighbours(
