@@ -376,7 +376,7 @@ class RetroFitted(Retrieving):
         """The forward hook of a site: its `output` over the layer's input `x`, and CCA's contribution."""
         norm, cca = self._cca(number)
         attended, scale = _first(output), self._sites[number].scale
-        state = (x + attended * scale).to(next(norm.parameters()).dtype)
+        state = (x + attended * scale).to(norm.weight.dtype)
         added = contribution(number, norm, cca, state[:, lead:]).to(attended.dtype) / scale
         attended = attended + (F.pad(added, (0, 0, lead, 0)) if lead else added)
         if isinstance(output, Tensor):

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from retro_kernels import InputError, NeighbourBatch, RetroFitted
 from retro_kernels.config import default_cca_layers
@@ -506,6 +508,21 @@ def test_added_weights_that_could_not_be_read_again_are_not_written(seed: int, t
     with pytest.raises(InputError, match=r"has added\.\d\.cca\.q_proj\.parametrizations.* Merge or remove"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("whole", [True, False])
+def test_sharded_it_is_the_same(seed: int, whole: bool) -> None:
+    """`whole`: the weights stay parameters of their modules, where else these have none."""
+    model, (x, neighbours) = fitted(base_model(), freeze=False), random_input()
+    wanted = model(x, neighbours)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        cpu = torch.device("cpu")
+        sharded = FullyShardedDataParallel(model, use_orig_params=whole, device_id=cpu)
+        torch.testing.assert_close(sharded(x, neighbours), wanted)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("freeze", [True, False])
