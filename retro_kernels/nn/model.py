@@ -197,10 +197,11 @@ class Retro(Retrieving):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory` (made if needed); each appears whole.
 
-        Raises InputError for weights that `from_pretrained` could not read: of adapters or parametrisations, or tied by
-        hand.
+        Raises InputError for weights that `from_pretrained` could not read: of adapters or parametrisations, tied by
+        hand, offloaded or sharded.
         """
         weights = self.state_dict()
+        saving.check_at_hand(weights)
         saving.check_savable(weights, (lambda: Retro(self.config)) if type(self) is Retro else None)
         saving.save(weights, self.config.to_dict(), Path(directory))
 

@@ -183,8 +183,10 @@ class RetroFitted(Retrieving):
         named by where it came from; one that is or was trained too is written into the folder `base`, of one with
         adapters (PEFT) the active one alone. Raises InputError where that would replace the folder that the base came
         from, or another model of transformers, where several adapters are active, and for added weights that
-        `from_pretrained` could not read: of adapters, of parametrisations, tied by hand."""
+        `from_pretrained` could not read: of adapters, of parametrisations, tied by hand. The same for what is offloaded
+        or sharded, in added or base."""
         folder = Path(directory)
+        saving.check_at_hand(self.state_dict())
         frozen = self.frozen and not any(parameter.requires_grad for parameter in self.base.parameters())
         description = _description(self.base)
         own, there = folder / _OWN_BASE, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ from ..config import InputError, RetroConfig, as_os_error, check_readable
 from .positions import DistanceTable
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_GATHER = (
+    "Bring the weights together first: within FSDP.summon_full_params, after remove_hook_from_module(model, "
+    "recurse=True) of accelerate, or with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) "
+    "for a model that is whole."
+)
 
 
 def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
@@ -41,14 +46,25 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
         staged_config.unlink(missing_ok=True)
 
 
+def check_at_hand(weights: dict[str, Tensor]) -> None:
+    """InputError where some are elsewhere: offloaded, or divided among processes."""
+    for name, value in weights.items():
+        if value.is_meta or hasattr(value, "full_tensor"):  # DTensor's; its class takes long to import
+            raise InputError(
+                f"save_pretrained: {name} {'is on the meta device' if value.is_meta else 'is sharded'}, so that its "
+                f"values are not here. {_GATHER}"
+            )
+
+
 def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | None) -> None:
     """InputError where what `save` would write could not be read again: `weights` are not those of the module that
-    `made` makes (None: of a class of the user's, which may have more), or two of them are one tensor."""
-    wanted: Container[str] = weights
+    `made` makes or not of their shapes (None: of a class of the user's, which may have more), or two of them are one
+    tensor."""
+    wanted: dict[str, Tensor] | None = None
     if made is not None:
         with torch.device("meta"):
             wanted = made().state_dict()
-    if strange := [name for name in weights if name not in wanted]:
+    if strange := [name for name in weights if wanted is not None and name not in wanted]:
         raise InputError(
             f"save_pretrained: the model has {', '.join(strange[:3])}{', …' if strange[3:] else ''}, which no model of "
             "its configuration has, so that from_pretrained could not read it. Merge or remove what was put into it "
@@ -56,6 +72,12 @@ def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | No
         )
     seen: dict[tuple[torch.device, int], str] = {}
     for name, value in weights.items():
+        # of FSDP1, which leaves a piece under the whole's name
+        if wanted is not None and value.shape != wanted[name].shape:
+            raise InputError(
+                f"save_pretrained: {name} is {list(value.shape)}, and its configuration says "
+                f"{list(wanted[name].shape)}, so that from_pretrained could not read it. Where it is a shard: {_GATHER}"
+            )
         # one made of others, as quantised, has no place of its own
         place = value.data_ptr() if type(value) is Tensor else 0
         if place and (other := seen.setdefault((value.device, place), name)) != name:

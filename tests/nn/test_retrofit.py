@@ -510,6 +510,16 @@ def test_added_weights_that_could_not_be_read_again_are_not_written(seed: int, t
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("part", ["base", "added"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_offloaded_weights_are_not_written(seed: int, tmp_path: Path, freeze: bool, part: str) -> None:
+    model = fitted(base_model(), freeze=freeze)
+    getattr(model, part).to("meta")
+    with pytest.raises(InputError, match=rf"{part}\..* is on the meta device"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.filterwarnings("ignore:FSDP")
 @pytest.mark.parametrize("whole", [True, False])
 def test_sharded_it_is_the_same(seed: int, whole: bool) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from retro_kernels import InputError, Retro
 
-from .helpers import TINY, random_neighbours, tiny_model
+from .helpers import TINY, offload, random_neighbours, tiny_model
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,27 @@ def test_what_could_not_be_read_again_is_not_written(seed: int, tmp_path: Path) 
             self.head = torch.nn.Linear(TINY.dim, len(name))
 
     Wider("a subclass, which reads its own").save_pretrained(tmp_path)
+
+
+def test_weights_that_are_not_whole_replace_nothing(seed: int, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    away, sharded, pieces = (tiny_model(torch.float32) for _ in range(3))
+    offload(away)
+    pieces.norm.weight = torch.nn.Parameter(pieces.norm.weight[:7])  # as FSDP1 leaves it between calls
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        for model, match in (
+            (away, "weight is on the meta device, .* remove_hook_from_module"),
+            (sharded, "weight is sharded, .* get_model_state_dict"),
+            (pieces, r"norm\.weight is \[7\], .* says \[24\], .*summon_full_params"),
+        ):
+            with pytest.raises(InputError, match=match):
+                model.save_pretrained(tmp_path)
+    finally:
+        dist.destroy_process_group()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_configuration_and_neighbours_are_safe_to_load(seed: int, tmp_path: Path) -> None:
