@@ -672,10 +672,12 @@ def _first(values: Any, named: dict[str, Any] | None = None) -> Any:
 
 
 def _description(base: Any) -> dict[str, Any]:
-    """What a base is known by: where it came from, its kind, its sizes, and a number out of each of its matrices."""
+    """What a base is known by: where it came from, its kind, its sizes, and a number out of each of its matrices but
+    the quantised."""
     text, sample, source = _text_config(base), {}, base.config.name_or_path
     for name, weight in base.named_parameters():
-        if weight.ndim > 1 and weight.numel() and weight.is_floating_point():
+        plain = weight.is_floating_point() and not saving.is_quantised(weight)
+        if plain and weight.ndim > 1 and weight.numel():
             sample[name] = float(weight.detach().flatten()[weight.numel() // 2])
     return {
         "source": str(Path(source).resolve()) if source and Path(source).is_dir() else source,

@@ -56,6 +56,11 @@ def check_at_hand(weights: dict[str, Tensor]) -> None:
             )
 
 
+def is_quantised(weight: Tensor) -> bool:
+    """Whether it is a tensor made of others, as torchao's are, with neither a place nor elements of its own."""
+    return hasattr(weight, "__tensor_flatten__")
+
+
 def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | None) -> None:
     """InputError where what `save` would write could not be read again: `weights` are not those of the module that
     `made` makes or not of their shapes (None: of a class of the user's, which may have more), or two of them are one
@@ -78,7 +83,11 @@ def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | No
                 f"save_pretrained: {name} is {list(value.shape)}, and its configuration says "
                 f"{list(wanted[name].shape)}, so that from_pretrained could not read it. Where it is a shard: {_GATHER}"
             )
-        # one made of others, as quantised, has no place of its own
+        if is_quantised(value):
+            raise InputError(
+                f"save_pretrained: {name} is quantised ({type(value).__name__}), so that from_pretrained could not "
+                "read it. Save the model before it is quantised, or save its state_dict()."
+            )
         place = value.data_ptr() if type(value) is Tensor else 0
         if place and (other := seen.setdefault((value.device, place), name)) != name:
             raise InputError(

@@ -97,6 +97,10 @@ class Quantised(torch.Tensor):
         raise NotImplementedError(f"{function} of a quantised weight")
 
 
+def quantise(layer: torch.nn.Linear) -> None:
+    layer.weight = torch.nn.Parameter(Quantised(layer.weight.detach()), requires_grad=False)
+
+
 def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
     sizes = dict(head_dim=256, encoder_dim=64, num_kv_heads=4)  # where absorbing pays
     assert make("auto", **sizes).absorbs(2, torch.device("cpu"), training=True)
@@ -106,9 +110,7 @@ def test_what_the_weights_do_not_tell_is_not_absorbed(seed: int) -> None:
     replaced.k_proj = torch.nn.Sequential(replaced.k_proj, torch.nn.Tanh())
     forward = wrapped.v_proj.forward
     wrapped.v_proj.forward = lambda states: 2 * forward(states)  # type: ignore[method-assign]
-    quantised.k_proj.weight = torch.nn.Parameter(
-        Quantised(quantised.k_proj.weight.detach()), requires_grad=False
-    )
+    quantise(quantised.k_proj)
     x, neighbours = torch.randn(1, 9, 12).double(), torch.randn(1, 2, 2, 8, 64).double()
     for module in (hooked, parametrised, replaced, wrapped, quantised):
         assert not module.absorbs(2, torch.device("cpu"), training=True)

@@ -23,6 +23,8 @@ from retro_kernels import InputError, NeighbourBatch, RetroFitted
 from retro_kernels.config import default_cca_layers
 from retro_kernels.nn.retrofit import load_base
 
+from .test_projection import quantise
+
 transformers = pytest.importorskip("transformers")
 
 M, R, V, LAYERS = 4, 8, 61, 4
@@ -518,6 +520,23 @@ def test_offloaded_weights_are_not_written(seed: int, tmp_path: Path, freeze: bo
     with pytest.raises(InputError, match=rf"{part}\..* is on the meta device"):
         model.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_quantised_base_is_named_as_any(seed: int, tmp_path: Path) -> None:
+    """And takes what was trained with it before it was quantised."""
+    base = base_model("Llama, grouped heads")
+    model = fitted(copy.deepcopy(base))
+    model.save_pretrained(tmp_path / "before")
+    for layer in (part for part in base.model.modules() if isinstance(part, torch.nn.Linear)):
+        quantise(layer)
+    x, neighbours = random_input()
+    again = RetroFitted.from_pretrained(tmp_path / "before", base=base)
+    again.save_pretrained(tmp_path / "behind")
+    loaded = RetroFitted.from_pretrained(tmp_path / "behind", base=base)
+    assert torch.equal(loaded(x, neighbours), again(x, neighbours))
+    assert not torch.equal(again(x, neighbours), model(x, neighbours))
+    with pytest.raises(InputError, match="another base"):
+        RetroFitted.from_pretrained(tmp_path / "behind", base=base_model("Llama, grouped heads"))
 
 
 @pytest.mark.filterwarnings("ignore:FSDP")

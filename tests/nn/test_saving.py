@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from retro_kernels import InputError, Retro
 
 from .helpers import TINY, offload, random_neighbours, tiny_model
+from .test_projection import quantise
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,10 @@ def test_what_could_not_be_read_again_is_not_written(seed: int, tmp_path: Path) 
     torch.nn.utils.parametrizations.weight_norm(normed.layers[1].cca.k_proj)
     tied = tiny_model(tie_embeddings=False)
     tied.readout.weight = tied.embedding.weight
+    quantised = tiny_model()
+    quantise(quantised.layers[1].cca.k_proj)
     for model, match in (
+        (quantised, r"layers\.1\.cca\.k_proj\.weight is quantised \(Quantised\)"),
         (normed, r"has layers\.1\.cca\.k_proj\.parametrizations\.weight\.original0, .* Merge or remove"),
         (tied, r"embedding\.weight and readout\.weight are one tensor, .*\(tie_embeddings"),
     ):
