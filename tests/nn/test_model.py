@@ -384,17 +384,23 @@ def test_layers_can_be_sharded_one_by_one(seed: int, checkpointing: bool) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_a_sharded_model_decodes(seed: int, dtype: torch.dtype | None) -> None:
-    """FSDP makes some of a call's arguments anew: tensors that require a gradient, or are to be of `dtype`."""
+def test_a_sharded_model_decodes(seed: int, dtype: torch.dtype | None, apart: bool) -> None:
+    """FSDP makes some of a call's arguments anew: tensors that require a gradient, or are to be of `dtype`. `apart`:
+    each CCA is sharded by itself."""
     model = tiny_model(torch.float32)
     x, neighbours = torch.randint(50, (2, 14)), random_neighbours(2, 3)
     wanted = model(x, neighbours)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh, policy = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(param_dtype=dtype)
-        for part in (*model.layers, model.encoder, model):
+        ccas = [model.layers[number - 1].cca for number in TINY.cca_layers] if apart else []
+        for part in (*ccas, *model.layers, model.encoder, model):
             fully_shard(part, mesh=mesh, mp_policy=policy)
+        for cca in ccas:
+            for name in ("attend_rows", "keys_and_values", "position_terms"):
+                register_fsdp_forward_method(cca, name)
         register_fsdp_forward_method(model, "decode")
         cache, logits = model.new_cache(2), []
         for t in range(14):
