@@ -45,7 +45,7 @@ from .data.text import silent as silent
 from .data.text import taken_up as taken_up
 from .data.tokenizer import Tokenizer, _write_whole
 from .nn import Retro, RetroFitted
-from .nn.saving import CONFIG, WEIGHTS
+from .nn.saving import CONFIG, WEIGHTS, content
 from .ops._backend import cpu_has_bf16
 from .ops._backend import pick_device as pick_device
 
@@ -78,9 +78,8 @@ class Run:
         """Hash of tokenizer, configuration and weights as they are in memory, those of a pretrained model included."""
         about = f"{self.tokenizer.fingerprint} {self.model.config}"
         digest = hashlib.blake2b(about.encode(), digest_size=16)
-        for name, value in self.model.state_dict().items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in content(self.model.state_dict()):
+            digest.update(part)
         return digest.hexdigest()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import InputError, RetroConfig, as_os_error, check_readable
@@ -22,6 +24,7 @@ _GATHER = (
     "recurse=True) of accelerate, or with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) "
     "for a model that is whole."
 )
+_CHECKSUM = "crc32"  # in the metadata of the weights: of what is in them, whatever their order in the file
 
 
 def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) -> None:
@@ -32,10 +35,12 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
     staged_config = directory / f"{CONFIG}.tmp-{os.getpid()}"
     try:
         try:
-            save_file(weights, staged, metadata={"format": "pt"})
+            # nothing beside it: safetensors writes several in any order, and the same weights shall be the same file
+            save_file(weights, staged, metadata={_CHECKSUM: _checksum(weights)})
         except SafetensorError as error:
             raise as_os_error(error, directory / WEIGHTS) from None
         staged_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(staged_config, staged)  # safetensors lets nobody else read what it writes
         for path in (staged, staged_config):  # or a power cut might leave nothing under either name
             with open(path, "r+b") as file:
                 os.fsync(file.fileno())
@@ -44,6 +49,20 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
     finally:
         staged.unlink(missing_ok=True)
         staged_config.unlink(missing_ok=True)
+
+
+def content(weights: dict[str, Tensor]) -> Iterator[Any]:
+    """What `weights` are, in bytes and byte buffers, for a checksum: names, dtypes, shapes and values."""
+    for name, value in weights.items():
+        yield f"{name} {value.dtype} {list(value.shape)}".encode()
+        yield value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(weights: dict[str, Tensor]) -> str:
+    crc = 0  # a gigabyte takes a third of a second, where a cryptographic digest takes two
+    for part in content(dict(sorted(weights.items()))):
+        crc = zlib.crc32(part, crc)
+    return f"{crc:08x}"
 
 
 def check_at_hand(weights: dict[str, Tensor]) -> None:
@@ -133,7 +152,9 @@ def read_weights(
     path = directory / WEIGHTS
     try:
         check_readable(path)
-        weights = load_file(path, device=str(device))
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            checksum = (file.metadata() or {}).get(_CHECKSUM)
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise InputError(
             f"{directory} holds no {WEIGHTS}; give a folder that save_pretrained wrote."
@@ -152,6 +173,12 @@ def read_weights(
                 f"{path} does not fit {CONFIG}: {name} is {list(value.shape)}, not "
                 f"{list(wanted[name].shape)}."
             )
+    # others, and earlier versions, write none
+    if checksum is not None and _checksum(weights) != checksum:
+        raise InputError(
+            f"{path} is damaged: its weights are not those that were saved (their checksum is another). Copy it again, "
+            "or train again."
+        )
     return weights
 
 

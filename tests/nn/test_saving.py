@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -85,6 +86,34 @@ def test_what_does_not_fit(seed: int, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rmdir()
     with pytest.raises(InputError, match="holds no model"):
         Retro.from_pretrained(tmp_path)
+
+
+def test_other_weights_than_were_saved_are_refused(seed: int, tmp_path: Path) -> None:
+    """One bit is enough: the model would compute something else, and nothing would tell."""
+    model, path = tiny_model(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    content = bytearray(path.read_bytes())
+    for _ in range(9):
+        model.save_pretrained(tmp_path)
+        assert path.read_bytes() == content  # byte for byte the same, for whoever compares files
+    for place in (-3, len(content) // 2):
+        content[place] ^= 4
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{path} is damaged: its weights are not those .*Copy it again"):
+            Retro.from_pretrained(tmp_path)
+        content[place] ^= 4
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+    Retro.from_pretrained(tmp_path)  # written by something else, which keeps no checksum
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_who_may_read_the_settings_may_read_the_weights(seed: int, tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        tiny_model().save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
 def test_a_failed_save_leaves_the_old_model(
