@@ -46,7 +46,7 @@ from retro_kernels.retrieval.search import (
     unfilled,
 )
 from retro_kernels.retrieval.store import ChunkStore
-from retro_kernels.retrieval.writing import check_no_folder, check_writable, journal
+from retro_kernels.retrieval.writing import check_no_folder, check_writable, forget_journal, journal
 
 if TYPE_CHECKING:
     from retro_kernels.retrieval.retriever import Retriever
@@ -378,11 +378,13 @@ def precompute(
         "per_chunk": str(per_chunk),
         "input": _input_hash(chunks, documents),
     }
+    about = json.dumps(metadata, sort_keys=True)
     result = {"chunks": len(chunks), "per_chunk": per_chunk, "path": str(out)}
     if out.exists():
         with contextlib.suppress(InputError):  # a damaged one is replaced, when the new one is whole
             old = NeighbourFile.open(out)
             if {name: old.metadata.get(name) for name in metadata} == metadata:
+                forget_journal(_journal_of(out), about)
                 return {**result, **_filled(old.ids), "rows": old.num_rows, "done_before": True}
     out.parent.mkdir(parents=True, exist_ok=True)
     blocks = [slice(start, start + _BLOCK) for start in range(0, len(chunks), _BLOCK)]
@@ -394,7 +396,7 @@ def precompute(
     place = np.full(len(chunks), -1)
     place[kept] = np.arange(len(kept))
     busy = f"Another process is making {out} now."
-    with journal(_journal_of(out), json.dumps(metadata, sort_keys=True), busy) as done:
+    with journal(_journal_of(out), about, busy) as done:
         ids = _mapped(out.parent, np.int64, (len(kept), per_chunk))
         distances = _mapped(out.parent, np.float32, (len(kept), per_chunk))
         for rows in blocks:
@@ -480,10 +482,13 @@ def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(arrays, temporary, metadata)
         except SafetensorError as error:
             raise as_os_error(error, path) from None
+        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

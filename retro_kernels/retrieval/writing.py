@@ -211,9 +211,18 @@ class Journal:
     def add(self, part: dict[str, np.ndarray], key: str = "") -> dict[str, np.ndarray]:
         """Keeps the part that `take` did not have, and returns it. OSError where it cannot be written."""
         if self._file is not None:
-            content = packed({name: np.ascontiguousarray(values) for name, values in part.items()})
-            self._write(self._HEAD.pack(len(content), self._checksum(key, content)) + content)
+            self._write(self._framed(part, key))
         return part
+
+    @classmethod
+    def beginning(cls, about: str) -> bytes:
+        """What a journal about that begins with."""
+        return cls._BEGINNING + cls._framed({}, about)
+
+    @classmethod
+    def _framed(cls, part: dict[str, np.ndarray], key: str) -> bytes:
+        content = packed({name: np.ascontiguousarray(values) for name, values in part.items()})
+        return cls._HEAD.pack(len(content), cls._checksum(key, content)) + content
 
     def _write(self, content: bytes) -> None:
         rest = memoryview(content)
@@ -274,6 +283,16 @@ def journal(path: Path | None, about: str, busy: str) -> Iterator[Journal]:
                 raise OSError(stopped.errno, f"{stopped.strerror}{again}", where) from stopped
             raise
         path.unlink(missing_ok=True)
+
+
+def forget_journal(path: Path, about: str) -> None:
+    """Deletes the journal in `path`, if it is about the same: whoever kept it was killed when the result stood. One
+    that is about something else, or that a process writes, stays."""
+    start = Journal.beginning(about)
+    with contextlib.suppress(InputError, OSError), open(path, "rb") as file:
+        if file.read(len(start)) == start:
+            with locked(path, ""):
+                path.unlink()
 
 
 def interrupted(path: Path) -> KeyboardInterrupt:

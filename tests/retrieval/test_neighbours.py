@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from torch import Tensor
 from retro_kernels.config import InputError
 from retro_kernels.ops.gather import NeighbourBatch
 from retro_kernels.retrieval import neighbours as module
+from retro_kernels.retrieval import writing
 from retro_kernels.retrieval.index import Index
 from retro_kernels.retrieval.neighbours import (
     CachingSearcher,
@@ -281,6 +283,38 @@ def test_an_interrupted_run_goes_on(
     before = out.read_bytes()
     assert precompute(dense(store), store.chunks, store.document_ids, out, per_chunk=4)["done_before"]
     assert out.read_bytes() == before
+
+
+def test_a_run_that_was_killed_when_its_file_stood_leaves_nothing(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the journal of another one stays, and one that a process writes."""
+    out, partial = tmp_path / "near", tmp_path / "near.partial"
+    arguments = dense(store), store.chunks, store.document_ids, out
+    save = module._save
+
+    def killed(*args: Any) -> None:
+        save(*args)
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_save", killed)
+        with pytest.raises(Stop):
+            precompute(*arguments, per_chunk=4)
+        left, other = partial.read_bytes(), tmp_path / "other"
+        with pytest.raises(Stop):
+            precompute(*arguments[:-1], other, per_chunk=5)
+    assert out.stat().st_mode == partial.stat().st_mode  # whoever may read the one may read the other
+    shutil.copy(tmp_path / "other.partial", partial)
+    assert precompute(*arguments, per_chunk=4)["done_before"]
+    assert partial.read_bytes() == (tmp_path / "other.partial").read_bytes()
+    partial.write_bytes(left)
+    with writing.locked(partial, "busy"):
+        assert precompute(*arguments, per_chunk=4)["done_before"]
+    assert partial.read_bytes() == left
+    for _ in range(2):
+        assert precompute(*arguments, per_chunk=4)["done_before"]
+        assert not partial.exists()
 
 
 def test_blocks_of_other_input_are_not_taken(
