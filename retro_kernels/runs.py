@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import InputError, TrainConfig
+from .config import PLACES, InputError, TrainConfig
 from .data.corpus import Document
 from .data.packing import TokenDocuments
 from .data.text import Text as Text
@@ -121,7 +121,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["config"]["sequence_length"], settings["config"]["num_neighbours"]
+        _check_types(settings)
         return settings
     except FileNotFoundError:
         raise InputError(
@@ -130,6 +130,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ) from None
     except (ValueError, TypeError, KeyError, NotADirectoryError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def _check_types(settings: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError where what is read of train.json is missing or something else: before it is
+    taken for a path, say. Runs of earlier versions do not have all of it."""
+    config = settings["config"]
+    for name in ("sequence_length", "num_neighbours"):
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"config.{name} is {config[name]!r}")
+    texts = [("config.set", config["set"]), ("config.retriever", config.get("retriever"))]
+    texts += [(f"config.{name}", config.get(name)) for name in PLACES[1:]]
+    texts += [("config.data", path) for path in config.get("data", ())]
+    texts += [(name, settings.get(name)) for name in ("dtype", "device", "tokenizer", "corpus", "set")]
+    for name, value in texts:
+        if not isinstance(value, str | None):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def check_target(folder: Path, config: TrainConfig) -> None:
@@ -434,6 +450,7 @@ class KeptTokens:
 
     def get(self) -> TokenDocuments:
         """Those that are kept, or else made now (`Text.tokenise`)."""
+        from .retrieval.store import NO_HEADER
         from .retrieval.writing import load_json
 
         about = load_json(self._folder / _ABOUT)
@@ -447,7 +464,7 @@ class KeptTokens:
                     self._whole = True
                     titles = json.loads(arrays.pop("titles").tobytes())
                     return TokenDocuments(titles=titles, **arrays)
-            except (OSError, ValueError, EOFError):
+            except (OSError, EOFError, *NO_HEADER):
                 pass
             note(f"{self._folder} is damaged: the text is tokenised again.")
         return self._text.tokenise(self._tokenizer, self._chunk_size)

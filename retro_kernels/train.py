@@ -358,6 +358,8 @@ class _Trainer:
     def load(self, checkpoint: Path, settings: dict[str, Any]) -> None:
         """Goes back to the moment of `checkpoint`."""
         state = load_state(checkpoint)
+        if missing := [name for name in ("device", "dtype") if settings.get(name) is None]:
+            raise InputError(f"{self.folder / SETTINGS} is damaged ({missing[0]} is missing).")
         for name, what in (
             ("corpus", "The data"),
             ("tokenizer", "The tokenizer"),

@@ -771,10 +771,11 @@ def test_kept_tokens_are_those_of_what_they_depend_on(
         np.save(chunks, damaged)  # with the bytes of the others, too
         kept().get()
     assert len(made) == 7 and capfd.readouterr().err.count("is damaged") == 3
-    for damage in (b"", b"no array at all"):
-        (tmp_path / "tokens" / "titles.npy").write_bytes(damage)
+    titles = tmp_path / "tokens" / "titles.npy"
+    for damage in (b"", b"no array at all", titles.read_bytes().replace(b")", b"(")):
+        titles.write_bytes(damage)
         kept().get()
-    assert len(made) == 9
+    assert len(made) == 10
     # what is there goes before it is exchanged, and what there is no room for goes again
     for name in ("save_array", "save_json"):
         with monkeypatch.context() as patch:
@@ -801,6 +802,29 @@ def test_settings_that_are_damaged_or_none(tmp_path: Path) -> None:
             runs.read_settings(tmp_path)
     with pytest.raises(InputError, match="train.json is damaged"):
         runs.read_settings(settings)
+    config = {"sequence_length": 64, "num_neighbours": 2, "set": None, "data": ["a"]}
+    settings.write_text(json.dumps({"config": config}))  # an earlier version's, which has no more
+    assert runs.read_settings(tmp_path)["config"] == config
+    for name, value in [
+        *(("sequence_length", value) for value in ("64", 0, 6.5, True, None)),
+        *(("num_neighbours", value) for value in ([2], -1)),
+        *(("set", value) for value in (["a"], 3)),
+        *((name, ["a"]) for name in ("out", "retrofit", "neighbours", "tokenizer", "retriever")),
+        *(("data", value) for value in ([3], 3)),
+    ]:
+        settings.write_text(json.dumps({"config": {**config, name: value}}))
+        with pytest.raises(
+            InputError, match=rf"train.json is damaged \((ValueError: config.{name} is|TypeError)"
+        ):
+            runs.read_settings(tmp_path)
+    for name in ("dtype", "device", "tokenizer", "corpus", "set"):
+        settings.write_text(json.dumps({"config": config, name: 3}))
+        with pytest.raises(InputError, match=rf"train.json is damaged \(ValueError: {name} is 3"):
+            runs.read_settings(tmp_path)
+    del config["set"]
+    settings.write_text(json.dumps({"config": config}))
+    with pytest.raises(InputError, match=r"train.json is damaged \(KeyError: 'set'\)"):
+        runs.read_settings(tmp_path)
 
 
 def test_where_a_path_of_a_run_may_be_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -978,9 +1002,19 @@ def test_resume_refuses_what_changed(world: World, tmp_path: Path, capfd: pytest
     (data / "more.txt").write_text("another document")
     assert run(*base, "--resume") == 2
     assert "The data changed" in capfd.readouterr().err.strip().splitlines()[-1]
-    state = checkpoints(out)[-1][1] / "training.pt"
-    state.write_bytes(state.read_bytes()[:100])
     (data / "more.txt").unlink()
+    checkpoint = checkpoints(out)[-1][1]
+    for path, damage in (
+        (checkpoint / "model.safetensors", lambda content: content[:-4] + b"bits"),
+        (out / "train.json", lambda content: content.replace(b'\n  "device"', b'\n  "x"')),
+    ):
+        content = path.read_bytes()
+        path.write_bytes(damage(content))
+        assert run(*base, "--resume") == 2
+        assert f"{path} is damaged" in capfd.readouterr().err.strip().splitlines()[-1]
+        path.write_bytes(content)
+    state = checkpoint / "training.pt"
+    state.write_bytes(state.read_bytes()[:100])
     assert run(*base, "--resume") == 2
     assert "cannot be read" in capfd.readouterr().err.strip().splitlines()[-1]
     assert weights(out) == before

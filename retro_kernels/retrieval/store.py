@@ -27,6 +27,7 @@ import math
 import mmap
 import os
 import re
+import tokenize
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,8 @@ VERIFIED_BYTES = 256 << 20
 MAX_TITLE_CHARS = 1000
 _MAX_LINE_BYTES = 1 << 16
 _BLOCK = 1 << 16  # rows handled at a time
+NO_HEADER = (ValueError, SyntaxError, tokenize.TokenError, KeyError, TypeError, RecursionError, MemoryError)
+"""What numpy raises for the header of a `.npy` file that is none: it is read as Python."""
 
 # what a manifest must hold: path of keys -> type
 _MANIFEST_TYPES: dict[tuple[str, ...], type] = {
@@ -372,7 +375,7 @@ def _mapped_array(file: Any, path: Path, dtype: np.dtype, shape: tuple[int, ...]
         offset, size = file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise _damaged(path.parent, f"{path.name} cannot be read ({error.strerror or error})") from None
-    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
+    except NO_HEADER:
         raise _damaged(path.parent, f"{path.name} is no array file") from None
     if found_dtype != dtype or found_shape != shape or (fortran and len(shape) > 1):
         expected, found = f"{dtype} {list(shape)}", f"{found_dtype} {list(found_shape)}"

@@ -270,6 +270,22 @@ def test_a_header_that_says_less_or_otherwise_than_the_file_holds(copy):
         ChunkStore.open(copy)
 
 
+def test_a_damaged_byte_anywhere_in_a_header(tmp_path):
+    """numpy reads it as Python, and raises whatever Python's parts do."""
+    path, values = tmp_path / "a.npy", np.arange(50)
+    np.save(path, values)
+    content = bytearray(path.read_bytes())
+    for place in range(128):
+        for other in (0, content[place] ^ 2, content[place] ^ 64):
+            damaged = bytearray(content)
+            damaged[place] = other
+            path.write_bytes(damaged)
+            try:
+                assert np.array_equal(open_array(path, values.dtype, values.shape), values)
+            except InputError as error:
+                assert "a.npy" in str(error)
+
+
 def test_links_out_of_the_folder_are_refused(copy, tmp_path):
     shutil.move(copy / "chunks.npy", tmp_path / "elsewhere.npy")
     (copy / "chunks.npy").symlink_to(tmp_path / "elsewhere.npy")
