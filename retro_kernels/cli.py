@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import difflib
 import io
@@ -28,6 +29,11 @@ PROG = "retro-kernels"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
+    if not _open_what_is_closed():
+        _complain(
+            PROG, "standard output is closed, so that the result would be lost. Give > FILE, or > /dev/null."
+        )
+        return 2
     _print_any_character()
     try:
         args = _parser().parse(sys.argv[1:] if argv is None else list(argv))
@@ -87,10 +93,22 @@ def _speaks() -> bool:
     return processes() == 1 or os.environ["RANK"] == "0"
 
 
+def _open_what_is_closed() -> bool:
+    """Whether there is a standard output. In place of what the caller closed comes /dev/null, which cannot be read: or
+    the next file that is opened has its number, and gets what libraries print there."""
+    while (number := os.open(os.devnull, os.O_WRONLY)) <= 2:
+        pass
+    os.close(number)
+    sys.stdin = sys.stdin or open(0, closefd=False)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    return sys.stdout is not None
+
+
 def _print_any_character() -> None:
     """What the terminal's encoding lacks is printed as a question mark: hours of work are not to end at a sign."""
-    if not _prints_unicode() and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")
+    if not _prints_unicode() and isinstance(sys.stdout, io.TextIOWrapper):
+        if sys.stdout.errors in ("strict", "surrogateescape"):  # the latter in the locale C
+            sys.stdout.reconfigure(errors="replace")
 
 
 def _prints_unicode() -> bool:
@@ -99,7 +117,8 @@ def _prints_unicode() -> bool:
 
 def _complain(verb: str, message: str) -> None:
     message = " ".join(message.split())
-    print(f"{verb}: {message.removeprefix(verb.rpartition(' ')[2] + ': ')}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the exit status tells, where nothing else can
+        print(f"{verb}: {message.removeprefix(verb.rpartition(' ')[2] + ': ')}", file=sys.stderr)
 
 
 def _message(error: Exception) -> str:
@@ -760,6 +779,8 @@ def _generate(args: argparse.Namespace) -> None:
         raise InputError(
             f"the prompt on stdin is not UTF-8 (byte {error.start:,}). Convert it to UTF-8."
         ) from None
+    except OSError as error:
+        raise InputError(f"the prompt on stdin cannot be read: {error.strerror or error}.") from None
 
     run = _run(args, opened=args.show_neighbours)
     if args.show_neighbours and not run.model.config.cca_layers:

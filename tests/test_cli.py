@@ -571,10 +571,45 @@ def test_a_terminal_that_lacks_characters(world: World, encoding: str) -> None:
             assert ("文字 🙂" in text) == (encoding == "utf-8")
 
 
+@pytest.mark.parametrize(
+    "words, closed, status, said",
+    [
+        ("dedup --data {text} --against {text}", ">&-", 2, "standard output is closed"),
+        ("generate - --run r", "<&-", 2, "the prompt on stdin cannot be read: Bad file descriptor"),
+        ("dedup --data - --against {text}", "<&-", 2, "stdin cannot be read: Bad file descriptor"),
+        ("dedup --data {text} --against {text} --out {out}", "2>&-", 0, ""),
+        ("dedup --data {text} --against {text}.not", "2>&-", 2, ""),
+        ("dedup --data {text} --against {text}.not", "2>/dev/full", 2, ""),
+        ("dedup --data {text} --against {text}", "<&- >&- 2>&-", 2, ""),
+    ],
+)
+def test_streams_that_are_closed(tmp_path: Path, words: str, closed: str, status: int, said: str) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "clean.jsonl"
+    text.write_text(
+        "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    )
+    command = f"{sys.executable} -m retro_kernels {words.format(text=text, out=out)} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+    if not status:
+        assert done.stdout.endswith("1 of 1 documents are copies\n") and out.read_bytes() == b""
+
+
+def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    """What a library prints there would stand in it."""
+    code = (
+        "import os, sys; from retro_kernels import cli; cli.main(['--version']);"
+        "print(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2)"
+    )
+    command = f'exec {sys.executable} -c "{code}" {tmp_path / "new"} <&- 2>&-'
+    assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout.endswith("True\n")
+
+
 def test_only_what_would_fail_is_printed_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal's own way with characters that it lacks is kept, and output may be caught in a string."""
     for encoding, errors, then in (
         ("ascii", "strict", "replace"),
+        ("ascii", "surrogateescape", "replace"),  # the locale C
         ("ascii", "backslashreplace", "backslashreplace"),
         ("utf-8", "strict", "strict"),
     ):
