@@ -112,8 +112,7 @@ class NeighbourFile:
             raise InputError(f"{path} is no whole file of neighbours: {error}") from None
         n = arrays["hashes"].shape
         if (
-            len(n) != 1
-            or arrays["checks"].shape != n
+            arrays["checks"].shape != n
             or arrays["ids"].dim() != 2
             or arrays["ids"].shape[:1] != n
             or arrays["distances"].shape != arrays["ids"].shape
@@ -481,7 +480,6 @@ def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
 
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
