@@ -143,6 +143,9 @@ def test_missing_neighbours_are_exactly_zero_without_a_bias_too(seed: int, outpu
     key, value = cca.keys_and_values(neighbours[:, 1])
     rows = cca.attend_rows(x[:, 7:9], 0, key, value, lengths[:, 1], cca.position_terms())
     assert rows[0].eq(0).all() and rows[1].ne(0).any()
+    full = cca(x, neighbours)
+    assert full[:, : M - 1].eq(0).all() and full[:, M - 1 : 2 * M - 1].ne(0).any()
+    assert cca.attend_rows(x[:, 7:9], 0, key, value, None, cca.position_terms()).ne(0).any()
 
 
 @pytest.mark.parametrize("position", ["relative", "bias", "none"])
@@ -182,6 +185,9 @@ def test_modules_that_own_parameters_can_fill_them(seed: int) -> None:
             n: b.dtype for n, b in fresh.named_buffers()
         }
         assert all(torch.equal(a, b) for a, b in zip(empty.buffers(), fresh.buffers(), strict=True))
+        weights = {name: p.clone() for name, p in empty.named_parameters()}
+        empty.reset_parameters()
+        assert all(torch.equal(p, weights[name]) for name, p in empty.named_parameters())
 
 
 def test_weights_are_all_that_a_module_needs_after_the_meta_device(seed: int) -> None:

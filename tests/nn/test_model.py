@@ -131,6 +131,19 @@ def test_layer_numbers_count_from_one() -> None:
     assert [layer.cross is not None for layer in model.encoder.layers] == [False, True]
 
 
+def test_a_backend_is_that_of_every_attention(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = Retro(TINY, backend="reference")
+    model.save_pretrained(tmp_path)
+    plain = Retro(TINY.replace(cca_layers=()))
+    for chosen in (
+        model,
+        Retro.from_pretrained(tmp_path, backend="reference"),
+        Retro.from_decoder(plain, (2,), backend="reference"),
+    ):
+        assert {part.backend for part in chosen.modules() if hasattr(part, "backend")} == {"reference"}
+    assert not model.gradient_checkpointing
+
+
 @pytest.mark.parametrize("tokens", [1, M - 1, M, M + 1, 3 * M + 2])
 @pytest.mark.parametrize("self_attention", ["relative", "rotary"])
 def test_no_token_changes_the_past(seed: int, tokens: int, self_attention: str) -> None:
@@ -521,6 +534,8 @@ def test_retrofit_refuses(seed: int, tmp_path) -> None:  # type: ignore[no-untyp
         Retro.from_decoder(decoder, ())
     with pytest.raises(InputError, match="does not fit"):
         Retro.from_decoder(decoder, (2,), ffn_dim=8)
+    with pytest.raises(InputError, match="does not fit"):
+        Retro.from_decoder(decoder, (2,), num_layers=decoder.config.num_layers - 1)
 
 
 def test_bad_input(seed: int) -> None:

@@ -135,6 +135,7 @@ def test_reach_of_a_chunks_neighbours(seed: int, kind: str) -> None:
 @all_kinds
 def test_any_split_into_decoding_steps_is_one_pass(seed: int, kind: str) -> None:
     model = fitted(base_model(kind).double())
+    model.base.config.use_cache = False  # as one sets it to train
     x, neighbours = random_input(22)
     whole = model(x, neighbours)
     cache, parts, start = model.new_cache(2), [], 0
@@ -438,6 +439,11 @@ def test_padding(seed: int) -> None:
             model(x, found, attention_mask=mask[:, :9])
 
 
+def test_added_heads_are_as_wide_as_those_of_the_base() -> None:
+    config = fitted(base_model("Gemma2, norm behind attention", head_dim=24)).config
+    assert config.head_dim == config.encoder_head_dim == 24
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
     """What was added alone, with the base by name; a base that was trained too goes along."""
@@ -454,9 +460,13 @@ def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
     assert torch.equal(again(x, neighbours), model(x, neighbours))
     assert len(again.trainable_parameters()) == len(model.trainable_parameters())
     given = RetroFitted.from_pretrained(
-        tmp_path / "fitted", base=copy.deepcopy(base).bfloat16(), dtype=torch.bfloat16
+        tmp_path / "fitted",
+        base=copy.deepcopy(base).bfloat16(),
+        dtype=torch.bfloat16,
+        backend="reference",
     )
     assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
+    assert {part.backend for part in given.modules() if hasattr(part, "backend")} == {"reference"}
     given(x, neighbours)
 
 
