@@ -118,6 +118,9 @@ def test_what_is_kept_for_a_re_ranking_are_its_candidates(folder: Path, tmp_path
         assert torch.equal(got.ids, want.ids) and torch.equal(got.distances, want.distances)
         kept(tokens, exclude_documents=exclude, num_neighbours=3)
         assert kept.stats.reused > 0
+        kept.check_num_neighbours(31)  # of the candidates that are re-ranked, more can be searched for
+    precompute(plain, chunks, owners, tmp_path / "enough", per_chunk=8)
+    Retriever.from_pretrained(folder, **chosen, neighbours=tmp_path / "enough", cache=8)
     with pytest.raises(
         InputError, match="7 neighbours of a chunk, .* re-ranks 8.*--per-chunk.*rerank_fetch, in Python"
     ):

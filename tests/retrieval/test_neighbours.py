@@ -450,6 +450,8 @@ def test_a_file_that_may_not_be_read_is_not_missing(store: MemoryStore, tmp_path
 def test_bad_input(store: MemoryStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="chunks must be"):
         precompute(dense(store), store.chunks[:, :-1], store.document_ids, tmp_path / "x")
+    with pytest.raises(ValueError, match="chunks must be"):
+        precompute(dense(store), store.chunks[0], store.document_ids, tmp_path / "x")
     with pytest.raises(InputError, match="per_chunk"):
         precompute(dense(store), store.chunks, store.document_ids, tmp_path / "x", per_chunk=0)
     assert not list(tmp_path.iterdir())
@@ -541,6 +543,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or fsync(file))
     out = tmp_path / "new folder" / "near"
     arguments = dense(store), store.chunks, store.document_ids, out
+    # where temporary files go there may be too little room for what is as large as the file
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full_disk)
         with pytest.raises(OSError, match="No space"):

@@ -148,6 +148,7 @@ def test_rows_that_an_approximate_index_leaves_short_are_compared_with_everythin
     assert torch.equal((got.ids >= 0).sum(-1), torch.from_numpy(np.minimum(allowed, k))[:, None].expand(2, 3))
     documents = retriever.documents(got.ids)
     assert not ((documents[..., None] == exclude[:, None, None, :]) & (got.ids >= 0)[..., None]).any()
+    assert (retriever(tokens, num_neighbours=k).ids >= 0).all()
 
 
 @pytest.mark.parametrize("limit", [0, 7])
@@ -348,6 +349,8 @@ def test_random_is_a_repeatable_control(seed: int) -> None:
     assert (
         abs(ids.double().mean() / store.num_chunks - 0.5) < 0.15
     )  # 120 draws: 0.026 is one standard deviation
+    book = DocumentTable(np.repeat([0, 1], [3000, 5]), 2)
+    assert (RandomSearcher(book).search(queries, 4, torch.zeros(20, 1, dtype=torch.int64))[1] >= 3000).all()
 
 
 def test_search_text(seed: int) -> None:
