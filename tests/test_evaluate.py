@@ -54,13 +54,18 @@ def score_by_definition(world: World, held_out: list[Path], window: int, stride:
 
 @pytest.mark.parametrize("window, stride, documents", [(None, None, None), (3 * CHUNK, CHUNK, 1)])
 def test_bits_per_byte_is_its_definition(
-    world: World, window: int | None, stride: int | None, documents: int | None
+    world: World,
+    window: int | None,
+    stride: int | None,
+    documents: int | None,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """By default in windows as long as a training sequence, moved by half of one."""
     held_out = sorted(world.held_out.iterdir())[:documents]
     result = evaluate(
         world.run, held_out, window=window, stride=stride, batch_size=3, device="cpu", progress=False
     )
+    assert "retrieving" not in capfd.readouterr().err
     texts = [document.text for document in read_documents(held_out)]
     size = sum(len(text.encode()) for text in texts)
     assert result["bytes"] == size and result["words"] == sum(len(text.split()) for text in texts)
@@ -504,6 +509,8 @@ def test_what_does_not_fit(world: World, tmp_path: Path) -> None:
         evaluate(world.run, [world.held_out], set=other, device="cpu", progress=False)
     with pytest.raises(InputError, match="multiples of the chunk size"):
         evaluate(world.run, [world.held_out], window=SEQUENCE + 1, device="cpu", progress=False)
+    with pytest.raises(InputError, match="multiples of the chunk size"):
+        evaluate(world.run, [world.held_out], stride=CHUNK + 1, device="cpu", progress=False)
     with pytest.raises(InputError, match="the stride at most the window"):
         evaluate(world.run, [world.held_out], window=CHUNK, stride=2 * CHUNK, device="cpu", progress=False)
     empty = tmp_path / "empty.txt"

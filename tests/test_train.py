@@ -488,6 +488,8 @@ def test_interrupted_with_documents_of_the_callers(
     with pytest.raises(Interrupted) as stopped:
         train(config, documents=[Document("a", "lomi ka " * 200)], progress=False)
     assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
+    interrupt_at(monkeypatch, 1)  # in the last step there is nothing left to go on with
+    assert run("train", "--data", world.train, "--out", tmp_path / "whole", "--steps", 1, *PLAIN) == 0
 
 
 def test_a_run_keeps_its_arithmetic_and_its_summary(
