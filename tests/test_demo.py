@@ -146,7 +146,9 @@ def test_one_model_and_several_sets(tmp_path: Path, seed: int) -> None:
         "2020": 6,
         "both": 12,
     }
-    assert result["overlap"]["2016"] < result["overlap"]["2020"] <= result["overlap"]["both"] + 0.01
+    # the ten nearest of both editions need not have all of the newer one's ten among them
+    overlap = result["overlap"]
+    assert overlap["2016"] < min(overlap["2020"], overlap["both"])
     assert set(result["bits_per_byte"]) == {
         "plain decoder",
         "RETRO off",
