@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 MAX_SEED = 2**63 - 1
@@ -38,11 +39,23 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if described else 1
 
 
-def as_os_error(error: Exception, path: str | os.PathLike[str]) -> OSError:
-    """What safetensors raised while it wrote `path`, as the OSError that it tells of: the disk is full, …"""
-    if number := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path))
-    return OSError(f"{path} cannot be written: {error}")
+def write_safetensors(tensors: dict[str, Any], staged: Path, final: Path, metadata: dict[str, str]) -> None:
+    """`tensors` into the file `staged`, on the disk when it returns, for the caller to rename to `final`. OSError with
+    the name of `final`: the disk is full, …"""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    staged.touch()
+    mode = staged.stat().st_mode
+    try:
+        save_file(tensors, staged, metadata)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(final)) from None
+        raise OSError(f"{final} cannot be written: {error}") from None
+    staged.chmod(mode)  # safetensors lets nobody else read what it writes
+    with open(staged, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def check_readable(path: str | os.PathLike[str]) -> None:

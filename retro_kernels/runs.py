@@ -308,7 +308,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def remove_staged(folder: Path) -> None:
     """What a process left that was killed while it saved, of the run in `folder`."""
-    files = "|".join(map(re.escape, ("config.json", "model.safetensors", SETTINGS, TOKENIZER)))
+    files = "|".join(map(re.escape, (CONFIG, WEIGHTS, SETTINGS, TOKENIZER)))
     for path in folder.glob("*.tmp-*"):
         if re.fullmatch(r"checkpoint-\d{8}\.tmp-\d+", path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -343,7 +343,7 @@ def publish_checkpoint(folder: Path, step: int) -> None:
     """The weights of the checkpoint of `step` become the run's, and every other checkpoint goes."""
     from .retrieval.writing import link_or_copy, sync_folder
 
-    for name in ("config.json", "model.safetensors"):
+    for name in (CONFIG, WEIGHTS):
         copy = folder / f"{name}.tmp-{os.getpid()}"
         link_or_copy(folder / f"checkpoint-{step:08d}" / name, copy)
         os.replace(copy, folder / name)

@@ -35,7 +35,7 @@ from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_si
 from .nn import Retro, RetroFitted
 from .nn.encoder import NeighbourEncoder
 from .nn.retrofit import load_base, longest_sequence
-from .nn.saving import CONFIG, read_config
+from .nn.saving import CONFIG, WEIGHTS, read_config
 from .ranks import Ranks, joined
 from .runs import (
     METRICS,
@@ -188,7 +188,7 @@ def _prepared(
             f"train: rank {ranks.rank} does not find in {folder} what the first process wrote there. Give an --out "
             "that all of them see."
         )
-    saved, trained = checkpoints(folder), (folder / "model.safetensors").exists()
+    saved, trained = checkpoints(folder), (folder / WEIGHTS).exists()
     if resume and not saved and trained:
         raise InputError(
             f"{folder} holds a trained model, and no checkpoint from which it could go on; from the beginning it would "

@@ -22,6 +22,7 @@ from ..ops import (
     chunked_cross_attention,
     chunked_cross_attention_decode,
 )
+from .layers import is_quantised
 from .positions import DistanceTable, rotate, sinusoid
 
 if TYPE_CHECKING:
@@ -539,8 +540,8 @@ def _is_linear(module: nn.Module) -> bool:
     if module._backward_hooks or module._backward_pre_hooks:
         return False
     # a tensor made of others, as torchao quantises in place, multiplies in its own way and is no argument of our ops
-    kind = type(module._parameters.get("weight"))  # a third of the time of module.weight
-    return kind is nn.Parameter or not hasattr(kind, "__tensor_flatten__")
+    weight = module._parameters.get("weight")  # a third of the time of module.weight
+    return type(weight) is nn.Parameter or not is_quantised(weight)
 
 
 def _exported_for_any(size: Any) -> bool:

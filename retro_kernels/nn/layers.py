@@ -1,4 +1,4 @@
-"""The pieces that decoder and encoder share: normalisation, feed-forward network, initialisation."""
+"""What decoder and encoder share: normalisation, feed-forward network, initialisation; which weights are quantised."""
 
 from __future__ import annotations
 
@@ -51,3 +51,8 @@ def initialise(module: nn.Module, residual_layers: int, width: int) -> None:
         else:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             parameter.normal_(std=std / (2 * residual_layers) ** 0.5 if writes else std)
+
+
+def is_quantised(weight: Tensor | None) -> bool:
+    """Whether it is a tensor made of others, as torchao's are, with neither a place nor elements of its own."""
+    return hasattr(weight, "__tensor_flatten__")

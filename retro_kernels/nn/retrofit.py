@@ -25,7 +25,7 @@ from . import saving
 from .attention import ChunkedCrossAttention
 from .cache import DecodingCache
 from .encoder import NeighbourEncoder
-from .layers import RMSNorm, initialise
+from .layers import RMSNorm, initialise, is_quantised
 from .retrieving import DecodingStep, Retrieving
 
 if TYPE_CHECKING:
@@ -676,7 +676,7 @@ def _description(base: Any) -> dict[str, Any]:
     the quantised."""
     text, sample, source = _text_config(base), {}, base.config.name_or_path
     for name, weight in base.named_parameters():
-        plain = weight.is_floating_point() and not saving.is_quantised(weight)
+        plain = weight.is_floating_point() and not is_quantised(weight)
         if plain and weight.ndim > 1 and weight.numel():
             sample[name] = float(weight.detach().flatten()[weight.numel() // 2])
     return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import InputError, RetroConfig, as_os_error, check_readable
+from ..config import InputError, RetroConfig, check_readable, write_safetensors
+from .layers import is_quantised
 from .positions import DistanceTable
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -34,16 +33,11 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
     staged = directory / f"{WEIGHTS}.tmp-{os.getpid()}"
     staged_config = directory / f"{CONFIG}.tmp-{os.getpid()}"
     try:
-        try:
-            # nothing beside it: safetensors writes several in any order, and the same weights shall be the same file
-            save_file(weights, staged, metadata={_CHECKSUM: _checksum(weights)})
-        except SafetensorError as error:
-            raise as_os_error(error, directory / WEIGHTS) from None
+        # nothing beside it: safetensors writes several in any order, and the same weights shall be the same file
+        write_safetensors(weights, staged, directory / WEIGHTS, {_CHECKSUM: _checksum(weights)})
         staged_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(staged_config, staged)  # safetensors lets nobody else read what it writes
-        for path in (staged, staged_config):  # or a power cut might leave nothing under either name
-            with open(path, "r+b") as file:
-                os.fsync(file.fileno())
+        with open(staged_config, "r+b") as file:  # or a power cut might leave nothing under its name
+            os.fsync(file.fileno())
         os.replace(staged, directory / WEIGHTS)
         os.replace(staged_config, directory / CONFIG)
     finally:
@@ -75,11 +69,6 @@ def check_at_hand(weights: dict[str, Tensor]) -> None:
             )
 
 
-def is_quantised(weight: Tensor) -> bool:
-    """Whether it is a tensor made of others, as torchao's are, with neither a place nor elements of its own."""
-    return hasattr(weight, "__tensor_flatten__")
-
-
 def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | None) -> None:
     """InputError where what `save` would write could not be read again: `weights` are not those of the module that
     `made` makes or not of their shapes (None: of a class of the user's, which may have more), or two of them are one
@@ -107,8 +96,7 @@ def check_savable(weights: dict[str, Tensor], made: Callable[[], nn.Module] | No
                 f"save_pretrained: {name} is quantised ({type(value).__name__}), so that from_pretrained could not "
                 "read it. Save the model before it is quantised, or save its state_dict()."
             )
-        place = value.data_ptr() if type(value) is Tensor else 0
-        if place and (other := seen.setdefault((value.device, place), name)) != name:
+        if (place := value.data_ptr()) and (other := seen.setdefault((value.device, place), name)) != name:
             raise InputError(
                 f"save_pretrained: {other} and {name} are one tensor, and from_pretrained would make two of them. Give "
                 "one a copy, or take a configuration that ties them (tie_embeddings, share_encoder_embedding), or "

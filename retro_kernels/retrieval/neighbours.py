@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, as_count, as_os_error, check_readable
+from retro_kernels.config import InputError, as_count, check_readable, write_safetensors
 from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
@@ -475,20 +475,9 @@ def _checksum(arrays: dict[str, Tensor]) -> str:
 
 
 def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            save_file(arrays, temporary, metadata)
-        except SafetensorError as error:
-            raise as_os_error(error, path) from None
-        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        write_safetensors(arrays, temporary, path, metadata)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from retro_kernels.ops.cca.tiles import Config
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter")
 PROBLEM = tuning.Problem("backward", 89, 128, torch.bfloat16, 64, "relative")
 TOO_BIG = OutOfResources(114_688, 101_376, "shared memory")
+SMALL = {"num_heads": 1, "chunk_size": 16, "neighbour_len": 32, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)
@@ -113,17 +114,7 @@ def test_tuning_keeps_the_fastest_that_is_right(own_file: Path, monkeypatch: pyt
         call()
         return {few[0]: 2.0, few[3]: 1.0}.get(running[-1], 5.0 + next(times))
 
-    best = tuning.tune(
-        16,
-        torch.float32,
-        num_heads=1,
-        chunk_size=16,
-        neighbour_len=32,
-        chunks=2,
-        device="cpu",
-        clock=clock,
-        tell=told.append,
-    )
+    best = tuning.tune(16, torch.float32, **SMALL, chunks=2, clock=clock, tell=told.append)
     assert set(best.values()) == {few[3]} and len(best) == 2
     assert any("wrong results" in line for line in told) and any("OutOfResources" in line for line in told)
     saved = json.loads(own_file.read_text())
@@ -143,17 +134,7 @@ def test_tuning_asks_the_table_alone(own_file: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tuning, "candidates", lambda direction, dim: iter([Config(32, 8, 1)]))
     problem = tuning.Problem("forward", 0, 16, torch.float32, 16, "relative")
     monkeypatch.setitem(tuning._fitted, problem, Config(16, 4, 1))
-    best = tuning.tune(
-        16,
-        torch.float32,
-        num_heads=1,
-        chunk_size=16,
-        neighbour_len=32,
-        chunks=1,
-        device="cpu",
-        clock=lambda call: 1.0,
-        tell=lambda line: None,
-    )
+    best = tuning.tune(16, torch.float32, **SMALL, chunks=1, clock=lambda call: 1.0, tell=lambda line: None)
     assert tuning.block_sizes(problem) == best[problem.name] != Config(16, 4, 1)
 
 
