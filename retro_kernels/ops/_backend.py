@@ -6,10 +6,10 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from retro_kernels.config import InputError
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 """Triton decides when a kernel is defined whether it is compiled or interpreted, so this is read once as well."""
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_AS_IT_IS = ("rel_bias", "scale")
+"""Added to float32 logits, and multiplied with them."""
+Given = ParamSpec("Given")
 _preferred: str | None = None
 
 
@@ -181,12 +185,31 @@ def why_not_transformed() -> str | None:
     return None
 
 
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """What x is cast to for a matrix product here, or None outside of autocast, where there is none, and for float64,
-    which it leaves alone."""
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+def casts(op: Callable[Given, torch.Tensor]) -> Callable[Given, torch.Tensor]:
+    """Inside autocast the op, whose first argument is the query, gets what it multiplies in autocast's dtype, and is
+    called outside, where it takes the short way (`_shortcut`). A float64 query is left alone."""
+
+    @wraps(op)
+    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> torch.Tensor:
+        query: Any = args[0] if args else kwargs.get("query")
+        if (
+            not isinstance(query, torch.Tensor)
+            or query.is_meta  # has no autocast
+            or not torch.is_autocast_enabled(query.device.type)
+            or query.dtype == torch.float64
+        ):
+            return op(*args, **kwargs)
+        dtype = torch.get_autocast_dtype(query.device.type)
+
+        def cast(x: Any) -> Any:  # what is of no such dtype is refused as it is outside of autocast
+            return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype in FLOATS else x
+
+        given = [cast(x) for x in args]
+        named = {name: x if name in _AS_IT_IS else cast(x) for name, x in kwargs.items()}
+        with torch.autocast(query.device.type, enabled=False):
+            return op(*given, **named)  # type: ignore[arg-type]
+
+    return wrapped
 
 
 @lru_cache

@@ -350,14 +350,19 @@ def test_biases_of_a_wider_dtype(dropout_p: float, seed: int) -> None:
         assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
-def test_autocast_casts(seed: int) -> None:
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_autocast_gives_what_inputs_cast_beforehand_give(backend: str, seed: int) -> None:
+    """All but the bias: 200 and a bit has no fraction in bfloat16. Each backend computes as outside of autocast."""
     tensors = make(1, 17, 2, 1, 16, 8, 2, 16, 16, torch.float32)
+    tensors["rel_bias"] += 200
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = absorbed_cross_attention(**tensors, backend="torch")
+        out = absorbed_cross_attention(**tensors, backend=backend)
+    cast = {
+        name: x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() and name != "rel_bias" else x
+        for name, x in tensors.items()
+    }
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        out.float(), absorbed_cross_attention(**tensors, backend="torch"), rtol=0.1, atol=0.1
-    )
+    assert torch.equal(out, absorbed_cross_attention(**cast, backend=backend))
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,26 @@ def test_gradients_run_plainly(seed: int) -> None:
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_autocast_gives_what_inputs_cast_beforehand_give(backend: str, gradients: bool, seed: int) -> None:
+    """All but the bias: 200 and a bit has no fraction in bfloat16. Each backend computes as outside of autocast."""
+    states = make(*SIZES[1], torch.float32)
+    states["rel_bias"] += 200
+    for function, tensors in (
+        (chunked_cross_attention_decode, project(states)),
+        (absorbed_decode, states),
+    ):
+        tensors["query"] = tensors["query"].clone().requires_grad_(gradients)
+        cast = {
+            name: x.bfloat16() if x.is_floating_point() and name != "rel_bias" else x
+            for name, x in tensors.items()
+        }
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = function(**tensors, backend=backend)
+        assert out.dtype == torch.bfloat16 and torch.equal(out, function(**cast, backend=backend))
+
+
 @needs_triton
 def test_opcheck_and_fullgraph(seed: int) -> None:
     tensors = make(*SIZES[0], dtype=torch.float32)

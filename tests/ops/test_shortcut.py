@@ -442,9 +442,9 @@ decode_kernel.slots = lambda device, resident: 132 * resident
 tensor, calls = id, []
 
 sizes = {"encoder_dim": 48, "chunk_size": 16, "neighbour_len": 32}
-cca = ChunkedCrossAttention(64, 2, **sizes, projection="materialised", backend="triton").bfloat16()
-block = BlockAttention(64, 2, 16, 16, head_dim=32, dropout=0.0, backend="triton").bfloat16()
-x, neighbours = torch.randn(1, 64, 64).bfloat16(), torch.randn(1, 4, 2, 32, 48).bfloat16()
+cca = ChunkedCrossAttention(64, 2, **sizes, projection="materialised", backend="triton").to(WEIGHTS)
+block = BlockAttention(64, 2, 16, 16, head_dim=32, dropout=0.0, backend="triton").to(WEIGHTS)
+x, neighbours = torch.randn(1, 64, 64, dtype=WEIGHTS), torch.randn(1, 4, 2, 32, 48, dtype=WEIGHTS)
 
 def step():
     key, value = cca.keys_and_values(neighbours[:, 0])
@@ -452,8 +452,9 @@ def step():
 
 cases = (lambda: cca(x, neighbours)), (lambda: block(x.view(4, 16, 64))), step
 for function, gradients in [(f, False) for f in cases] + [(f, True) for f in cases[:2]]:
-    with torch.set_grad_enabled(gradients):
-        function()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=WEIGHTS == torch.float32)
+    with torch.set_grad_enabled(gradients), autocast:
+        assert function().dtype == torch.bfloat16
         checks = op._check_ranks, decode._check_floating
         op._check_ranks = decode._check_floating = None  # the long way is closed
         function()
@@ -462,8 +463,9 @@ print("the same")
 """
 
 
-def test_layers_take_the_short_way(tmp_path: Path) -> None:
-    without_gpu.run(LAYERS, tmp_path)
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
+def test_layers_take_the_short_way(weights: torch.dtype, tmp_path: Path) -> None:
+    without_gpu.run(LAYERS.replace("WEIGHTS", str(weights)), tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 2, 8), (12, 20, 2, 8)])

@@ -13,14 +13,13 @@ of width E. Content logits and relative logits are rounded to the input dtype on
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
+from retro_kernels.ops._backend import casts, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops.cca import flops
 from retro_kernels.ops.cca.op import (
@@ -471,6 +470,7 @@ def _gradients(needs: tuple[bool, ...], grad_out: Tensor, *args: Any) -> tuple[T
     return (of_key_bias, *(grad if need else None for grad, need in zip(grads, wanted, strict=True)))
 
 
+@casts
 def absorbed_cross_attention(
     query: Tensor,
     states: Tensor,
@@ -586,12 +586,10 @@ def absorbed_cross_attention(
         dropout_p,
         chosen == "triton",
     )
-    autocast = autocast_dtype(query) is not None
-    with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
-            out, _, _ = _AbsorbedCrossAttention.apply(key_bias, *args)
-        else:
-            out, _, _ = without_autograd(_cca_absorbed_fwd, *args, False, key_bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (key_bias, *args[:8])):
+        out, _, _ = _AbsorbedCrossAttention.apply(key_bias, *args)
+    else:
+        out, _, _ = without_autograd(_cca_absorbed_fwd, *args, False, key_bias)
     if value_bias is None or dropout_p > 0.0:
         return out
     bias = value_bias.view(-1, 1, head_dim).expand(-1, heads * head_dim // value_bias.shape[0], -1)
@@ -682,7 +680,7 @@ def _check(
     rel_bias: Tensor | None,
     lengths: Tensor | None,
 ) -> list[Any]:
-    """The tensors, cast where autocast is on."""
+    """The tensors, the added ones in the query's dtype."""
     for label, tensor in (
         ("query", query),
         ("states", states),
@@ -745,9 +743,6 @@ def _check(
         content_bias,
         position_bias,
     ]
-    if (dtype := autocast_dtype(query)) is not None:
-        # rel_bias stays as it is: it is added to the logits in float32
-        tensors = [None if x is None else x.to(dtype) for x in tensors]
     if len({x.dtype for x in tensors[:4]}) > 1:
         raise TypeError(
             f"{name}: query is {query.dtype}, states {states.dtype}, key_weight {key_weight.dtype} and value_weight "

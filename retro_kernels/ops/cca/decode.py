@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
+from retro_kernels.ops._backend import casts, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember
 from retro_kernels.ops.cca import flops
@@ -21,6 +21,7 @@ from retro_kernels.ops.cca.absorbed import _by_head, have_keys
 from retro_kernels.ops.cca.op import _check_float, _check_lengths, _check_table, _checked_scale
 
 
+@casts
 def chunked_cross_attention_decode(
     query: Tensor,
     key: Tensor,
@@ -162,6 +163,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     return torch.stack([x @ y for x, y in zip(left.unbind(), right.unbind(), strict=True)])
 
 
+@casts
 def absorbed_decode(
     query: Tensor,
     states: Tensor,
@@ -419,9 +421,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _cast(name: str, query: Tensor, *others: Tensor | None) -> list[Any]:
-    """All in the query's dtype, or in that of autocast; the first two others are what it is multiplied with."""
-    if (dtype := autocast_dtype(query)) is not None:
-        return [None if x is None else x.to(dtype) for x in (query, *others)]
+    """All in the query's dtype; the first two others are what it is multiplied with."""
     for x in others[:2]:
         if x is not None and x.dtype != query.dtype:
             raise TypeError(

@@ -15,7 +15,6 @@ the last four gradients are wanted, the others are None. Nothing in it may use a
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import math
@@ -26,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.ops._backend import autocast_dtype, pick_backend, why_not_transformed, why_not_triton
+from retro_kernels.ops._backend import FLOATS, casts, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember, with_gradient
 from retro_kernels.ops.cca import flops
 from retro_kernels.ops.cca.reference import block_attention_reference
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _HAS_CPU_PATH = importlib.util.find_spec("retro_kernels.ops.cca.cpu") is not None
 
 
@@ -267,6 +265,7 @@ def _gradients(
     return grad_query, grad_key, grad_value, *kept
 
 
+@casts
 def chunked_cross_attention(
     query: Tensor,
     key: Tensor,
@@ -364,6 +363,7 @@ def chunked_cross_attention(
     return out
 
 
+@casts
 def block_attention(
     query: Tensor,
     key: Tensor,
@@ -476,12 +476,6 @@ def _attend(
         if table is not None:
             _check_table(name, label, table, shape, query)
 
-    dtype = autocast_dtype(query)
-    if dtype is not None:
-        # rel_bias stays as it is: it is added to the float32 logits
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        content_bias = None if content_bias is None else content_bias.to(dtype)
-        position_bias = None if position_bias is None else position_bias.to(dtype)
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(
             f"{name}: query is {query.dtype}, key {key.dtype} and value {value.dtype}; they have to be the same "
@@ -501,20 +495,19 @@ def _attend(
         for x in (rel_key, content_bias, position_bias, rel_bias, lengths)
     )
     tensors = (query, key, value, rel_key, content_bias, position_bias, rel_bias, lengths, seed)
-    with contextlib.nullcontext() if dtype is None else torch.autocast(query.device.type, enabled=False):
-        if chosen == "reference" or empty:
-            options: dict[str, Any] = {
-                "block": block,
-                "shift": shift,
-                "repeat": repeat,
-                "scale": scale,
-                "dropout_p": dropout_p,
-            }
-            return block_attention_reference(*tensors, **options)  # type: ignore[arg-type]
-        args = (*tensors, block, shift, repeat, scale, dropout_p, chosen)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            return _BlockAttention.apply(None, *args)[0]
-        return without_autograd(_cca_fwd, *args)[0]
+    if chosen == "reference" or empty:
+        options: dict[str, Any] = {
+            "block": block,
+            "shift": shift,
+            "repeat": repeat,
+            "scale": scale,
+            "dropout_p": dropout_p,
+        }
+        return block_attention_reference(*tensors, **options)  # type: ignore[arg-type]
+    args = (*tensors, block, shift, repeat, scale, dropout_p, chosen)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _BlockAttention.apply(None, *args)[0]
+    return without_autograd(_cca_fwd, *args)[0]
 
 
 def _candidates(query: Tensor) -> dict[str, str | None]:
@@ -557,7 +550,7 @@ def _check_ranks(name: str, query: Tensor, key: Tensor, value: Tensor, rank: int
 def _check_float(name: str, label: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: {label} is of type {type(tensor).__name__}; it has to be a tensor.")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise TypeError(
             f"{name}: {label} is {tensor.dtype}; it has to be a floating-point tensor (float32, float16, bfloat16 or "
             "float64)."
