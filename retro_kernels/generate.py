@@ -9,10 +9,11 @@ with the last half of one, read anew with the neighbours it had.
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +104,21 @@ def generate(
     silent = F.pad(silent, (0, loaded.model.config.vocab_size - len(silent)), value=True)
     stream = _Stream(loaded.tokenizer, on_text)
     started = time.perf_counter()
-    logits = reader.read(loaded.tokenizer.encode(prompt))
-    added: list[int] = []
-    ended = False
-    while len(added) < max_tokens:
-        token = sample(logits.masked_fill(silent, -torch.inf), temperature, top_k, top_p, sampler)
-        if token == loaded.tokenizer.pad_id:
-            ended = True
-            break
-        added.append(token)
-        stream.add(token)
-        if (
-            len(added) < max_tokens or (len(reader.tokens) + 1) % reader.size == 0
-        ):  # a last whole chunk is traced too
-            logits = reader.read([token])
+    with _casts_kept(loaded.model, where):
+        logits = reader.read(loaded.tokenizer.encode(prompt))
+        added: list[int] = []
+        ended = False
+        while len(added) < max_tokens:
+            token = sample(logits.masked_fill(silent, -torch.inf), temperature, top_k, top_p, sampler)
+            if token == loaded.tokenizer.pad_id:
+                ended = True
+                break
+            added.append(token)
+            stream.add(token)
+            if (
+                len(added) < max_tokens or (len(reader.tokens) + 1) % reader.size == 0
+            ):  # a last whole chunk is traced too
+                logits = reader.read([token])
     stream.close()
     seconds = time.perf_counter() - started
     return {
@@ -163,6 +165,26 @@ def sample(
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= max(top_p, limits.tiny), 0.0)
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@contextlib.contextmanager
+def _casts_kept(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Weights that autocast casts inside stay cast to the end: to cast them anew for every token takes longer than the
+    products. It does so until the outermost autocast ends, even one that is off, with weights that require a gradient,
+    and not in inference mode."""
+    frozen = [
+        own
+        for own in model.parameters()
+        if own.is_floating_point() and not own.requires_grad and not own.is_inference()
+    ]
+    try:
+        for own in frozen:
+            own.requires_grad_()
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for own in frozen:
+            own.requires_grad_(False)
 
 
 class _Reader:
@@ -214,7 +236,7 @@ class _Reader:
             neighbours = NeighbourBatch(
                 torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1), None, None
             )
-        with torch.inference_mode(), autocast(self.device, self.dtype):
+        with torch.no_grad(), autocast(self.device, self.dtype):
             return self.model.decode(torch.tensor([new], device=self.device), cache, neighbours)[
                 0, -1
             ].float()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from small import CHUNK, SEQUENCE, World, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels import generate as module
 from retro_kernels.config import InputError
@@ -216,6 +218,38 @@ def test_arithmetic_that_was_asked_for(
     assert run(*words) == 0 and set(seen) == {torch.float32}
     seen.clear()
     assert run(*words, "--dtype", "bf16") == 0 and set(seen) == {torch.bfloat16}
+
+
+class CastWeights(TorchDispatchMode):
+    """Counts how often each parameter of `model` is copied to another dtype."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.times = {own.data_ptr(): 0 for own in model.parameters() if own.ndim == 2}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.times:
+            self.times[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_are_cast_once_for_all_tokens(world: World, frozen: bool) -> None:
+    """And are as they were afterwards. What is handed out on the way is handed out outside of autocast."""
+    loaded = load_run(world.plain)
+    loaded.model.requires_grad_(not frozen)
+    seen = set()
+
+    def on_text(text: str) -> None:
+        seen.add(torch.is_autocast_enabled("cpu"))
+
+    with CastWeights(loaded.model) as casts:
+        result = generate(
+            loaded, "lomi ka", max_tokens=8, ignore_end=True, device="cpu", dtype="bf16", on_text=on_text
+        )
+    assert result["tokens"] == 8 and seen == {False}
+    assert max(casts.times.values()) == 1, casts.times
+    assert all(own.requires_grad != frozen for own in loaded.model.parameters())
 
 
 @pytest.mark.parametrize(
