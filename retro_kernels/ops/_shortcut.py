@@ -2,8 +2,8 @@
 
 To check a call, to choose its backend and to pass torch's dispatcher takes longer than to launch its kernels. All of
 that depends on types, shapes and options only, so it is done for the first call of a kind. A call that somebody
-else takes part in (a transform, a mode, a tracer, a profiler; autocast, where `casts` did not take the op out of it) goes
-the long way each time; so does one that autograd records, unless the op says how it is recorded (`with_gradient`).
+else takes part in (a transform, a mode, a tracer, a profiler; autocast, which `casts` takes ops out of) goes the long
+way each time; so does one that autograd records, unless the op says how it is recorded (`with_gradient`).
 """
 
 from __future__ import annotations
