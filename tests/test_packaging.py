@@ -124,6 +124,14 @@ def test_import_is_cheap() -> None:
     assert not heavy & set(run.stdout.split())
 
 
+def test_models_come_without_the_compiler() -> None:
+    """torch.compile's modules take longer to import than all of ours, and few programs need them."""
+    code = "import sys, retro_kernels.evaluate, retro_kernels.generate, retro_kernels.nn; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "retro_kernels.nn.retrofit" in run.stdout.split()
+    assert not {"torch._dynamo", "torch._inductor", "transformers", "sympy"} & set(run.stdout.split())
+
+
 def test_every_public_name_resolves() -> None:
     for name in retro_kernels.__all__:
         assert getattr(retro_kernels, name) is not None

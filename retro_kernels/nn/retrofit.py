@@ -38,6 +38,10 @@ _TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """Of each base, whose one thread at a time it is: what is added to its layers, every thread would see."""
 
 
+_uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+"""The latter imports at once what doubles the time to import this package; the former with the first call."""
+
+
 class RetroFitted(Retrieving):
     """A pretrained causal language model with chunked cross-attention after the self-attention of some layers.
 
@@ -281,7 +285,7 @@ class RetroFitted(Retrieving):
         pair: Any = self.added[str(number)]
         return pair["cca_norm"], pair["cca"]
 
-    @torch.compiler.disable  # it would trace the base's layers without what is added to them, and say nothing
+    @_uncompiled  # the base's layers would be traced without what is added to them, and nothing said
     def _run(
         self,
         tokens: Tensor,
