@@ -12,7 +12,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,22 +39,49 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if described else 1
 
 
-def write_safetensors(tensors: dict[str, Any], staged: Path, final: Path, metadata: dict[str, str]) -> None:
-    """`tensors` into the file `staged`, on the disk when it returns, for the caller to rename to `final`. OSError with
-    the name of `final`: the disk is full, …"""
+@contextlib.contextmanager
+def staged(final: Path) -> Iterator[Path]:
+    """A name beside `final` for a file that takes its place when it is whole; of any other nothing is left."""
+    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file, whole and on the disk or not at all. OSError with a name: the disk is full, …"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with staged(path) as temporary, open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which
+
+
+def write_safetensors(
+    tensors: dict[str, Any], temporary: Path, final: Path, metadata: dict[str, str]
+) -> None:
+    """`tensors` into the file `temporary`, on the disk when it returns, to become `final` (`staged`). OSError with the
+    name of `final`: the disk is full, …"""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    staged.touch()
-    mode = staged.stat().st_mode
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
-        save_file(tensors, staged, metadata)
+        save_file(tensors, temporary, metadata)
     except SafetensorError as error:
         if number := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(final)) from None
         raise OSError(f"{final} cannot be written: {error}") from None
-    staged.chmod(mode)  # safetensors lets nobody else read what it writes
-    with open(staged, "r+b") as file:
+    temporary.chmod(mode)  # safetensors lets nobody else read what it writes
+    with open(temporary, "r+b") as file:
         os.fsync(file.fileno())
 
 

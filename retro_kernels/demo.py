@@ -21,10 +21,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .config import InputError, TrainConfig
+from .config import InputError, TrainConfig, write_whole
 from .data.corpus import Document, ReadReport, document_hash, read_documents, split_documents
 from .data.packing import tokenise
-from .data.tokenizer import _write_whole
 from .evaluate import draw, evaluate, find_neighbours
 from .generate import generate, show_chunks
 from .retrieval import Retriever, build_retrieval_set
@@ -192,7 +191,7 @@ def demo(
         *(["![bits per byte by leakage](curve.png)\n"] if drawn else []),
         passage,
     ]
-    _write_whole(folder / "report.md", "\n".join(page).encode())
+    write_whole(folder / "report.md", "\n".join(page).encode())
     say(passage)
     say(f"Written: {folder / 'report.md'}")
     return result

@@ -36,10 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .config import InputError, as_count, as_seed
+from .config import InputError, as_count, as_seed, write_whole
 from .data.corpus import Document
 from .data.packing import TokenDocuments
-from .data.tokenizer import _write_whole
 from .nn import RetroFitted
 from .nn.retrofit import longest_sequence
 from .ops import NeighbourBatch
@@ -573,5 +572,5 @@ def draw(
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     pyplot.close(figure)
-    _write_whole(Path(path), image.getvalue())
+    write_whole(Path(path), image.getvalue())
     return True

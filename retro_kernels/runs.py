@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import PLACES, InputError, TrainConfig
+from .config import PLACES, InputError, TrainConfig, write_whole
 from .data.corpus import Document
 from .data.packing import TokenDocuments
 from .data.text import Text as Text
@@ -43,7 +43,7 @@ from .data.text import note as note
 from .data.text import progress_bar as progress_bar
 from .data.text import silent as silent
 from .data.text import taken_up as taken_up
-from .data.tokenizer import Tokenizer, _write_whole
+from .data.tokenizer import Tokenizer
 from .nn import Retro, RetroFitted
 from .nn.saving import CONFIG, WEIGHTS, content
 from .ops._backend import cpu_has_bf16
@@ -297,7 +297,7 @@ def _base(settings: dict[str, Any], folder: Path, option: str) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    _write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

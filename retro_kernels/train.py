@@ -28,10 +28,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import DEFAULT_PRESET, PLACES, InputError, RetroConfig, TrainConfig, parse_overrides, preset
+from .config import (
+    DEFAULT_PRESET,
+    PLACES,
+    InputError,
+    RetroConfig,
+    TrainConfig,
+    parse_overrides,
+    preset,
+    write_whole,
+)
 from .data.corpus import Document
 from .data.packing import IGNORE, Packed, TokenDocuments
-from .data.tokenizer import TextSampler, Tokenizer, _write_whole, check_vocab_size
+from .data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from .nn import Retro, RetroFitted
 from .nn.encoder import NeighbourEncoder
 from .nn.retrofit import load_base, longest_sequence
@@ -661,7 +670,7 @@ def _cut_metrics(path: Path, step: int) -> None:
     """Forgets the lines after `step`: those steps are done again."""
     if path.exists():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        _write_whole(path, "".join(line + "\n" for line in lines).encode())
+        write_whole(path, "".join(line + "\n" for line in lines).encode())
 
 
 def _step_of(line: str) -> float:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_kernels.config import InputError, as_integer
+from retro_kernels.config import InputError, as_integer, write_whole
 
 from .tokenizer_json import TokenizerJson
 
@@ -180,7 +180,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model file; it appears under its name only when whole."""
-        _write_whole(Path(path), self._model)
+        write_whole(Path(path), self._model)
 
     @classmethod
     def train(
@@ -427,20 +427,3 @@ def _from_model(model: bytes, source: str) -> Tokenizer:
     tokenizer = Tokenizer.__new__(Tokenizer)
     tokenizer._load(model, source)
     return tokenizer
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk does not say which
-    finally:
-        temporary.unlink(missing_ok=True)

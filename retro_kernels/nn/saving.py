@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..config import InputError, RetroConfig, check_readable, write_safetensors
+from ..config import InputError, RetroConfig, check_readable, staged, write_safetensors
 from .layers import is_quantised
 from .positions import DistanceTable
 
@@ -30,19 +30,12 @@ def save(weights: dict[str, Tensor], config: dict[str, Any], directory: Path) ->
     """Writes both files; each appears under its name only when it is whole, the weights first. OSError: disk full, …"""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().contiguous() for name, value in weights.items()}
-    staged = directory / f"{WEIGHTS}.tmp-{os.getpid()}"
-    staged_config = directory / f"{CONFIG}.tmp-{os.getpid()}"
-    try:
+    with staged(directory / CONFIG) as temporary_config, staged(directory / WEIGHTS) as temporary:
         # nothing beside it: safetensors writes several in any order, and the same weights shall be the same file
-        write_safetensors(weights, staged, directory / WEIGHTS, {_CHECKSUM: _checksum(weights)})
-        staged_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with open(staged_config, "r+b") as file:  # or a power cut might leave nothing under its name
+        write_safetensors(weights, temporary, directory / WEIGHTS, {_CHECKSUM: _checksum(weights)})
+        temporary_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with open(temporary_config, "r+b") as file:  # or a power cut might leave nothing under its name
             os.fsync(file.fileno())
-        os.replace(staged, directory / WEIGHTS)
-        os.replace(staged_config, directory / CONFIG)
-    finally:
-        staged.unlink(missing_ok=True)
-        staged_config.unlink(missing_ok=True)
 
 
 def content(weights: dict[str, Tensor]) -> Iterator[Any]:

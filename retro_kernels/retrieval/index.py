@@ -37,7 +37,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch  # before FAISS: the other order mixes up their OpenMP libraries (faiss issue 2126)
 
-from retro_kernels.config import InputError, as_count
+from retro_kernels.config import InputError, as_count, staged
 from retro_kernels.ops._backend import numbered
 from retro_kernels.retrieval.store import INDEX, ChunkStore, check_checksum, opened_again
 
@@ -425,13 +425,8 @@ class Index:
         """Writes the FAISS file, whole or not at all. Not for an exact index, which has none. OSError: disk full, …"""
         if not isinstance(self._searcher, _FaissSearcher):
             raise ValueError("Index.save: an exact index has no file; embeddings.npy is the index.")
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        try:
+        with staged(Path(path)) as temporary:
             self._searcher.write(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], factory: str, *, device: Any = None) -> Index:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.config import InputError, as_count, check_readable, write_safetensors
+from retro_kernels.config import InputError, as_count, check_readable, staged, write_safetensors
 from retro_kernels.retrieval.rerank import Reranker
 from retro_kernels.retrieval.search import (
     DocumentTable,
@@ -475,9 +475,5 @@ def _checksum(arrays: dict[str, Tensor]) -> str:
 
 
 def _save(arrays: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
+    with staged(path) as temporary:
         write_safetensors(arrays, temporary, path, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

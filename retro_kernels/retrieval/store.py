@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, write_whole
 from retro_kernels.data.tokenizer import Tokenizer, token_dtype
 
 FORMAT = "retro_kernels retrieval set"
@@ -488,17 +488,8 @@ def file_sha256(path: Path, progress: Callable[[int], object] | None = None) -> 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, whole or not at all."""
-    path = folder / MANIFEST
-    temporary = path.with_name(f"{MANIFEST}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=2, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / MANIFEST, content.encode())
 
 
 def _damaged(folder: Path, what: str) -> InputError:

@@ -23,7 +23,7 @@ import numpy as np
 from safetensors.numpy import load as unpacked
 from safetensors.numpy import save as packed
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, staged, write_whole
 from retro_kernels.data.text import note
 from retro_kernels.data.tokenizer import Tokenizer, token_dtype
 from retro_kernels.retrieval import store as files
@@ -131,27 +131,15 @@ def _sync(file: Any) -> None:
 
 def save_array(path: Path, values: np.ndarray) -> None:
     """A `.npy` file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            header = np.lib.format.header_data_from_array_1_0(values)
-            np.lib.format.write_array_header_1_0(file, header)
-            _write(file, values)
-            _sync(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staged(path) as temporary, open(temporary, "wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(values)
+        np.lib.format.write_array_header_1_0(file, header)
+        _write(file, values)
+        _sync(file)
 
 
 def save_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(value, file)
-            _sync(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(value).encode())
 
 
 def load_json(path: Path) -> Any:

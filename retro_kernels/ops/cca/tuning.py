@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from retro_kernels.config import staged
 from retro_kernels.ops.cca import launch, tiles
 from retro_kernels.ops.cca.launch import Sizes
 from retro_kernels.ops.cca.tiles import Config
@@ -153,12 +154,8 @@ def save(block_sizes: dict[str, Config], gpu: str, path: Path | None = None) -> 
         kept = {}
     values = {"format": FORMAT, "triton": triton.__version__, "gpu": gpu, "block_sizes": kept | block_sizes}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(values, indent=1) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=1) + "\n")
     _tuned.cache_clear()
     _fitted.clear()  # of the sizes before
     launch.forget()
