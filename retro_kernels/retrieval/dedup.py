@@ -15,6 +15,7 @@ For chunks inside documents use `leakage.containment`: a Jaccard index does not 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import math
@@ -56,11 +57,10 @@ class _Words:
         words = terms(text, pairs=False)
         for word in set(words) - known.keys():
             known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        hashes = np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
         if len(known) > 4_000_000:  # a stream of numbers and names need not stay in memory
-            hashes = np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
             known.clear()
-            return hashes
-        return np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
+        return hashes
 
 
 def gram_hashes(words: np.ndarray, n: int = N) -> np.ndarray:
@@ -146,7 +146,6 @@ class DuplicateFinder:
         self._titles: list[str] = []
         self._grams: list[np.ndarray] = []
         self._buckets: dict[bytes, list[int]] = {}
-        self._sizes: list[int] = []
         digest = hashlib.blake2b(
             repr(("words of any script", n, threshold, self._minhash.a.tolist())).encode(), digest_size=16
         )
@@ -365,31 +364,22 @@ def _check_out(out: Path, data: Sequence[Any], against: Sequence[Any]) -> None:
         raise InputError(f"dedup: out is {out}, which is there and no result of dedup. Give another name.")
 
 
-class _writer:
+@contextlib.contextmanager
+def _writer(path: Path | None) -> Iterator[Callable[[Document], object]]:
     """Writes documents to a `.jsonl` that appears under its name when all are there. None: nowhere.
 
     Under the lock of the journal: what a kill −9 left under the other name is written over."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        if self.path is None:
-            return lambda document: None
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
-        self._file = open(self._temporary, "w", encoding="utf-8")
-        return lambda document: self._file.write(
-            json.dumps({"title": document.title, "text": document.text}, ensure_ascii=False) + "\n"
-        )
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self.path is None:
-            return
-        try:
-            with self._file:  # closed even where what is left cannot be written
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            if kind is None:
-                os.replace(self._temporary, self.path)
-        finally:
-            self._temporary.unlink(missing_ok=True)
+    if path is None:
+        yield lambda document: None
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield lambda document: file.write(
+                json.dumps({"title": document.title, "text": document.text}, ensure_ascii=False) + "\n"
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
