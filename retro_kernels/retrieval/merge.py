@@ -182,33 +182,24 @@ def append_to_retrieval_set(
 
 def _drop_merged(addition: Path, known: set[int] | None) -> None:
     """Deletes an addition, its manifest last, that is ours and in the set (known: hashes of its documents; None: it
-    is). InputError where something else has that name. Another process may be deleting it, too."""
-    with contextlib.suppress(FileNotFoundError):
-        _drop(addition, known)
-
-
-def _drop(addition: Path, known: set[int] | None) -> None:
-    if not addition.exists() or not any(addition.iterdir()):
-        return
-    manifest = load_json(addition / files.MANIFEST)
-    build = manifest.get("build") if isinstance(manifest, dict) else None
-    if not isinstance(build, dict) or not build.get("addition"):
-        if not any(addition.iterdir()):
-            return
-        raise InputError(
-            f"{addition} is where documents to be added are embedded, but it holds something else. Move it away."
-        )
-    if known is not None:
-        try:
-            if not known.issuperset(ChunkStore.open(addition).document_hashes.tolist()):
+    is). InputError where something else has that name."""
+    with contextlib.suppress(FileNotFoundError):  # another process may be deleting it, too
+        manifest = load_json(addition / files.MANIFEST)
+        build = manifest.get("build") if isinstance(manifest, dict) else None
+        if not isinstance(build, dict) or not build.get("addition"):
+            if not any(addition.iterdir()):
                 return
-        except InputError:
-            pass  # half of it was deleted
-    for path in addition.iterdir():
-        if path.name != files.MANIFEST:
-            path.unlink(missing_ok=True)
-    (addition / files.MANIFEST).unlink(missing_ok=True)
-    addition.rmdir()
+            raise InputError(
+                f"{addition} is where documents to be added are embedded, but it holds something else. Move it away."
+            )
+        with contextlib.suppress(InputError):  # half of it was deleted
+            if known is not None and not known.issuperset(ChunkStore.open(addition).document_hashes.tolist()):
+                return
+        for path in addition.iterdir():
+            if path.name != files.MANIFEST:
+                path.unlink(missing_ok=True)
+        (addition / files.MANIFEST).unlink(missing_ok=True)
+        addition.rmdir()
 
 
 def tune_retrieval_set(
