@@ -46,6 +46,7 @@ from retro_kernels.data.corpus import (
     one_or_more,
     read_documents,
 )
+from retro_kernels.data.text import note
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size, token_dtype
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
@@ -465,7 +466,8 @@ class Builder:
         self.parked = self.folder / "old"
 
     def say(self, text: str) -> None:
-        say(self.progress, text)
+        if self.progress:
+            note(text)
 
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Any:
         return tqdm(
@@ -990,8 +992,3 @@ def _differing(old: Any, new: dict[str, Any]) -> list[str]:
     """Keys of a plan under which another one, or something that is none, has something else."""
     keys = [*new, *(key for key in _INDEX_ONLY if key not in new)]
     return [key for key in keys if not isinstance(old, dict) or old.get(key) != new.get(key)]
-
-
-def say(progress: bool, text: str) -> None:
-    if progress:
-        tqdm.write(text, file=sys.stderr)

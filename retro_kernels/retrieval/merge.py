@@ -33,7 +33,6 @@ from retro_kernels.retrieval.build import (
     measure_exact,
     own_folders,
     reader_of,
-    say,
 )
 from retro_kernels.retrieval.embedder import TextEmbedder, embedder_in_words, load_described
 from retro_kernels.retrieval.index import EXACT, Index, check_factory, check_recall
@@ -159,7 +158,7 @@ def append_to_retrieval_set(
     _drop_merged(addition.out, known)
     if next(read_new(ReadReport()), None) is None:
         whole.drop_leftovers(store.manifest.get("build"))
-        say(progress, f"{target}: holds every one of these documents already; nothing to do.")
+        whole.say(f"{target}: holds every one of these documents already; nothing to do.")
         return store.manifest
     asked = store.manifest.get("build") or {}
     index = asked.get("index", store.manifest["index"]["factory"])
