@@ -19,6 +19,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -198,7 +199,6 @@ class Embedder:
         self.device = parameter.device
         self.dtype = parameter.dtype
         self.dim: int = model.config.hidden_size
-        self._fingerprint: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -247,14 +247,9 @@ class Embedder:
             made.path = os.path.abspath(source)
         return made
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over weights, configuration, vocabulary and the rules of this file: equal means equal vectors."""
-        if self._fingerprint is None:
-            self._fingerprint = self._hash()
-        return self._fingerprint
-
-    def _hash(self) -> str:
         import torch
 
         rules = {
