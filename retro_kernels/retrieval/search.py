@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -298,13 +299,10 @@ class DenseSearcher:
         self.device, self.device_store = numbered(device), device_store
         self.look_up, self.embed_unknown, self.inner_product = look_up, embed_unknown, inner_product
         self._load_embedder = load_embedder
-        self._embedder: TextEmbedder | None = None
 
-    @property
+    @cached_property
     def embedder(self) -> TextEmbedder:
-        if self._embedder is None:
-            self._embedder = self._load_embedder()
-        return self._embedder
+        return self._load_embedder()
 
     def keys(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(keys float32 [Q, D] on the search device, known bool [Q]: has a key) of queries int64 [Q, M]."""
@@ -454,17 +452,18 @@ class DeviceStore:
     """What a step needs of a set, on the device: tokens, continuation, keys, and the hashes that find a chunk."""
 
     def __init__(self, store: ChunkStore, device: torch.device | str) -> None:
-        chunks = np.ascontiguousarray(store.chunks)
-        self.chunks = torch.from_numpy(chunks.copy()).to(device)
+        self.chunks = torch.from_numpy(np.array(store.chunks)).to(device)
         self.continuation = torch.from_numpy(np.array(store.continuation)).to(device)
         self.embeddings = torch.from_numpy(np.array(store.embeddings)).to(device)
-        hashes = row_hashes(
-            self.chunks.view(torch.int16).to(torch.int64) & 0xFFFF
-            if self.chunks.dtype == torch.uint16
-            else self.chunks
-        )
         # stable: of equal chunks the first is found, as on the host
-        self._hashes, self._order = hashes.sort(stable=True)
+        self._hashes, self._order = row_hashes(self._rows(slice(None))).sort(stable=True)
+
+    def _rows(self, ids: Tensor | slice) -> Tensor:
+        """Tokens int64 [n, M] of some chunks."""
+        if self.chunks.dtype != torch.uint16:
+            return self.chunks[ids].to(torch.int64)
+        # equal bits: indexing uint16 is not implemented on every device, indexing its view is
+        return self.chunks.view(torch.int16)[ids].to(torch.int64).bitwise_and_(0xFFFF)
 
     @staticmethod
     def bytes_needed(store: ChunkStore) -> int:
@@ -477,12 +476,7 @@ class DeviceStore:
         hashes = row_hashes(tokens)
         place = torch.searchsorted(self._hashes, hashes).clamp(max=self._hashes.numel() - 1)
         ids = self._order[place]
-        # equal bits: indexing uint16 is not implemented on every device, indexing its view is
-        narrow = self.chunks.view(torch.int16) if self.chunks.dtype == torch.uint16 else self.chunks
-        rows = narrow[ids].to(torch.int64)
-        if self.chunks.dtype == torch.uint16:
-            rows &= 0xFFFF
-        return torch.where((rows == tokens).all(1), ids, -1)
+        return torch.where((self._rows(ids) == tokens).all(1), ids, -1)
 
 
 def check_queries(queries: Tensor, vocab_size: int) -> None:
