@@ -356,37 +356,32 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """A `.npy` file as a read-only map, if it holds just this dtype and shape and all of its bytes; else InputError."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise _damaged(path.parent, f"{path.name} cannot be read ({error.strerror or error})") from None
-    with file:  # opened once: by the next opening the set may be another one
-        return _mapped_array(file, path, dtype, shape)
-
-
-def _mapped_array(file: Any, path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        found_shape, fortran, found_dtype = read_header(file, max_header_size=4096)
-        offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise _damaged(path.parent, f"{path.name} cannot be read ({error.strerror or error})") from None
-    except NO_HEADER:
-        raise _damaged(path.parent, f"{path.name} is no array file") from None
-    if found_dtype != dtype or found_shape != shape or (fortran and len(shape) > 1):
-        expected, found = f"{dtype} {list(shape)}", f"{found_dtype} {list(found_shape)}"
-        raise _damaged(path.parent, f"{path.name} holds {found}, but {expected} belongs there")
-    if size != offset + math.prod(shape) * dtype.itemsize:
-        raise _damaged(
-            path.parent, f"{path.name} is {size:,} bytes long, which does not fit its shape {list(shape)}"
-        )
-    if 0 in shape:
-        return np.zeros(shape, dtype)
-    return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(
+                open(path, "rb")
+            )  # once: by the next opening the set may be another one
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            found_shape, fortran, found_dtype = read_header(file, max_header_size=4096)
+            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        except OSError as error:
+            raise _damaged(path.parent, f"{path.name} cannot be read ({error.strerror or error})") from None
+        except NO_HEADER:
+            raise _damaged(path.parent, f"{path.name} is no array file") from None
+        if found_dtype != dtype or found_shape != shape or (fortran and len(shape) > 1):
+            expected, found = f"{dtype} {list(shape)}", f"{found_dtype} {list(found_shape)}"
+            raise _damaged(path.parent, f"{path.name} holds {found}, but {expected} belongs there")
+        if size != offset + math.prod(shape) * dtype.itemsize:
+            raise _damaged(
+                path.parent, f"{path.name} is {size:,} bytes long, which does not fit its shape {list(shape)}"
+            )
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
