@@ -228,9 +228,12 @@ class Index:
         """An empty index, trained on a sample of `vectors` [n, E]. Arguments and errors are those of `build`."""
         device = numbered(device)
         dim = vectors.shape[1]
-        searcher = _new_searcher(
-            factory, dim, device, functools.partial(_training_sample, vectors, factory, seed)
-        )
+        searcher: _Searcher
+        if factory == EXACT and (_faiss() is None or (device.type == "cuda" and not _has_gpu_faiss())):
+            searcher = _TorchSearcher(dim, device)
+        else:
+            sample = functools.partial(_training_sample, vectors, factory, seed)
+            searcher = _FaissSearcher.new(factory, dim, device, sample)
         return cls(searcher, factory, dim)
 
     @classmethod
@@ -598,10 +601,10 @@ def exact_search(
     best_distances = queries.new_empty(len(queries), 0)
     best_ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(vectors), _BLOCK_ROWS):
-        if isinstance(vectors, torch.Tensor):
-            block = vectors[start : start + _BLOCK_ROWS].to(queries.device, torch.float32)
-        else:
-            block = torch.from_numpy(_block(vectors, start)).to(queries.device)
+        rows = vectors[start : start + _BLOCK_ROWS]
+        if not isinstance(rows, torch.Tensor):
+            rows = torch.from_numpy(np.array(rows, dtype=np.float32, order="C"))
+        block = rows.to(queries.device, torch.float32)
         norms, nearest = block.square().sum(1), min(k, len(block))
         with torch.autocast(queries.device.type, enabled=False):  # that of a caller's training step
             found = [
@@ -688,9 +691,7 @@ class _FaissSearcher:
                 )
             cagra = faiss.GpuIndexCagra(resources, index.d, faiss.METRIC_L2, _cagra_config(number))
             cagra.copyFrom(index)
-            searcher = _CagraSearcher(cagra, device, resources)
-            searcher._vectors = index
-            return searcher
+            return _CagraSearcher(cagra, device, resources, index)
         options = faiss.GpuClonerOptions()
         options.useFloat16 = True
         try:
@@ -861,6 +862,11 @@ class _CagraSearcher(_FaissSearcher):
 
     _kept = 64
 
+    def __init__(self, index: Any, device: torch.device, resources: Any = None, vectors: Any = None) -> None:
+        """vectors: what the graph was made of: FAISS keeps its address, not a copy."""
+        super().__init__(index, device, resources)
+        self._vectors, self._parts = vectors, list[np.ndarray]()
+
     @property
     def most(self) -> int:
         return _MOST_OF_CAGRA
@@ -875,17 +881,11 @@ class _CagraSearcher(_FaissSearcher):
             )
         resources = _gpu_resources(device)
         config = _cagra_config(_device_number(device))
-        searcher = cls(faiss.GpuIndexCagra(resources, dim, faiss.METRIC_L2, config), device, resources)
-        searcher._parts = []
-        return searcher
-
-    _parts: list[np.ndarray]
-    _vectors: Any
-    """What the graph was made of: FAISS keeps its address, not a copy."""
+        return cls(faiss.GpuIndexCagra(resources, dim, faiss.METRIC_L2, config), device, resources)
 
     @property
     def size(self) -> int:
-        return int(self.index.ntotal) + sum(map(len, getattr(self, "_parts", [])))
+        return int(self.index.ntotal) + sum(map(len, self._parts))
 
     def add(self, vectors: np.ndarray) -> None:
         if self.index.ntotal:
@@ -893,7 +893,7 @@ class _CagraSearcher(_FaissSearcher):
         self._parts.append(np.array(vectors, dtype=np.float32, order="C"))
 
     def _finish(self) -> None:
-        if getattr(self, "_parts", []):
+        if self._parts:
             self._vectors = np.concatenate(self._parts)
             self.index.train(self._vectors)
             self._parts = []
@@ -1040,14 +1040,6 @@ def _device_number(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _new_searcher(
-    factory: str, dim: int, device: torch.device, sample: Callable[[], np.ndarray]
-) -> _Searcher:
-    if factory == EXACT and (_faiss() is None or (device.type == "cuda" and not _has_gpu_faiss())):
-        return _TorchSearcher(dim, device)
-    return _FaissSearcher.new(factory, dim, device, sample)
-
-
 _BY_SIZE = "Without --index one is chosen by size."
 
 
@@ -1081,10 +1073,6 @@ def _lists_of(factory: str) -> int:
     """The number of inverted lists; FAISS's k is 1,024, and its M 1,024 of those."""
     found = re.search(r"IVF(\d+)([kM]?)", factory)
     return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
-
-
-def _block(vectors: np.ndarray, start: int) -> np.ndarray:
-    return np.array(vectors[start : start + _BLOCK_ROWS], dtype=np.float32, order="C")
 
 
 def _reason(error: Exception) -> str:
