@@ -133,7 +133,7 @@ class ReadReport:
 
 
 def one_or_more(paths: Any) -> list[Any]:
-    """Paths as a list, where they may be one alone, which as a str would be taken for its characters."""
+    """Paths or patterns as a list, where they may be one alone, which as a str would be taken for its characters."""
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
@@ -179,7 +179,8 @@ def read_documents(
             raise InputError(
                 f"{path} is {kind}, and no text. Give the text that it was made from (or a file in it, by its name)."
             )
-    wanted = _Wanted(include, exclude, frozenset(map(os.path.realpath, leave_out)))
+    left_out = frozenset(map(os.path.realpath, one_or_more(leave_out)))
+    wanted = _Wanted(one_or_more(include), one_or_more(exclude), left_out)
     return _read(checked, wanted, report)
 
 

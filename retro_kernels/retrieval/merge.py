@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash
+from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash, one_or_more
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
@@ -63,9 +63,8 @@ def merge_retrieval_sets(
     anew. Arguments, errors and return value are those of `build_retrieval_set`. Where all sets together take more open
     files than this process may have, its limit is raised; InputError where the system does not allow as many.
     """
-    return _merge(
-        sets, Builder(Path(out), SHARD_CHUNKS, progress), index, recall, device, overwrite, overwrite
-    )
+    builder = Builder(Path(out), SHARD_CHUNKS, progress)
+    return _merge(one_or_more(sets), builder, index, recall, device, overwrite, overwrite)
 
 
 def _merge(

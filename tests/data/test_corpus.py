@@ -72,6 +72,8 @@ def test_patterns(folder):
         "sub/c.md",
         "tests/t.py",
     ]
+    assert read(folder, include="*.py", exclude="tests") == read(folder, include=["*.py"], exclude=["tests"])
+    assert read(folder, leave_out=str(folder / "sub")) == read(folder, exclude=["sub"])
 
 
 def packed(suffix, content):

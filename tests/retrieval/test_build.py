@@ -440,6 +440,8 @@ def test_parts_merge_into_the_whole(whole, model, tmp_path, monkeypatch, rows):
     sizes = [{e["title"]: e["bytes"] for e in map(s._document, range(20))} for s in (merged, expected)]
     assert sizes[0] == sizes[1]
     assert merge_retrieval_sets(parts, tmp_path / "merged", progress=False) == manifest
+    alone = [merge_retrieval_sets(one, tmp_path / "one", progress=False) for one in (str(parts[0]), parts[0])]
+    assert alone[0] == alone[1] and alone[0]["num_documents"] == 7
     titled = [Document("another title", d.text) for i in range(3) for d in CORPUS[i::3]]
     build(titled, tmp_path / "titled", tokenizer=model)
     with pytest.raises(InputError, match="another corpus"):
