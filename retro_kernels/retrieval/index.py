@@ -548,7 +548,7 @@ class GroundTruth:
     def __init__(
         self, vectors: np.ndarray, *, k: int = 10, num_queries: int | None = None, seed: int = 0
     ) -> None:
-        n = len(vectors)
+        n, k = len(vectors), as_count("recall@k", "k", k)
         if num_queries is None:
             num_queries = max(100, min(1000, 1_000_000_000 // n))
         generator = np.random.default_rng(seed)

@@ -616,6 +616,11 @@ def test_sets_that_differ_are_not_merged(whole, model, tmp_path, monkeypatch):
     assert (tmp_path / "notes" / "mine.txt").read_text() == "as it is"
     with pytest.raises(InputError, match="recall is 0"):
         tune_retrieval_set(whole, 0)
+    manifest = store_module.read_manifest(whole)
+    for k in (0, 2.5):
+        with pytest.raises(InputError, match=f"recall@k: k is {k}; it must be an integer of at least 1"):
+            tune_retrieval_set(whole, k=k)
+    assert store_module.read_manifest(whole) == manifest
     assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.build").exists()
 
 
@@ -777,7 +782,7 @@ def test_tuned_again(model, tmp_path):
     assert Index.open(out).setting == manifest["index"]["search"]
     assert manifest["index"]["k"] == 10 and tune_retrieval_set(out, 0.5, k=3)["index"]["k"] == 3
     build(CORPUS, tmp_path / "exact", tokenizer=model)
-    tuned = tune_retrieval_set(tmp_path / "exact", k=3)
+    tuned = tune_retrieval_set(tmp_path / "exact", k=np.int64(3))
     assert tuned["index"]["k"] == 3 and tuned["index"]["target"] == tuned["build"]["recall"] == 0.95
 
 
