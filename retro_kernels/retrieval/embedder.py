@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from retro_kernels.config import InputError
+from retro_kernels.config import InputError, as_count
 from retro_kernels.data.words import UNSPACED
 
 if TYPE_CHECKING:
@@ -225,6 +225,7 @@ class Embedder:
 
         if pooling not in ("mean", "cls"):
             raise InputError(f'Embedder: pooling is {pooling!r}; "mean" or "cls" can be had.')
+        max_tokens = as_count("Embedder", "max_tokens", MAX_TOKENS if max_tokens is None else max_tokens)
         transformers = _transformers()
         source, name = _locate(name_or_path)
         device = pick_device(device or "cpu")
@@ -240,7 +241,7 @@ class Embedder:
         table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
         if (padding := getattr(table, "padding_idx", None)) is not None:  # RoBERTa counts from behind it
             positions -= padding + 1
-        limit = min(max_tokens or MAX_TOKENS, positions)
+        limit = min(max_tokens, positions)
         normalise = _says_normalise(source)
         made = cls(model, tokenizer, name, normalise=normalise, max_tokens=limit, pooling=pooling)
         if name_or_path is not None and os.path.isdir(source):

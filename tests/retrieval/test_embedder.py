@@ -63,6 +63,9 @@ def test_the_first_state_where_it_is_asked_for(bert):
         torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(InputError, match='pooling is .max.; "mean" or "cls"'):
         Embedder.from_pretrained(bert, pooling="max")
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(InputError, match=f"max_tokens is {wrong}; it must be an integer of at least 1"):
+            Embedder.from_pretrained(bert, max_tokens=wrong)
 
 
 def test_batches_and_order_do_not_matter(bert, monkeypatch):
