@@ -122,6 +122,11 @@ class ReadReport:
         self.skipped[reason] += 1
         self.examples.setdefault(reason, where)
 
+    def add(self, other: ReadReport) -> None:
+        """What was left out of something that was read later."""
+        self.skipped.update(other.skipped)
+        self.examples = other.examples | self.examples
+
     def warning(self) -> str | None:
         """One line on what was left out; None where nothing was."""
         if not self.skipped:
@@ -280,8 +285,7 @@ def _read_named(
     wrong = [reason for reason in own.skipped if reason != _EMPTY and not found]
     if wrong:
         raise _unreadable(path, f"{wrong[0]} ({own.examples[wrong[0]]})", _ADVICE[wrong[0]])
-    report.skipped.update(own.skipped)
-    report.examples = own.examples | report.examples
+    report.add(own)
 
 
 def _read_path(path: str, wanted: _Wanted, report: ReadReport) -> Iterator[Document]:

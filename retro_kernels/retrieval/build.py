@@ -329,8 +329,7 @@ def reader_of(
                 own = ReadReport()
                 kept[entry] = list(read_documents(entry, report=own)), own
             documents, own = kept[entry]
-            report.skipped.update(own.skipped)
-            report.examples.update(own.examples)
+            report.add(own)
             yield from _count(documents, report)
 
     return read

@@ -202,6 +202,15 @@ def test_a_pipe_is_read_once(tmp_path):
     writer.join()
 
 
+def test_the_first_that_was_left_out_is_named(tmp_path, monkeypatch):
+    """Also where stdin, which is kept, comes behind it."""
+    (tmp_path / "empty.txt").write_text(" ")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b" ")))
+    report = ReadReport()
+    assert not list(build_module.reader_of([tmp_path, "-"], (), (), ())(report))
+    assert report.skipped == {"empty": 2} and report.examples == {"empty": str(tmp_path / "empty.txt")}
+
+
 def test_stdin_is_read_once(tmp_path, monkeypatch, model):
     (tmp_path / "a.txt").write_text("a file")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"piped text " * 50)))
