@@ -86,8 +86,8 @@ def progress_bar(
     return tqdm(
         total=total,
         desc=description,
-        unit=" " + unit if unit == "character" else unit,
-        unit_scale=unit == "character",  # of which there are billions
+        unit=" " + unit,
+        unit_scale=unit in ("character", "B"),  # of which there are billions
         initial=initial,
         disable=not show,
         file=sys.stderr,
@@ -97,6 +97,7 @@ def progress_bar(
         leave=total is not None,
         # what is found wrong at once shall be the only line of a log
         delay=1 if total is None and not sys.stderr.isatty() else 0,
+        bar_format=None if unit else "{desc} …",
     )
 
 

@@ -7,7 +7,6 @@ At test time BM25 in place of dense retrieval lowers RETRO's perplexity further 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any, Literal
@@ -15,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from retro_kernels.config import InputError
+from retro_kernels.data.text import progress_bar
 from retro_kernels.data.words import terms
 from retro_kernels.retrieval.search import Stats, unfilled
 from retro_kernels.retrieval.store import ChunkStore
@@ -63,8 +62,8 @@ class BM25Searcher:
     def _corpus(self, progress: bool) -> _Rows:
         """The terms of every chunk; "words" are numbered as they come."""
         ids = _Rows()
-        number, show = self._vocabulary, {"unit": " chunks", "file": sys.stderr, "dynamic_ncols": True}
-        with tqdm(total=self.store.num_chunks, desc="reading for BM25", disable=not progress, **show) as bar:
+        number = self._vocabulary
+        with progress_bar(self.store.num_chunks, "reading for BM25", "chunks", show=progress) as bar:
             for start in range(0, self.store.num_chunks, _BLOCK):
                 rows = _without_pads(self.store.chunks[start : start + _BLOCK])
                 if self.analyser == "words":

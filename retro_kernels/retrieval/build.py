@@ -25,7 +25,6 @@ import contextlib
 import errno
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from retro_kernels.config import InputError, as_integer
 from retro_kernels.data.corpus import (
@@ -46,7 +44,7 @@ from retro_kernels.data.corpus import (
     one_or_more,
     read_documents,
 )
-from retro_kernels.data.text import note
+from retro_kernels.data.text import note, progress_bar
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size, token_dtype
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
@@ -469,21 +467,7 @@ class Builder:
             note(text)
 
     def bar(self, what: str, total: int | None, unit: str, done: int = 0) -> Any:
-        return tqdm(
-            total=total,
-            initial=done,
-            desc=what,
-            unit=" " + unit,
-            unit_scale=unit == "B",
-            disable=not self.progress,
-            file=sys.stderr,
-            dynamic_ncols=True,
-            mininterval=0.5,
-            leave=total is not None,
-            # what is found wrong at once shall be the only line of a log
-            delay=1 if total is None and not sys.stderr.isatty() else 0,
-            bar_format=None if unit else "{desc} …",
-        )
+        return progress_bar(total, what, unit, show=self.progress, initial=done)
 
     def check_target(self, overwrite: bool) -> None:
         """`out` may be absent, empty or a retrieval set: nothing else is ever replaced."""

@@ -21,6 +21,7 @@ from retrieval.corpora import build, contents, documents, tiny_bert
 from tqdm import tqdm
 
 from retro_kernels.config import InputError
+from retro_kernels.data import text as text_module
 from retro_kernels.data.corpus import Document, ReadReport
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
@@ -973,7 +974,7 @@ def test_what_is_tried_in_tuning_is_shown(model, tmp_path, monkeypatch, capsys):
         def __init__(self, **options):
             super().__init__(**{**options, "mininterval": 0, "delay": 0})
 
-    monkeypatch.setattr(build_module, "tqdm", Eager)
+    monkeypatch.setattr(text_module, "tqdm", Eager)
     tune_retrieval_set(out, 1.0)
     shown = capsys.readouterr().err
     assert re.search(
