@@ -285,7 +285,6 @@ class Corpus:
     """What one reading of the documents says about them."""
 
     fingerprint: str
-    documents: int
     duplicates: int
     text_bytes: int
     skipped: dict[str, int]
@@ -397,20 +396,19 @@ def _survey(
     """Reads everything once: what is it, is it new, and, for training a tokenizer, what does it look like."""
     report = ReadReport()
     fingerprint = Fingerprint()
-    documents = duplicates = text_bytes = 0
+    duplicates = text_bytes = 0
     with builder.bar("reading", None, "documents") as bar:
         for text_hash, document in _unique(reader(report), part):
             bar.update()
             if document is None:
                 duplicates += 1
                 continue
-            documents += 1
             text_bytes += len(document.text.encode())
             fingerprint.add(text_hash, _title(document))
             if sampler is not None:
                 sampler.add(document.text)
     warning = report.warning()
-    if documents == 0:
+    if not text_bytes:
         raise InputError(f"There is no text to build a retrieval set from. {warning or 'No file was found.'}")
     if warning:
         builder.say(warning)
@@ -418,7 +416,7 @@ def _survey(
         builder.say(f"{duplicates:,} copies of documents are left out.")
     # every part has seen them all, and merged the parts are to have them once
     skipped = {reason: n for reason, count in report.skipped.items() if (n := _share(count, part))}
-    return Corpus(fingerprint.hex(), documents, _share(duplicates, part), text_bytes, skipped, sampler)
+    return Corpus(fingerprint.hex(), _share(duplicates, part), text_bytes, skipped, sampler)
 
 
 def _share(count: int, part: tuple[int, int] | None) -> int:

@@ -329,7 +329,7 @@ def _survey_sets(builder: Builder, stores: list[ChunkStore]) -> tuple[Corpus, li
             for reason, count in store.manifest.get("corpus", {}).get("skipped", {}).items():
                 skipped[reason] = skipped.get(reason, 0) + count
             duplicates += store.manifest.get("corpus", {}).get("duplicates", 0)
-    return Corpus(fingerprint.hex(), len(seen), duplicates, text_bytes, skipped), kept
+    return Corpus(fingerprint.hex(), duplicates, text_bytes, skipped), kept
 
 
 def _copy(builder: Builder, stores: list[ChunkStore], kept: list[_Kept]) -> None:
