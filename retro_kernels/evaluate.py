@@ -200,13 +200,13 @@ def evaluate(
 @contextlib.contextmanager
 def _kept(run: Run, retriever: Retriever | None, about: dict[str, Any]) -> Iterator[Journal]:
     """The journal of the evaluation that `run`, `retriever` and `about` decide; see `evaluate`."""
-    from .retrieval.neighbours import set_fingerprint
+    from .retrieval.neighbours import manifest_fingerprint
     from .retrieval.writing import journal
 
     weights = run.fingerprint()
     about = {**about, "version": __version__, "weights": weights}
     if retriever is not None:
-        about |= {"set": set_fingerprint(retriever.store), "retriever": retriever.name}
+        about |= {"set": manifest_fingerprint(retriever.store.manifest), "retriever": retriever.name}
     text = json.dumps(about, sort_keys=True)
     mine = f"eval-{weights[:8]}-"
     path = run.folder / f"{mine}{hashlib.sha256(text.encode()).hexdigest()[:12]}.partial"

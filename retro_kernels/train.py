@@ -889,9 +889,9 @@ def _tokenizer(config: TrainConfig, retriever: Retriever | None, text: Text, res
 
 
 def _set_fingerprint(retriever: Retriever) -> str:
-    from .retrieval.neighbours import set_fingerprint
+    from .retrieval.neighbours import manifest_fingerprint
 
-    return set_fingerprint(retriever.store)
+    return manifest_fingerprint(retriever.store.manifest)
 
 
 def _check_same(config: TrainConfig, stored: dict[str, Any], folder: Path) -> None:

@@ -122,7 +122,7 @@ class NeighbourFile:
             raise InputError(
                 f"{path} is damaged: its checksum is another. Make it again: retro-kernels neighbours"
             )
-        if store is not None and metadata.get("set") != set_fingerprint(store):
+        if store is not None and metadata.get("set") != manifest_fingerprint(store.manifest):
             raise InputError(
                 f"{path} was made with another retrieval set than {store.path}, or before it was changed. "
                 "Make it again: retro-kernels neighbours"
@@ -268,14 +268,9 @@ def _fill_live(
     return distances, ids
 
 
-def set_fingerprint(store: ChunkStore) -> str:
+def manifest_fingerprint(manifest: dict[str, Any]) -> str:
     """SHA-256 over what decides a set's neighbours: tokenizer, embedder, kind and search setting of the index, and the
     checksums of the files. How fast or how good the index was measured to be is left out."""
-    return manifest_fingerprint(store.manifest)
-
-
-def manifest_fingerprint(manifest: dict[str, Any]) -> str:
-    """`set_fingerprint` of the set with that manifest."""
     parts: dict[str, Any] = {name: manifest[name] for name in ("tokenizer", "embedder", "files")}
     # "search" is absent from some exact indexes and "" in others, which have nothing to set
     parts["index"] = {name: manifest["index"].get(name) or "" for name in ("factory", "metric", "search")}
@@ -372,7 +367,7 @@ def precompute(
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "set": set_fingerprint(retriever.store),
+        "set": manifest_fingerprint(retriever.store.manifest),
         "retriever": retriever.candidates,
         "per_chunk": str(per_chunk),
         "input": _input_hash(chunks, documents),

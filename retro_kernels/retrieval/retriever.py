@@ -271,9 +271,9 @@ class Retriever:
                 f"{type(self).__name__}: only what Retriever.from_pretrained opened can be copied or sent to another "
                 "process. Open the set there."
             )
-        from retro_kernels.retrieval.neighbours import set_fingerprint
+        from retro_kernels.retrieval.neighbours import manifest_fingerprint
 
-        return _open_again, (*self._opened, set_fingerprint(self.store))
+        return _open_again, (*self._opened, manifest_fingerprint(self.store.manifest))
 
     collective = False
     """Whether `gather` and searching are calls that all ranks make together."""
@@ -524,10 +524,10 @@ class Retriever:
 
 
 def _open_again(path: str, options: dict[str, Any], fingerprint: str) -> Retriever:
-    from retro_kernels.retrieval.neighbours import set_fingerprint
+    from retro_kernels.retrieval.neighbours import manifest_fingerprint
 
     made = Retriever.from_pretrained(path, **{**options, "progress": False})
-    if set_fingerprint(made.store) != fingerprint:  # the same ids would be other chunks
+    if manifest_fingerprint(made.store.manifest) != fingerprint:  # the same ids would be other chunks
         raise InputError(
             f"The retrieval set {path} was changed since it was opened to be copied. Open it anew."
         )
