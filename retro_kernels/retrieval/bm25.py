@@ -159,7 +159,7 @@ class TermWeights:
             first[:, 1:] = rows[:, 1:] != rows[:, :-1]
             frequency += np.bincount(rows[first], minlength=len(frequency))[: len(frequency)]
             total += int((rows != pad_id).sum())
-        self.mean_length = max(total / max(store.num_chunks, 1), 1.0)
+        self.mean_length = max(total / store.num_chunks, 1.0)
         idf = np.log1p((store.num_chunks - frequency + 0.5) / (frequency + 0.5))
         self.idf = torch.from_numpy(idf.astype(np.float32))
 

@@ -134,17 +134,15 @@ class DocumentTable:
     """The document of every chunk, and how many chunks each document has, on one device."""
 
     def __init__(self, document_ids: Any, num_documents: int, device: torch.device | str = "cpu") -> None:
-        """document_ids: int64 [C], each below num_documents."""
+        """document_ids: int64 [C], each below num_documents; there is a chunk."""
         ids = torch.from_numpy(np.array(document_ids, dtype=np.int64))
         counts = torch.bincount(ids, minlength=num_documents)
         self.num_chunks, self.num_documents = ids.numel(), num_documents
-        self.longest = int(counts.max()) if counts.numel() else 0
+        self.longest = int(counts.max())
         self.document_ids, self.counts = ids.to(device), counts.to(device)
 
     def of(self, ids: Tensor) -> Tensor:
         """The document of each chunk id; −1 for −1."""
-        if not self.num_chunks:
-            return torch.full_like(ids, -1)
         return torch.where(ids >= 0, self.document_ids[ids.clamp(min=0)], -1)
 
     def allowed(self, ids: Tensor, exclude: Tensor | None) -> Tensor:
@@ -166,8 +164,6 @@ class DocumentTable:
         first = torch.ones_like(listed, dtype=torch.bool)
         first[:, 1:] = listed[:, 1:] != listed[:, :-1]
         real = first & (listed >= 0) & (listed < self.num_documents)
-        if not self.num_documents:
-            return real.sum(1)
         return torch.where(real, self.counts[listed.clamp(0, self.num_documents - 1)], 0).sum(1)
 
 
@@ -203,7 +199,7 @@ def search_excluding(
     fetch = most if exclude is None or without_waiting else max(_GROWTH * k, _FIRST_FETCH)
     fetch = min(fetch, documents.num_chunks, max_fetch)
     with stats.time("search"):
-        distances, ids = candidates(None, max(fetch, 1))
+        distances, ids = candidates(None, fetch)
     with stats.time("filter"):
         distances, ids = take_first(distances, ids, documents.allowed(ids, exclude), k)
         if without_waiting:
@@ -414,7 +410,7 @@ class RandomSearcher:
         exclude = None if exclude is None else to_device(exclude, queries.device)
         # a pad adds nothing to the sum that is hashed, so how long the other queries are does not matter
         hashes = mixed(row_hashes(queries.masked_fill(queries == 0, -1)) + self.seed)
-        start = hashes.remainder(max(documents.num_chunks, 1))
+        start = hashes.remainder(documents.num_chunks)
         stride = self._strides[mixed(hashes).remainder(self._strides.numel())]
 
         def candidates(rows: Tensor | None, fetch: int) -> tuple[Tensor, Tensor]:
