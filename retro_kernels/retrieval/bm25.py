@@ -149,8 +149,8 @@ class TermWeights:
     """BM25 statistics of a set's chunks by token id, and the score of a few candidates for each query: those of
     `BM25Searcher` with the analyser "tokens"."""
 
-    def __init__(self, store: ChunkStore, k1: float = 0.9, b: float = 0.4, pad_id: int = 0) -> None:
-        self.k1, self.b, self.pad_id = k1, b, pad_id
+    def __init__(self, store: ChunkStore, k1: float = 0.9, b: float = 0.4) -> None:
+        self.k1, self.b = k1, b
         frequency = np.zeros(store.tokenizer.vocab_size, dtype=np.int64)
         total = 0
         for start in range(0, store.num_chunks, _BLOCK):
@@ -158,16 +158,16 @@ class TermWeights:
             first = np.ones(rows.shape, dtype=bool)
             first[:, 1:] = rows[:, 1:] != rows[:, :-1]
             frequency += np.bincount(rows[first], minlength=len(frequency))[: len(frequency)]
-            total += int((rows != pad_id).sum())
+            total += int(np.count_nonzero(rows))
         self.mean_length = max(total / store.num_chunks, 1.0)
         idf = np.log1p((store.num_chunks - frequency + 0.5) / (frequency + 0.5))
         self.idf = torch.from_numpy(idf.astype(np.float32))
 
     def scores(self, queries: Tensor, candidates: Tensor) -> Tensor:
         """float32 [Q, F] for token ids queries [Q, M] and candidates [Q, F, R]; a repeated query token counts again."""
-        real = candidates != self.pad_id
+        real = candidates != 0
         norm = self.k1 * (1 - self.b + self.b * real.sum(-1).float() / self.mean_length)
-        idf = self.idf.to(queries.device)[queries.long()].masked_fill(queries == self.pad_id, 0.0)
+        idf = self.idf.to(queries.device)[queries.long()].masked_fill(queries == 0, 0.0)
         total = torch.zeros(candidates.shape[:2], dtype=torch.float32, device=queries.device)
         for i in range(queries.shape[1]):
             tf = (candidates == queries[:, i, None, None]).sum(-1).float()

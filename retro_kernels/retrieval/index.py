@@ -513,9 +513,9 @@ def _doubled(first: int, last: int) -> list[int]:
     return [first << i for i in range(math.ceil(math.log2(last / first)))] + [last]
 
 
-def least(values: Sequence[int], reaches: Callable[[int], bool], halvings: int = 3) -> int | None:
+def least(values: Sequence[int], reaches: Callable[[int], bool]) -> int | None:
     """The first of ascending `values` with which the target is reached, then brought down towards the value before it
-    by halving the ratio between the two; None where none reaches it."""
+    by halving the ratio between the two three times; None where none reaches it."""
     below, found = None, None
     for value in values:
         if reaches(value):
@@ -524,7 +524,7 @@ def least(values: Sequence[int], reaches: Callable[[int], bool], halvings: int =
         below = value
     if found is None or below is None:
         return found
-    for _ in range(halvings):
+    for _ in range(3):
         middle = round(math.sqrt(below * found))
         if middle in (below, found):
             break
