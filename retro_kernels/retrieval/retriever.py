@@ -115,9 +115,7 @@ class Retriever:
         `device`. Arguments as there."""
         if drop_copies is not None and not 0.0 < drop_copies <= 1.0:
             raise InputError(
-                f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, "
-                f"above 0 and "
-                "at most 1."
+                f"Retriever: drop_copies is {drop_copies}; it is a share of a chunk's 13-grams, above 0 and at most 1."
             )
         self.store, self.searcher = store, searcher
         self.device = numbered(device)
@@ -308,10 +306,9 @@ class Retriever:
         own = self.store.manifest["tokenizer"]["fingerprint"]
         if fingerprint != own:
             raise InputError(
-                f"The retrieval set {self.store.path} has another tokenizer ({own[:12]}…) than the model or "
-                f"data it is to "
-                f"be used with ({fingerprint[:12]}…). Build the set again: retro-kernels index PATH --tokenizer "
-                f"MODEL --out SET"
+                f"The retrieval set {self.store.path} has another tokenizer ({own[:12]}…) than the model or data it is "
+                f"to be used with ({fingerprint[:12]}…). Build the set again: retro-kernels index PATH --tokenizer "
+                "MODEL --out SET"
             )
 
     def check_num_neighbours(self, k: int) -> None:

@@ -95,10 +95,9 @@ class ShardedRetriever(Retriever):
         for rank, (theirs, _, _) in enumerate(everyone):
             if theirs != everyone[0][0]:
                 raise InputError(
-                    f"ShardedRetriever: the sets of ranks 0 and {rank} have different chunk sizes, "
-                    "tokenizers "
-                    "or embedders, or another metric is asked for. Build all parts with the same ones, and open them "
-                    "with the same options."
+                    f"ShardedRetriever: the sets of ranks 0 and {rank} have different chunk sizes, tokenizers or "
+                    "embedders, or another metric is asked for. Build all parts with the same ones, and open them with "
+                    "the same options."
                 )
         chunks, documents = (np.cumsum([0, *(one[1][i] for one in everyone)]) for i in (0, 1))
         self._first_chunk, self._first_document = int(chunks[self.rank]), int(documents[self.rank])
