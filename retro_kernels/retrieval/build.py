@@ -149,8 +149,7 @@ def build_retrieval_set(
         )
     vocab_size = as_integer(vocab_size)
     check_vocab_size(vocab_size)
-    check_recall(recall)
-    recall = float(recall)  # numpy's, too, for the plan, which is JSON
+    recall = check_recall(recall)
     device = pick_device(device or "cpu")
     chunk_size = as_integer(chunk_size)
     if not (type(chunk_size) is int and 1 <= chunk_size <= 65_536):

@@ -24,6 +24,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import numbers
 import os
 import re
 import threading
@@ -176,10 +177,12 @@ def _transforms(parts: list[Any]) -> Iterator[Any]:
             yield from (faiss.downcast_VectorTransform(part.chain.at(i)) for i in range(part.chain.size()))
 
 
-def check_recall(recall: float) -> None:
-    """InputError where `Index.tune` could not even try; to be known before hours go into the vectors, too."""
-    if not 0.0 < recall <= 1.0:
-        raise InputError(f"recall is {recall}; above 0 and up to 1 can be asked.")
+def check_recall(recall: float) -> float:
+    """A recall, which may be a number of numpy's, as one of Python's, which JSON can hold. InputError where
+    `Index.tune` could not even try; to be known before hours go into the vectors, too."""
+    if not isinstance(recall, numbers.Real) or not 0.0 < recall <= 1.0:
+        raise InputError(f"recall is {recall!r}; above 0 and up to 1 can be asked.")
+    return float(recall)
 
 
 class _Searcher(Protocol):
@@ -464,7 +467,7 @@ class Index:
         Returns what `measure` does, with "search" (the setting), "target" and "reached": where no setting reaches the
         target, the best one is taken.
         """
-        check_recall(recall)
+        recall = check_recall(recall)
         truth = GroundTruth(vectors, k=k, num_queries=num_queries, seed=seed)
         best: dict[str, Any] | None = None
 

@@ -79,7 +79,7 @@ def _merge(
     """overwrite: the set `builder.out`.  drop: other unfinished work on it."""
     if not sets:
         raise InputError("merge: no retrieval sets were given.")
-    check_recall(recall)
+    recall = check_recall(recall)
     device = pick_device(device or "cpu")
     builder.recover()
     _allow_open_files(_FILES_OF_A_SET * len(sets), len(sets))
@@ -213,7 +213,7 @@ def tune_retrieval_set(
     Where none reaches it, the one that finds most is stored; see `build_retrieval_set`.
     Raises InputError where there is no such set, where it is being built anew, or was replaced meanwhile.
     """
-    check_recall(recall)
+    recall = check_recall(recall)
     device = pick_device(device or "cpu")
     builder = Builder(Path(path), SHARD_CHUNKS, progress)
     builder.recover()

@@ -260,6 +260,7 @@ def test_unreadable_documents_are_counted(tmp_path, capsys):
         (dict(shard_chunks=1.5), "shard_chunks is 1.5"),
         (dict(shard_chunks=0), "shard_chunks is 0"),
         (dict(recall=2), "recall is 2; above 0"),
+        (dict(recall="0.5"), "recall is '0.5'; above 0"),
         (dict(device="gpu"), "device is 'gpu'"),
         (dict(part=(2, 2)), r"part is \(2, 2\).*--part I/N"),
         (dict(part=(0, 2)), r"one tokenizer.*\(--tokenizer\)"),
@@ -286,6 +287,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path, model):
     manifest = build(CORPUS, tmp_path / "a", tokenizer=model, part=tuple(np.array([0, 2])), **given)
     usual = build(CORPUS, tmp_path / "b", tokenizer=model, part=(0, 2), recall=0.5)
     assert manifest["build"] == usual["build"]
+    tuned = tune_retrieval_set(tmp_path / "a", np.float32(0.25), progress=False)
+    merged = merge_retrieval_sets([tmp_path / "a"], tmp_path / "c", recall=np.float32(0.75), progress=False)
+    assert tuned["build"]["recall"] == tuned["index"]["target"] == 0.25 and merged["build"]["recall"] == 0.75
 
 
 def test_what_is_no_set_is_never_replaced(tmp_path, model):
