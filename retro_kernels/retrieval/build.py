@@ -137,7 +137,7 @@ def build_retrieval_set(
     the disk is full or read-only. `out` is untouched then, and what was done is kept.
     """
     part = None if part is None else (as_integer(part[0]), as_integer(part[1]))
-    if part is not None and not (0 <= part[0] < part[1]):
+    if part is not None and not (type(part[0]) is type(part[1]) is int and 0 <= part[0] < part[1]):
         raise InputError(f"part is {part}; (i, n) with 0 ≤ i < n is needed (--part I/N).")
     if part is not None and tokenizer is None:
         raise InputError(

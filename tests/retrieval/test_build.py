@@ -263,6 +263,8 @@ def test_unreadable_documents_are_counted(tmp_path, capsys):
         (dict(recall="0.5"), "recall is '0.5'; above 0"),
         (dict(device="gpu"), "device is 'gpu'"),
         (dict(part=(2, 2)), r"part is \(2, 2\).*--part I/N"),
+        (dict(part=(0, 2.0)), r"part is \(0, 2.0\).*--part I/N"),
+        (dict(part="0/2"), r"part is \('0', '/'\).*--part I/N"),
         (dict(part=(0, 2)), r"one tokenizer.*\(--tokenizer\)"),
         (dict(embedder="/nowhere"), "no folder with a BERT"),
         (dict(index="Nonsense"), "knows no index"),
