@@ -45,7 +45,7 @@ from retro_kernels.retrieval.search import (
     to_device,
     unfilled,
 )
-from retro_kernels.retrieval.store import ChunkStore
+from retro_kernels.retrieval.store import ChunkStore, as_integers
 from retro_kernels.retrieval.writing import check_no_folder, check_writable, forget_journal, journal
 
 if TYPE_CHECKING:
@@ -356,12 +356,13 @@ def precompute(
     """
     out = check_out(out)
     check_retriever(retriever)
-    documents = np.ascontiguousarray(np.asarray(documents, dtype=np.int64))
+    documents = as_integers("documents", documents)
     chunks = np.asarray(chunks)
-    if chunks.ndim != 2 or chunks.shape[1] != retriever.chunk_size or documents.shape != chunks.shape[:1]:
+    fits = chunks.ndim == 2 and chunks.shape[1] == retriever.chunk_size and len(documents) == len(chunks)
+    if not fits or chunks.dtype.kind not in "iu":
         raise ValueError(
-            f"precompute: chunks must be [n, {retriever.chunk_size}] and documents [n], "
-            f"not {list(chunks.shape)} and {list(documents.shape)}."
+            f"precompute: chunks must be integers [n, {retriever.chunk_size}] and documents [n], not {chunks.dtype} "
+            f"{list(chunks.shape)} and {list(documents.shape)}."
         )
     per_chunk = min(as_count("precompute", "per_chunk", per_chunk), retriever.num_chunks)
     metadata = {

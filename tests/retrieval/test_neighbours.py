@@ -452,6 +452,10 @@ def test_bad_input(store: MemoryStore, tmp_path: Path) -> None:
         precompute(dense(store), store.chunks[:, :-1], store.document_ids, tmp_path / "x")
     with pytest.raises(ValueError, match="chunks must be"):
         precompute(dense(store), store.chunks[0], store.document_ids, tmp_path / "x")
+    with pytest.raises(ValueError, match="documents must be integers, not float64"):
+        precompute(dense(store), store.chunks, store.document_ids + 0.5, tmp_path / "x")
+    with pytest.raises(ValueError, match="chunks must be integers .* not float64"):
+        precompute(dense(store), store.chunks + 0.5, store.document_ids, tmp_path / "x")
     with pytest.raises(InputError, match="per_chunk"):
         precompute(dense(store), store.chunks, store.document_ids, tmp_path / "x", per_chunk=0)
     assert not list(tmp_path.iterdir())
