@@ -17,6 +17,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -467,12 +468,15 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Calls `made` with the kernel and its launch.
+// Calls `made` with the kernel and its launch, one thread at a time: the limit that it sets is the kernel's, and another
+// number of neighbours has another one.
 template <class T, int Steps, int Tiles, class Made>
 void with_grid(const AbsorbedDecode& d, cudaStream_t stream, Made made) {
   using S = Sizes<Steps, Tiles>;
   const auto kernel = absorbed_decode_kernel<T, Steps, Tiles>;
   const size_t bytes = S::bytes(d.neighbours, d.keys);
+  static std::mutex launching;
+  const std::lock_guard<std::mutex> alone(launching);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   const int64_t row_tiles = (int64_t(d.tokens) * d.heads + S::rows - 1) / S::rows;
   made(kernel, Grid{static_cast<unsigned>(d.batch * row_tiles * d.splits), kThreads, bytes, stream,

@@ -12,6 +12,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -22,6 +23,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <vector>
 
@@ -386,9 +388,20 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   *value = which == cudaDevAttrComputeCapabilityMajor ? __CUDA_ARCH__ / 100 : kSharedBytes;
   return cudaSuccess;
 }
+// What a kernel was allowed last, whichever thread said so; `on_cpu_pause` milliseconds later its call returns.
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+size_t& shared_limit(Kernel kernel) {
+  static std::map<Kernel, size_t> limits;
+  return limits[kernel];
+}
+extern "C" {
+__attribute__((used)) inline int on_cpu_pause = 0;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute, int bytes) {
   if (bytes > kSharedBytes) on_cpu::fail(std::to_string(bytes) + " bytes of shared memory");
+  shared_limit(kernel) = bytes;
+  std::this_thread::sleep_for(std::chrono::milliseconds(on_cpu_pause));
   return cudaSuccess;
 }
 template <class Kernel>
@@ -419,6 +432,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, 
       cluster = config->attrs[i].val.clusterDim.x;
     else
       early = config->attrs[i].val.programmaticStreamSerializationAllowed;
+  if (config->dynamicSmemBytes > std::max(shared_limit(kernel), size_t(48 << 10)))
+    on_cpu::fail(std::to_string(config->dynamicSmemBytes) + " bytes of shared memory are more than the kernel may have");
   if (!early) on_cpu::end_previous();
   on_cpu::launch(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, cluster, [=] { kernel(job); });
   return cudaSuccess;

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -223,6 +224,26 @@ def test_decoding_over_states_of_other_widths(on_cpu: ModuleType) -> None:
     launch = decode_native.Launch(query, states, rows, None, None, 1, 1, 1.0, 1)
     with pytest.raises(ValueError, match="640 wide; 512, 768, 896 and 1024 are allowed"):
         launch(query, states, rows, None, None, None, torch.empty(1, 640), None)
+
+
+def test_threads_decode_at_the_same_time(on_cpu: ModuleType) -> None:
+    """How much shared memory a kernel may have is said before its launch: not what another thread's call needs."""
+    assert on_cpu.__file__ is not None
+    pause = ctypes.c_int.in_dll(ctypes.CDLL(on_cpu.__file__), "on_cpu_pause")
+
+    def decode(neighbours: int) -> Tensor:
+        query, states = torch.ones(1, 1, 2, 512).half(), torch.ones(1, neighbours, 16, 512).half()
+        rows, out = torch.zeros(1, 1, dtype=torch.int64), torch.full((2, 512), torch.nan).half()
+        launch = decode_native.Launch(query, states, rows, None, None, 1, 8, 1e-3, 1)
+        launch(query, states, rows, None, None, None, out, None)
+        return out
+
+    pause.value = 100
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            assert all(out.eq(1).all() for out in threads.map(decode, (40, 1)))
+    finally:
+        pause.value = 0
 
 
 @pytest.mark.parametrize("stored", [torch.uint16, torch.int32])
