@@ -233,7 +233,7 @@ class Index:
         dim = vectors.shape[1]
         searcher: _Searcher
         if factory == EXACT and (_faiss() is None or (device.type == "cuda" and not _has_gpu_faiss())):
-            searcher = _TorchSearcher(dim, device)
+            searcher = _TorchSearcher(device)
         else:
             sample = functools.partial(_training_sample, vectors, factory, seed)
             searcher = _FaissSearcher.new(factory, dim, device, sample)
@@ -595,19 +595,18 @@ class GroundTruth:
 
 
 def exact_search(
-    vectors: np.ndarray | torch.Tensor, queries: torch.Tensor, k: int
+    vectors: np.ndarray | list[torch.Tensor], queries: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k ≤ n nearest rows of `vectors` [n, E] to `queries` [Q, E], block by block, in fp32 on the queries' device.
 
+    vectors: an array, or a tensor for each block.
     ‖x − q‖² = ‖x‖² − 2 x·q + ‖q‖². Of equally near rows in different blocks the one with the smaller id comes first.
     """
     best_distances = queries.new_empty(len(queries), 0)
     best_ids = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for start in range(0, len(vectors), _BLOCK_ROWS):
-        rows = vectors[start : start + _BLOCK_ROWS]
-        if not isinstance(rows, torch.Tensor):
-            rows = torch.from_numpy(np.array(rows, dtype=np.float32, order="C"))
-        block = rows.to(queries.device, torch.float32)
+    start = 0
+    for some_vectors in vectors if isinstance(vectors, list) else _blocks(vectors):
+        block = some_vectors.to(queries.device, torch.float32)
         norms, nearest = block.square().sum(1), min(k, len(block))
         with torch.autocast(queries.device.type, enabled=False):  # that of a caller's training step
             found = [
@@ -618,6 +617,7 @@ def exact_search(
         candidate_ids = torch.cat([best_ids, torch.cat([part.indices for part in found]) + start], 1)
         best_distances, order = candidates.sort(dim=1, stable=True)
         best_distances, best_ids = best_distances[:, :k], candidate_ids.gather(1, order[:, :k])
+        start += len(block)
     return best_distances + queries.square().sum(1, keepdim=True), best_ids
 
 
@@ -626,24 +626,21 @@ class _TorchSearcher:
 
     most = None
 
-    def __init__(self, dim: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self._parts: list[torch.Tensor] = []
-        self._vectors = torch.empty(0, dim, dtype=self._dtype, device=device)
+        # as they came: brought together, they would take twice the memory, and another stream could read them too soon
+        self._blocks: list[torch.Tensor] = []
 
     @property
     def size(self) -> int:
-        return len(self._vectors) + sum(map(len, self._parts))
+        return sum(map(len, self._blocks))
 
     def add(self, vectors: np.ndarray) -> None:
-        self._parts.append(torch.from_numpy(np.array(vectors)).to(self.device, self._dtype))
+        self._blocks.append(torch.from_numpy(np.array(vectors)).to(self.device, self._dtype))
 
     def search(self, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._parts:
-            self._vectors = torch.cat([self._vectors, *self._parts])
-            self._parts = []
-        return exact_search(self._vectors, queries, k)
+        return exact_search(self._blocks, queries, k)
 
 
 class _FaissSearcher:
@@ -1076,6 +1073,11 @@ def _lists_of(factory: str) -> int:
     """The number of inverted lists; FAISS's k is 1,024, and its M 1,024 of those."""
     found = re.search(r"IVF(\d+)([kM]?)", factory)
     return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else 0
+
+
+def _blocks(vectors: np.ndarray) -> Iterator[torch.Tensor]:
+    for start in range(0, len(vectors), _BLOCK_ROWS):
+        yield torch.from_numpy(np.array(vectors[start : start + _BLOCK_ROWS], dtype=np.float32, order="C"))
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels.retrieval.index import Index
 from retro_kernels.retrieval.retriever import Retriever
@@ -142,3 +143,16 @@ def expected(
         ids.append(order + [-1] * (k - len(order)))
         distances.append([float(d[i]) for i in order] + [float("inf")] * (k - len(order)))
     return ids, distances
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made

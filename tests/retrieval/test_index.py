@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from retrieval.corpora import build, documents
-from retrieval.sets import MemoryStore
+from retrieval.sets import Largest, MemoryStore
 
 from retro_kernels.config import InputError
 from retro_kernels.ops._backend import numbered
@@ -84,6 +84,19 @@ def test_exact_search_is_exact(searcher, count, seed, monkeypatch):
     np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-4)
     assert (ids.numpy() == expected_ids).mean() > 0.99  # the rest are ties to within rounding
     assert distances.dtype == torch.float32 and ids.dtype == torch.int64
+
+
+def test_an_exact_index_keeps_its_vectors_where_they_are(monkeypatch):
+    """A first search that brought them together would need their memory twice; of two searches on two streams of a GPU,
+    the second would read what the first has yet to write."""
+    monkeypatch.setattr(index_module, "_faiss", lambda: None)
+    monkeypatch.setattr(index_module, "_BLOCK_ROWS", 300)
+    vectors = clustered(0)
+    index = Index.build(vectors[:1100])
+    index.add(vectors[1100:])
+    with Largest() as largest:
+        _, ids = index.search(vectors[1500:1503], 1)
+    assert ids[:, 0].tolist() == [1500, 1501, 1502] and largest.elements <= 300 * vectors.shape[1]
 
 
 def test_own_vector_is_at_distance_zero(searcher, seed):

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from retrieval.sets import VOCAB, BagEmbedder, CountingIndex, M, MemoryStore, dense, expected, make_documents
+from retrieval.sets import (
+    VOCAB,
+    BagEmbedder,
+    CountingIndex,
+    Largest,
+    M,
+    MemoryStore,
+    dense,
+    expected,
+    make_documents,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -594,19 +604,6 @@ def test_no_more_is_fetched_than_the_index_finds(seed: int) -> None:
     got = dense(store, index=index)(tokens, num_neighbours=3, exclude_documents=exclude)
     assert {k for _, k in index.calls} == {5}
     assert torch.equal(got.ids, dense(store)(tokens, num_neighbours=3, exclude_documents=exclude).ids)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers how many elements the largest tensor has that an operation makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return made
 
 
 @pytest.mark.parametrize("inner_product", [False, True])
