@@ -112,11 +112,15 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[tuple[Any, NeighbourBatch]]:
         lane = self._lane = _Lane(queue.Queue(self.depth))
+        device, made = self.retriever.device, None
+        if device.type == "cuda":
+            # what the thread will read and this stream has yet to make: the retriever's tables, batches of a list
+            made = torch.cuda.current_stream(device).record_event()
         thread = threading.Thread(
             target=_work,
             name="retro-kernels-prefetch",
             daemon=True,
-            args=(lane, self.retriever, self.loader, self.num_neighbours, self.inputs),
+            args=(lane, self.retriever, self.loader, self.num_neighbours, self.inputs, made),
         )
         thread.start()
         first = True
@@ -166,13 +170,21 @@ def _wait_for(thread: threading.Thread) -> None:
 
 
 def _work(
-    lane: _Lane, retriever: Retriever, loader: Iterable[Any], num_neighbours: int, inputs: Inputs
+    lane: _Lane,
+    retriever: Retriever,
+    loader: Iterable[Any],
+    num_neighbours: int,
+    inputs: Inputs,
+    made: torch.cuda.Event | None,
 ) -> None:
     try:
         if not torch.cuda.is_available():
             # the step needs every core, and each of its loops waits where there is a second team of threads
             limit_threads(1)
-        stream = torch.cuda.Stream(retriever.device) if retriever.device.type == "cuda" else None
+        stream = None
+        if made is not None:
+            stream = torch.cuda.Stream(retriever.device)
+            stream.wait_event(made)
         for batch in loader:
             if lane.stop.is_set():
                 return

@@ -363,7 +363,8 @@ def test_bad_depth(retriever: Retriever) -> None:
 @pytest.mark.parametrize("where", ["cuda", "cpu"])
 def test_on_a_gpu_each_stream_waits_for_the_other(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Told by stand-ins for streams and for tensors there: what waits for what, and whose memory is kept for whom. The
-    loop is on a stream of its own, the loader on the default one, and so is a retriever on the host."""
+    loop is on a stream of its own, as is what was made before it, the loader on the default one, and so is a retriever
+    on the host."""
     told: list[str] = []
     here = threading.local()
 
@@ -420,7 +421,8 @@ def test_on_a_gpu_each_stream_waits_for_the_other(where: str, monkeypatch: pytes
         break
     kept = [f"{size} kept for loop" for size in (3, 4, 5, 6)]
     if where == "cuda":
-        wanted = ["side waits for default", "found", "event of side", "1 kept for side", "2 kept for side"]
+        wanted = ["event of loop", "side waits for the event of loop", "side waits for default", "found"]
+        wanted += ["event of side", "1 kept for side", "2 kept for side"]
         assert told == [*wanted, "loop waits for the event of side", *kept]
     else:
         assert told == ["found", "event of default", "loop waits for the event of default", *kept]
