@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import retro_kernels
 from retro_kernels.ops.gather import NeighbourBatch, gather_embeddings, gather_neighbours, native, op
@@ -340,6 +341,36 @@ def test_wrong_input(changes: dict, error: type[Exception], message: str) -> Non
     arguments = {"tokens": STORE, "ids": IDS, "continuation": FLAGS, **changes}
     with pytest.raises(error, match=message):
         gather_neighbours(**arguments)
+
+
+@pytest.mark.parametrize("numpy_store", [False, True])
+def test_continuation_on_a_gpu_is_brought_to_a_store_on_the_host(numpy_store: bool) -> None:
+    """To read it there would be the end of the process. The GPU is a stand-in."""
+
+    class OnGpu(Tensor):
+        def cpu(self) -> Tensor:
+            return self.as_subclass(Tensor)
+
+        def data_ptr(self) -> int:
+            pytest.fail("its address is a GPU's")
+
+    tokens, lengths = op._gather_native(
+        STORE.numpy() if numpy_store else STORE, IDS, FLAGS.as_subclass(OnGpu), 0, torch.int64
+    )
+    wanted = gather_neighbours(STORE, IDS, continuation=FLAGS)
+    assert torch.equal(tokens, wanted[0]) and torch.equal(lengths, wanted[1])
+
+
+def test_a_gpu_reads_nothing_of_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "WHY_NOT", None)
+    monkeypatch.setattr(native, "WITH_CUDA", True)
+    monkeypatch.setattr(Tensor, "is_pinned", lambda x: x is STORE)
+    with FakeTensorMode():
+        ids = torch.empty(2, dtype=torch.int64, device="cuda:0")
+        near, far = (torch.empty(len(STORE), dtype=torch.bool, device=f"cuda:{i}") for i in (0, 1))
+    assert op._candidates(STORE, ids, near)["cuda"] is None
+    found = op._candidates(STORE, ids, far)
+    assert "on the same one" in str(found["cuda"]) and found["native"] is None
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,9 +209,9 @@ def _check(tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: 
 def _candidates(tokens: Array, ids: Tensor, continuation: Array) -> dict[str, str | None]:
     """Each backend, best first, with the reason why it cannot run here, or None."""
     in_place: str | None = None
-    if not (ids.is_cuda and _reachable(tokens) and _reachable(continuation)):
+    if not (ids.is_cuda and all(_reachable(x, ids.device) for x in (tokens, continuation))):
         in_place = (
-            "tokens and continuation have to be on the GPU or in pinned host memory, and ids on the GPU"
+            "ids have to be on a GPU, and tokens and continuation on the same one or in pinned host memory"
         )
     elif native.WHY_NOT:
         in_place = native.WHY_NOT
@@ -235,10 +235,10 @@ def _candidates(tokens: Array, ids: Tensor, continuation: Array) -> dict[str, st
 def _gather_native(
     tokens: Array, ids: Tensor, continuation: Array, pad_id: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    if ids.is_cpu:
-        return native.gather_host(tokens, ids, continuation, pad_id, dtype)
     if isinstance(continuation, Tensor):
         continuation = continuation.cpu()
+    if ids.is_cpu:
+        return native.gather_host(tokens, ids, continuation, pad_id, dtype)
     # narrow over the bus, wide on the device
     narrow = torch.uint16 if _dtype(tokens) == torch.uint16 else torch.int32
     out, lengths = native.gather_host(tokens, ids.cpu(), continuation, pad_id, narrow, pin=True)
@@ -349,9 +349,9 @@ def _steps_by_one(x: Array) -> bool:
     return x.stride(-1) == 1 if isinstance(x, Tensor) else x.strides[-1] == x.itemsize
 
 
-def _reachable(x: Array) -> bool:
-    """Can the GPU read it where it is?"""
-    return isinstance(x, Tensor) and (x.is_cuda or x.is_pinned())
+def _reachable(x: Array, device: torch.device) -> bool:
+    """Can this GPU read it where it is?"""
+    return isinstance(x, Tensor) and (x.device == device or x.is_pinned())
 
 
 def _as_tensor(x: Array) -> Tensor:
