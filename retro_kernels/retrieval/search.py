@@ -451,8 +451,11 @@ class DeviceStore:
         self.chunks = torch.from_numpy(np.array(store.chunks)).to(device)
         self.continuation = torch.from_numpy(np.array(store.continuation)).to(device)
         self.embeddings = torch.from_numpy(np.array(store.embeddings)).to(device)
+        # a part at a time: in 64 bits all tokens would take more memory than `bytes_needed` counts for everything
+        starts = range(0, store.num_chunks, _SCAN_ROWS)
+        hashes = [row_hashes(self._rows(slice(start, start + _SCAN_ROWS))) for start in starts]
         # stable: of equal chunks the first is found, as on the host
-        self._hashes, self._order = row_hashes(self._rows(slice(None))).sort(stable=True)
+        self._hashes, self._order = torch.cat(hashes).sort(stable=True)
 
     def _rows(self, ids: Tensor | slice) -> Tensor:
         """Tokens int64 [n, M] of some chunks."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels.config import InputError
+from retro_kernels.retrieval import search
 from retro_kernels.retrieval.build import build_retrieval_set
 from retro_kernels.retrieval.index import exact_search
 from retro_kernels.retrieval.leakage import containment
@@ -504,14 +505,21 @@ def test_hashes_on_tensors_are_those_of_the_store(seed: int) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_chunks_are_found_in_a_set_held_on_a_device(seed: int, device: str) -> None:
+def test_chunks_are_found_in_a_set_held_on_a_device(
+    seed: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "_SCAN_ROWS", 7)
+    hashed, usual = [], search.row_hashes
+    monkeypatch.setattr(search, "row_hashes", lambda tokens: hashed.append(len(tokens)) or usual(tokens))
     chunks = MemoryStore(make_documents(30), BagEmbedder()).chunks
     chunks[5:9] += 1 << 15  # of a vocabulary as large as two bytes hold
     store = MemoryStore.of_arrays(
         np.r_[chunks, chunks[:9]], np.arange(len(chunks) + 9), np.zeros((len(chunks) + 9, 1))
     )
     queries = torch.cat([torch.from_numpy(store.chunks.astype(np.int64)), torch.randint(1, 60, (9, M))])
-    found = DeviceStore(store, device).find_chunks(queries.to(device)).cpu()
+    held = DeviceStore(store, device)
+    assert max(hashed) == 7, "the set's tokens in 64 bits may not fit the device"
+    found = held.find_chunks(queries.to(device)).cpu()
     assert found.tolist() == store.find_chunks(queries).tolist()
     assert (found[: store.num_chunks] >= 0).all()
 
