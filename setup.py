@@ -67,7 +67,7 @@ class BuildExt(build_ext):
                 target = str(Path(self.build_temp, Path(source).stem + ".cu.o"))
                 self.spawn([nvcc, "-c", source, "-o", target, *NVCC_FLAGS, *targets])
                 ext.extra_objects.append(target)
-            ext.define_macros.append(("RETRO_WITH_CUDA", None))
+            ext.define_macros += [("RETRO_WITH_CUDA", None), ("RETRO_CUDA_ARCHS", f'"{";".join(archs)}"')]
             root = toolkit_root(nvcc)
             ext.library_dirs += [str(p) for p in (root / "lib64", root / "lib") if p.is_dir()]
             ext.libraries += ["cudart_static", "rt", "dl", "pthread"]

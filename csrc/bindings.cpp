@@ -101,6 +101,7 @@ PYBIND11_MODULE(_C, m) {
       "attention"_a, "gradients"_a, "threads"_a);
 #ifdef RETRO_WITH_CUDA
   m.attr("cuda") = true;
+  m.attr("cuda_archs") = RETRO_CUDA_ARCHS;
   m.def(
       "gather_neighbours_cuda",
       [](const retro::Gather& g, bool host_tokens, bool host_continuation, uintptr_t stream) {

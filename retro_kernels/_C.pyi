@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 cuda: bool
+cuda_archs: str
 
 class Gather:
     def __init__(

@@ -176,7 +176,10 @@ def _native_cuda(torch: Any) -> tuple[bool, str]:
         )
     if not torch.cuda.is_available():
         return False, "built, but there is no GPU"
-    return True, "built with CUDA"
+    from .ops.gather.native import why_not_on
+
+    reason = why_not_on(torch.device("cuda"))
+    return reason is None, reason or "built with CUDA"
 
 
 def _faiss() -> tuple[bool, str]:

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,12 +366,42 @@ def test_a_gpu_reads_nothing_of_another_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(native, "WHY_NOT", None)
     monkeypatch.setattr(native, "WITH_CUDA", True)
     monkeypatch.setattr(Tensor, "is_pinned", lambda x: x is STORE)
+    monkeypatch.setattr(native, "why_not_on", lambda device: None)
     with FakeTensorMode():
         ids = torch.empty(2, dtype=torch.int64, device="cuda:0")
         near, far = (torch.empty(len(STORE), dtype=torch.bool, device=f"cuda:{i}") for i in (0, 1))
     assert op._candidates(STORE, ids, near)["cuda"] is None
     found = op._candidates(STORE, ids, far)
     assert "on the same one" in str(found["cuda"]) and found["native"] is None
+
+
+@pytest.mark.parametrize(
+    ("archs", "gpu", "runs"),
+    [
+        ([80, 90], (8, 0), True),
+        ([80, 90], (8, 9), True),
+        ([80, 90], (12, 0), True),  # by the PTX of the last
+        ([80, 90], (7, 5), False),
+        ([90], (8, 6), False),
+        ([86, 100], (8, 0), False),
+        ([86, 100], (9, 0), False),
+    ],
+)
+def test_a_gpu_that_the_build_has_no_code_for(
+    archs: list[int], gpu: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gathers in another way, where its driver would refuse the launch."""
+    monkeypatch.setattr(native, "WHY_NOT", None)
+    monkeypatch.setattr(native, "WITH_CUDA", True)
+    monkeypatch.setattr(native, "_ARCHS", archs)
+    found = SimpleNamespace(major=gpu[0], minor=gpu[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    with FakeTensorMode():
+        store, ids, flags = (
+            torch.empty(x.shape, dtype=x.dtype, device="cuda:0") for x in (STORE, IDS, FLAGS)
+        )
+    reason = op._candidates(store, ids, flags)["cuda"]
+    assert reason is None if runs else f"RETRO_CUDA_ARCHS={gpu[0]}{gpu[1]}" in str(reason)
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -16,6 +17,8 @@ except ImportError as error:  # a checkout that nobody installed still has every
     WHY_NOT = f"retro_kernels._C cannot be loaded ({error}); build it with pip install -e ."
 WITH_CUDA: bool = WHY_NOT is None and _C.cuda
 """Was the extension built by nvcc as well?"""
+# one that was built before it said so has what is the default
+_ARCHS = [int(arch) for arch in re.findall(r"\d+", getattr(_C, "cuda_archs", "80;90"))] if WITH_CUDA else []
 
 _IN_ORDER = 8192
 """From so many rows on, those in host memory are read in the order of their addresses, which the GPU translates page by
@@ -23,6 +26,21 @@ page: it saves more than sorting takes."""
 
 Array: TypeAlias = Tensor | np.ndarray
 _ADVISE = {"never": 0, "always": 1, "when cold": 2}
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """The reason why the CUDA code of this build cannot run on a GPU, or None.
+
+    It has machine code for some, which later ones of their generation run too, and PTX of the last, which every later
+    one runs."""
+    found = torch.cuda.get_device_properties(device)
+    here = 10 * found.major + found.minor
+    if any(arch // 10 == found.major and arch <= here for arch in _ARCHS) or _ARCHS[-1] <= here:
+        return None
+    built = ", ".join(f"sm_{arch}" for arch in _ARCHS)
+    return (
+        f"this build's CUDA code is for {built}, not for sm_{here} (install it with RETRO_CUDA_ARCHS={here})"
+    )
 
 
 def gather_host(

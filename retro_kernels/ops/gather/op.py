@@ -219,6 +219,8 @@ def _candidates(tokens: Array, ids: Tensor, continuation: Array) -> dict[str, st
         in_place = (
             "this build of retro_kernels has no CUDA code (install it with nvcc on PATH and RETRO_CUDA=1)"
         )
+    else:
+        in_place = native.why_not_on(ids.device)
     stored_on_gpu = isinstance(tokens, Tensor) and tokens.is_cuda
     host = "tokens are on the GPU" if stored_on_gpu else native.WHY_NOT
     plain: str | None = None
