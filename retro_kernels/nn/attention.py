@@ -112,8 +112,9 @@ class SelfAttention(nn.Module):
 
 
 def causal_sinusoids(x: Tensor) -> Tensor:
-    """φ of the distances T − 1 … 0 in self-attention over `x` [B, T, dim]: float32 [T, dim]."""
-    return sinusoid(torch.arange(x.shape[1] - 1, -1, -1, device=x.device), x.shape[2], torch.float32)
+    """φ of the distances T − 1 … 0 in self-attention over `x` [B, T, dim]: [T, dim], float32 or float64 where x is."""
+    distances = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
+    return sinusoid(distances, x.shape[2], torch.promote_types(x.dtype, torch.float32))
 
 
 def _rotary_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -47,8 +47,10 @@ class SelfAttentionCache:
         """Keys of the distances length − 1 … 0, [H, length, D]; projected once for as long as they suffice."""
         if self._relative is None or self._relative.shape[1] < self.length:
             capacity = max(64, 1 << (self.length - 1).bit_length())
-            distances = torch.arange(capacity - 1, -1, -1, device=attention.content_bias.device)
-            self._relative = attention.relative_keys(sinusoid(distances, attention.dim, torch.float32))
+            like = attention.content_bias
+            distances = torch.arange(capacity - 1, -1, -1, device=like.device)
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            self._relative = attention.relative_keys(sinusoid(distances, attention.dim, dtype))
         return self._relative[:, self._relative.shape[1] - self.length :]
 
 

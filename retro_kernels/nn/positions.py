@@ -55,6 +55,9 @@ class DistanceTable(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """The table in the dtype of `like`: [G, dim]."""
+        if like.dtype == torch.float64:  # which the table, kept in float32, has not the digits for
+            distances = torch.arange(self.first, self.last + 1, device=like.device)
+            return sinusoid(distances, self.dim, like.dtype)
         # after load_state_dict(assign=True), which brings parameters only
         if self.table.is_meta and not like.is_meta:
             self.table = self._compute(like.device)
@@ -66,11 +69,9 @@ class DistanceTable(nn.Module):
 
 def rotate(x: Tensor, first: int = 0) -> Tensor:
     """Rotary positions (Su et al. 2021): `x` [B, T, H, D] stands at tokens first … first + T − 1; halves are paired."""
-    half = x.shape[-1] // 2
-    frequencies = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angles = (
-        torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)[:, None] * frequencies
-    )
+    half, wide = x.shape[-1] // 2, torch.promote_types(x.dtype, torch.float32)
+    frequencies = 10000.0 ** (-torch.arange(half, device=x.device, dtype=wide) / half)
+    angles = torch.arange(first, first + x.shape[1], device=x.device, dtype=wide)[:, None] * frequencies
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [T, 1, D / 2]
-    low, high = x.float().chunk(2, -1)
+    low, high = x.to(wide).chunk(2, -1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x.dtype)

@@ -21,9 +21,7 @@ from retro_kernels.nn.positions import sinusoid
 from .helpers import FREE_SIZES_WITH_GRADIENTS, attend, cca_by_hand, phi, randomise, tiny_model
 
 M, R, K = 4, 8, 3
-CLOSE = dict(
-    rtol=1e-6, atol=1e-6
-)  # the module keeps its sinusoids in float32, the loops have them in float64
+CLOSE = dict(rtol=1e-11, atol=1e-11)  # float64 throughout, sinusoids too
 
 
 def make(position: str = "relative", **options: object) -> ChunkedCrossAttention:
@@ -495,7 +493,7 @@ def test_rotary_self_attention(seed: int) -> None:
                 )
                 logits.append((as_complex(q[i, h]) * turn * as_complex(k[j, h]).conj()).real.sum() / 6**0.5)
             heads.append(torch.softmax(torch.stack(logits), 0) @ v[: i + 1, h])
-        torch.testing.assert_close(out[0, i], module.o_proj(torch.cat(heads)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out[0, i], module.o_proj(torch.cat(heads)), **CLOSE)
 
 
 def test_encoder_self_attention_looks_both_ways(seed: int) -> None:
