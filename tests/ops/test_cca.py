@@ -345,6 +345,20 @@ def test_nothing_to_attend_to_is_exactly_zero(seed, backend):
     assert not out.any()  # whatever the keys hold that do not exist
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_what_lies_behind_a_length_may_be_nan_where_no_kernel_runs(seed, backend, dtype):
+    """Neither the result nor a gradient sees it; a chunk of missing neighbours is zero, never NaN."""
+    tensors, options = inputs(dtype)
+    options["neighbour_lengths"][0, 0] = 0
+    hidden = (torch.arange(R) >= options["neighbour_lengths"][..., None])[..., None, None]
+    key, value = (x.masked_fill(hidden, math.nan) for x in tensors[1:])
+    call = dict(grad=torch.ones_like(tensors[0]), chunk_size=M, backend=backend)
+    base = run(chunked_cross_attention, tensors, options, **call)
+    for name, x in run(chunked_cross_attention, (tensors[0], key, value), options, **call).items():
+        assert torch.equal(x, base[name]), name
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_behind_a_length_is_never_read_into_the_result(seed, backend):
     tensors, options = inputs()

@@ -59,7 +59,8 @@ class _Call:
     position_bias: Tensor | None
     reversed_bias: Tensor | None  # [H, C], with `reversed_key` only
     bias_tile: Tensor | None  # [Hkv, 1, W, TQ, 1, TK], without `reversed_key` only
-    missing: Tensor | None  # bool [G, J * TK]
+    hidden: Tensor | None  # bool [G, J * TK], keys behind a length
+    missing: Tensor | None  # those of them whose logits are −inf: not where a group has no key
     absent: frozenset[int]  # groups without a key
     seed: Tensor | None
     num_keys: int
@@ -133,6 +134,8 @@ class _Call:
     def keys(self, source: Tensor, unit: _Unit) -> Tensor:
         """[g·h, J·TK, D] of `key` or `value`."""
         some = source[unit.group, :, unit.heads].transpose(1, 2).to(self.narrow)
+        if self.hidden is not None:  # a weight of zero is not enough: whatever lies there may be NaN
+            some = some.masked_fill(self.hidden[unit.group, None, :, None], 0.0)
         return some.reshape(-1, source.shape[1], source.shape[3])
 
     def scaled_query(self, unit: _Unit, bias: Tensor | None) -> Tensor:
@@ -241,10 +244,10 @@ def _prepare(
     heads = query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     narrow = query.dtype if query.dtype == torch.bfloat16 else wide  # float16 products are slow on CPUs
-    missing = bias_tile = reversed_key = reversed_bias = None
+    hidden = missing = bias_tile = reversed_key = reversed_bias = None
     absent: frozenset[int] = frozenset()
     if lengths is not None:
-        missing = (torch.arange(num_keys) >= lengths[..., None]).flatten(1)
+        hidden = missing = (torch.arange(num_keys) >= lengths[..., None]).flatten(1)
         empty = missing.all(1)
         if empty.any():
             # a softmax over nothing is NaN: such a group attends to everything, and its weights become zero
@@ -266,6 +269,7 @@ def _prepare(
         position_bias=position_bias,
         reversed_bias=reversed_bias,
         bias_tile=bias_tile,
+        hidden=hidden,
         missing=missing,
         absent=absent,
         seed=seed,

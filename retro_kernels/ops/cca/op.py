@@ -295,7 +295,7 @@ def chunked_cross_attention(
         position_bias: [H, D], added to the query where it meets `rel_key`.
         rel_bias: [H, M + R - 1], added to the logits, unscaled, by the same column.
         neighbour_lengths: integers [B, L, K], 0..R: how many leading tokens of a neighbour are real, 0 for none at
-            all; None for all R. What lies behind them is never weighted, but has to be finite.
+            all; None for all R. What lies behind them is never weighted, but has to be finite for "triton".
         scale: of both products; 1 / sqrt(D) by default.
         dropout_p: chance that a weight of the softmax is dropped. The seed comes from torch's generator.
         backend: "triton", "torch", "reference", or None for the fastest that can run here.

@@ -50,6 +50,11 @@ def block_attention_reference(
     q = q.reshape(blocks, block, num_heads, head_dim)  # [P, TQ, H, D]
     q_content = (q if content_bias is None else (q + content_bias).to(query.dtype)).to(narrow)
     q_position = (q if position_bias is None else (q + position_bias).to(query.dtype)).to(narrow)
+    missing = None
+    if lengths is not None:
+        missing = torch.arange(num_keys, device=query.device) >= lengths[..., None]  # [G, J, TK]
+        # a weight of zero is not enough: whatever lies there may be NaN
+        key, value = (x.masked_fill(missing[..., None, None], 0.0) for x in (key, value))
     k, v = (
         x.to(narrow).repeat_interleave(num_heads // kv_heads, 3).repeat_interleave(repeat, 0)
         for x in (key, value)
@@ -64,8 +69,7 @@ def block_attention_reference(
     logits = logits * scale
     if rel_bias is not None:
         logits = logits + rel_bias.to(wide)[:, column][:, :, None]
-    if lengths is not None:
-        missing = torch.arange(num_keys, device=query.device) >= lengths[..., None]  # [G, J, TK]
+    if missing is not None:
         logits = logits.masked_fill(missing.repeat_interleave(repeat, 0)[:, None, None], float("-inf"))
 
     logits = logits.flatten(3)  # one softmax over all neighbours: [P, H, TQ, J * TK]
