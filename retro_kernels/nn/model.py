@@ -118,10 +118,16 @@ class Retro(Retrieving):
 
     `backend` picks the implementation of the attention ops ("reference", "torch", "triton"; None: the best here).
     `gradient_checkpointing` (an attribute; False) recomputes each layer in the backward pass.
+    Raises TypeError for what is no RetroConfig.
     """
 
     def __init__(self, config: RetroConfig, *, backend: str | None = None) -> None:
         super().__init__()
+        if not isinstance(config, RetroConfig):  # a preset that was not called, or the fields themselves
+            raise TypeError(
+                f"Retro: config is of type {type(config).__name__}; it must be a RetroConfig, such as retro_small() or "
+                "RetroConfig(**fields)."
+            )
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.dim)
         self.dropout = nn.Dropout(config.dropout)

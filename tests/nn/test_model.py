@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from retro_kernels import InputError, Retro, RetroConfig, preset
+from retro_kernels import InputError, Retro, RetroConfig, preset, retro_tiny
 from retro_kernels.nn import NeighbourEncoder
 from retro_kernels.nn import attention as attention_module
 from retro_kernels.ops import NeighbourBatch
@@ -569,6 +570,9 @@ def test_bad_input(seed: int) -> None:
         assert cache.length == 0
     with pytest.raises(InputError, match="plain decoder"):
         tiny_model(cca_layers=())(x, neighbours)
+    for config, kind in [(retro_tiny, "function"), (asdict(TINY), "dict"), (None, "NoneType")]:
+        with pytest.raises(TypeError, match=rf"config is of type {kind}; it must be a RetroConfig, such as"):
+            Retro(config)
 
 
 class WithAdapter(nn.Module):
