@@ -301,7 +301,8 @@ class ChunkedCrossAttention(nn.Module):
     def forward(self, x: Tensor, neighbours: Tensor, neighbour_lengths: Tensor | None = None) -> Tensor:
         """`x` [B, N, dim], `neighbours` [B, L, K, R, encoder_dim] with L = N // M → [B, N, dim], to be added to x.
 
-        `neighbour_lengths` int [B, L, K]: how many leading tokens are real, 0 = no such neighbour, None = all.
+        `neighbour_lengths` int [B, L, K]: how many leading tokens are real, 0 = no such neighbour, None = all. What
+        lies behind them is never weighted, but has to be finite.
         Raises ValueError for shapes that do not fit, TypeError for what is no tensor.
         """
         self._check(x, neighbours)

@@ -496,7 +496,7 @@ def absorbed_cross_attention(
 
     Args:
         query: [B, N, H, D].
-        states: [B, L, K, R, E] with L = N // M, the encoded neighbours.
+        states: [B, L, K, R, E] with L = N // M, the encoded neighbours; finite, also behind a length.
         key_weight, value_weight: [Hkv * D, E], as of `torch.nn.Linear`; Hkv divides H.
         key_bias, value_bias: [Hkv * D]. A key bias adds the same to every logit of a row, so the softmax takes it
             away again: it changes nothing, and its gradient is zero.
