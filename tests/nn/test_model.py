@@ -126,6 +126,38 @@ def test_presets_have_the_papers_sizes(name: str, millions: int, plain: int) -> 
     body(preset(name, **others))
 
 
+@pytest.mark.parametrize(
+    "name, dim, ffn_dim, heads, head_dim, layers, cca_layers, millions",
+    [
+        ("retro_172m", 896, 3584, 16, 64, 12, (6, 9, 12), 247),
+        ("retro_425m", 1536, 6144, 12, 128, 12, (6, 9, 12), 564),
+        ("retro_1_5b", 2048, 8192, 16, 128, 24, (6, 9, 12, 15, 18, 21, 24), 1574),
+        ("retro_7_5b", 4096, 16384, 32, 128, 32, (6, 9, 12, 15, 18, 21, 24, 27, 30), 7505),
+    ],
+)
+def test_presets_have_the_papers_shapes(
+    name: str,
+    dim: int,
+    ffn_dim: int,
+    heads: int,
+    head_dim: int,
+    layers: int,
+    cca_layers: tuple[int, ...],
+    millions: int,
+) -> None:
+    """Table 10, whose names count one table of tokens. Other numbers of heads have the same counts in Table 2."""
+    given = dict(dim=dim, ffn_dim=ffn_dim, num_heads=heads, head_dim=head_dim, num_layers=layers)
+    encoder = dict(
+        encoder_dim=896, encoder_layers=2, encoder_heads=16, encoder_head_dim=64, encoder_ffn_dim=3584
+    )
+    lengths = dict(vocab_size=128_000, chunk_size=64, neighbour_len=128)
+    wanted = RetroConfig(**given, **encoder, **lengths, cca_layers=cca_layers, encoder_cross_layers=(1,))
+    assert preset(name) == wanted
+    with torch.device("meta"):
+        plain = Retro(preset(name, cca_layers=()))
+    assert sum(p.numel() for p in plain.parameters()) == pytest.approx(millions * 1e6, rel=0.0025)
+
+
 def test_layer_numbers_count_from_one() -> None:
     model = Retro(TINY.replace(cca_layers=(1, 3), encoder_cross_layers=(2,)))
     assert [layer.cca is not None for layer in model.layers] == [True, False, True, False]
