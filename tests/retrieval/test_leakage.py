@@ -125,6 +125,13 @@ def test_containment_sees_copies_at_every_shift(seed: int, shift: int) -> None:
     assert containment(text[shift : shift + 64][None], text[None, None, :128]).item() == 1.0
 
 
+@pytest.mark.parametrize("run, found", [(12, 0.0), (13, 1 / 52), (14, 2 / 52)])
+def test_containment_is_by_default_that_of_13_grams(run: int, found: float) -> None:
+    chunk, value = torch.arange(1, 65)[None], torch.arange(100, 228)[None, None]
+    value[..., 30 : 30 + run] = chunk[:, 20 : 20 + run]
+    assert containment(chunk, value).item() == pytest.approx(found)
+
+
 def test_filtered_curve() -> None:
     bits, size = torch.tensor([8.0, 16.0, 64.0]), torch.tensor([10, 10, 10])
     curve = filtered_bits_per_byte(bits, size, torch.tensor([0.5, 0.1, 1.0]), alphas=(0.05, 0.125, 0.5, 1.0))
