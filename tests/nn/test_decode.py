@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from retro_kernels import InputError, Retro
+from retro_kernels.nn import attention as attention_module
 from retro_kernels.nn.cache import SelfAttentionCache
 from retro_kernels.ops import NeighbourBatch
 
@@ -127,22 +129,35 @@ def test_no_more_is_kept_than_is_needed(seed: int) -> None:
 
 
 def test_a_token_costs_a_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between chunk boundaries no matrix product of a layer sees more rows than the call has tokens; at a boundary the
-    neighbours are encoded and projected once."""
+    """Between chunk boundaries no matrix product of a layer, and no attention to neighbours, sees more rows than the
+    call has tokens; at a boundary the neighbours are encoded and projected once."""
     model = randomise(Retro(TINY)).eval()
     rows: list[int] = []
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda m, args, out: rows.append(out.numel() // out.shape[-1]))
+    attended: list[tuple[str, int]] = []
+
+    def watched(name: str) -> Callable[..., torch.Tensor]:
+        op = getattr(attention_module, name)
+        return lambda query, *given, **options: (
+            attended.append((name, query.shape[1])) or op(query, *given, **options)
+        )
+
+    for name in ("absorbed_decode", "chunked_cross_attention_decode", "block_attention"):
+        monkeypatch.setattr(attention_module, name, watched(name))
     encoded = []
     model.encoder.register_forward_hook(lambda *_: encoded.append(1))
     cache = model.new_cache(1)
     model.decode(torch.randint(50, (1, M)), cache, random_neighbours(1, 1))
     rows.clear()
+    attended.clear()
     for _ in range(M - 1):
         model.decode(torch.randint(50, (1, 1)), cache, None)
         assert set(rows) == {1}
+        assert {row for _, row in attended} == {1} and "block_attention" not in dict(attended)
         rows.clear()
+        attended.clear()
     assert len(encoded) == 1
     model.decode(torch.randint(50, (1, 1)), cache, random_neighbours(1, 1))
     assert len(encoded) == 2
