@@ -176,6 +176,11 @@ def test_learning_rate() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0.2 < rates[99] < 0.21
 
 
+def test_defaults_of_training_are_the_papers() -> None:
+    config = TrainConfig(data=("x",), out="y", steps=100_000)
+    assert (config.weight_decay, config.num_neighbours, config.warmup_steps) == (0.1, 2, 750)
+
+
 def test_matrices_alone_decay_and_gradients_are_clipped(world: World, tmp_path: Path) -> None:
     """To nearly nothing here, so that the decay is what a step does."""
     words = ["--data", world.train, "--set", world.set, "--out", tmp_path / "r", *MODEL]
