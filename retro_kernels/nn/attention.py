@@ -133,11 +133,14 @@ def relative_attention(
     """Causal attention with relative keys. The T queries are the last T of the S tokens of `k` and `v`.
 
     q [B, H, T, D], k and v [B, H, S, D], rel [H, S, D] with the distances S−1 … 0, both biases [H, D] → [B, H, T, D].
-    The logits exist for `_ROWS` query rows at a time; a gradient recomputes those of a longer sequence.
+    A CPU takes its kernels of `block_attention`. Elsewhere, and where torch.compile fuses it, the logits exist for
+    `_ROWS` query rows at a time; a gradient recomputes those of a longer sequence.
     """
     rows, past = q.shape[2], k.shape[2] - q.shape[2]
     if rows == 0:
         return torch.zeros_like(q)
+    if _kernels_pay(q):
+        return _by_block_attention(q, k, v, rel, content_bias, position_bias)
     parts = []
     blocks = (rows + _ROWS - 1) // _ROWS
     for number in range(blocks):  # compiled for any length, a program serves all of as many blocks
@@ -156,6 +159,44 @@ def relative_attention(
         else:
             parts.append(_relative_rows(*block))
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _kernels_pay(q: Tensor) -> bool:
+    """For self-attention of queries [B, H, T, D]. The threads of a CPU share out sequences and heads."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return q.shape[2] > _FEW_ROWS and q.shape[0] * q.shape[1] >= torch.get_num_threads()
+
+
+def _by_block_attention(
+    q: Tensor, k: Tensor, v: Tensor, rel: Tensor, content_bias: Tensor, position_bias: Tensor
+) -> Tensor:
+    """A block of rows attends to the keys up to its last row. Those behind a row, to which distances are negative, are
+    forbidden by a bias."""
+    rows, seen = q.shape[2], k.shape[2]
+    size = 128 if rows <= 1024 else 256
+    keys = F.pad(rel.flip(1), (0, 0, size - 1, 0))  # [H, size − 1 + S, D], distances 1 − size … S − 1
+    bias = q.new_zeros(keys.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    bias[:, : size - 1] = float("-inf")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    parts = []
+    for start in range(0, rows, size):
+        block = q[:, start : start + size]
+        count = block.shape[1]
+        stop = seen - rows + start + count
+        columns = slice(size - count, size - 1 + stop)  # distances 1 − count … stop − 1
+        parts.append(
+            block_attention(
+                block,
+                k[:, None, :stop],
+                v[:, None, :stop],
+                rel_key=keys[:, columns],
+                content_bias=content_bias,
+                position_bias=position_bias,
+                rel_bias=bias[:, columns],
+            )
+        )
+    return torch.cat(parts, 1).transpose(1, 2)
 
 
 def _relative_rows(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peers
@@ -461,17 +462,50 @@ def test_relative_self_attention_is_transformer_xl(seed: int) -> None:
     torch.testing.assert_close(module(x), expected, **CLOSE)
 
 
-def test_blocks_of_rows_change_neither_result_nor_gradient(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows", [5, 11, 128, 131])
+def test_kernels_and_blocks_of_rows_change_neither_result_nor_gradient(
+    rows: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = randomise(SelfAttention(12, 2)).double()
-    x = torch.randn(2, 11, 12).double().requires_grad_()
-    whole = module(x)
-    wanted = torch.autograd.grad(whole.square().sum(), [x, *module.parameters()])
+    x = torch.randn(2, rows, 12).double().requires_grad_()
+
+    def both() -> list[torch.Tensor]:
+        out = module(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])]
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)  # as many as there are sequences and heads
+    calls = []
+    block_attention = attention_module.block_attention
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args)
+        return block_attention(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "block_attention", counted)
+    by_kernels = both()
+    assert len(calls) == (2 if rows > 128 else 1)
+    monkeypatch.setattr(attention_module, "_kernels_pay", lambda q: False)
+    torch.testing.assert_close(both(), by_kernels)
     monkeypatch.setattr(attention_module, "_ROWS", 4)
-    parts = module(x)
-    torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), [x, *module.parameters()]), wanted)
+    torch.testing.assert_close(both(), by_kernels)
+    monkeypatch.undo()
+    monkeypatch.setattr(attention_module, "block_attention", counted)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)  # of which one would have nothing to do
+    torch.testing.assert_close(both(), by_kernels)
+    assert len(calls) == (2 if rows > 128 else 1)
+
+
+@pytest.mark.parametrize(("rows", "past"), [(1, 9), (4, 9), (5, 9), (130, 3), (1025, 40)])
+def test_tokens_behind_those_of_a_cache(
+    rows: int, past: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last rows of the whole, however many are computed at once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    q, k, v, rel = (torch.randn(2, 2, past + rows, 4).double() for _ in range(4))
+    biases = torch.randn(2, 2, 4).double()
+    whole = attention_module._relative_rows(q, k, v, rel[0], *biases)
+    last = attention_module.relative_attention(q[:, :, past:], k, v, rel[0], *biases)
+    torch.testing.assert_close(last, whole[:, :, past:])
 
 
 def test_rotary_self_attention(seed: int) -> None:
