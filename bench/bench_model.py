@@ -1,8 +1,9 @@
 """The model: one training step and one generated token, on our operations and on the formulations they stand for.
 
 "SDPA" is the same model with every block attention replaced by scaled_dot_product_attention and a materialised mask,
-"einsum" by the definition; "RETRO off" skips encoder and cross-attention: what retrieval costs at all. On a CPU all
-take turns: its mood changes by more than they differ.
+"einsum" by the definition; "RETRO off" skips encoder and cross-attention: what retrieval costs at all. Besides, the
+decoder's self-attention alone, with its relative positions. On a CPU all take turns: its mood changes by more than
+they differ.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from retro_kernels.config import preset
 from retro_kernels.nn import ChunkedCrossAttention, Retro
+from retro_kernels.nn import attention as layers
 from retro_kernels.ops import NeighbourBatch, use_backend
 
 NAME = "retro_172m" if ON_GPU else "retro_tiny" if TINY else "retro_small"
@@ -166,3 +168,51 @@ def test_generated_token(benchmark: Any, name: str) -> None:
             timing.measure(benchmark, _token(name), rounds=rounds, wall=True, case=name, what="token")
     else:
         timing.record(benchmark, _tokens_in_turn(cached)[name], case=name, what="token")
+
+
+SELF = (8, 16, 2048, 64) if ON_GPU else (1, 2, 128, 32) if TINY else (4, 8, 512, 32)
+SELF_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+PATHS = ("block attention", "PyTorch", "SDPA without positions")
+
+
+def _self_attention(name: str, backward: bool) -> Callable[[], Any]:
+    """One call of [B, H, N, D], causal: by the kernels of block attention, or by passes over blocks of logits."""
+    torch.manual_seed(0)
+    batch, heads, tokens, size = SELF
+    made: dict[str, Any] = {"device": DEVICE, "dtype": SELF_DTYPE, "requires_grad": backward}
+    q, k, v = (torch.randn(batch, tokens, heads, size, **made) for _ in range(3))
+    rel, biases = torch.randn(heads, tokens, size, **made), torch.randn(2, heads, size, **made)
+    grad = torch.randn(batch, heads, tokens, size, device=DEVICE, dtype=SELF_DTYPE)
+    wanted = (q, k, v) if name == PATHS[2] else (q, k, v, rel, biases)
+
+    def call() -> Any:
+        args = [x.transpose(1, 2) for x in (q, k, v)]
+        if name == PATHS[2]:
+            out = F.scaled_dot_product_attention(*args, is_causal=True)
+        elif name == PATHS[0]:
+            out = layers._by_block_attention(*args, rel, *biases)
+        else:
+            with mock.patch.object(layers, "_kernels_pay", lambda q: False):
+                out = layers.relative_attention(*args, rel, *biases)
+        return torch.autograd.grad(out, wanted, grad) if backward else out
+
+    return call
+
+
+@functools.cache
+def _self_attention_in_turn(backward: bool) -> dict[str, list[float]]:
+    return timing.in_turn({name: _self_attention(name, backward) for name in PATHS}, most=30)
+
+
+@pytest.mark.benchmark(group="the decoder's self-attention, B {}, H {}, N {}, D {}".format(*SELF))
+@pytest.mark.parametrize("what", ["forward", "forward+backward"])
+@pytest.mark.parametrize("name", PATHS)
+def test_self_attention(benchmark: Any, name: str, what: str) -> None:
+    backward = what != "forward"
+    if name == PATHS[0]:
+        both = [_self_attention(path, backward=False)() for path in PATHS[:2]]
+        peers.same(*both, name)
+    if ON_GPU:
+        timing.measure(benchmark, _self_attention(name, backward), case=name, what=what)
+    else:
+        timing.record(benchmark, _self_attention_in_turn(backward)[name], case=name, what=what)
