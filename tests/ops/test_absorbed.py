@@ -351,6 +351,28 @@ def test_biases_of_a_wider_dtype(dropout_p: float, seed: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("biases", [False, True])
+def test_what_lies_behind_a_length_may_be_nan_where_no_kernel_runs(
+    backend: str, biases: bool, seed: int
+) -> None:
+    """Neither the result nor a gradient sees it; a chunk of missing neighbours is zero, never NaN."""
+    tensors = make(2, 17, 2, 1, 16, 8, 2, 16, 16, torch.float32)
+    if not biases:
+        del tensors["key_bias"], tensors["value_bias"]
+    hidden = torch.arange(16, device=DEVICE) >= tensors["neighbour_lengths"][..., None]
+    found = []
+    for behind in (1.0, math.nan):
+        given = {n: x.clone() if torch.is_tensor(x) else x for n, x in tensors.items()}
+        given["states"].masked_fill_(hidden[..., None], behind)
+        leaves = [given[name].requires_grad_() for name in GRADIENTS if name in given]
+        out = absorbed_cross_attention(**given, backend=backend)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert not found[0][0][0, 15:].any()  # its second chunk has no neighbour
+    for plain_one, with_nan in zip(*found, strict=True):
+        assert torch.equal(plain_one, with_nan)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_autocast_gives_what_inputs_cast_beforehand_give(backend: str, seed: int) -> None:
     """All but the bias: 200 and a bit has no fraction in bfloat16. Each backend computes as outside of autocast."""
     tensors = make(1, 17, 2, 1, 16, 8, 2, 16, 16, torch.float32)

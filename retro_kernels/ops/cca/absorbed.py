@@ -148,6 +148,14 @@ def _softmax_backward(
     return dropped
 
 
+def _seen(states: Tensor, lengths: Tensor | None, fused: bool) -> Tensor:
+    """The states, 0 behind a length where no kernel runs: a weight of zero is not enough for what may be NaN."""
+    if lengths is None or fused:
+        return states
+    hidden = torch.arange(states.shape[3], device=states.device) >= lengths[..., None]
+    return states.masked_fill(hidden[..., None], 0.0)
+
+
 def _softmax_of(fused: bool) -> tuple[Any, Any]:
     if not fused:
         return _softmax, _softmax_backward
@@ -180,7 +188,7 @@ def _forward(
     blocks, rows, keys = batch * chunks, chunk_size * heads, neighbours * neighbour_len
     shift = chunk_size - 1
     softmax, _ = _softmax_of(fused)
-    states = states.reshape(blocks, keys, width)
+    states = _seen(states, lengths, fused).reshape(blocks, keys, width)
     to_states = _by_head(key_weight, heads, head_dim)
     from_states = _by_head(value_weight, heads, head_dim).transpose(1, 2)
     q = _rows(query, chunk_size, chunks, shift)
@@ -253,7 +261,7 @@ def _backward(
     shift, columns = chunk_size - 1, chunk_size + neighbour_len - 1
     _, softmax_backward = _softmax_of(fused)
     grad_out = grad_out.contiguous()
-    flat = states.reshape(blocks, keys, width)
+    flat = _seen(states, lengths, fused).reshape(blocks, keys, width)
     to_states, from_states = (_by_head(weight, heads, head_dim) for weight in (key_weight, value_weight))
     q, dout = (_rows(x, chunk_size, chunks, shift) for x in (query, grad_out))
     content = q if content_bias is None else q + content_bias.to(q.dtype)
@@ -496,7 +504,7 @@ def absorbed_cross_attention(
 
     Args:
         query: [B, N, H, D].
-        states: [B, L, K, R, E] with L = N // M, the encoded neighbours; finite, also behind a length.
+        states: [B, L, K, R, E] with L = N // M, the encoded neighbours; finite, for "triton" also behind a length.
         key_weight, value_weight: [Hkv * D, E], as of `torch.nn.Linear`; Hkv divides H.
         key_bias, value_bias: [Hkv * D]. A key bias adds the same to every logit of a row, so the softmax takes it
             away again: it changes nothing, and its gradient is zero.
@@ -642,6 +650,7 @@ def _projected(
 ) -> Tensor:
     """The definition: project, then attend. Half precision is computed in float32 and rounded once at the end."""
     wide = torch.promote_types(query.dtype, torch.float32)
+    states = _seen(states, lengths, fused=False)
     key, value = (
         F.linear(states.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
         .unflatten(-1, (-1, query.shape[-1]))
