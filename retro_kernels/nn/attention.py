@@ -97,9 +97,9 @@ class SelfAttention(nn.Module):
         past = 0 if cache is None else cache.length
         if self.position == "rotary":
             q, k = rotate(q, past), rotate(k, past)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T, D]
         if cache is not None:
-            k, v = cache.append(k, v)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # [B, H, T or past + T, D]
+            k, v = cache.append(k, v)  # [B, H, past + T, D]
         if self.position == "rotary":
             out = _rotary_attention(q, k, v)
         else:
@@ -207,10 +207,12 @@ def _relative_rows(
     scale = head_dim**-0.5
     q_content = (q + content_bias[:, None]).to(q.dtype) * scale
     q_position = (q + position_bias[:, None]).to(q.dtype) * scale
+    # one product for all sequences, since a product by sequence would copy `rel` for each of them: [H, B, rows, seen]
+    by_distance = torch.bmm(q_position.transpose(0, 1).flatten(1, 2), rel.to(q.dtype).transpose(1, 2))
     # Column c of the last row is key c. Row a, which is rows − 1 − a tokens earlier, reads rows − 1 − a columns further
     # right; with one column of padding that shear is a reshape. What wraps around lies in the future, masked below.
-    by_distance = F.pad(q_position @ rel.to(q.dtype).transpose(1, 2), (0, 1))  # [B, H, rows, seen + 1]
-    sheared = by_distance.flatten(2)[:, :, rows - 1 : rows - 1 + rows * seen].unflatten(2, (rows, seen))
+    by_row = F.pad(by_distance.unflatten(1, (batch, rows)), (0, 1)).flatten(2)
+    sheared = by_row[:, :, rows - 1 : rows - 1 + rows * seen].unflatten(2, (rows, seen)).transpose(0, 1)
     logits = q_content @ k.transpose(2, 3) + sheared
     if rows > 1:
         future = torch.ones(rows, seen, dtype=torch.bool, device=q.device).triu(seen - rows + 1)

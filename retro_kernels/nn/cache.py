@@ -19,28 +19,29 @@ class SelfAttentionCache:
 
     def __init__(self) -> None:
         self.length = 0
-        self._keys: Tensor | None = None  # [B, capacity, H, D]
+        # [B, H, capacity, D]: a product of all sequences and heads reads them where they lie
+        self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._relative: Tensor | None = None  # [H, capacity, D], distances capacity − 1 … 0
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds [B, T, H, D] and returns all that is held, [B, length, H, D]."""
-        stop = self.length + key.shape[1]
-        if self._keys is None or self._values is None or stop > self._keys.shape[1]:
+        """Adds [B, H, T, D] and returns all that is held, [B, H, length, D]."""
+        stop = self.length + key.shape[2]
+        if self._keys is None or self._values is None or stop > self._keys.shape[2]:
             self._keys, self._values = (
                 self._grown(old, new, stop) for old, new in ((self._keys, key), (self._values, value))
             )
-        self._keys[:, self.length : stop] = key
-        self._values[:, self.length : stop] = value
+        self._keys[:, :, self.length : stop] = key
+        self._values[:, :, self.length : stop] = value
         self.length = stop
-        return self._keys[:, :stop], self._values[:, :stop]
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
 
     def _grown(self, old: Tensor | None, new: Tensor, needed: int) -> Tensor:
         capacity = max(64, 1 << (needed - 1).bit_length())
         with torch.inference_mode(False):  # what begins in it may go on outside
-            grown = new.new_empty(new.shape[0], capacity, *new.shape[2:])
+            grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
         if old is not None:
-            grown[:, : self.length] = old[:, : self.length]
+            grown[:, :, : self.length] = old[:, :, : self.length]
         return grown
 
     def relative_keys(self, attention: SelfAttention) -> Tensor:

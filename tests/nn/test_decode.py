@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels import InputError, Retro
 from retro_kernels.nn import attention as attention_module
@@ -126,6 +128,28 @@ def test_no_more_is_kept_than_is_needed(seed: int) -> None:
         held, _ = keys.append(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
         places.add(held.data_ptr())
     assert len(places) <= 5  # 64, 128, … 1,024: copied a few times, not for each token
+
+
+class Copies(TorchDispatchMode):
+    """The largest tensor that an operation copies."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_a_token_copies_no_keys_of_the_tokens_before(seed: int) -> None:
+    """Neither the cache nor, for each sequence, the keys of distances: it reads them where they lie."""
+    model = randomise(Retro(TINY)).eval()
+    x, cache = torch.randint(1, TINY.vocab_size, (3, 150)), model.new_cache(3)
+    model.decode(x, cache)
+    with Copies() as copies:
+        model.decode(x[:, :1], cache)
+    assert copies.largest < 150 * TINY.num_heads * TINY.head_dim
 
 
 def test_a_token_costs_a_token(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
