@@ -30,22 +30,22 @@ retro::Attention attention(uintptr_t query, std::array<int64_t, 3> query_strides
                            uintptr_t table, int64_t columns, uintptr_t content_bias, uintptr_t position_bias,
                            uintptr_t rel_bias, uintptr_t lengths, uintptr_t out, std::array<int64_t, 4> query_shape,
                            std::array<int64_t, 4> key_shape, int64_t block, int64_t shift, int64_t repeat,
-                           float scale) {
+                           float scale, bool bf16) {
   const auto [seqs, rows, heads, dim] = query_shape;
   const auto [groups, neighbours, keys, kv_heads] = key_shape;
-  return {at<float>(query), query_strides[0], query_strides[1], query_strides[2],
-          at<float>(key), key_strides[0], key_strides[1], key_strides[2],
-          at<float>(value), value_strides[0], value_strides[1], value_strides[2],
+  return {at<void>(query), query_strides[0], query_strides[1], query_strides[2],
+          at<void>(key), key_strides[0], key_strides[1], key_strides[2],
+          at<void>(value), value_strides[0], value_strides[1], value_strides[2],
           at<float>(table), columns, at<float>(content_bias), at<float>(position_bias), at<float>(rel_bias),
-          at<int64_t>(lengths), at<float>(out),
-          seqs, rows, heads, kv_heads, dim, groups, neighbours, keys, block, shift, repeat, scale};
+          at<int64_t>(lengths), at<void>(out),
+          seqs, rows, heads, kv_heads, dim, groups, neighbours, keys, block, shift, repeat, scale, bf16};
 }
 
 retro::Gradients gradients(uintptr_t grad_out, uintptr_t out, uintptr_t table_rows, uintptr_t grad_query,
                            uintptr_t grad_key, uintptr_t grad_value, uintptr_t grad_table, uintptr_t grad_bias,
                            uintptr_t grad_content, uintptr_t grad_position, int64_t parts, int64_t wide) {
-  return {at<float>(grad_out), at<float>(out), at<float>(table_rows), at<float>(grad_query), at<float>(grad_key),
-          at<float>(grad_value), at<float>(grad_table), at<float>(grad_bias), at<float>(grad_content),
+  return {at<void>(grad_out), at<void>(out), at<float>(table_rows), at<void>(grad_query), at<void>(grad_key),
+          at<void>(grad_value), at<float>(grad_table), at<float>(grad_bias), at<float>(grad_content),
           at<float>(grad_position), parts, wide};
 }
 
@@ -79,7 +79,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<retro::Attention>(m, "Attention")
       .def(py::init(&attention), py::kw_only(), "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a,
            "value_strides"_a, "table"_a, "columns"_a, "content_bias"_a, "position_bias"_a, "rel_bias"_a, "lengths"_a,
-           "out"_a, "query_shape"_a, "key_shape"_a, "block"_a, "shift"_a, "repeat"_a, "scale"_a);
+           "out"_a, "query_shape"_a, "key_shape"_a, "block"_a, "shift"_a, "repeat"_a, "scale"_a, "bf16"_a = false);
+  m.attr("attend_cpu_takes_bf16") = true;
   m.def("attend_cpu_works", &retro::attend_cpu_works);
   m.def("limit_threads", &retro::limit_threads, "threads"_a);
   m.def(

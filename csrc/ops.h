@@ -30,14 +30,14 @@ enum class Advise : int { never = 0, always = 1, when_cold = 2 };
 // memory is asked for ahead (madvise WILLNEED): always, never, or as soon as a page fault had to wait for the disk.
 void gather_neighbours_cpu(const Gather& g, int threads, Advise advise);
 
-// Block attention in float32 as retro_kernels/ops/cca/reference.py defines it, whose letters these are. Strides in elements;
-// a head's D numbers lie together.
+// Block attention as retro_kernels/ops/cca/reference.py defines it, whose letters these are: computed in float32, of
+// float32 or bfloat16. Strides in elements; a head's D numbers lie together.
 struct Attention {
-  const float* query;  // [S, N, H, D]
+  const void* query;  // [S, N, H, D]
   int64_t query_seq, query_row, query_head;
-  const float* key;  // [G, J·TK, Hkv, D]
+  const void* key;  // [G, J·TK, Hkv, D]
   int64_t key_group, key_row, key_head;
-  const float* value;  // likewise
+  const void* value;  // likewise
   int64_t value_group, value_row, value_head;
   const float* table;  // [H, D, columns] keys of positions by reversed distance, or null
   int64_t columns;     // at least TQ + TK + 95
@@ -45,9 +45,10 @@ struct Attention {
   const float* position_bias;  // [H, D] or null
   const float* rel_bias;       // [H, TQ + TK - 1] by distance, or null
   const int64_t* lengths;      // [G, J] or null
-  float* out;                  // [S, N, H, D] whole; rows before `shift` are left alone
+  void* out;                   // [S, N, H, D] whole; rows before `shift` are left alone
   int64_t seqs, rows, heads, kv_heads, dim, groups, neighbours, keys, block, shift, repeat;
   float scale;
+  bool bf16;  // query, key, value and out, and their gradients; all else is float32
 
   int64_t real(int64_t group, int64_t neighbour) const {
     return lengths == nullptr ? keys : lengths[group * neighbours + neighbour];
@@ -56,12 +57,12 @@ struct Attention {
 
 // Its gradients. Those of the tables are sums over a part of the groups, to which the op adds: zero at first.
 struct Gradients {
-  const float* grad_out;    // [S, N, H, D] whole, as `out`
-  const float* out;
+  const void* grad_out;     // [S, N, H, D] whole, as `out`
+  const void* out;
   const float* table_rows;  // [H, columns, wide] keys of positions by reversed distance, or null
-  float* grad_query;        // [S, N, H, D] whole; rows before `shift` are left alone
-  float* grad_key;          // [G, J, TK, Hkv, D] whole
-  float* grad_value;        // likewise
+  void* grad_query;         // [S, N, H, D] whole; rows before `shift` are left alone
+  void* grad_key;           // [G, J, TK, Hkv, D] whole
+  void* grad_value;         // likewise
   float* grad_table;        // [parts, H, columns, wide]
   float* grad_bias;         // [parts, H, columns] by reversed distance
   float* grad_content;      // [parts, H, D]

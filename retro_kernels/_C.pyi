@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 cuda: bool
 cuda_archs: str
+attend_cpu_takes_bf16: bool
 
 class Gather:
     def __init__(
@@ -52,6 +53,7 @@ class Attention:
         shift: int,
         repeat: int,
         scale: float,
+        bf16: bool = False,
     ) -> None: ...
 
 class Gradients:

@@ -91,6 +91,36 @@ static inline void widen(const float* x, const float* more, float scale, int64_t
   for (; d < wide; ++d) to[d] = 0.0f;
 }
 
+// `count` numbers of what the op was given, from number `at` on: where they lie, or in float32 in `room`.
+static inline const float* taken(const Attention& a, const void* from, int64_t at, int64_t count, float* room) {
+  if (!a.bf16) return static_cast<const float*>(from) + at;
+  const uint16_t* halves = static_cast<const uint16_t*>(from) + at;
+  for (int64_t d = 0; d < count; ++d) {
+    const uint32_t bits = static_cast<uint32_t>(halves[d]) << 16;
+    memcpy(room + d, &bits, sizeof bits);
+  }
+  return room;
+}
+
+// Into `to` from number `at` on, rounded to the nearest, of two to the even one.
+static inline void give(const Attention& a, const float* from, int64_t count, void* to, int64_t at) {
+  if (!a.bf16) {
+    memcpy(static_cast<float*>(to) + at, from, count * sizeof(float));
+    return;
+  }
+  uint16_t* halves = static_cast<uint16_t*>(to) + at;
+  for (int64_t d = 0; d < count; ++d) {
+    uint32_t bits;
+    memcpy(&bits, from + d, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    halves[d] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+  }
+}
+
+static inline const char* address(const Attention& a, const void* from, int64_t at) {
+  return static_cast<const char*>(from) + at * (a.bf16 ? 2 : 4);
+}
+
 // Four rows become four columns: to[d · kPanel + i] = from[i · from_row + d].
 static inline void turn(const float* from, int64_t from_row, int64_t dim, float* to) {
   const auto quad = [](const float* p) -> Quad { return *reinterpret_cast<const LooseQuad*>(p); };
@@ -110,45 +140,47 @@ static inline void turn(const float* from, int64_t from_row, int64_t dim, float*
     for (int64_t i = 0; i < 4; ++i) to[i] = from[i * from_row + d];
 }
 
-// The keys of a group that exist, in whole panels of one neighbour each. `across` [panel][D][kPanel], `along`
-// [panel of D][key][kPanel]; either may be null.
-static void pack(const Attention& a, int64_t group, const float* from, int64_t from_row, int64_t width, float* across,
-                 float* along) {
-  const int64_t dim = a.dim, wide_dim = up(dim, kPanel);
+// The keys of a group that exist, from number `first` on, in whole panels of one neighbour each. `across`
+// [panel][D][kPanel], `along` [panel of D][key][kPanel]; either may be null. `room`: four rows.
+static void pack(const Attention& a, int64_t group, const void* from, int64_t first, int64_t from_row, int64_t width,
+                 float* across, float* along, float* room) {
+  const int64_t dim = a.dim, wide_dim = up(dim, kPanel), line = a.bf16 ? 2 * kLine : kLine;
+  const int64_t step = a.bf16 ? dim : from_row;
   for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
     const int64_t real = a.real(group, j), padded = up(real, kPanel);
     for (int64_t c = 0; c < padded; c += 4, at += 4) {
-      const float* rows = from + (j * a.keys + c) * from_row;
+      const int64_t begin = first + (j * a.keys + c) * from_row;
       const int64_t count = std::clamp<int64_t>(real - c, 0, 4), column = at % kPanel;
       for (int64_t i = 0; i < 4 && c + i + kAhead < real; ++i)
-        for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(rows + (i + kAhead) * from_row + d);
+        for (int64_t d = 0; d < dim; d += line)
+          __builtin_prefetch(address(a, from, begin + (i + kAhead) * from_row + d));
+      for (int64_t i = 1; i < count; ++i) taken(a, from, begin + i * from_row, dim, room + i * dim);
+      const float* rows = count ? taken(a, from, begin, dim, room) : room;
       if (across) {
         float* to = across + (at - column) * dim + column;
         if (count == 4)
-          turn(rows, from_row, dim, to);
+          turn(rows, step, dim, to);
         else
           for (int64_t d = 0; d < dim; ++d)
-            for (int64_t i = 0; i < 4; ++i) to[d * kPanel + i] = i < count ? rows[i * from_row + d] : 0.0f;
+            for (int64_t i = 0; i < 4; ++i) to[d * kPanel + i] = i < count ? rows[i * step + d] : 0.0f;
       }
       if (along)
         for (int64_t i = 0; i < 4; ++i)
           for (int64_t d = 0; d < wide_dim; d += kPanel)
-            widen(rows + i * from_row + d, nullptr, 1.0f, i < count ? std::min(kPanel, dim - d) : 0, kPanel,
+            widen(rows + i * step + d, nullptr, 1.0f, i < count ? std::min(kPanel, dim - d) : 0, kPanel,
                   along + d * width + (at + i) * kPanel);
     }
   }
 }
 
-// [keys][D], as far as they exist, into the gradient of keys or values; zero behind.
-static void unpack(const Attention& a, int64_t group, int64_t head, const float* from, float* to) {
+// [keys][D], as far as they exist, into the gradient of keys or values; `nothing`, a row of zeros, behind.
+static void unpack(const Attention& a, int64_t group, int64_t head, const float* from, void* to,
+                   const float* nothing) {
   const int64_t dim = a.dim, wide_dim = up(dim, kPanel);
   for (int64_t j = 0, at = 0; j < a.neighbours; at += up(a.real(group, j), kPanel), ++j)
     for (int64_t c = 0; c < a.keys; ++c) {
-      float* row = to + (((group * a.neighbours + j) * a.keys + c) * a.kv_heads + head) * dim;
-      if (c < a.real(group, j))
-        memcpy(row, from + (at + c) * wide_dim, dim * sizeof(float));
-      else
-        memset(row, 0, dim * sizeof(float));
+      const int64_t row = (((group * a.neighbours + j) * a.keys + c) * a.kv_heads + head) * dim;
+      give(a, c < a.real(group, j) ? from + (at + c) * wide_dim : nothing, dim, to, row);
     }
 }
 
@@ -163,24 +195,25 @@ static inline float dot(const float* x, const float* y, int64_t count) {
 static void run(const Attention& a, const Gradients* g, int64_t part, int64_t unit, int64_t next, Scratch& scratch) {
   const int64_t group = unit / a.kv_heads, head = unit % a.kv_heads;
   const int64_t dim = a.dim, wide_dim = up(dim, kPanel), share = a.heads / a.kv_heads;
-  const float* key = a.key + group * a.key_group + head * a.key_head;
-  const float* value = a.value + group * a.value_group + head * a.value_head;
+  const int64_t key = group * a.key_group + head * a.key_head, value = group * a.value_group + head * a.value_head;
   int64_t width = 0;
   for (int64_t j = 0; j < a.neighbours; ++j) width += up(a.real(group, j), kPanel);
   float* keys = scratch.at(0, width * dim);  // across
   float* values = scratch.at(1, width * wide_dim);  // along; across for the gradients
   float* key_rows = g ? scratch.at(9, width * wide_dim) : nullptr;
-  pack(a, group, key, a.key_row, width, keys, key_rows);
-  pack(a, group, value, a.value_row, width, g ? values : nullptr, g ? nullptr : values);
+  float* room = scratch.at(15, 4 * dim);
+  pack(a, group, a.key, key, a.key_row, width, keys, key_rows, room);
+  pack(a, group, a.value, value, a.value_row, width, g ? values : nullptr, g ? nullptr : values, room);
 
   const int64_t all_keys = a.neighbours * a.keys;
   const bool ask = next < a.groups * a.kv_heads && all_keys * dim <= kAskedKeys;
-  const float* next_key = a.key + next / a.kv_heads * a.key_group + next % a.kv_heads * a.key_head;
-  const float* next_value = a.value + next / a.kv_heads * a.value_group + next % a.kv_heads * a.value_head;
+  const int64_t next_key = next / a.kv_heads * a.key_group + next % a.kv_heads * a.key_head;
+  const int64_t next_value = next / a.kv_heads * a.value_group + next % a.kv_heads * a.value_head;
   const int64_t per_seq = a.groups * a.repeat / a.seqs, next_block = next / a.kv_heads * a.repeat;  // in blocks
-  const float* next_query = a.query + next_block / per_seq * a.query_seq + next % a.kv_heads * share * a.query_head +
-                            (a.shift + next_block % per_seq * a.block) * a.query_row;
+  const int64_t next_query = next_block / per_seq * a.query_seq + next % a.kv_heads * share * a.query_head +
+                             (a.shift + next_block % per_seq * a.block) * a.query_row;
   const int64_t each = (all_keys - 1) / (a.repeat * share * a.block) + 1;
+  const int64_t line = a.bf16 ? 2 * kLine : kLine;
   int64_t asked = ask ? 0 : all_keys;
 
   const int64_t reach = a.block - 1 + up(a.keys, kPanel);  // columns of the table that a row or its padding reads
@@ -210,15 +243,18 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
     const int64_t first = a.shift + block % per_seq * a.block, seq = block / per_seq;
     const int64_t rows = std::min(a.block, a.rows - first), padded = up(rows, kTall), skipped = a.block - rows;
     for (int64_t h = head * share; h < (head + 1) * share; ++h) {
-      const float* query = a.query + seq * a.query_seq + first * a.query_row + h * a.query_head;
+      const int64_t query = seq * a.query_seq + first * a.query_row + h * a.query_head;
       const int64_t whole = ((seq * a.rows + first) * a.heads + h) * dim, whole_row = a.heads * dim;
       const float* u = a.content_bias ? a.content_bias + h * dim : nullptr;
       const float* w = a.position_bias ? a.position_bias + h * dim : nullptr;
       for (int64_t i = 0; i < padded; ++i) {
         const int64_t some = i < rows ? dim : 0;
-        widen(query + i * a.query_row, u, a.scale, some, wide_dim, content + i * wide_dim);
-        if (a.table) widen(query + i * a.query_row, w, a.scale, some, wide_dim, position + i * wide_dim);
-        if (g) widen(g->grad_out + whole + i * whole_row, nullptr, 1.0f, some, wide_dim, grads + i * wide_dim);
+        const float* row = some ? taken(a, a.query, query + i * a.query_row, dim, room) : room;
+        widen(row, u, a.scale, some, wide_dim, content + i * wide_dim);
+        if (a.table) widen(row, w, a.scale, some, wide_dim, position + i * wide_dim);
+        if (!g) continue;
+        row = some ? taken(a, g->grad_out, whole + i * whole_row, dim, room) : room;
+        widen(row, nullptr, 1.0f, some, wide_dim, grads + i * wide_dim);
       }
       // Row i of a block reads column rows - 1 - i + c of what is laid out by reversed distance.
       const float* start = nullptr;
@@ -258,17 +294,18 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
         }
         for (int64_t i = top; i < bottom; ++i) {
           for (const int64_t last = std::min(asked + each, all_keys); asked < last; ++asked)
-            for (int64_t d = 0; d < dim; d += kLine) {
-              __builtin_prefetch(next_key + asked * a.key_row + d, 0, 2);
-              __builtin_prefetch(next_value + asked * a.value_row + d, 0, 2);
+            for (int64_t d = 0; d < dim; d += line) {
+              __builtin_prefetch(address(a, a.key, next_key + asked * a.key_row + d), 0, 2);
+              __builtin_prefetch(address(a, a.value, next_value + asked * a.value_row + d), 0, 2);
             }
           if (ask)
-            for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(next_query + i * a.query_row + d, 0, 2);
+            for (int64_t d = 0; d < dim; d += line)
+              __builtin_prefetch(address(a, a.query, next_query + i * a.query_row + d), 0, 2);
           float* row = logits + (i - top) * width;
           shares[i - top] = soften(row, width);
           if (g && i < rows) {  // weights, and the gradient of their logits
             float* slope = slopes + (i - top) * width;
-            const Vec mean = splat(dot(grads + i * wide_dim, g->out + whole + i * whole_row, dim));
+            const Vec mean = splat(dot(grads + i * wide_dim, taken(a, g->out, whole + i * whole_row, dim, room), dim));
             for (int64_t c = 0; c < width; c += kLanes) {
               const Vec weight = load(row + c) * splat(shares[i - top]);
               store(row + c, weight);
@@ -281,9 +318,10 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
             product((g ? slopes : logits) + (i - top) * width, width, 1, (g ? key_rows : values) + d * width, kPanel,
                     width, nullptr, 0, sums + i * wide_dim + d, wide_dim);
         if (!g) {
-          for (int64_t i = top; i < top + count; ++i)
-            for (int64_t d = 0; d < dim; ++d)
-              a.out[whole + i * whole_row + d] = sums[i * wide_dim + d] * shares[i - top];
+          for (int64_t i = top; i < top + count; ++i) {
+            for (int64_t d = 0; d < dim; ++d) room[d] = sums[i * wide_dim + d] * shares[i - top];
+            give(a, room, dim, a.out, whole + i * whole_row);
+          }
           continue;
         }
         for (int64_t d = 0; d < wide_dim; d += kPanel)
@@ -321,16 +359,19 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
             product(distances + i * columns, columns, 1, g->table_rows + (h * a.columns + skipped) * g->wide + d, g->wide,
                     left, nullptr, 0, by_distance + i * wide_dim + d, wide_dim);
         }
-      for (int64_t i = 0; i < rows; ++i)
+      for (int64_t i = 0; i < rows; ++i) {
         for (int64_t d = 0; d < dim; ++d) {
           const float more = a.table ? by_distance[i * wide_dim + d] : 0.0f;
           if (a.table) grad_position[d] += a.scale * more;
-          g->grad_query[whole + i * whole_row + d] = a.scale * (sums[i * wide_dim + d] + more);
+          room[d] = a.scale * (sums[i * wide_dim + d] + more);
         }
+        give(a, room, dim, g->grad_query, whole + i * whole_row);
+      }
     }
   }
   if (g) {
-    unpack(a, group, head, key_sums, g->grad_key);
-    unpack(a, group, head, value_sums, g->grad_value);
+    memset(room, 0, dim * sizeof(float));
+    unpack(a, group, head, key_sums, g->grad_key, room);
+    unpack(a, group, head, value_sums, g->grad_value, room);
   }
 }

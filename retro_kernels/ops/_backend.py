@@ -213,10 +213,15 @@ def casts(op: Callable[Given, torch.Tensor]) -> Callable[Given, torch.Tensor]:
 
 
 @lru_cache
+def cpu_flags() -> frozenset[str]:
+    """What this processor can, in Linux's words; nothing where it does not say."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0]
+    except OSError:
+        return frozenset()
+    return frozenset(words.split())
+
+
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 itself (AVX512_BF16 or AMX). Emulated, it is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))

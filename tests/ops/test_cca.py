@@ -200,9 +200,34 @@ def test_cpu_path_in_other_dtypes(seed, shape, dtype):
 
 
 @pytest.mark.parametrize("shape", ["everything", "additive bias", "grouped heads"])
-def test_cpu_path_without_the_extension(seed, monkeypatch, shape):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_path_without_the_extension(seed, monkeypatch, shape, dtype):
     monkeypatch.setattr("retro_kernels.ops.cca.native._WORKS", False)
-    compare("torch", torch.float32, **SHAPES[shape])
+    compare("torch", dtype, **SHAPES[shape])
+
+
+@pytest.mark.parametrize("strange", [False, True])
+def test_bfloat16_is_float32_rounded_once(seed, monkeypatch, strange):
+    """In C++, of numbers to the nearest, of two as near to the even one; infinities and NaN stay what they are."""
+    if not native.can_run(torch.zeros(1), 0.0):
+        pytest.skip("the extension has no attention for this processor")
+    monkeypatch.setattr(native, "_BF16", True)  # as without AMX
+    tensors, options = inputs(torch.bfloat16, heads=2)
+    assert native.can_run(tensors[0], 0.0)
+    if strange:
+        tensors[2][0, 0, :, :, :, :4] = torch.tensor([math.inf, -math.inf, math.nan, 3.3e38])
+        options["neighbour_lengths"][0, 0] = R
+    else:  # many a mean lies in the middle between two numbers of bfloat16
+        tensors[0].zero_()
+        options = {"neighbour_lengths": options["neighbour_lengths"].clamp(max=2)}
+    wide = [x.float() for x in tensors]
+    names = [name for name, x in options.items() if x is not None and x.is_floating_point()]
+    for_wide = options | {name: options[name].float() for name in names}
+    out = chunked_cross_attention(*tensors, chunk_size=M, backend="torch", **options)
+    expected = chunked_cross_attention(*wide, chunk_size=M, backend="torch", **for_wide).bfloat16()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().any() == strange and expected.isinf().any() == strange
 
 
 def test_cpu_path_with_a_second_tile_of_rows(seed):

@@ -1,6 +1,6 @@
 """Block attention on a CPU: backend "torch".
 
-In float32 and without dropout csrc does it where it can (`native.py`); everything else is done here:
+In float32 and bfloat16 and without dropout csrc does it where it can (`native.py`); everything else is done here:
 the definition (`reference.py`) in units of blocks and heads whose logits fit a core's cache, with a closed-form
 backward that makes them again: nothing but the inputs and the output is kept, and no tensor of all logits ever
 exists. A unit's query, keys and values are views of the inputs wherever it is one block, which BLAS reads as they

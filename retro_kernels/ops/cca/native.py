@@ -1,4 +1,5 @@
-"""Block attention in C++ (csrc/cpu/attention.cpp), float32 and without dropout: addresses, sizes and strides."""
+"""Block attention in C++ (csrc/cpu/attention.cpp), without dropout: addresses, sizes and strides. float32, and bfloat16
+that is computed in float32."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from retro_kernels.ops._backend import cpu_flags
 from retro_kernels.ops.gather.native import WHY_NOT
 
 _SPARE_COLUMNS = 96
@@ -17,11 +19,14 @@ if WHY_NOT is None:
     from retro_kernels import _C
 # an extension that was built before this op was written has everything else
 _WORKS: bool = WHY_NOT is None and hasattr(_C, "attend_cpu") and _C.attend_cpu_works()
+# with AMX PyTorch's products of bfloat16 are an order of magnitude faster than those of float32
+_BF16: bool = WHY_NOT is None and hasattr(_C, "attend_cpu_takes_bf16") and "amx_bf16" not in cpu_flags()
 
 
 def can_run(query: Tensor, dropout_p: float) -> bool:
     """Whether this processor and build can (x86-64 with AVX2, GCC with OpenMP), and the op does what is asked."""
-    return _WORKS and query.dtype == torch.float32 and dropout_p == 0.0
+    taken = query.dtype == torch.float32 or (_BF16 and query.dtype == torch.bfloat16)
+    return _WORKS and taken and dropout_p == 0.0
 
 
 class Attention:
@@ -50,12 +55,12 @@ class Attention:
         self._filled = self._columns + (16 - (self._columns + _SPARE_COLUMNS)) % 32 + _SPARE_COLUMNS
         self._table: Tensor | None = None
         if rel_key is not None:
-            self._table = F.pad(rel_key.flip(1), (0, -rel_key.shape[2] % 32, 0, self._filled - self._columns))
+            self._table = F.pad(rel_key.flip(1).float(), (0, -rel_key.shape[2] % 32, 0, self._filled - self._columns))
         across = (
             None if self._table is None else self._table[..., : query.shape[3]].transpose(1, 2).contiguous()
         )
         content, position, bias = (
-            None if x is None else x.to(query.dtype) for x in (content_bias, position_bias, rel_bias)
+            None if x is None else x.float() for x in (content_bias, position_bias, rel_bias)
         )
         lengths = None if lengths is None else lengths.to(torch.int64).clamp(0, self._key_shape[2])
         self._query = query
@@ -81,6 +86,8 @@ class Attention:
             shift=shift,
             repeat=repeat,
             scale=scale,
+            # an older extension does not know the word
+            **({"bf16": True} if query.dtype == torch.bfloat16 else {}),
         )
 
     def forward(self) -> Tensor:
@@ -98,9 +105,10 @@ class Attention:
         grad_query[:, : self._shift] = 0
         grad_key, grad_value = query.new_empty(self._key_shape), query.new_empty(self._key_shape)
         wide = size + -size % 32
-        grad_table = query.new_zeros(0 if table is None else parts, heads, self._filled, wide)
-        grad_bias = query.new_zeros(parts, heads, self._filled)
-        grad_content, grad_position = query.new_zeros(parts, heads, size), query.new_zeros(parts, heads, size)
+        float32 = {"dtype": torch.float32}
+        grad_table = query.new_zeros(0 if table is None else parts, heads, self._filled, wide, **float32)
+        grad_bias = query.new_zeros(parts, heads, self._filled, **float32)
+        grad_content, grad_position = query.new_zeros(2, parts, heads, size, **float32)
         job = _C.Gradients(
             grad_out=grad_out.data_ptr(),
             out=out.data_ptr(),
