@@ -55,7 +55,9 @@ class Attention:
         self._filled = self._columns + (16 - (self._columns + _SPARE_COLUMNS)) % 32 + _SPARE_COLUMNS
         self._table: Tensor | None = None
         if rel_key is not None:
-            self._table = F.pad(rel_key.flip(1).float(), (0, -rel_key.shape[2] % 32, 0, self._filled - self._columns))
+            self._table = F.pad(
+                rel_key.flip(1).float(), (0, -rel_key.shape[2] % 32, 0, self._filled - self._columns)
+            )
         across = (
             None if self._table is None else self._table[..., : query.shape[3]].transpose(1, 2).contiguous()
         )
@@ -105,10 +107,10 @@ class Attention:
         grad_query[:, : self._shift] = 0
         grad_key, grad_value = query.new_empty(self._key_shape), query.new_empty(self._key_shape)
         wide = size + -size % 32
-        float32 = {"dtype": torch.float32}
-        grad_table = query.new_zeros(0 if table is None else parts, heads, self._filled, wide, **float32)
-        grad_bias = query.new_zeros(parts, heads, self._filled, **float32)
-        grad_content, grad_position = query.new_zeros(2, parts, heads, size, **float32)
+        summed = query.new_empty(0, dtype=torch.float32)
+        grad_table = summed.new_zeros(0 if table is None else parts, heads, self._filled, wide)
+        grad_bias = summed.new_zeros(parts, heads, self._filled)
+        grad_content, grad_position = summed.new_zeros(2, parts, heads, size)
         job = _C.Gradients(
             grad_out=grad_out.data_ptr(),
             out=out.data_ptr(),
