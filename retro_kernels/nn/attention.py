@@ -65,6 +65,8 @@ class SelfAttention(nn.Module):
         head_dim = _head_dim(dim, num_heads, head_dim)
         if position not in ("relative", "rotary"):
             raise ValueError(f'SelfAttention: position is {position!r}; it must be "relative" or "rotary".')
+        if position == "rotary" and head_dim % 2:
+            raise ValueError(f"SelfAttention: head_dim is {head_dim}; rotary positions turn pairs: it must be even.")
         self.dim, self.num_heads, self.head_dim, self.position = dim, num_heads, head_dim, position
         inner = num_heads * head_dim
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -174,7 +176,7 @@ def _by_block_attention(
     """A block of rows attends to the keys up to its last row. Those behind a row, to which distances are negative, are
     forbidden by a bias."""
     rows, seen = q.shape[2], k.shape[2]
-    size = 128 if rows <= 1024 else 256
+    size = 128 if rows <= 512 else 256
     keys = F.pad(rel.flip(1), (0, 0, size - 1, 0))  # [H, size − 1 + S, D], distances 1 − size … S − 1
     bias = q.new_zeros(keys.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     bias[:, : size - 1] = float("-inf")

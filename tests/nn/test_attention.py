@@ -495,7 +495,7 @@ def test_kernels_and_blocks_of_rows_change_neither_result_nor_gradient(
     assert len(calls) == (2 if rows > 128 else 1)
 
 
-@pytest.mark.parametrize(("rows", "past"), [(1, 9), (4, 9), (5, 9), (130, 3), (1025, 40)])
+@pytest.mark.parametrize(("rows", "past"), [(1, 9), (4, 9), (5, 9), (130, 3), (513, 40)])
 def test_tokens_behind_those_of_a_cache(
     rows: int, past: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -506,6 +506,12 @@ def test_tokens_behind_those_of_a_cache(
     whole = attention_module._relative_rows(q, k, v, rel[0], *biases)
     last = attention_module.relative_attention(q[:, :, past:], k, v, rel[0], *biases)
     torch.testing.assert_close(last, whole[:, :, past:])
+
+
+def test_rotary_positions_turn_pairs() -> None:
+    with pytest.raises(ValueError, match="head_dim is 3; rotary positions turn pairs"):
+        SelfAttention(9, 3, position="rotary")
+    assert SelfAttention(9, 3)(torch.randn(1, 4, 9)).shape == (1, 4, 9)
 
 
 def test_rotary_self_attention(seed: int) -> None:
