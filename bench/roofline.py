@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import os
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import timing
 import torch
 from cases import DEVICE, DTYPE, ON_GPU, TINY, Case, Pass, Shape, grid
+from run import HERE, write
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -255,10 +253,7 @@ def main() -> None:
     if not args.write:
         print_floors(measured(), ON_GPU, 2 if ON_GPU else 4)
         return
-    target = RESULTS / "predictions.json"
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(predictions(), indent=1) + "\n")
-    os.replace(temporary, target)
+    write(RESULTS / "predictions.json", predictions())
     print_floors(H200, True, 2)
 
 
