@@ -319,19 +319,7 @@ _TILES_W4 = {
     "bwd_num_warps": 4,
     "bwd_num_stages": 2,
 }
-_TILES_W8 = {
-    "FORCE_USE_FLEX_ATTENTION": True,
-    "fwd_BLOCK_M": 64,
-    "fwd_BLOCK_N": 128,
-    "fwd_num_warps": 4,
-    "fwd_num_stages": 2,
-    "bwd_BLOCK_M1": 64,
-    "bwd_BLOCK_N1": 128,
-    "bwd_BLOCK_M2": 64,
-    "bwd_BLOCK_N2": 64,
-    "bwd_num_warps": 8,
-    "bwd_num_stages": 2,
-}
+_TILES_W8 = {**_TILES_W4, "fwd_BLOCK_N": 128, "bwd_BLOCK_N1": 128, "bwd_num_warps": 8}
 
 _SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
