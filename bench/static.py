@@ -55,7 +55,6 @@ SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200: decoding splits its keys by them
 MATRIX = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UTMAREDG|SUATOM|SURED)(\.|$)|ATOMS(?!\.(AND|OR|XOR))")
-PARTS = ("forward", "backward", "decode", "absorbed", "gather")
 
 
 class Variant(NamedTuple):
@@ -621,7 +620,7 @@ def main() -> int:
     if reason:
         print(f"nothing compiled: {reason}")
         return 0 if args.check else 1
-    every = list(variants(args.all or args.write))
+    every = variants(args.all or args.write)
     for part in args.only:  # a check of nothing holds every guard
         if not any(part in v.name for v in every):
             parser.error(f"--only: no variant's name contains {part!r}")
