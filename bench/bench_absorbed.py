@@ -87,12 +87,7 @@ def _agree(s: Shape, width: int) -> None:
 
 def _call(which: Pass, forward: Callable[[], Tensor], x: Inputs) -> Callable[[], Any]:
     if which == "forward":
-
-        def infer() -> Tensor:
-            with torch.no_grad():
-                return forward()
-
-        return infer
+        return torch.no_grad()(forward)
     grad = torch.randn(x["query"].shape, device=DEVICE, dtype=DTYPE)
     return lambda: torch.autograd.grad(forward(), list(x.values()), grad)
 
