@@ -21,7 +21,7 @@ from .copying import heads_needed, start_copying
 from .encoder import NeighbourEncoder
 from .layers import FeedForward, RMSNorm, TokenEmbedding, initialise
 from .positions import DistanceTable
-from .retrieving import DecodingStep, Retrieving
+from .retrieving import DecodingStep, Retrieving, cross_attention
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -49,18 +49,7 @@ class DecoderLayer(nn.Module):
         )
         self.cca_norm, self.cca = None, None
         if cca:
-            self.cca_norm = RMSNorm(config.dim, eps=config.norm_eps)
-            self.cca = ChunkedCrossAttention(
-                config.dim,
-                config.num_heads,
-                head_dim=config.head_dim,
-                encoder_dim=config.encoder_dim,
-                chunk_size=config.chunk_size,
-                neighbour_len=config.neighbour_len,
-                position=config.cca_position,
-                dropout=config.dropout,
-                backend=backend,
-            )
+            self.cca_norm, self.cca = cross_attention(config, backend)
         self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config.dim, config.ffn_dim, config.dropout)
 

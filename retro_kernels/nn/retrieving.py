@@ -13,9 +13,26 @@ from ..config import InputError, RetroConfig
 from .attention import ChunkedCrossAttention
 from .cache import ChunkNeighbours, DecodingCache
 from .encoder import NeighbourEncoder
+from .layers import RMSNorm
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
+
+
+def cross_attention(config: RetroConfig, backend: str | None) -> tuple[RMSNorm, ChunkedCrossAttention]:
+    """What a layer of P has more than others: a norm, and the chunked cross-attention behind it."""
+    cca = ChunkedCrossAttention(
+        config.dim,
+        config.num_heads,
+        head_dim=config.head_dim,
+        encoder_dim=config.encoder_dim,
+        chunk_size=config.chunk_size,
+        neighbour_len=config.neighbour_len,
+        position=config.cca_position,
+        dropout=config.dropout,
+        backend=backend,
+    )
+    return RMSNorm(config.dim, eps=config.norm_eps), cca
 
 
 class Retrieving(nn.Module):

@@ -25,8 +25,8 @@ from . import saving
 from .attention import ChunkedCrossAttention
 from .cache import DecodingCache
 from .encoder import NeighbourEncoder
-from .layers import RMSNorm, initialise, is_quantised
-from .retrieving import DecodingStep, Retrieving
+from .layers import initialise, is_quantised
+from .retrieving import DecodingStep, Retrieving, cross_attention
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -397,19 +397,9 @@ _OF_THE_BASE = ("vocab_size", "dim", "num_layers")
 
 def _additions(config: RetroConfig, backend: str | None = None) -> tuple[nn.ModuleDict, NeighbourEncoder]:
     """`added` and `encoder` of a RetroFitted."""
-    options: dict[str, Any] = {
-        "head_dim": config.head_dim,
-        "encoder_dim": config.encoder_dim,
-        "chunk_size": config.chunk_size,
-        "neighbour_len": config.neighbour_len,
-        "position": config.cca_position,
-        "dropout": config.dropout,
-        "backend": backend,
-    }
     added = nn.ModuleDict()
     for number in config.cca_layers:
-        cca = ChunkedCrossAttention(config.dim, config.num_heads, **options)
-        norm = RMSNorm(config.dim, eps=config.norm_eps)
+        norm, cca = cross_attention(config, backend)
         added[str(number)] = nn.ModuleDict({"cca_norm": norm, "cca": cca})
     return added, NeighbourEncoder(config, backend)
 
