@@ -267,9 +267,7 @@ class RetroFitted(Retrieving):
         fields = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_BASE}
         model = cls(base, freeze=not owned, bos_id=saved.get("bos_id"), backend=backend, **fields)
         device_of_base = model.input_embedding().weight.device
-        weights = saving.read_weights(folder, model._added_weights(), device_of_base)
-        if dtype is not None:
-            weights = {name: value.to(dtype) for name, value in weights.items()}
+        weights = saving.read_weights(folder, model._added_weights(), device_of_base, dtype)
         model.load_state_dict(weights, strict=False, assign=True)
         return model.to(device=device).eval()
 

@@ -126,10 +126,10 @@ def model_config(values: dict[str, Any], directory: Path) -> RetroConfig:
 
 
 def read_weights(
-    directory: Path, wanted: dict[str, Tensor], device: torch.device | str = "cpu"
+    directory: Path, wanted: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """What `save` was given: as many, of the names and shapes of `wanted`. InputError: missing, damaged, or others;
-    OSError: it cannot be opened."""
+    """What `save` was given: as many, of the names and shapes of `wanted`; in `dtype`, None: as they were.
+    InputError: missing, damaged, or others; OSError: it cannot be opened."""
     path = directory / WEIGHTS
     try:
         check_readable(path)
@@ -160,20 +160,14 @@ def read_weights(
             f"{path} is damaged: its weights are not those that were saved (their checksum is another). Copy it again, "
             "or train again."
         )
-    return weights
+    return weights if dtype is None else {name: value.to(dtype) for name, value in weights.items()}
 
 
 def load_weights(
     model: nn.Module, directory: Path, device: torch.device | str, dtype: torch.dtype | None
 ) -> None:
     """Fills `model`, which stands on the meta device, so that no weight is ever held twice or drawn at random."""
-    weights = read_weights(directory, model.state_dict(), device)
-    if dtype is not None:
-        weights = {name: value.to(dtype) for name, value in weights.items()}
-    model.load_state_dict(weights, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.load_state_dict(read_weights(directory, model.state_dict(), device, dtype), assign=True)
     for module in model.modules():
         if isinstance(module, DistanceTable):  # not in the file, and empty on the meta device
             module.to_empty(device=device)
-            module.reset_parameters()
