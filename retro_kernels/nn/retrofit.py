@@ -637,7 +637,7 @@ def _site(calls: list[_Call], scales: list[float]) -> _Site | None:
     for i, result in reversed(results):
         given = [later.given for later in parts[i + 1 :] if _alike(later.given, x)]
         for scale in scales:
-            if any(_equal(state, x + result * scale) for state in given if state is not None):
+            if any(torch.equal(state.flatten(), (x + result * scale).flatten()) for state in given):
                 return _Site(parts[i].module, scale)
     for i, result in reversed(results):
         for j, other in results:
@@ -649,10 +649,6 @@ def _site(calls: list[_Call], scales: list[float]) -> _Site | None:
 
 def _alike(value: Tensor | None, x: Tensor) -> TypeGuard[Tensor]:
     return value is not None and value.numel() == x.numel() and value.dtype == x.dtype
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.flatten(), b.flatten())
 
 
 def _first(values: Any, named: dict[str, Any] | None = None) -> Any:
@@ -696,23 +692,21 @@ def _owns_base(config: dict[str, Any], folder: Path) -> bool:
 
 def _check_same_base(saved: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
     """InputError where they differ, by more than rounding if the dtypes do."""
+    advice = f"Give that base ({saved.get('source') or 'it had no name'}) {_AS_BASE}."
     for name in ("model_type", "vocab_size", "dim", "num_layers"):
         if saved.get(name) != given[name]:
             raise InputError(
-                f"{folder} was trained with a base whose {name} is {saved.get(name)!r}, not {given[name]!r}. Give "
-                f"that base ({saved.get('source') or 'it had no name'}) {_AS_BASE}."
+                f"{folder} was trained with a base whose {name} is {saved.get(name)!r}, not {given[name]!r}. {advice}"
             )
     if saved.get("adapters", False) != given["adapters"]:
         raise InputError(
             f"{folder} was trained with a base that had {'no ' if given['adapters'] else ''}adapters (PEFT), and this "
-            f"one has {'some' if given['adapters'] else 'none'}. Give that base "
-            f"({saved.get('source') or 'it had no name'}) {_AS_BASE}."
+            f"one has {'some' if given['adapters'] else 'none'}. {advice}"
         )
     sample, rounded = saved.get("sample", {}), saved.get("dtype") != given["dtype"]
     relative, absolute = (0.01, 1e-6) if rounded else (0.0, 0.0)
     for name, value in given["sample"].items():
         if name in sample and not math.isclose(sample[name], value, rel_tol=relative, abs_tol=absolute):
             raise InputError(
-                f"{folder} was trained with another base of the same kind: {name} differs. Give that base "
-                f"({saved.get('source') or 'it had no name'}) {_AS_BASE}."
+                f"{folder} was trained with another base of the same kind: {name} differs. {advice}"
             )
