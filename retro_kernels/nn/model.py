@@ -248,12 +248,12 @@ class Retro(Retrieving):
                 f"Retro.from_decoder: the model has cca_layers={decoder.config.cca_layers} already; "
                 "a plain decoder is needed."
             )
-        if not cca_layers:
+        config = decoder.config.replace(cca_layers=cca_layers, **changes)
+        if not config.cca_layers:
             raise InputError(
                 "Retro.from_decoder: cca_layers is empty; name the layers (1-based) that shall attend "
                 "to neighbours."
             )
-        config = decoder.config.replace(cca_layers=tuple(cca_layers), **changes)
         model = cls(config, backend=backend)
         reference = decoder.embedding.weight
         model.to(device=reference.device, dtype=reference.dtype)

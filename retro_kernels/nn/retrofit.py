@@ -507,9 +507,6 @@ def _config(base: Any, cca_layers: tuple[int, ...] | None, changes: dict[str, An
         head_dim = getattr(text, "head_dim", None) or dim // heads
     except RuntimeError:  # transformers': it differs between the layers (Gemma 4)
         head_dim = dim // heads
-    layers = default_cca_layers(text.num_hidden_layers) if cca_layers is None else tuple(cca_layers)
-    if not layers:
-        raise InputError("RetroFitted: cca_layers is empty; name the layers (1-based) that shall attend.")
     width = changes.get("encoder_dim", dim)
     fields: dict[str, Any] = {
         "vocab_size": embedding.num_embeddings,
@@ -518,7 +515,7 @@ def _config(base: Any, cca_layers: tuple[int, ...] | None, changes: dict[str, An
         "num_heads": heads,
         "head_dim": head_dim,
         "ffn_dim": 4 * dim,
-        "cca_layers": layers,
+        "cca_layers": default_cca_layers(text.num_hidden_layers) if cca_layers is None else cca_layers,
         "encoder_dim": dim,
         "encoder_heads": heads,
         "encoder_head_dim": head_dim,
@@ -526,6 +523,8 @@ def _config(base: Any, cca_layers: tuple[int, ...] | None, changes: dict[str, An
         "share_encoder_embedding": width == dim == embedding.embedding_dim,
     }
     config = RetroConfig.from_dict({**fields, **changes})
+    if not config.cca_layers:
+        raise InputError("RetroFitted: cca_layers is empty; name the layers (1-based) that shall attend.")
     if config.share_encoder_embedding and embedding.embedding_dim != config.encoder_dim:
         raise InputError(
             f"RetroFitted: the base's embedding is {embedding.embedding_dim} wide and the encoder "

@@ -565,6 +565,8 @@ def test_retrofit_refuses(seed: int, tmp_path) -> None:  # type: ignore[no-untyp
         Retro.from_decoder(tiny_model(), (2,))
     with pytest.raises(InputError, match="empty"):
         Retro.from_decoder(decoder, ())
+    with pytest.raises(InputError, match="cca_layers is 3; it must be layer numbers"):
+        Retro.from_decoder(decoder, 3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="does not fit"):
         Retro.from_decoder(decoder, (2,), ffn_dim=8)
     with pytest.raises(InputError, match="does not fit"):

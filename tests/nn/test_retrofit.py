@@ -700,6 +700,7 @@ def test_refuses(seed: int) -> None:
         ("those of the base", {"dim": 8}),
         ("unknown fields", {"surprise": 8}),
         ("1-based", {"cca_layers": (0,)}),
+        ("cca_layers is 1; it must be layer numbers", {"cca_layers": 1}),
         ("empty", {"cca_layers": ()}),
         ("share_encoder_embedding", {"encoder_dim": 8, "share_encoder_embedding": True}),
     ]:
