@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .config import PRESETS, FailedElsewhere, InputError, TrainConfig, parse_overrides, processes
+from .config import PRESETS, FailedElsewhere, InputError, TrainConfig, as_seed, parse_overrides, processes
 
 PROG = "retro-kernels"
 
@@ -770,9 +770,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     from .evaluate import check_plain
-    from .generate import check_sampling, generate, show_chunks
+    from .generate import generate, show_chunks
 
-    check_sampling(args.max_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    as_seed("generate", args.seed)  # what is wrong with the others the parser has said
     try:
         prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     except UnicodeDecodeError as error:

@@ -473,7 +473,7 @@ class _Scorer:
             there = there * ~found.own[rows]
             rows = found.shuffled[rows]
         near, lengths = found.gather(rows)
-        return NeighbourBatch(near.to(self.device), (lengths * there).to(self.device), None, None)
+        return NeighbourBatch(near.to(self.device), (lengths * there).to(self.device))
 
 
 def _report(

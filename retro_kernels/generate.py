@@ -9,6 +9,7 @@ with the last half of one, read anew with the neighbours it had.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import numbers
 import os
@@ -21,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import InputError, as_count, as_seed, check_count
+from .config import InputError, as_count, as_seed
 from .data.tokenizer import Tokenizer
 from .evaluate import check_plain, open_set
 from .nn import RetroFitted
@@ -85,7 +86,7 @@ def generate(
     max_tokens = as_count("generate", "max_tokens", max_tokens)
     top_k = None if top_k is None else as_count("generate", "top_k", top_k)
     seed = as_seed("generate", seed)
-    check_sampling(max_tokens, temperature, top_k, top_p, seed)
+    _check_sampling(temperature, top_p)
     where = pick_device(device)
     loaded = run if isinstance(run, Run) else load_run(run, where)
     loaded.model.to(where).eval()
@@ -132,18 +133,12 @@ def generate(
     }
 
 
-def check_sampling(
-    max_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int
-) -> None:
-    check_count("generate", "max_tokens", max_tokens)
-    as_seed("generate", seed)
+def _check_sampling(temperature: float, top_p: float | None) -> None:
     for name, given in (("temperature", temperature), ("top_p", 1.0 if top_p is None else top_p)):
         if not isinstance(given, numbers.Real):
             raise InputError(f"generate: {name} is {given!r}; it must be a number.")
     if not 0.0 <= temperature < float("inf"):
         raise InputError(f"generate: temperature is {temperature}; it must be 0 or more.")
-    if top_k is not None:
-        check_count("generate", "top_k", top_k)
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise InputError(f"generate: top_p is {top_p}; it must lie above 0 and be at most 1.")
 
@@ -234,7 +229,7 @@ class _Reader:
         neighbours = None
         if found:
             neighbours = NeighbourBatch(
-                torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1), None, None
+                torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1)
             )
         with torch.no_grad(), autocast(self.device, self.dtype):
             return self.model.decode(torch.tensor([new], device=self.device), cache, neighbours)[
@@ -253,9 +248,7 @@ class _Reader:
         if self.retriever is not None:
             near = self.retriever(text.view(1, -1), num_neighbours=self.k).to(self.device)
             for u, trace in enumerate(self.traces[done:]):
-                self.found.append(
-                    NeighbourBatch(near.tokens[:, u : u + 1], near.lengths[:, u : u + 1], None, None)
-                )
+                self.found.append(NeighbourBatch(near.tokens[:, u : u + 1], near.lengths[:, u : u + 1]))
                 trace.neighbours = self._described(near, u)
         self.retrieval_seconds += time.perf_counter() - started
 
@@ -282,8 +275,6 @@ class _Stream:
     """Hands out text as it comes; the bytes of an unfinished character wait for the rest."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None] | None) -> None:
-        import codecs
-
         self._tokenizer, self._on_text = tokenizer, on_text
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
