@@ -34,6 +34,7 @@ from .config import (
     InputError,
     RetroConfig,
     TrainConfig,
+    as_count,
     parse_overrides,
     preset,
     write_whole,
@@ -121,6 +122,7 @@ def train(
     """
     from .retrieval.writing import check_writable
 
+    stop_after = None if stop_after is None else as_count("train", "stop_after", stop_after)
     folder = Path(config.out)
     with joined() as ranks, contextlib.ExitStack() as held:
         held.enter_context(silent(not ranks.first))

@@ -493,6 +493,8 @@ def test_interrupted_with_documents_of_the_callers(
     with pytest.raises(Interrupted) as stopped:
         train(config, documents=[Document("a", "lomi ka " * 200)], progress=False)
     assert str(stopped.value) == "Stopped at step 1 of 1,000, checkpoint written."
+    with pytest.raises(InputError, match="stop_after is 0; it must be an integer of at least 1"):
+        train(config, resume=True, stop_after=0, documents=[Document("a", "lomi ka " * 200)], progress=False)
     interrupt_at(monkeypatch, 1)  # in the last step there is nothing left to go on with
     assert run("train", "--data", world.train, "--out", tmp_path / "whole", "--steps", 1, *PLAIN) == 0
 
