@@ -91,7 +91,7 @@ def demo(
     Raises InputError where there is too little text, or the folder holds something else.
     """
     size = size or Size()
-    if steps:
+    if steps is not None:
         size = replace(size, steps=steps)
     folder = Path(out)
     _check_target(folder)

@@ -128,6 +128,8 @@ def test_both_models_need_a_step_of_their_own(capfd: pytest.CaptureFixture[str],
     assert run("demo", "--steps", 1, "--out", tmp_path / "d") == 2
     error = capfd.readouterr().err
     assert "steps is 1" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()
+    with pytest.raises(InputError, match="steps is 0"):
+        module.demo(tmp_path / "d", steps=0, size=replace(Size(), train_bytes=0))
 
 
 def test_one_model_and_several_sets(tmp_path: Path, seed: int) -> None:
