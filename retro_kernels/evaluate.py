@@ -112,7 +112,7 @@ def evaluate(
     set: retrieval set, any one of the model's tokenizer. Default: the set that the model was trained with, where it
     was or, moved together with the run, as it lay beside it; one changed in place is used, and said to be. A plain
     decoder uses none, and given one reports its own filtered curve. Documents that are in the set never see themselves.
-    found: neighbours from `find_neighbours` for the same documents and K, instead of searching.
+    found: neighbours from `find_neighbours` for the same documents and K, instead of set and retriever.
     num_neighbours: K, default as in training. retriever: how they are found, a name as in `Retriever.from_pretrained`,
     default as in training. window, stride: tokens, whole chunks; default the training sequence and half of it. seed: of
     the shuffle, and of the retriever "random". dtype: fp32 or bf16; "auto" is fp32 on a CPU, since models differ by
@@ -130,6 +130,8 @@ def evaluate(
     process is at the same evaluation.
     """
     seed = as_seed("eval", seed)
+    if found is not None and (set is not None or retriever is not None):
+        raise InputError("eval: found takes the place of set and retriever. Leave them out, or found.")
     where = pick_device(device)
     if plot is not None:
         _check_plot(Path(plot))
@@ -157,6 +159,11 @@ def evaluate(
     if opened is not None:
         opened.check_num_neighbours(k)
     corpus = text.tokenise(tokenizer, size)
+    if found is not None and (given := list(found.ids.shape)) != [len(corpus.chunks), k]:
+        raise InputError(
+            f"eval: found has {given[1]:,} neighbours for each of {given[0]:,} chunks; the documents have "
+            f"{len(corpus.chunks):,} chunks, and num_neighbours is {k}. Give what find_neighbours found for them."
+        )
     arithmetic = pick_dtype("fp32" if dtype == "auto" and where.type == "cpu" else dtype, where)
     about = {
         "corpus": corpus.fingerprint(),

@@ -219,6 +219,21 @@ def test_nor_in_the_control(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < shown["shuffled"] < shown["on"]
 
 
+def test_neighbours_that_are_handed_over_belong_to_the_question(world: World) -> None:
+    loaded, retriever = load_run(world.run), Retriever.from_pretrained(world.set)
+    documents = list(read_documents([world.held_out]))
+    found = find_neighbours(tokenise(documents, loaded.tokenizer, CHUNK), retriever, 4, 0, progress=False)
+    given: dict[str, Any] = {"documents": documents, "num_neighbours": 4}
+    for match, changes in (
+        (r"found has 4 neighbours .* num_neighbours is 2\.", {"num_neighbours": None}),
+        (r"found has 4 neighbours for each of \d+ chunks; the documents have", {"documents": documents[1:]}),
+        ("found takes the place of set and retriever", {"set": world.set}),
+        ("found takes the place of set and retriever", {"retriever": "bm25"}),
+    ):
+        with pytest.raises(InputError, match=match):
+            evaluate(loaded, found=found, device="cpu", progress=False, **{**given, **changes})
+
+
 def _elsewhere(corpus, chunk: int, neighbour: torch.Tensor) -> bool:  # type: ignore[no-untyped-def]
     owner = corpus.of_chunks()
     rows = (corpus.chunks.astype(np.int64) == neighbour[:CHUNK].numpy()).all(1)
