@@ -43,7 +43,6 @@ from .data.corpus import Document
 from .data.packing import IGNORE, Packed, TokenDocuments
 from .data.tokenizer import TextSampler, Tokenizer, check_vocab_size
 from .nn import Retro, RetroFitted
-from .nn.encoder import NeighbourEncoder
 from .nn.retrofit import load_base, longest_sequence
 from .nn.saving import CONFIG, WEIGHTS, read_config
 from .ranks import Ranks, joined
@@ -235,19 +234,15 @@ def _prepared(
     if known is not None:
         text.known(*known)
     tokenizer = _tokenizer(config, retriever, text, bool(saved) or not ranks.first)
-    if retriever is not None and _is_pretrained(config.retrofit):
-        model_config, chunk_size = None, retriever.chunk_size
-    else:
-        model_config = _model_config(config, tokenizer, retriever)
-        chunk_size = model_config.chunk_size
     torch.manual_seed(config.seed)
     model: Retro | RetroFitted
-    if model_config is not None:
-        model = _new_model(config, model_config).to(device)
+    if retriever is not None and _is_pretrained(config.retrofit):
+        model = _fitted(config, tokenizer, retriever.chunk_size)
     else:
-        model = _fitted(config, tokenizer, chunk_size).to(device)
+        model = _new_model(config, _model_config(config, tokenizer, retriever))
+    model.to(device)
     # after all that can be refused has been: hours, where there is much text
-    kept = KeptTokens(folder / TOKENS, text, tokenizer, chunk_size)
+    kept = KeptTokens(folder / TOKENS, text, tokenizer, model.config.chunk_size)
     corpus = kept.get()
     packed = Packed(
         corpus,
@@ -685,8 +680,8 @@ def _step_of(line: str) -> float:
 def _shared(model: Retro | RetroFitted) -> nn.Module:
     """Whose gradients are the mean over all processes; its buffers are constants, which need not be sent each time."""
     encoder = model.encoder
-    if isinstance(encoder, NeighbourEncoder) and not encoder.config.encoder_cross_layers:
-        if encoder.conditioning_norm is not None:  # which no layer reads: there is no gradient to wait for
+    if encoder is not None and encoder.conditioning_norm is not None:
+        if not encoder.config.encoder_cross_layers:  # no layer reads it: there is no gradient to wait for
             encoder.conditioning_norm.requires_grad_(False)
     known = inspect.signature(DistributedDataParallel).parameters
     # as it is called up to torch 2.12
@@ -727,11 +722,10 @@ def _new_model(config: TrainConfig, model_config: RetroConfig) -> Retro:
 
 
 def _is_pretrained(folder: str | None) -> bool:
-    """Whether `folder` holds a model of transformers, and no run."""
-    path = Path(folder or "")
-    if not folder or (path / SETTINGS).exists() or not (path / CONFIG).is_file():
+    """Whether `folder`, which holds one of the two, holds a model of transformers, and no run."""
+    if not folder or (Path(folder) / SETTINGS).exists():
         return False
-    return "model_type" in read_config(path)
+    return "model_type" in read_config(Path(folder))
 
 
 def _fitted(config: TrainConfig, tokenizer: Tokenizer, chunk_size: int) -> RetroFitted:
