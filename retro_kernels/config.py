@@ -15,8 +15,9 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+_T = TypeVar("_T", bound="_Plain")
 MAX_SEED = 2**63 - 1
 """torch's generators take no larger one."""
 
@@ -139,7 +140,22 @@ def as_seed(verb: str, given: Any) -> int:
 
 
 @dataclass(frozen=True)
-class RetroConfig:
+class _Plain:
+    """What JSON can hold."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[_T], values: dict[str, Any]) -> _T:
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"{cls.__name__}: unknown fields {unknown}; this version knows {sorted(known)}.")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RetroConfig(_Plain):
     """Architecture of one model. `cca_layers=()` is the plain decoder: no encoder, no cross-attention."""
 
     vocab_size: int = 128_000
@@ -251,16 +267,6 @@ class RetroConfig:
     def replace(self, **changes: Any) -> RetroConfig:
         """A copy with some fields changed (checked again)."""
         return dataclasses.replace(self, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RetroConfig:
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(f"RetroConfig: unknown fields {unknown}; this version knows {sorted(known)}.")
-        return cls(**values)
 
     def body_parameters(self) -> int:
         """Weights of all matrices but the embeddings, as the paper's Table 2 counts them.
@@ -375,7 +381,7 @@ PLACES = ("data", "out", "set", "tokenizer", "retrofit", "neighbours")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Plain):
     """One training run. `set=None` trains the plain decoder.
 
     The comments under the fields are the command line's help.
@@ -512,16 +518,6 @@ class TrainConfig:
         }
         data = tuple(path if path == "-" else os.path.abspath(path) for path in self.data)
         return dataclasses.replace(self, data=data, **changes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(f"TrainConfig: unknown fields {unknown}; this version knows {sorted(known)}.")
-        return cls(**values)
 
 
 def parse_overrides(changes: tuple[str, ...]) -> dict[str, Any]:
