@@ -308,7 +308,7 @@ def split(documents: Sequence[Document], size: Size, seed: int) -> tuple[list[Do
     if not training or len(held_out) < 2:
         raise InputError(
             f"The corpus has {len(unique):,} usable documents; a demo needs some to train on and two to hold out. "
-            "Give a folder with more files of up to 100,000 bytes."
+            f"Give a folder with more files of up to {size.largest_document:,} bytes."
         )
     return training, held_out
 
@@ -327,6 +327,7 @@ def _part(documents: list[Document], limit: int, largest: int) -> list[Document]
 def report(result: dict[str, Any]) -> str:
     """The table of the README."""
     bpb, training, found = result["bits_per_byte"], result["training"], result["set"]
+    retro = result["evaluation"]["retro"]
     rows = [
         ("bits per byte: plain decoder", f"{bpb['plain']:.4f}"),
         ("bits per byte: RETRO off", f"{bpb['off']:.4f}"),
@@ -334,14 +335,11 @@ def report(result: dict[str, Any]) -> str:
         ("bits per byte: RETRO, shuffled neighbours", f"{bpb['shuffled']:.4f}"),
         (
             "held-out documents better on than",
-            ", ".join(
-                f"{mode}: {count} of {result['evaluation']['retro']['documents']}"
-                for mode, count in result["evaluation"]["retro"]["better_on"].items()
-            ),
+            ", ".join(f"{mode}: {n} of {retro['documents']}" for mode, n in retro["better_on"].items()),
         ),
         (
             "longest run of tokens shared with ten neighbours",
-            f"{result['evaluation']['retro']['mean_overlap']:.1%} of a held-out chunk, on average",
+            f"{retro['mean_overlap']:.1%} of a held-out chunk, on average",
         ),
         ("training, plain decoder", f"{training['plain']['tokens_per_second']:,.0f} tokens/s"),
         (
@@ -364,13 +362,9 @@ def report(result: dict[str, Any]) -> str:
         ),
         (
             "neighbours of a chunk",
-            f"{training['num_neighbours']} in training, "
-            f"{result['evaluation']['retro']['num_neighbours']} in evaluation",
+            f"{training['num_neighbours']} in training, {retro['num_neighbours']} in evaluation",
         ),
-        (
-            "held out",
-            f"{result['evaluation']['retro']['documents']} documents, {result['evaluation']['retro']['bytes']:,} bytes",
-        ),
+        ("held out", f"{retro['documents']} documents, {retro['bytes']:,} bytes"),
         (
             "time",
             ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds"].items())
