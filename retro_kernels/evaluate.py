@@ -522,17 +522,15 @@ def _report(
 
 def table(result: dict[str, Any]) -> str:
     """The result for a reader: one line a mode, one line an α."""
+    about = f"computed in {result['dtype']}"
+    if result["num_neighbours"]:
+        how = f" ({result['retriever']})" if result["retriever"] else ""
+        about += f", {result['num_neighbours']} neighbours{how}"
+        about += f", {result['without_neighbours']:.1%} of the chunks have none"
     lines = [
         f"{result['documents']:,} documents, {result['bytes']:,} bytes, {result['words']:,} words, "
         f"{result['tokens']:,} tokens",
-        f"computed in {result['dtype']}"
-        + (f", {result['num_neighbours']} neighbours" if result["num_neighbours"] else "")
-        + (f" ({result['retriever']})" if result["num_neighbours"] and result["retriever"] else "")
-        + (
-            f", {result['without_neighbours']:.1%} of the chunks have none"
-            if result["num_neighbours"]
-            else ""
-        ),
+        about,
         "",
         f"{'':<24}{'bits per byte':>14}",
     ]
