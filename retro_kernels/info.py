@@ -34,12 +34,11 @@ def collect() -> dict[str, Any]:
         "plot": _package("matplotlib", "matplotlib"),
         "tensorboard": _package("tensorboard", "tensorboard"),
     }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "retro_kernels": __version__,
         "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-        if hasattr(os, "sched_getaffinity")
-        else f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {cores} cores",
         "processor": _processor(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "backends": {name: {"works": works, "why": why} for name, (works, why) in backends.items()},
