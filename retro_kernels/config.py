@@ -125,6 +125,13 @@ def as_integer(given: Any) -> Any:
     return given
 
 
+def _check_flags(verb: str, config: Any, *names: str) -> None:
+    """InputError for what is neither: a text would be taken for True, "false" too."""
+    for name in names:
+        if not isinstance(getattr(config, name), bool):
+            raise InputError(f"{verb}: {name} is {getattr(config, name)!r}; it must be True or False.")
+
+
 def _make_plain(config: Any, *names: str) -> None:
     """`as_integer` for fields of a frozen dataclass."""
     for name in names:
@@ -230,14 +237,8 @@ class RetroConfig(_Plain):
                     f"RetroConfig: {name} is {given}; layer numbers are 1-based, "
                     f"distinct, and at most {most} here."
                 )
-        for name in (
-            "tie_embeddings",
-            "share_encoder_embedding",
-            "normalise_conditioning",
-            "normalise_encoder_output",
-        ):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"RetroConfig: {name} is {getattr(self, name)!r}; it must be True or False.")
+        flags = ("tie_embeddings", "share_encoder_embedding")
+        _check_flags("RetroConfig", self, *flags, "normalise_conditioning", "normalise_encoder_output")
         for name, allowed in (
             ("self_attention", ("relative", "rotary")),
             ("cca_position", ("relative", "bias", "none")),
@@ -472,6 +473,7 @@ class TrainConfig(_Plain):
         _make_plain(self, *counts, *numbers, "seed", "warmup", "vocab_size", "first_step", "lessons")
         for name in counts:
             check_count("train", name, getattr(self, name))
+        _check_flags("train", self, "compile", "unfreeze")
         as_seed("train", self.seed)
         if self.warmup is not None and (not _is_integer(self.warmup) or self.warmup < 0):
             raise InputError(f"train: warmup is {self.warmup!r}; it must be an integer of at least 0.")

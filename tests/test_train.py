@@ -1604,6 +1604,8 @@ def test_accumulated_batches_are_one_batch(world: World, tmp_path: Path) -> None
         ({"steps": 0}, "steps is 0"),
         ({"dtype": "fp8"}, "dtype is 'fp8'"),
         ({"neighbours": "x"}, "neighbours needs a retrieval set"),
+        ({"compile": "no"}, "compile is 'no'; it must be True or False"),
+        ({"unfreeze": "false"}, "unfreeze is 'false'; it must be True or False"),
         ({"unfreeze": True}, "unfreeze"),
         ({"set": "s", "tokenizer": "t"}, "not both"),
         ({"data": ()}, "no data"),
