@@ -446,7 +446,7 @@ class _Trainer:
             progress_bar(config.steps, "training", "step", show=self.progress, initial=first) as bar,
         ):
             batches, stopped = self._batches(until), False
-            while self.step < until:
+            while self.step < until and not stopped:
                 rate = learning_rate(config, self.step)
                 for group in self.optimiser.param_groups:
                     group["lr"] = rate * group["factor"]
@@ -458,8 +458,7 @@ class _Trainer:
                 bar.update()
                 log.add(loss, norm)
                 stopped = self.ranks.any(asked.is_set())
-                last = self.step == until or stopped
-                saved = last or self.step % config.save_every == 0
+                saved = stopped or self.step == until or self.step % config.save_every == 0
                 # before a checkpoint too, so that no step is missing where a run goes on from it
                 if saved or self.step % config.log_every == 0:
                     line = log.write(self.step, rate)
@@ -470,8 +469,6 @@ class _Trainer:
                     self._check_finite(line)
                 if saved:
                     self.save()
-                if last:
-                    break
             batches.close()
         if stopped and self.step < until:
             raise Interrupted(f"Stopped at step {self.step:,} of {config.steps:,}, checkpoint written.")
