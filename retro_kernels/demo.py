@@ -272,8 +272,12 @@ def _check_target(folder: Path) -> None:
 def _keep(run: Path, copy: Path) -> None:
     """The run as it is now, without its checkpoints and its text; it goes on changing, the copy does not."""
     staged = copy.with_name(f"{copy.name}.tmp-{os.getpid()}")
-    shutil.copytree(run, staged, ignore=shutil.ignore_patterns("checkpoint-*", TOKENS))
-    os.replace(staged, copy)
+    ignored = shutil.ignore_patterns("checkpoint-*", TOKENS)
+    try:  # it is there already, where a process of the same number was killed meanwhile
+        shutil.copytree(run, staged, ignore=ignored, dirs_exist_ok=True)
+        os.replace(staged, copy)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def read_corpus(corpus: str | os.PathLike[str] | None) -> tuple[list[Document], str]:

@@ -11,6 +11,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import demo_factbook
 import pytest
@@ -130,6 +131,22 @@ def test_both_models_need_a_step_of_their_own(capfd: pytest.CaptureFixture[str],
     assert "steps is 1" in error and error.count("\n") == 1 and not (tmp_path / "d").exists()
     with pytest.raises(InputError, match="steps is 0"):
         module.demo(tmp_path / "d", steps=0, size=replace(Size(), train_bytes=0))
+
+
+def test_the_decoder_is_kept_after_a_copy_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "train.json").write_text("whole")
+    (tmp_path / f"decoder.tmp-{os.getpid()}").mkdir()
+    (tmp_path / f"decoder.tmp-{os.getpid()}" / "train.json").write_text("wh")  # as kill -9 leaves it
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no room"):
+        patch.setattr(os, "replace", mock.Mock(side_effect=OSError("no room")))
+        module._keep(tmp_path / "plain", tmp_path / "decoder")
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+    (tmp_path / f"decoder.tmp-{os.getpid()}").mkdir()
+    module._keep(tmp_path / "plain", tmp_path / "decoder")
+    assert (tmp_path / "decoder" / "train.json").read_text() == "whole"
 
 
 def test_one_model_and_several_sets(tmp_path: Path, seed: int) -> None:
