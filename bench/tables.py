@@ -4,7 +4,7 @@ python bench/tables.py            # print the tables of results/*.json
 python bench/tables.py --write    # put them between the documents' markers
 
 A file whose rows are no plain times has views of its own: `retrieval` (bench_search.py, one line a set and index),
-`retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-rfc` (as the demo prints them),
+`retrieval-quality` (retrieval_quality.py, recall of questions), `demo` and `demo-…` (as the demos print them),
 `static` (static.py, machine code of the kernels), `gpu` (goals, from gpu.json, an H100's, and gpu_h200.json). These two
 files have views with their name in front: `gpu-by-shape` (the operation), `gpu-around` (what surrounds it),
 `gpu-search` (as `retrieval`), and `gpu-h200-by-shape` and so on.
