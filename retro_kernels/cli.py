@@ -231,7 +231,6 @@ def _parser() -> _Parser:
         metavar="SET",
         help="what this retrieval set holds instead, after reading and checking all of it",
     )
-    info.add_argument("--json", action="store_true", help="print one JSON object")
     _add_demo(
         verb("demo", _demo, "train, evaluate and generate on real text that is already here, in minutes")
     )
@@ -252,6 +251,10 @@ def _parser() -> _Parser:
     bench.add_argument("-k", default="", metavar="NAME", help="only cases whose name matches")
     bench.add_argument("--out", metavar="FILE", help="result file (default: in bench/results)")
     bench.add_argument("--quick", action="store_true", help="one round a case")
+    for name, made in parser.verbs.items():
+        if name != "bench":
+            what = "the manifest as one" if name == "index" else "one"
+            made.add_argument("--json", action="store_true", help=f"print {what} JSON object")
     return parser
 
 
@@ -322,7 +325,6 @@ def _add_demo(parser: _Parser) -> None:
         metavar="N",
         help="of what is held out, the models and what is generated (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_index(parser: _Parser) -> None:
@@ -396,7 +398,6 @@ def _add_index(parser: _Parser) -> None:
         help="replace a set made from other text, drop unfinished work on other text",
     )
     _add_device(parser, default=None, help="cpu (default), cuda, cuda:1, or auto: a GPU where there is one")
-    parser.add_argument("--json", action="store_true", help="print the manifest as one JSON object")
 
 
 def _add_search(parser: _Parser) -> None:
@@ -407,7 +408,6 @@ def _add_search(parser: _Parser) -> None:
     )
     _add_retriever(parser, "dense")
     _add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_train(parser: _Parser) -> None:
@@ -454,7 +454,6 @@ def _add_train(parser: _Parser) -> None:
     parser.add_argument(
         "--stop-after", type=_COUNT, metavar="N", help="stop with a checkpoint after N steps of this call"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _field_comments() -> dict[str, str]:
@@ -495,7 +494,6 @@ def _add_eval(parser: _Parser) -> None:
     parser.add_argument("--plot", metavar="PNG", help="draw bits per byte against the leakage filter")
     _add_dtype(parser, "fp32 on a CPU, bf16 on a GPU that multiplies in it")
     _add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_generate(parser: _Parser) -> None:
@@ -538,7 +536,6 @@ def _add_generate(parser: _Parser) -> None:
     )
     _add_dtype(parser, "bf16 where the device multiplies in it")
     _add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_neighbours(parser: _Parser) -> None:
@@ -555,7 +552,6 @@ def _add_neighbours(parser: _Parser) -> None:
     )
     _add_retriever(parser, "dense", "dense, bm25, bm25:tokens or random")
     _add_device(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_dedup(parser: _Parser) -> None:
@@ -573,7 +569,6 @@ def _add_dedup(parser: _Parser) -> None:
         metavar="J",
         help="Jaccard index of 13-grams from which on a document counts as a copy (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _print_json(values: Any) -> None:
