@@ -127,7 +127,6 @@ class Retro(Retrieving):
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.readout = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         self.encoder = NeighbourEncoder(config, backend) if config.cca_layers else None
-        self.gradient_checkpointing = False
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
