@@ -25,7 +25,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +102,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
-    documents: Sequence[Document] | None = None,
+    documents: Iterable[Document] | None = None,
     found: Found | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: bool = True,

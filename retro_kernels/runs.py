@@ -27,7 +27,7 @@ import shutil
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -417,7 +417,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def text_of(
     data: Sequence[str | os.PathLike[str]],
-    documents: Sequence[Document] | None,
+    documents: Iterable[Document] | None,
     nothing: str,
     show: bool,
     leave_out: Sequence[str] = (),
@@ -425,7 +425,8 @@ def text_of(
     """`documents`, or where there are none given those of the paths `data`, which are checked. Else see `Text`."""
     from .retrieval.build import reader_of
 
-    reader = (lambda report: iter(documents)) if documents is not None else reader_of(data, (), (), leave_out)
+    given = None if documents is None else list(documents)  # they are read more than once
+    reader = (lambda report: iter(given)) if given is not None else reader_of(data, (), (), leave_out)
     return Text(reader, nothing, show=show)
 
 

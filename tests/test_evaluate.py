@@ -219,6 +219,14 @@ def test_nor_in_the_control(world: World, monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < shown["shuffled"] < shown["on"]
 
 
+def test_documents_that_come_once(world: World) -> None:
+    documents = [Document("a", "lomi ka"), Document("b", "ter mi su")]
+    results = [
+        evaluate(world.plain, documents=x, device="cpu", progress=False) for x in (documents, iter(documents))
+    ]
+    assert results[0]["documents"] == 2 and results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+
+
 def test_neighbours_that_are_handed_over_belong_to_the_question(world: World) -> None:
     loaded, retriever = load_run(world.run), Retriever.from_pretrained(world.set)
     documents = list(read_documents([world.held_out]))
