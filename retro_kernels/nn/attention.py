@@ -66,7 +66,9 @@ class SelfAttention(nn.Module):
         if position not in ("relative", "rotary"):
             raise ValueError(f'SelfAttention: position is {position!r}; it must be "relative" or "rotary".')
         if position == "rotary" and head_dim % 2:
-            raise ValueError(f"SelfAttention: head_dim is {head_dim}; rotary positions turn pairs: it must be even.")
+            raise ValueError(
+                f"SelfAttention: head_dim is {head_dim}; rotary positions turn pairs: it must be even."
+            )
         self.dim, self.num_heads, self.head_dim, self.position = dim, num_heads, head_dim, position
         inner = num_heads * head_dim
         made: dict[str, Any] = {"device": device, "dtype": dtype}
