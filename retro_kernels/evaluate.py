@@ -47,6 +47,7 @@ from .runs import (
     autocast,
     dtype_name,
     load_run,
+    losses,
     note,
     pick_device,
     pick_dtype,
@@ -445,10 +446,7 @@ class _Scorer:
         neighbours = None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
         with autocast(self.device, self.dtype):
             logits = self.model(tokens.to(self.device), neighbours)[:, :stop]
-        loss = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.to(self.device).flatten(), reduction="none"
-        )
-        nats = loss.view(targets.shape).cpu().numpy()
+        nats = losses(logits, targets.to(self.device)).cpu().numpy()
         # tokens start + 1 … start + len(text) − 1 have been predicted
         rows = [nats[i, w.scored - w.start : len(self._text(w)) - 1] for i, w in enumerate(batch)]
         return {"nats": np.concatenate(rows), "seconds": np.array([time.perf_counter() - begun])}

@@ -34,10 +34,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .config import PLACES, InputError, TrainConfig, write_whole
 from .data.corpus import Document
-from .data.packing import TokenDocuments
+from .data.packing import IGNORE, TokenDocuments
 from .data.text import Text as Text
 from .data.text import note as note
 from .data.text import progress_bar as progress_bar
@@ -51,6 +53,7 @@ from .ops._backend import pick_device as pick_device
 
 SETTINGS, TOKENIZER, METRICS, STATE = "train.json", "tokenizer.model", "metrics.jsonl", "training.pt"
 TOKENS, _ABOUT, _LOCK = "tokens", "about.json", ".train.lock"
+_LOGITS = 1 << 20  # in float32 at a time
 
 
 class Interrupted(KeyboardInterrupt):
@@ -413,6 +416,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Matrix products in `dtype`; nothing where that is fp32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, float32 [B, N], of logits [B, N, V] with each of the targets int64 [B, N]; 0 where that is
+    `IGNORE`.
+
+    On a CPU a few rows at a time: all logits in float32, once for each pass over them and its gradient, are memory that
+    takes longer to get from the system, and to give back, than the passes do."""
+    rows, wanted = logits.flatten(0, -2), targets.flatten()
+    some = max(1, _LOGITS // rows.shape[1] if rows.device.type == "cpu" else len(rows))
+    parts = zip(rows.split(some), wanted.split(some), strict=True)
+    made = [F.cross_entropy(x.float(), y, ignore_index=IGNORE, reduction="none") for x, y in parts]
+    return torch.cat(made).view(targets.shape)
 
 
 def text_of(

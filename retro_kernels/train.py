@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,6 +61,7 @@ from .runs import (
     interruptible,
     load_run,
     load_state,
+    losses,
     note,
     pick_dtype,
     places,
@@ -507,10 +507,7 @@ class _Trainer:
             with forward.no_sync() if apart else contextlib.nullcontext():
                 with autocast(self.device, dtype):
                     logits = forward(tokens, neighbours)
-                loss = F.cross_entropy(
-                    logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-                )
-                loss = loss / batch.scored_in_step
+                loss = losses(logits, targets).sum() / batch.scored_in_step
                 (loss * self.ranks.world).backward()  # of which the mean over the processes is taken
             total += loss.detach()
         return total

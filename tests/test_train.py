@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small import CHUNK, MODEL, PLAIN, SEQUENCE, World, losses, run, watch_reading, weights
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels import runs
 from retro_kernels import train as train_module
@@ -33,12 +35,13 @@ from retro_kernels.config import DEFAULT_PRESET, PLACES, InputError, TrainConfig
 from retro_kernels.data.corpus import Document, read_documents
 from retro_kernels.data.packing import IGNORE, Packed, TokenDocuments, tokenise
 from retro_kernels.data.tokenizer import Tokenizer
+from retro_kernels.evaluate import evaluate
 from retro_kernels.generate import generate
 from retro_kernels.nn import Retro, attention, saving
 from retro_kernels.ops import NeighbourBatch
 from retro_kernels.ranks import Ranks
 from retro_kernels.retrieval import Retriever, writing
-from retro_kernels.runs import Interrupted, alone_in, checkpoints, load_state
+from retro_kernels.runs import Interrupted, alone_in, checkpoints, load_run, load_state
 from retro_kernels.train import learning_rate, train
 
 
@@ -124,6 +127,50 @@ def test_the_order_of_the_data_is_the_seeds(seed: int) -> None:
             5,
             seed,
         )
+
+
+class _Sizes(TorchDispatchMode):
+    """Remembers the largest float32 tensor that was made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("reach", [1, 100, 240, 1 << 20])
+def test_losses_are_cross_entropy(monkeypatch: pytest.MonkeyPatch, seed: int, reach: int) -> None:
+    """In parts, by the definition in float64, with the gradients that all rows at once have, to the last bit."""
+    monkeypatch.setattr(runs, "_LOGITS", reach)
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 7, 40, generator=generator).to(torch.bfloat16)[:, :5].requires_grad_()
+    targets = torch.randint(40, (3, 5), generator=generator)
+    targets[1, 2:] = IGNORE
+    made = runs.losses(logits, targets)
+    expected = -logits.double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    torch.testing.assert_close(
+        made.double(), expected.masked_fill(targets == IGNORE, 0), rtol=1e-6, atol=1e-6
+    )
+    assert made.dtype == torch.float32 and (made[1, 2:] == 0).all()
+    whole = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+    in_parts, at_once = (torch.autograd.grad(x / 12, logits)[0] for x in (made.sum(), whole))
+    assert torch.equal(in_parts, at_once)
+
+
+def test_logits_are_never_copied_whole(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, where they are in bf16: to get the memory for that took longer than what is computed."""
+    monkeypatch.setattr(runs, "_LOGITS", 1 << 12)
+    logits = 2 * SEQUENCE * load_run(world.plain).tokenizer.vocab_size  # the batch of both
+    words = ("--tokenizer", world.set / "tokenizer.model", *PLAIN, "--steps", 1, "--dtype", "bf16")
+    with _Sizes() as trained:
+        assert run("train", "--data", world.train, "--out", tmp_path / "run", *words) == 0
+    with _Sizes() as scored:
+        evaluate(world.plain, [world.held_out], batch_size=2, dtype="bf16", device="cpu", progress=False)
+    assert 0 < trained.largest < logits and 0 < scored.largest < logits
 
 
 def test_what_is_counted_of_documents(world: World) -> None:
