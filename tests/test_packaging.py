@@ -124,11 +124,19 @@ def test_import_is_cheap() -> None:
     assert not heavy & set(run.stdout.split())
 
 
-def test_models_come_without_the_compiler() -> None:
-    """torch.compile's modules take longer to import than all of ours, and few programs need them."""
-    code = "import sys, retro_kernels.evaluate, retro_kernels.generate, retro_kernels.nn; print(*sys.modules)"
+@pytest.mark.parametrize("shared", [True, False])
+def test_models_come_without_the_compiler(tmp_path: Path, shared: bool) -> None:
+    """torch.compile's modules take longer to import than all of ours, and few programs need them: with the layers, with
+    what searches, and with a model that is opened."""
+    config = retro_kernels.retro_tiny(vocab_size=50, share_encoder_embedding=shared)
+    retro_kernels.Retro(config).save_pretrained(tmp_path)
+    code = (
+        "import sys, retro_kernels.evaluate, retro_kernels.generate, retro_kernels.nn; "
+        "from retro_kernels.retrieval import Retriever; "
+        f"retro_kernels.nn.Retro.from_pretrained({str(tmp_path)!r}); print(*sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "retro_kernels.nn.retrofit" in run.stdout.split()
+    assert {"retro_kernels.nn.retrofit", "retro_kernels.retrieval.retriever"} <= {*run.stdout.split()}
     assert not {"torch._dynamo", "torch._inductor", "transformers", "sympy"} & set(run.stdout.split())
 
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import RetroConfig
 from .attention import BlockAttention
-from .layers import FeedForward, RMSNorm
+from .layers import FeedForward, RMSNorm, TokenEmbedding
 
 
 class EncoderLayer(nn.Module):
@@ -57,7 +57,7 @@ class NeighbourEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = (
-            None if config.share_encoder_embedding else nn.Embedding(config.vocab_size, config.encoder_dim)
+            None if config.share_encoder_embedding else TokenEmbedding(config.vocab_size, config.encoder_dim)
         )
         self.dropout = nn.Dropout(config.dropout)
         self.conditioning_norm = (

@@ -17,6 +17,11 @@ class TokenEmbedding(nn.Embedding):
     Both are calls of the module, since weights that are kept elsewhere (sharded or offloaded) are there during calls.
     """
 
+    def reset_parameters(self) -> None:
+        """As `nn.Embedding`; nothing on the meta device, where torch imports its compiler to draw no numbers."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor, readout: bool = False) -> Tensor:
         return F.linear(x, self.weight) if readout else super().forward(x)
 
@@ -48,7 +53,7 @@ def initialise(module: nn.Module, residual_layers: int, width: int) -> None:
             parameter.fill_(1.0)
         elif name.endswith("bias"):
             parameter.zero_()
-        else:
+        elif not parameter.is_meta:  # see `TokenEmbedding`
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             parameter.normal_(std=std / (2 * residual_layers) ** 0.5 if writes else std)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import InputError, RetroConfig, default_cca_layers
+from ..ops._backend import uncompiled
 from . import saving
 from .attention import ChunkedCrossAttention
 from .cache import DecodingCache
@@ -36,10 +37,6 @@ _OWN_BASE = "base"  # folder of a base that was trained as well
 _Contribution = Callable[[int, nn.Module, ChunkedCrossAttention, Tensor], Tensor]
 _TURNS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 """Of each base, whose one thread at a time it is: what is added to its layers, every thread would see."""
-
-
-_uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
-"""The latter imports at once what doubles the time to import this package; the former with the first call."""
 
 
 class RetroFitted(Retrieving):
@@ -283,7 +280,7 @@ class RetroFitted(Retrieving):
         pair: Any = self.added[str(number)]
         return pair["cca_norm"], pair["cca"]
 
-    @_uncompiled  # the base's layers would be traced without what is added to them, and nothing said
+    @uncompiled  # the base's layers would be traced without what is added to them, and nothing said
     def _run(
         self,
         tokens: Tensor,

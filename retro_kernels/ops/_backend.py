@@ -24,6 +24,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AS_IT_IS = ("rel_bias", "scale")
 """Added to float32 logits, and multiplied with them."""
 Given = ParamSpec("Given")
+uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
+"""Of a function what torch.compile calls as it is. The latter imports at once what doubles the time to import this
+package; the former with the first call."""
 _preferred: str | None = None
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from retro_kernels.config import InputError, as_count, as_seed
-from retro_kernels.ops._backend import limit_threads, numbered, pick_device
+from retro_kernels.ops._backend import limit_threads, numbered, pick_device, uncompiled
 from retro_kernels.ops.gather import NeighbourBatch, gather_neighbours
 from retro_kernels.ops.gather.native import WITH_CUDA
 from retro_kernels.retrieval.bm25 import BM25Searcher
@@ -329,7 +329,7 @@ class Retriever:
         """What a message calls the whole of what is searched."""
         return f"the retrieval set {self.store.path}"
 
-    @torch.compiler.disable  # what is traced through locks and numpy fails in ways of its own
+    @uncompiled  # what is traced through locks and numpy fails in ways of its own
     def __call__(
         self, tokens: Tensor, *, num_neighbours: int = 2, exclude_documents: Tensor | None = None
     ) -> NeighbourBatch:
