@@ -134,6 +134,21 @@ def test_stream_waits_for_whole_characters(world: World) -> None:
     assert "".join(parts) == tokenizer.decode(cut) == "\ufffd"
 
 
+def test_likeliest_come_first(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of a stable sort, which torch takes a seventh of a token's time for on a CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(5000, generator=generator).to(torch.bfloat16).float()  # many are equal
+    logits[torch.randint(5000, (500,), generator=generator)] = -torch.inf
+    for scale in (1e-44, 1.0, 1e37):  # subnormal and infinite ones are among them
+        given = (logits - logits.max()) * scale
+        expected, places = torch.sort(given, descending=True, stable=True)
+        with monkeypatch.context() as without:
+            without.setattr(torch, "sort", None)
+            without.setattr(torch.Tensor, "sort", None)
+            found, order = module._likeliest_first(given)
+        assert torch.equal(found, expected) and torch.equal(order, places)
+
+
 def test_sampling_keeps_what_it_should(seed: int) -> None:
     probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
     logits = probabilities.log()
