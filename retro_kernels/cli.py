@@ -703,6 +703,28 @@ def _search(args: argparse.Namespace) -> None:
         print("\n".join("   │ " + line for line in hit.text.strip("\n").splitlines()))
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def _keep_memory(device: str) -> None:
+    """Memory that a step on a CPU gives back stays with the process, for the next one: before the system gives it again
+    it clears every page, which was a seventh of a training step and a fifth of an evaluation.
+
+    Of glibc's allocator alone, and only where the environment does not set it."""
+    import ctypes
+
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return
+    if not {"GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}.isdisjoint(os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another system's library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
 def _train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -723,6 +745,7 @@ def _train(args: argparse.Namespace) -> None:
         _complain(f"{PROG} train", told)
     from .train import train
 
+    _keep_memory(config.device)
     summary = train(config, resume=args.resume, stop_after=args.stop_after)
     if not _speaks():
         return
@@ -746,6 +769,7 @@ def _train(args: argparse.Namespace) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from .evaluate import evaluate, table
 
+    _keep_memory(args.device)
     result = evaluate(
         _run(args),
         args.data,

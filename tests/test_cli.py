@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import World, run
+from small import PLAIN, World, run
 
 import retro_kernels
 from retro_kernels import cli
@@ -957,3 +957,44 @@ def test_dedup(world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     left_out = tmp_path / "training" / "latin.txt"
     assert f"Training text: Documents left out: 1. 1 not UTF-8 (first: {left_out}, byte 3)." in err
     assert "preparing: 100%" in err and "comparing: 100%" in err  # though it is no terminal
+
+
+_FAULTS = """
+import resource, sys
+from retro_kernels import cli
+
+assert cli.main(sys.argv[1:]) == 0
+import torch
+
+def fill():
+    torch.ones(64 << 20, dtype=torch.uint8)  # 16,384 pages, more than the allocator keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+for _ in range(20):  # until what was given back in parts suffices
+    before = fill()
+for _ in range(5):
+    after = fill()
+print(after - before, file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_memory_stays_for_the_next_step(world: World, tmp_path: Path, verb: str) -> None:
+    """On a CPU: or the system clears each page of it again, which takes a good part of a step. Not where it is set."""
+    words: list[Any] = {
+        "train": ["--data", world.train, "--tokenizer", world.set / "tokenizer.model", "--steps", 1, *PLAIN],
+        "eval": ["--run", world.plain, "--data", world.held_out, "--device", "cpu"],
+    }[verb]
+    faults = []
+    for number, extra in enumerate(({}, {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"})):
+        out = ["--out", tmp_path / str(number)] if verb == "train" else []
+        done = subprocess.run(
+            [sys.executable, "-c", _FAULTS, verb, *map(str, [*words, *out])],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), **extra},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        faults.append(int(done.stderr.split()[-1]))
+    assert faults[0] < 16_384 and faults[1] > 4 * 16_384
