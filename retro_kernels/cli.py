@@ -721,8 +721,9 @@ def _keep_memory(device: str) -> None:
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another system's library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        # before glibc 2.35 half a heap at most, without which the other setting does harm
+        if mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 1 << 25):
+            mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _train(args: argparse.Namespace) -> None:
