@@ -708,7 +708,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 def _keep_memory(device: str) -> None:
     """Memory that a step on a CPU gives back stays with the process, for the next one: before the system gives it again
-    it clears every page, which was a seventh of a training step and a fifth of an evaluation.
+    it clears every page, which takes a good part of a step.
 
     Of glibc's allocator alone, and only where the environment does not set it."""
     import ctypes
