@@ -131,11 +131,12 @@ def _position_logits(case: Case, b: Blocks, dtype: torch.dtype) -> Tensor | None
     s = case.shape
     added: Tensor | None = None
     column = _column(case, b.query.device)
-    if case.positions == "bias":
-        added = b.tables["rel_bias"].to(dtype)[:, column].repeat(1, 1, s.neighbours)[None]
-    elif case.positions == "relative":
+    if case.positions == "relative":
         table = _by_distance(b) * s.head_dim**-0.5
         added = table.gather(-1, column.expand(*table.shape[:3], -1)).to(dtype).repeat(1, 1, 1, s.neighbours)
+    if case.positions != "none" and "rel_bias" in b.tables:  # beside relative keys it forbids the future
+        bias = b.tables["rel_bias"].to(dtype)[:, column].repeat(1, 1, s.neighbours)[None]
+        added = bias if added is None else added + bias
     if b.lengths is not None:
         real = _real(case, b.lengths)[:, None, None]
         if added is None:
