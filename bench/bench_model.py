@@ -204,11 +204,11 @@ def _self_attention_in_turn(backward: bool) -> dict[str, list[float]]:
     return timing.in_turn({name: _self_attention(name, backward) for name in PATHS}, most=30)
 
 
-@pytest.mark.benchmark(group="the decoder's self-attention, B {}, H {}, N {}, D {}".format(*SELF))
 @pytest.mark.parametrize("what", ["forward", "forward+backward"])
 @pytest.mark.parametrize("name", PATHS)
 def test_self_attention(benchmark: Any, name: str, what: str) -> None:
     backward = what != "forward"
+    benchmark.group = "the decoder's self-attention, {}, B {}, H {}, N {}, D {}".format(what, *SELF)
     if name == PATHS[0]:
         both = [_self_attention(path, backward=False)() for path in PATHS[:2]]
         peers.same(*both, name)
