@@ -208,7 +208,8 @@ def _self_attention_in_turn(backward: bool) -> dict[str, list[float]]:
 @pytest.mark.parametrize("name", PATHS)
 def test_self_attention(benchmark: Any, name: str, what: str) -> None:
     backward = what != "forward"
-    benchmark.group = "the decoder's self-attention, {}, B {}, H {}, N {}, D {}".format(what, *SELF)
+    batch, heads, tokens, size = SELF
+    benchmark.group = f"the decoder's self-attention, {what}, B {batch}, H {heads}, N {tokens}, D {size}"
     if name == PATHS[0]:
         both = [_self_attention(path, backward=False)() for path in PATHS[:2]]
         peers.same(*both, name)

@@ -37,11 +37,14 @@ class DistanceTable(nn.Module):
 
     def _compute(self, device: torch.device | None) -> Tensor:
         with torch.inference_mode(False):  # it may serve training later
+            table = torch.empty(self.last + 1 - self.first, self.dim, dtype=torch.float32, device=device)
+            if table.is_meta:  # where torch imports its compiler to compute nothing
+                return table
             return sinusoid(torch.arange(self.first, self.last + 1, device=device), self.dim, torch.float32)
 
-    def reset_parameters(self) -> None:
-        """Computes the table again on its device."""
-        self.table = self._compute(self.table.device)
+    def reset_parameters(self, device: torch.device | str | None = None) -> None:
+        """Computes the table again, on its device or another one."""
+        self.table = self._compute(self.table.device if device is None else torch.device(device))
 
     def _apply(self, *args: Any, **kwargs: Any) -> DistanceTable:
         # no checkpoint brings it back after `to_empty`, and what a cast rounds is not what this is made of

@@ -170,4 +170,4 @@ def load_weights(
     model.load_state_dict(read_weights(directory, model.state_dict(), device, dtype), assign=True)
     for module in model.modules():
         if isinstance(module, DistanceTable):  # not in the file, and empty on the meta device
-            module.to_empty(device=device)
+            module.reset_parameters(device)
