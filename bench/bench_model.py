@@ -84,7 +84,7 @@ TOKEN = ("retro_kernels", "SDPA", "RETRO off", "no cache", "no cache, SDPA")
 
 def _step(name: str) -> Callable[[], None]:
     net = model()
-    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=ON_GPU)
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)  # as train does
     text, found = data(net.config, BATCH, TOKENS)
     neighbours = None if name == "RETRO off" else found
 
