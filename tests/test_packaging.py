@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -131,10 +132,12 @@ def test_models_come_without_the_compiler(tmp_path: Path, shared: bool) -> None:
     config = retro_kernels.retro_tiny(vocab_size=50, share_encoder_embedding=shared)
     retro_kernels.Retro(config).save_pretrained(tmp_path)
     code = (
-        "import sys, retro_kernels.evaluate, retro_kernels.generate, retro_kernels.nn; "
-        "from retro_kernels.retrieval import Retriever; "
-        f"retro_kernels.nn.Retro.from_pretrained({str(tmp_path)!r}); print(*sys.modules)"
+        "import sys, retro_kernels.evaluate, retro_kernels.generate, retro_kernels.nn\n"
+        "from retro_kernels.retrieval import Retriever\n"
     )
+    if torch.__version__ >= (2, 11):  # before, to allocate on the meta device brings a part of them
+        code += f"retro_kernels.nn.Retro.from_pretrained({str(tmp_path)!r})\n"
+    code += "print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"retro_kernels.nn.retrofit", "retro_kernels.retrieval.retriever"} <= {*run.stdout.split()}
     assert not {"torch._dynamo", "torch._inductor", "transformers", "sympy"} & set(run.stdout.split())
