@@ -162,9 +162,8 @@ def test_generated_token(benchmark: Any, name: str) -> None:
     cached = not name.startswith("no cache")
     if ON_GPU:  # 40 rounds and the warm-up stay within a chunk of 64
         rounds = 40 if cached else 5
-        with torch.autocast(
-            DEVICE.type, enabled=False
-        ):  # weights stay cast from token to token, as in generation
+        # weights stay cast from token to token, as in generation
+        with torch.autocast(DEVICE.type, enabled=False):
             timing.measure(benchmark, _token(name), rounds=rounds, wall=True, case=name, what="token")
     else:
         timing.record(benchmark, _tokens_in_turn(cached)[name], case=name, what="token")

@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kTileBytes = 64 << 10;  // of logits that exist at one time, where a few rows have no more
 constexpr int64_t kAskedKeys = 32 << 10;  // numbers of a unit's keys, up to which the next one's fit the L2 beside it
 constexpr int kBuffers = 16;
-constexpr int64_t kAhead = 16, kLine = 16;  // rows between a row's prefetch and its use; numbers of a cache line
+constexpr int64_t kAhead = 16, kLine = 16;  // rows between a row's prefetch and its use; floats of a cache line
 
 // What one thread works in; grows to what was asked for.
 class Scratch {

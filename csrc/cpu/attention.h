@@ -117,6 +117,9 @@ static inline void give(const Attention& a, const float* from, int64_t count, vo
   }
 }
 
+// Numbers of a cache line.
+static inline int64_t line(const Attention& a) { return a.bf16 ? 2 * kLine : kLine; }
+
 static inline const char* address(const Attention& a, const void* from, int64_t at) {
   return static_cast<const char*>(from) + at * (a.bf16 ? 2 : 4);
 }
@@ -144,18 +147,17 @@ static inline void turn(const float* from, int64_t from_row, int64_t dim, float*
 // [panel][D][kPanel], `along` [panel of D][key][kPanel]; either may be null. `room`: four rows.
 static void pack(const Attention& a, int64_t group, const void* from, int64_t first, int64_t from_row, int64_t width,
                  float* across, float* along, float* room) {
-  const int64_t dim = a.dim, wide_dim = up(dim, kPanel), line = a.bf16 ? 2 * kLine : kLine;
-  const int64_t step = a.bf16 ? dim : from_row;
+  const int64_t dim = a.dim, wide_dim = up(dim, kPanel), step = a.bf16 ? dim : from_row;
   for (int64_t j = 0, at = 0; j < a.neighbours; ++j) {
     const int64_t real = a.real(group, j), padded = up(real, kPanel);
     for (int64_t c = 0; c < padded; c += 4, at += 4) {
       const int64_t begin = first + (j * a.keys + c) * from_row;
       const int64_t count = std::clamp<int64_t>(real - c, 0, 4), column = at % kPanel;
       for (int64_t i = 0; i < 4 && c + i + kAhead < real; ++i)
-        for (int64_t d = 0; d < dim; d += line)
+        for (int64_t d = 0; d < dim; d += line(a))
           __builtin_prefetch(address(a, from, begin + (i + kAhead) * from_row + d));
-      for (int64_t i = 1; i < count; ++i) taken(a, from, begin + i * from_row, dim, room + i * dim);
-      const float* rows = count ? taken(a, from, begin, dim, room) : room;
+      const float* rows = room;
+      for (int64_t i = count; i-- > 0;) rows = taken(a, from, begin + i * from_row, dim, room + i * dim);
       if (across) {
         float* to = across + (at - column) * dim + column;
         if (count == 4)
@@ -213,7 +215,6 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
   const int64_t next_query = next_block / per_seq * a.query_seq + next % a.kv_heads * share * a.query_head +
                              (a.shift + next_block % per_seq * a.block) * a.query_row;
   const int64_t each = (all_keys - 1) / (a.repeat * share * a.block) + 1;
-  const int64_t line = a.bf16 ? 2 * kLine : kLine;
   int64_t asked = ask ? 0 : all_keys;
 
   const int64_t reach = a.block - 1 + up(a.keys, kPanel);  // columns of the table that a row or its padding reads
@@ -294,12 +295,12 @@ static void run(const Attention& a, const Gradients* g, int64_t part, int64_t un
         }
         for (int64_t i = top; i < bottom; ++i) {
           for (const int64_t last = std::min(asked + each, all_keys); asked < last; ++asked)
-            for (int64_t d = 0; d < dim; d += line) {
+            for (int64_t d = 0; d < dim; d += line(a)) {
               __builtin_prefetch(address(a, a.key, next_key + asked * a.key_row + d), 0, 2);
               __builtin_prefetch(address(a, a.value, next_value + asked * a.value_row + d), 0, 2);
             }
           if (ask)
-            for (int64_t d = 0; d < dim; d += line)
+            for (int64_t d = 0; d < dim; d += line(a))
               __builtin_prefetch(address(a, a.query, next_query + i * a.query_row + d), 0, 2);
           float* row = logits + (i - top) * width;
           shares[i - top] = soften(row, width);

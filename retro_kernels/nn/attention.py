@@ -23,7 +23,7 @@ from ..ops import (
     chunked_cross_attention_decode,
 )
 from .layers import is_quantised
-from .positions import DistanceTable, rotate, sinusoid
+from .positions import DistanceTable, causal_sinusoids, rotate
 
 if TYPE_CHECKING:
     from .cache import SelfAttentionCache
@@ -95,7 +95,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """`x` [B, T, dim] → [B, T, dim]. With a cache, x are the tokens after those that the cache holds.
 
-        `sinusoids` [T, dim] is `causal_sinusoids(T, dim)`, if the caller has it at hand for several layers.
+        `sinusoids` [T, dim] is `causal_sinusoids(T, dim, x)`, if the caller has it at hand for several layers.
         """
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj))
         past = 0 if cache is None else cache.length
@@ -110,15 +110,10 @@ class SelfAttention(nn.Module):
             if cache is not None:
                 rel = cache.relative_keys(self)
             else:
-                rel = self.relative_keys(causal_sinusoids(x) if sinusoids is None else sinusoids)
+                made = causal_sinusoids(x.shape[1], self.dim, x) if sinusoids is None else sinusoids
+                rel = self.relative_keys(made)
             out = relative_attention(q, k, v, rel, self.content_bias, self.position_bias)
         return self.dropout(self.o_proj(out.transpose(1, 2).flatten(2)))
-
-
-def causal_sinusoids(x: Tensor) -> Tensor:
-    """φ of the distances T − 1 … 0 in self-attention over `x` [B, T, dim]: [T, dim], float32 or float64 where x is."""
-    distances = torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
-    return sinusoid(distances, x.shape[2], torch.promote_types(x.dtype, torch.float32))
 
 
 def _rotary_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

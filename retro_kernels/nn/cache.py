@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .positions import sinusoid
+from .positions import causal_sinusoids
 
 if TYPE_CHECKING:
     from .attention import SelfAttention
@@ -48,10 +48,8 @@ class SelfAttentionCache:
         """Keys of the distances length − 1 … 0, [H, length, D]; projected once for as long as they suffice."""
         if self._relative is None or self._relative.shape[1] < self.length:
             capacity = max(64, 1 << (self.length - 1).bit_length())
-            like = attention.content_bias
-            distances = torch.arange(capacity - 1, -1, -1, device=like.device)
-            dtype = torch.promote_types(like.dtype, torch.float32)
-            self._relative = attention.relative_keys(sinusoid(distances, attention.dim, dtype))
+            sinusoids = causal_sinusoids(capacity, attention.dim, attention.content_bias)
+            self._relative = attention.relative_keys(sinusoids)
         return self._relative[:, self._relative.shape[1] - self.length :]
 
 

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from .attention import causal_sinusoids
 from .encoder import EncoderLayer
-from .positions import sinusoid
+from .positions import causal_sinusoids, sinusoid
 
 if TYPE_CHECKING:
     from .model import DecoderLayer, Retro
@@ -137,7 +136,8 @@ def _shares(width: int) -> tuple[int, int]:
 def _states(model: Retro, text: Tensor) -> tuple[list[Tensor], Tensor]:
     """What each cross-attention reads over `text`, and the last states [S, T, dim]; without retrieval."""
     x = model.embedding(text)
-    sinusoids = causal_sinusoids(x) if model.config.self_attention == "relative" else None
+    relative = model.config.self_attention == "relative"
+    sinusoids = causal_sinusoids(x.shape[1], x.shape[2], x) if relative else None
     states = []
     for layer in cast("list[DecoderLayer]", model.layers):
         x = layer.attend(x, sinusoids)

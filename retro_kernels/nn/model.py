@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import InputError, RetroConfig
 from . import saving
-from .attention import ChunkedCrossAttention, SelfAttention, causal_sinusoids
+from .attention import ChunkedCrossAttention, SelfAttention
 from .cache import DecodingCache, SelfAttentionCache
 from .copying import heads_needed, start_copying
 from .encoder import NeighbourEncoder
 from .layers import FeedForward, RMSNorm, TokenEmbedding, initialise
-from .positions import DistanceTable
+from .positions import DistanceTable, causal_sinusoids
 from .retrieving import DecodingStep, Retrieving, cross_attention
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ class Retro(Retrieving):
         found = self.fitting_neighbours(tokens, neighbours)
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
         x = self.dropout(self.embedding(tokens.long()))
-        sinusoids = causal_sinusoids(x) if self.config.self_attention == "relative" else None
+        relative = self.config.self_attention == "relative"
+        sinusoids = causal_sinusoids(x.shape[1], x.shape[2], x) if relative else None
         encoded: Tensor | None = None
         lengths: Tensor | None = None
         for number, layer in self._numbered():

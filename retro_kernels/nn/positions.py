@@ -23,6 +23,12 @@ def sinusoid(distances: Tensor, dim: int, dtype: torch.dtype | None = None) -> T
     return table.to(dtype or torch.get_default_dtype())
 
 
+def causal_sinusoids(count: int, dim: int, like: Tensor) -> Tensor:
+    """φ of the distances count − 1 … 0 on the device of `like`: [count, dim], float32 or float64 where that is."""
+    distances = torch.arange(count - 1, -1, -1, device=like.device)
+    return sinusoid(distances, dim, torch.promote_types(like.dtype, torch.float32))
+
+
 class DistanceTable(nn.Module):
     """φ of the distances `first` … `last`, ascending, as a constant [last − first + 1, dim] that is not saved."""
 

@@ -23,7 +23,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _AS_IT_IS = ("rel_bias", "scale")
 """Added to float32 logits, and multiplied with them."""
-Given = ParamSpec("Given")
+_Given = ParamSpec("_Given")
 uncompiled = getattr(torch, "_disable_dynamo", torch.compiler.disable)
 """Of a function what torch.compile calls as it is. The latter imports at once what doubles the time to import this
 package; the former with the first call."""
@@ -188,12 +188,12 @@ def why_not_transformed() -> str | None:
     return None
 
 
-def casts(op: Callable[Given, torch.Tensor]) -> Callable[Given, torch.Tensor]:
+def casts(op: Callable[_Given, torch.Tensor]) -> Callable[_Given, torch.Tensor]:
     """Inside autocast the op, whose first argument is the query, gets what it multiplies in autocast's dtype, and is
     called outside, where it takes the short way (`_shortcut`). A float64 query is left alone."""
 
     @wraps(op)
-    def wrapped(*args: Given.args, **kwargs: Given.kwargs) -> torch.Tensor:
+    def wrapped(*args: _Given.args, **kwargs: _Given.kwargs) -> torch.Tensor:
         query: Any = args[0] if args else kwargs.get("query")
         if (
             not isinstance(query, torch.Tensor)

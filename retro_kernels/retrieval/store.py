@@ -358,9 +358,8 @@ def open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarra
     """A `.npy` file as a read-only map, if it holds just this dtype and shape and all of its bytes; else InputError."""
     with contextlib.ExitStack() as opened:
         try:
-            file = opened.enter_context(
-                open(path, "rb")
-            )  # once: by the next opening the set may be another one
+            # once: by the next opening the set may be another one
+            file = opened.enter_context(open(path, "rb"))
             version = np.lib.format.read_magic(file)
             read_header = {
                 (1, 0): np.lib.format.read_array_header_1_0,
