@@ -171,6 +171,7 @@ def evaluate(
         "num_neighbours": k,
         "seed": seed,
         "control": "without the document's own chunks",
+        "batches": "longest first, then the first of their documents",
         "window": window,
         "stride": stride,
         "batch_size": batch_size,
@@ -402,10 +403,11 @@ class _Scorer:
         self.device = next(run.model.parameters()).device
         self.size = run.model.config.chunk_size
         lengths = [len(corpus.tokens(d)) for d in range(corpus.num_documents)]
-        # longest first, so that a batch holds little padding and running out of memory happens at once
+        # Longest first, so that a batch holds little padding and running out of memory happens at once. Of those the
+        # first of their documents, which are scored whole: of the others only the end needs logits.
         todo = sorted(
             (w for d, n in enumerate(lengths) for w in windows(n, window, stride, d)),
-            key=lambda w: w.start - w.stop,
+            key=lambda w: (w.start - w.stop, w.scored > w.start),
         )
         self.batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         self.tokens_read = sum(w.stop - w.start for w in todo)
@@ -444,11 +446,14 @@ class _Scorer:
             tokens[row, : w.stop - w.start] = text[: w.stop - w.start]
             targets[row, : len(text) - 1] = text[1:]
         neighbours = None if mode == "off" or found is None else self._neighbours(batch, tokens, found, mode)
+        first = min(w.scored - w.start for w in batch)
         with autocast(self.device, self.dtype):
-            logits = self.model(tokens.to(self.device), neighbours)[:, :stop]
-        nats = losses(logits, targets.to(self.device)).cpu().numpy()
+            logits = self.model(tokens.to(self.device), neighbours, logits_to_keep=tokens.shape[1] - first)
+        nats = losses(logits[:, : stop - first], targets[:, first:].to(self.device)).cpu().numpy()
         # tokens start + 1 … start + len(text) − 1 have been predicted
-        rows = [nats[i, w.scored - w.start : len(self._text(w)) - 1] for i, w in enumerate(batch)]
+        rows = [
+            nats[i, w.scored - w.start - first : len(self._text(w)) - 1 - first] for i, w in enumerate(batch)
+        ]
         return {"nats": np.concatenate(rows), "seconds": np.array([time.perf_counter() - begun])}
 
     def _text(self, w: Window) -> np.ndarray:

@@ -243,9 +243,8 @@ class _Reader:
                 torch.cat([n.tokens for n in found], 1), torch.cat([n.lengths for n in found], 1)
             )
         with torch.no_grad(), autocast(self.device, self.dtype):
-            return self.model.decode(torch.tensor([new], device=self.device), cache, neighbours)[
-                0, -1
-            ].float()
+            tokens = torch.tensor([new], device=self.device)
+            return self.model.decode(tokens, cache, neighbours, logits_to_keep=1)[0, -1].float()
 
     def _retrieve(self) -> None:
         done, whole = len(self.traces), len(self.tokens) // self.size

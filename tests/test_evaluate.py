@@ -78,6 +78,17 @@ def test_bits_per_byte_is_its_definition(
     assert result["filtered_off"]["1"] == pytest.approx(result["bits_per_byte"]["off"], rel=1e-12)
 
 
+def test_logits_are_made_of_what_is_scored(world: World) -> None:
+    """Windows overlap by half, and of all but a document's first one the first half is there to be read only."""
+    loaded, made, needed = load_run(world.plain), [], 1  # after the lone pad
+    loaded.model.norm.register_forward_hook(lambda module, args, output: made.append(output[..., 0].numel()))
+    evaluate(loaded, [world.held_out], batch_size=1, device="cpu", progress=False)
+    lengths = [len(loaded.tokenizer.encode(document.text)) for document in read_documents([world.held_out])]
+    for w in (w for length in lengths for w in windows(length, SEQUENCE, SEQUENCE // 2)):
+        needed += -(-(w.stop - w.start) // CHUNK) * CHUNK - (w.scored - w.start)
+    assert sum(made) == needed
+
+
 def test_documents_that_are_better_with_neighbours_are_counted(world: World) -> None:
     paths = sorted(world.held_out.iterdir())
     alone = [evaluate(world.run, [path], device="cpu", progress=False)["bits_per_byte"] for path in paths]
@@ -305,13 +316,13 @@ def test_interrupted_at_any_moment_the_result_is_the_same(
     expected, calls, forward = scored(world), 0, Retro.forward
     assert not left(world.run)
 
-    def stopped(model: Retro, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def stopped(model: Retro, tokens: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         nonlocal calls, budget
         if tokens.shape[1] > 1:  # not a document's first token
             if budget == 0:
                 raise KeyboardInterrupt
             calls, budget = calls + 1, budget - 1
-        return forward(model, tokens, *rest)
+        return forward(model, tokens, *rest, **options)
 
     monkeypatch.setattr(Retro, "forward", stopped)
     interruptions = 0

@@ -46,6 +46,13 @@ def test_greedy_text_is_that_of_whole_forward_passes(world: World, prompt: str, 
         assert ids == ([] if expected is None else [i for i in expected.ids[0, u].tolist() if i >= 0])
 
 
+def test_of_a_prompt_the_last_logits_alone_are_made(world: World) -> None:
+    loaded, made = load_run(world.run), []
+    loaded.model.norm.register_forward_hook(lambda module, args, output: made.append(output.shape[:2]))
+    generate(loaded, PROMPTS["a chunk and a bit"], max_tokens=3, ignore_end=True, device="cpu")
+    assert made == [(1, 1)] * 3
+
+
 def test_text_longer_than_the_window(world: World) -> None:
     """The first half is dropped on the grid of chunks; the next token is that of a forward pass over the rest."""
     loaded = load_run(world.run)

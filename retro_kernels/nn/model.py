@@ -21,7 +21,7 @@ from .copying import heads_needed, start_copying
 from .encoder import NeighbourEncoder
 from .layers import FeedForward, RMSNorm, TokenEmbedding, initialise
 from .positions import DistanceTable, causal_sinusoids
-from .retrieving import DecodingStep, Retrieving, cross_attention
+from .retrieving import DecodingStep, Retrieving, cross_attention, last
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -138,15 +138,20 @@ class Retro(Retrieving):
             if isinstance(module, DistanceTable):
                 module.reset_parameters()
 
-    def forward(self, tokens: Tensor, neighbours: NeighbourBatch | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, neighbours: NeighbourBatch | None = None, *, logits_to_keep: int = 0
+    ) -> Tensor:
         """`tokens` int [B, N] → logits [B, N, vocab_size] of each next token.
 
         `neighbours` holds those of the L = N // M whole chunks: tokens [B, L, K, R], lengths [B, L, K] (None: all R;
         0: no such neighbour). More chunks than L are left out, K is free. None is RETRO off: the encoder and every
-        CCA are skipped. N is free; a chunk's neighbours reach its last token and the tokens after it. Raises
-        ValueError for shapes that do not fit, TypeError for what is no tensor of integers or no such tuple.
+        CCA are skipped. N is free; a chunk's neighbours reach its last token and the tokens after it.
+        `logits_to_keep`: of the last so many tokens alone, 0 = of all; each takes a product with the whole vocabulary.
+        Raises ValueError for shapes that do not fit and a negative number, TypeError for what is no tensor of integers
+        or no such tuple.
         """
         found = self.fitting_neighbours(tokens, neighbours)
+        kept = last(type(self).__name__, logits_to_keep)
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
         x = self.dropout(self.embedding(tokens.long()))
         relative = self.config.self_attention == "relative"
@@ -160,7 +165,7 @@ class Retro(Retrieving):
                 encode = partial(self.encode, found[0], lengths=lengths)
             x, made = layer(x, sinusoids, encoded, lengths, encode=encode, run=run)
             encoded = encoded if made is None else made
-        return self._logits(x)
+        return self._logits(x[:, kept])
 
     def input_embedding(self) -> nn.Embedding:
         """The table of the tokens."""
@@ -172,22 +177,28 @@ class Retro(Retrieving):
 
     @torch.no_grad()
     def decode(
-        self, tokens: Tensor, cache: DecodingCache, neighbours: NeighbourBatch | None = None
+        self,
+        tokens: Tensor,
+        cache: DecodingCache,
+        neighbours: NeighbourBatch | None = None,
+        *,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """Reads `tokens` int [B, T] after those in `cache` → logits [B, T, vocab_size]; the cache moves on by T.
 
         `neighbours` are those of the chunks *completed within these T tokens*, tokens [B, L_new, K, R] (they are
         needed now, because a chunk's last token is the first that sees them); None is RETRO off for those chunks.
-        Any split of a sequence into calls gives the logits of `forward`. A chunk's neighbours are encoded and
-        projected once. Raises ValueError for shapes that do not fit, before the cache is touched.
+        Any split of a sequence into calls gives the logits of `forward`; `logits_to_keep` as there. A chunk's
+        neighbours are encoded and projected once. Raises ValueError as `forward`, before the cache is touched.
         """
+        kept = last(type(self).__name__, logits_to_keep)
         step = DecodingStep(self, tokens, cache, neighbours)
         x = self.dropout(self.embedding(tokens.long()))
         for number, layer in self._numbered():
             held = cache.self_attention[number - 1]
             x, _ = layer(x, cache=held, contribution=partial(step.contribution, number))
         cache.length += tokens.shape[1]
-        return self._logits(x)
+        return self._logits(x[:, kept])
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into `directory` (made if needed); each appears whole.

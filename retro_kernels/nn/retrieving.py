@@ -35,6 +35,15 @@ def cross_attention(config: RetroConfig, backend: str | None) -> tuple[RMSNorm, 
     return RMSNorm(config.dim, eps=config.norm_eps), cca
 
 
+def last(name: str, logits_to_keep: int) -> slice:
+    """Of a sequence's tokens those whose logits are asked for, checked; 0: all."""
+    if logits_to_keep < 0:
+        raise InputError(
+            f"{name}: logits_to_keep is {logits_to_keep}; it must be a number of last tokens, or 0 for all."
+        )
+    return slice(-logits_to_keep, None)
+
+
 class Retrieving(nn.Module):
     """A decoder some of whose layers attend to encoded neighbours.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import shutil
@@ -27,7 +28,7 @@ from .attention import ChunkedCrossAttention
 from .cache import DecodingCache
 from .encoder import NeighbourEncoder
 from .layers import initialise, is_quantised
-from .retrieving import DecodingStep, Retrieving, cross_attention
+from .retrieving import DecodingStep, Retrieving, cross_attention, last
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -102,6 +103,7 @@ class RetroFitted(Retrieving):
         if freeze or not _has_adapters(base):
             base.requires_grad_(not freeze)
         self.base = base
+        self._base_keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.added, self.encoder = _additions(config, backend)
         initialise(self.added, config.num_layers, config.dim)
         initialise(self.encoder, config.encoder_layers, config.encoder_dim)
@@ -112,9 +114,15 @@ class RetroFitted(Retrieving):
             _cast_parameters(part.to(like.device), like.dtype)
 
     def forward(
-        self, tokens: Tensor, neighbours: NeighbourBatch | None = None, attention_mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        neighbours: NeighbourBatch | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        logits_to_keep: int = 0,
     ) -> Tensor:
-        """`tokens` int [B, N] → logits [B, N, vocab_size] of each next token; `neighbours` as in `Retro.forward`.
+        """`tokens` int [B, N] → logits [B, N, vocab_size] of each next token; `neighbours` and `logits_to_keep` as in
+        `Retro.forward`.
 
         `attention_mask` [B, N] is the base's: 0 where a row is padded, which with neighbours must be on the right,
         since the grid of chunks starts at a row's first token. What stands behind a row's end is ignored anyway, so
@@ -127,8 +135,15 @@ class RetroFitted(Retrieving):
                 f"RetroFitted: attention_mask is {list(attention_mask.shape)}; it must be [B, N] = "
                 f"{list(tokens.shape)}."
             )
+        run = functools.partial(
+            self._run,
+            tokens,
+            attention_mask=attention_mask,
+            logits_to_keep=logits_to_keep,
+            use_cache=False,
+        )
         if found is None:
-            return self._run(tokens, None, attention_mask=attention_mask, use_cache=False).logits
+            return run(None).logits
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise InputError(
                 "RetroFitted: attention_mask pads on the left; chunks are counted from a row's first token, so pad on "
@@ -141,7 +156,7 @@ class RetroFitted(Retrieving):
                 encoded.append(self.encode(found[0], x, found[1]))
             return cca(norm(x), encoded[0], found[1])
 
-        return self._run(tokens, contribution, attention_mask=attention_mask, use_cache=False).logits
+        return run(contribution).logits
 
     def new_cache(self, batch_size: int) -> DecodingCache:
         """An empty cache for `decode`."""
@@ -149,14 +164,26 @@ class RetroFitted(Retrieving):
 
     @torch.no_grad()
     def decode(
-        self, tokens: Tensor, cache: DecodingCache, neighbours: NeighbourBatch | None = None
+        self,
+        tokens: Tensor,
+        cache: DecodingCache,
+        neighbours: NeighbourBatch | None = None,
+        *,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """As `Retro.decode`: reads `tokens` int [B, T] after those in `cache` → logits [B, T, vocab_size].
 
         The base keeps its keys and values in its own cache. Raises ValueError for shapes that do not fit.
         """
         step = DecodingStep(self, tokens, cache, neighbours)
-        result = self._run(tokens, step.contribution, begins=not cache.length, use_cache=True, **cache.past)
+        result = self._run(
+            tokens,
+            step.contribution,
+            begins=not cache.length,
+            logits_to_keep=logits_to_keep,
+            use_cache=True,
+            **cache.past,
+        )
         # transformers 5.24 names it anew; before that there is no `cache`
         kept = {name: getattr(result, name, None) for name in ("cache", "past_key_values")}
         cache.past = next(({name: past} for name, past in kept.items() if past is not None), {})
@@ -288,9 +315,11 @@ class RetroFitted(Retrieving):
         *,
         begins: bool = True,
         attention_mask: Tensor | None = None,
+        logits_to_keep: int = 0,
         **options: Any,
     ) -> Any:
         """The base's result with logits of `tokens` [B, N], at the beginning of a text or behind what was read."""
+        kept = last("RetroFitted", logits_to_keep)
         _refuse_compiled((self.base, *self._layers.values()))
         if not tokens.numel():
             raise InputError(
@@ -301,6 +330,9 @@ class RetroFitted(Retrieving):
         if lead:
             ids = F.pad(ids, (1, 0), value=self.bos_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, (1, 0), value=1)
+        some = 0 < logits_to_keep < tokens.shape[1]
+        if some and self._base_keeps:  # a few bases make all logits whatever is asked for
+            options["logits_to_keep"] = logits_to_keep
         with self._turn(), self._adding(contribution, lead):
             result = self.base(input_ids=ids, attention_mask=attention_mask, return_dict=True, **options)
         if getattr(result, "logits", None) is None:
@@ -308,7 +340,9 @@ class RetroFitted(Retrieving):
                 f"RetroFitted: base is {type(self.base).__name__}, which gives no logits; take the model that "
                 "AutoModelForCausalLM gives."
             )
-        if lead:
+        if some:
+            result.logits = result.logits[:, kept]
+        elif lead:
             result.logits, first = result.logits[:, 1:], result.logits[:, 0].clone()
             result.logits[:, 0] = torch.where(tokens[:, :1] == 0, first, result.logits[:, 0])
         if pad := self.config.pad_id:

@@ -208,6 +208,31 @@ def test_sizes_of_nothing(seed: int, tokens: int, batch: int, self_attention: st
     logits.sum().backward()
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"cca_layers": ()}])
+def test_logits_of_the_last_tokens_alone(seed: int, changes: dict[str, object]) -> None:
+    """Of no other token the product with the vocabulary is taken."""
+    model = tiny_model(**changes)
+    x = torch.randint(50, (2, 14))
+    neighbours = random_neighbours(2, 3) if model.config.cca_layers else None
+    whole, read = model(x, neighbours), []
+    model.norm.register_forward_hook(lambda module, args, output: read.append(output.shape[1]))
+    for count in (0, 1, 5, 14, 20):
+        expected = whole[:, -count:]
+        torch.testing.assert_close(model(x, neighbours, logits_to_keep=count), expected)
+        cache = model.new_cache(2)
+        torch.testing.assert_close(model.decode(x, cache, neighbours, logits_to_keep=count), expected)
+        assert cache.length == 14
+        assert read == [expected.shape[1]] * 2
+        read.clear()
+    cache = model.new_cache(2)
+    for call in (model, lambda *given, **options: model.decode(given[0], cache, given[1], **options)):
+        with pytest.raises(
+            InputError, match="logits_to_keep is -1; it must be a number of last tokens, or 0"
+        ):
+            call(x, neighbours, logits_to_keep=-1)
+    assert cache.length == 0
+
+
 def test_reach_of_neighbours(seed: int) -> None:
     """Chunk u's neighbours reach its own last token and everything after it, and nothing before."""
     model = tiny_model()

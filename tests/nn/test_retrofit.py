@@ -388,6 +388,42 @@ def test_token_before_every_text(seed: int, kind: str) -> None:
     model(x, neighbours).sum().backward()
 
 
+@all_kinds
+@pytest.mark.parametrize("bos", [None, 5])
+def test_logits_of_the_last_tokens_alone(
+    seed: int, kind: str, bos: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the base makes no others, or makes them all whatever it is asked for."""
+    base = base_model(kind).double()
+    x, neighbours = random_input(22)
+    x[0, 0] = 0
+    models, forward, read = [fitted(base, bos_id=bos, pad_id=57)], base.forward, []
+    with monkeypatch.context() as without:
+        without.setattr(base, "forward", lambda *args, **kwargs: forward(*args, **kwargs))
+        models.append(fitted(base, bos_id=bos, pad_id=57))
+    models[1].load_state_dict(models[0].state_dict())
+    watched = base.get_output_embeddings()
+    watched.register_forward_hook(lambda module, args, output: read.append(output.shape[1]))
+    for model, made in zip(models, (3, 22 + (bos is not None)), strict=True):
+        for given in (None, neighbours):
+            for count in (3, 22, 30):
+                whole = model(x, given)
+                read.clear()
+                torch.testing.assert_close(model(x, given, logits_to_keep=count), whole[:, -count:])
+                assert read[0] == (made if count == 3 else 22 + (bos is not None))
+        cache = model.new_cache(2)
+        begun = model.decode(
+            x[:, :9], cache, NeighbourBatch(*(y[:, :2] for y in neighbours[:2])), logits_to_keep=1
+        )
+        torch.testing.assert_close(begun, whole[:, 8:9])
+        rest = model.decode(
+            x[:, 9:], cache, NeighbourBatch(*(y[:, 2:] for y in neighbours[:2])), logits_to_keep=2
+        )
+        torch.testing.assert_close(rest, whole[:, -2:])
+    with pytest.raises(InputError, match="logits_to_keep is -1"):
+        model(x, neighbours, logits_to_keep=-1)
+
+
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama, grouped heads", "Gemma2, norm behind attention"])
 def test_what_is_added_may_be_wider(seed: int, tmp_path: Path, kind: str) -> None:
     """A base in bfloat16 and float32 beside it, with autocast and without, saved and loaded; the base's positions
