@@ -64,14 +64,6 @@ class ChunkNeighbours:
     value: Tensor | None
     lengths: Tensor | None
 
-    def detached(self, states: Tensor | None) -> ChunkNeighbours:
-        """A copy that keeps no other chunk's memory alive; `states` is the chunk's, which all layers share."""
-        lengths = None if self.lengths is None else self.lengths.clone()
-        if self.value is None:
-            assert states is not None
-            return ChunkNeighbours(states, None, lengths)
-        return ChunkNeighbours(self.key.clone(), self.value.clone(), lengths)
-
 
 class DecodingCache:
     """State of `Retro.decode` and `RetroFitted.decode`. `length` tokens of `batch_size` sequences have been read.

@@ -3,10 +3,10 @@ chunked cross-attention token by token."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import InputError, RetroConfig
@@ -133,8 +133,9 @@ class DecodingStep:
         if not start and not tokens.is_meta:
             _check_at_hand(model)
         self._model, self._cache, self._completed = model, cache, completed
-        self._segments = _segments(start, count, size)
+        self._first_row = start % size + 1  # of the rows of the chunk attended to so far
         self._encoded: Tensor | None = None
+        self._lengths: Tensor | None = None
         self._last_states: Tensor | None = None
 
     def contribution(self, number: int, norm: nn.Module, cca: ChunkedCrossAttention, x: Tensor) -> Tensor:
@@ -142,22 +143,35 @@ class DecodingStep:
 
         The layers come in order: the first one encodes the neighbours of the chunks that these tokens complete.
         """
-        cache, parts = self._cache, []
+        cache, size = self._cache, self._model.config.chunk_size
         if number == self._model.config.cca_layers[0]:
             self._encode(x)
-        chunks = [cache.neighbours.get(number), *self._projected(cca)]
         if number not in cache.position_terms:
             cache.position_terms[number] = cca.position_terms()
         terms, x = cache.position_terms[number], norm(x)
-        for chunk, (first_row, start, stop) in zip(chunks, self._segments, strict=True):
-            rows = x[:, start:stop]
-            if chunk is None or start == stop:
-                parts.append(torch.zeros_like(rows))
-            else:
-                parts.append(cca.attend_rows(rows, first_row, chunk.key, chunk.value, chunk.lengths, terms))
-        if self._completed:
-            last = chunks[-1]
-            cache.neighbours[number] = None if last is None else last.detached(self._last_states)
+
+        def attended(near: ChunkNeighbours | None, rows: Tensor, first_row: int = 0) -> Tensor:
+            if near is None or not rows.shape[1]:
+                return torch.zeros_like(rows)
+            return cca.attend_rows(rows, first_row, near.key, near.value, near.lengths, terms)
+
+        before = cache.neighbours.get(number)
+        if not self._completed:
+            return attended(before, x, self._first_row)
+        # A chunk's last token is the first that attends to it. These chunks but for the last one have all their rows,
+        # which is a forward pass, whose first rows come before all chunks.
+        last, whole, cut = self._last(cca), self._completed - 1, size - self._first_row
+        begun, between, rest = x.tensor_split((cut, cut + whole * size), 1)
+        parts = [attended(before, begun, self._first_row)]
+        if whole and self._encoded is not None:
+            lengths = None if self._lengths is None else self._lengths[:, :-1]
+            parts.append(
+                cca(F.pad(between, (0, 0, size - 1, 0)), self._encoded[:, :-1], lengths)[:, size - 1 :]
+            )
+        else:
+            parts.append(torch.zeros_like(between))
+        parts.append(attended(last, rest))
+        cache.neighbours[number] = last
         return torch.cat(parts, 1)
 
     def _encode(self, x: Tensor) -> None:
@@ -165,18 +179,19 @@ class DecodingStep:
         held = x if cache.conditioning is None else torch.cat((cache.conditioning, x), 1)
         cache.conditioning = held[:, read:].clone()
         if self._found is not None:
-            self._encoded = self._model.encode(self._found[0], held, self._found[1])
-            self._last_states = self._encoded[:, -1].clone()
+            found, self._lengths = self._found
+            self._encoded = self._model.encode(found, held, self._lengths)
 
-    def _projected(self, cca: ChunkedCrossAttention) -> list[ChunkNeighbours | None]:
-        encoded = self._encoded
-        if encoded is None or self._found is None:
-            return [None] * self._completed
-        lengths = [None] * self._completed if self._found[1] is None else self._found[1].unbind(1)
-        if cca.absorbs(encoded.shape[2], encoded.device, decoding_batch=encoded.shape[0]):
-            return [ChunkNeighbours(x, None, n) for x, n in zip(encoded.unbind(1), lengths, strict=True)]
-        pairs = zip(*(states.unbind(1) for states in cca.keys_and_values(encoded)), lengths, strict=True)
-        return [ChunkNeighbours(key, value, n) for key, value, n in pairs]
+    def _last(self, cca: ChunkedCrossAttention) -> ChunkNeighbours | None:
+        """Of the last chunk that these tokens complete. It keeps no other chunk's memory alive."""
+        if self._encoded is None:
+            return None
+        if self._last_states is None:  # which all layers share
+            self._last_states = self._encoded[:, -1].clone()
+        states, lengths = self._last_states, None if self._lengths is None else self._lengths[:, -1].clone()
+        if cca.absorbs(states.shape[1], states.device, decoding_batch=states.shape[0]):
+            return ChunkNeighbours(states, None, lengths)
+        return ChunkNeighbours(*cca.keys_and_values(states), lengths)
 
 
 def _check_at_hand(model: Retrieving) -> None:
@@ -214,13 +229,3 @@ def _check_types(name: str, tokens: Any, neighbours: Any) -> None:
         raise TypeError(
             f"{name}: neighbours holds ({kinds}); it must be a NeighbourBatch of tensors, or (tokens, lengths or None)."
         )
-
-
-def _segments(start: int, count: int, size: int) -> list[tuple[int, int, int]]:
-    """Tokens start … start + count − 1 by the chunk they attend to: (first row, from, to), relative to start.
-
-    The first segment always belongs to the chunk attended to so far, and may be empty.
-    """
-    boundaries = (t + size - 1 - start for t in range(start // size * size, start + count - size + 1, size))
-    cuts = [0, *boundaries, count]
-    return [((start + cut + 1) % size, cut, end) for cut, end in pairwise(cuts)]
