@@ -12,6 +12,9 @@ What is guarded, and what it has caught or would catch:
 - matrix instructions in the hot loop: warpgroup ones on sm_90 where they are committed, never none.
 - spills in the innermost loop with matrix products (else of memory): none forward, at most 8 backward. With one key
   set Triton drops the loop over the sets: a kernel whose matrix products are in no loop counts as a whole.
+- stack: none forward, at most 128 bytes backward: what is spilled, wherever.
+- loads: tiles of keys, values and their gradients go by TMA, at least two each in the hot loop, as many as committed;
+  besides, and without TMA, one load there is narrower than 128 bits, that of a length. More: alignment was lost.
 - overwritten operands: none. ptxas 12.8 gives registers of a warpgroup product's operand that stays the same through a
   loop to other values of the loop as well, so from the second round on the product is made of those.
 - atomics: none, since they would make results depend on the order of the programs. Bitwise ones in shared memory, by
@@ -49,11 +52,20 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 ARCHITECTURES = (80, 90, 100)
-LIMITS = {"compile_s": 10.0, "instructions": 300, "tolerance": 0.15, "registers": 65536}
+LIMITS = {
+    "compile_s": 10.0,
+    "instructions": 300,
+    "tolerance": 0.15,
+    "registers": 65536,
+    "stack": 128,
+    "tiles": 2,
+    "narrow": 1,
+}
 # bytes of shared memory: of one program, and of a multiprocessor (CUDA C++ programming guide, compute capabilities)
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200: decoding splits its keys by them
 MATRIX = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
+TMA = ("UTMALDG", "UTMASTG")
 ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UTMAREDG|SUATOM|SURED)(\.|$)|ATOMS(?!\.(AND|OR|XOR))")
 
 
@@ -305,7 +317,12 @@ def compile_launch(launch: Launch, arch: int) -> tuple[str, str, dict[str, Any]]
             ).stdout
             for option in ("-res-usage", "-sass")
         )
-    more = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps, "compile_s": seconds}
+    more = {
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "tma": any("tensordesc" in str(of) for of in signature.values()),
+        "compile_s": seconds,
+    }
     return sass, usage, more
 
 
@@ -408,6 +425,10 @@ def overwritten_operands(lines: list[tuple[int, str, str]]) -> int:
     return len(found)
 
 
+def _narrow(op: str) -> bool:
+    return op.split(".")[0] in ("LDG", "LDGSTS") and ".128" not in op
+
+
 def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
     """Counts in all and in the hot loop: the innermost loop with most matrix products, else with memory accesses.
 
@@ -433,6 +454,9 @@ def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
         "matrix_hot": dict(
             sorted(Counter(x for x in (op.split(".")[0] for op in hot) if x in MATRIX).items())
         ),
+        "tma_hot": dict(sorted(Counter(x for x in (op.split(".")[0] for op in hot) if x in TMA).items())),
+        # of a kernel that is hot as a whole, most would be those of its beginning
+        "narrow_hot": 0 if inner == [everywhere] else sum(map(_narrow, hot)),
         "spills": _count(ops, "LDL", "STL"),
         "spills_hot": max((_count(body, "LDL", "STL") for body in bodies), default=0),
         "overwritten": overwritten_operands(lines),
@@ -487,6 +511,18 @@ def failed(row: dict[str, Any]) -> list[str]:
     allowed = 8 if "bwd" in kernel else 0
     if row["spills_hot"] > allowed:
         missed.append(f"spills: {row['spills_hot']} in the hot loop, allowed {allowed}")
+    stack = LIMITS["stack"] if "bwd" in kernel else 0
+    if row["stack"] > stack:
+        missed.append(f"stack: {row['stack']} bytes, allowed {stack}")
+    if kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel"):
+        moves = TMA[: 2 if "bwd" in kernel else 1] if row["tma"] else ()
+        missed += [
+            f"TMA: {row['tma_hot'].get(x, 0)} {x} in the hot loop"
+            for x in moves
+            if row["tma_hot"].get(x, 0) < LIMITS["tiles"]
+        ]
+        if row["narrow_hot"] > LIMITS["narrow"]:
+            missed.append(f"narrow loads: {row['narrow_hot']} in the hot loop, allowed {LIMITS['narrow']}")
     if row["overwritten"]:
         missed.append(f"overwritten operands: of {row['overwritten']} products")
     if row["atomics"]:
@@ -509,11 +545,15 @@ def changed(row: dict[str, Any], before: dict[str, Any]) -> list[str]:
         found.append(f"instructions: {row['instructions']}, committed {before['instructions']}")
     if row["matrix_hot"] != before["matrix_hot"]:
         found.append(f"matrix: {row['matrix_hot']} in the hot loop, committed {before['matrix_hot']}")
+    if row["tma_hot"] != before["tma_hot"]:
+        found.append(f"TMA: {row['tma_hot']} in the hot loop, committed {before['tma_hot']}")
     return found
 
 
 MEASURE = {
     "spills": "spills_hot",
+    "stack": "stack",
+    "narrow loads": "narrow_hot",
     "registers": "registers",
     "shared memory": "shared",
     "compiler": "compile_s",

@@ -107,12 +107,19 @@ def row(text: str, **changes: Any) -> dict[str, Any]:
         "stack": 0,
         "shared": 40 * 1024,
         "warps": 4,
+        "tma": True,
         "compile_s": 1.5,
     }
     return good | static.read_sass(text) | changes
 
 
-HOT = ["HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8] ", "@P1 LDG.E R2, desc[UR4][R2.64] "]
+HOT = [
+    "HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR8] ",
+    "@P1 LDG.E R2, desc[UR4][R2.64] ",
+    "LDGSTS.E.BYPASS.128 [R7], desc[UR4][R2.64] ",
+    *["UTMALDG.3D [UR8], [UR4] "] * 2,
+]
+STORES = ["UTMASTG.3D [UR8], [UR4] "] * 2
 
 
 def test_a_good_kernel_passes() -> None:
@@ -137,6 +144,19 @@ def test_a_good_kernel_passes() -> None:
         (sass(HOT), {"shared": 240 * 1024, "wanted": 1}, "shared memory"),
         (sass(HOT), {"shared": 60 * 1024}, "shared memory"),
         (sass(HOT), {"compile_s": 33.0}, "compiler: 33.0 s"),
+        (sass(HOT), {"stack": 8}, "stack: 8 bytes, allowed 0"),
+        (
+            sass(HOT),
+            {"stack": 136, "kernel": "_cca_bwd_kernel", "wanted": 2},
+            "stack: 136 bytes, allowed 128",
+        ),
+        (sass(HOT[:-1]), {}, "TMA: 1 UTMALDG"),
+        (sass([*HOT, STORES[0]]), {"kernel": "_cca_bwd_kernel", "wanted": 2}, "TMA: 1 UTMASTG"),
+        (
+            sass([*HOT, "LDGSTS.E.64 [R7], desc[UR4][R2.64] "]),
+            {},
+            "narrow loads: 2 in the hot loop, allowed 1",
+        ),
         (sass([*HOT, "MUFU.EX2 R6, R9 "]), {}, "overwritten operands: of 1"),
         (sass([*HOT, "@P0 LDS.128 R4, [R9] "]), {}, "overwritten operands: of 1"),
     ],
@@ -152,7 +172,7 @@ def test_what_is_no_fault() -> None:
     assert claimed["atomics"] == 0
     outside = row("        /*fff0*/                   LDL R55, [R1] ;\n" + sass(HOT))
     assert outside["spills"] == 1 and outside["spills_hot"] == 0
-    few = row(sass([*HOT, *["STL [R1], R5 "] * 8]), kernel="_cca_bwd_kernel", wanted=2)
+    few = row(sass([*HOT, *STORES, *["STL [R1], R5 "] * 8]), kernel="_cca_bwd_kernel", wanted=2)
     assert static.failed(few) == []
     one_set = row(sass(HOT, loop=False))
     assert one_set["matrix_hot"] == {"HGMMA": 1} and static.failed(one_set) == []
@@ -180,6 +200,10 @@ def test_comparison_with_committed() -> None:
     grown = row(sass(HOT, 470))
     assert static.check({"a": grown}, file, "3.7.1") == ["a: instructions: 470, committed 400"]
     assert static.check({"a": grown}, file, "9.9.9") == []  # another version: absolute guards alone
+    more = row(sass([*HOT, HOT[-1]]))
+    assert static.check({"a": more}, file, "3.7.1") == [
+        "a: TMA: {'UTMALDG': 3} in the hot loop, committed {'UTMALDG': 2}"
+    ]
     spilling = row(sass([*HOT, "LDL R55, [R1] "]))
     assert len(static.check({"a": spilling}, file, "9.9.9")) == 1
     file["known"] = {"a": {"figures": {"spills": 1}, "reason": "on purpose"}}
