@@ -46,20 +46,19 @@ _FIRST_LINE = 1 << 20  # bytes of it that are looked at
 _PART = 4 << 20  # characters compared between two savings: a second's work
 
 
-class _Words:
+class _Words(dict[str, int]):
     """A 64-bit hash for each word, computed once."""
 
-    def __init__(self) -> None:
-        self._known: dict[str, int] = {}
+    def __missing__(self, word: str) -> int:
+        made = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        self[word] = made
+        return made
 
     def __call__(self, text: str) -> np.ndarray:
-        known = self._known
         words = terms(text, pairs=False)
-        for word in set(words) - known.keys():
-            known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        hashes = np.fromiter(map(known.__getitem__, words), np.uint64, len(words))
-        if len(known) > 4_000_000:  # a stream of numbers and names need not stay in memory
-            known.clear()
+        hashes = np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
+        if len(self) > 4_000_000:  # a stream of numbers and names need not stay in memory
+            self.clear()
         return hashes
 
 

@@ -9,6 +9,7 @@ import lzma
 import math
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ def test_jaccard_of_hashes_is_that_of_strings(seed: int, length: int) -> None:
         want = len(grams(a) & grams(b)) / len(union) if union else 0.0
         assert jaccard(x, y) == pytest.approx(want)
         assert len(x) == len(grams(a))
+
+
+def test_a_document_takes_no_longer_after_many_words() -> None:
+    hashes, text = _Words(), " ".join(f"w{i}" for i in range(50))
+
+    def seconds() -> float:
+        hashes(text)  # what is new is hashed here
+        start = time.process_time()
+        for _ in range(200):
+            hashes(text)
+        return time.process_time() - start
+
+    before = seconds()
+    hashes(" ".join(f"x{i}" for i in range(300_000)))
+    assert seconds() < 10 * before + 0.1  # a pass over all that is known takes 500 times as long
 
 
 def test_case_and_punctuation_do_not_matter(seed: int) -> None:
