@@ -43,7 +43,7 @@ _UNTRAINABLE = re.compile(
     "[\0\t\r\u2581\u2585]+"
 )  # NUL, U+2585: SentencePiece's own marks; the others are above
 _SAMPLE_CHARS = 4096  # length of a training sample: long enough to hold line ends and indentation
-_SEGMENT_CHARS = 1 << 16
+_SEGMENT_CHARS = 1 << 9  # SentencePiece sorts the merges of all it is given: of 64 Ki a fifth slower
 _PROBE = (
     "  a  b\n\n\tc\r\n"
     + "".join(map(chr, range(33)))
