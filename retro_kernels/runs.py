@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import PLACES, InputError, TrainConfig, write_whole
-from .data.corpus import Document
+from .data.corpus import Document, reader_of
 from .data.packing import IGNORE, TokenDocuments
 from .data.text import Text as Text
 from .data.text import note as note
@@ -439,8 +439,6 @@ def text_of(
     leave_out: Sequence[str] = (),
 ) -> Text:
     """`documents`, or where there are none given those of the paths `data`, which are checked. Else see `Text`."""
-    from .retrieval.build import reader_of
-
     given = None if documents is None else list(documents)  # they are read more than once
     reader = (lambda report: iter(given)) if given is not None else reader_of(data, (), (), leave_out)
     return Text(reader, nothing, show=show)

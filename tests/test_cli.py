@@ -36,6 +36,17 @@ def test_help_imports_nothing_heavy() -> None:
     assert "--num-neighbours" in done.stdout and done.stderr == ""
 
 
+def test_dedup_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+    words = ["dedup", "--data", str(tmp_path), "--against", str(tmp_path)]
+    code = (
+        f"import sys\nfrom retro_kernels import cli\nstatus = cli.main({words})\n"
+        "sys.exit(status or len({'torch', 'faiss'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 of 1 documents are copies" in done.stdout, done.stderr
+
+
 def test_presets_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--help") == 0
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")

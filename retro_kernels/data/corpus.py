@@ -189,6 +189,58 @@ def read_documents(
     return _read(checked, wanted, report)
 
 
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Document]
+Reader = Callable[[ReadReport], Iterator[Document]]
+
+
+def reader_of(
+    paths: Source, include: Sequence[str], exclude: Sequence[str], leave_out: Sequence[str]
+) -> Reader:
+    """A function that reads the documents; it can be called again, stdin and pipes included."""
+    entries: Any = one_or_more(paths)
+    if entries and all(isinstance(entry, Document) for entry in entries):
+        return lambda report: _count(entries, report)
+    options: Any = {"include": include, "exclude": exclude, "leave_out": leave_out}
+    read_documents(entries, **options)  # checks the paths, reads nothing
+    if not any(map(_once, entries)):
+        return lambda report: read_documents(entries, **options, report=report)
+    kept: dict[Any, tuple[list[Document], ReadReport]] = {}
+
+    def read(report: ReadReport) -> Iterator[Document]:
+        for entry in entries:
+            if not _once(entry):
+                yield from read_documents(entry, **options, report=report)
+                continue
+            if entry not in kept:
+                own = ReadReport()
+                kept[entry] = list(read_documents(entry, report=own)), own
+            documents, own = kept[entry]
+            report.add(own)
+            yield from _count(documents, report)
+
+    return read
+
+
+def _once(path: str | os.PathLike[str]) -> bool:
+    """Whether it can be read but once: stdin, or a pipe."""
+    return path == "-" or not (os.path.isfile(path) or os.path.isdir(path))
+
+
+def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
+    for document in documents:
+        if not document.text.strip():
+            report.skip(_EMPTY, document.title)
+            continue
+        try:
+            size = len(document.text.encode())
+        except UnicodeEncodeError:
+            report.skip(LONE_SURROGATES, document.title)
+            continue
+        report.documents += 1
+        report.text_bytes += size
+        yield document
+
+
 def _own_kind(folder: str) -> str | None:
     """Which of `_OWN_FOLDERS` it is, if any."""
     for kind, names in _OWN_FOLDERS.items():

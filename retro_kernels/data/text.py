@@ -26,7 +26,7 @@ class Text:
         name: str = "",
         show: bool = True,
     ) -> None:
-        """reader: see `retrieval.build.reader_of`. nothing: begins the message where there is no text. name: tells it
+        """reader: see `corpus.reader_of`. nothing: begins the message where there is no text. name: tells it
         from another text of the same job."""
         self._reader, self._nothing, self._name, self._show = reader, nothing, name, show
         self._characters: int | None = None

@@ -26,7 +26,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,13 +36,13 @@ import numpy as np
 
 from retro_kernels.config import InputError, as_integer
 from retro_kernels.data.corpus import (
-    LONE_SURROGATES,
     Document,
     Fingerprint,
+    Reader,
     ReadReport,
+    Source,
     document_hash,
-    one_or_more,
-    read_documents,
+    reader_of,
 )
 from retro_kernels.data.text import note, progress_bar
 from retro_kernels.data.tokenizer import TextSampler, Tokenizer, check_vocab_size, token_dtype
@@ -87,8 +87,6 @@ _EXACT_SAMPLE = 1 << 16  # vectors among which the speed of an exact search is m
 _PLAN, _LOCK = "plan.json", "lock"
 APPEND = ".append"
 """Ends the name of the set in which documents are embedded that are to be added to one."""
-
-Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Sequence[Document]
 
 
 def build_retrieval_set(
@@ -290,9 +288,6 @@ class Corpus:
     sampler: TextSampler | None = None
 
 
-Reader = Callable[[ReadReport], Iterator[Document]]
-
-
 def own_folders(out: str | os.PathLike[str]) -> list[str]:
     """Where `out` and the work on it lie: nothing to be read as text."""
     name = os.path.realpath(out)
@@ -301,54 +296,6 @@ def own_folders(out: str | os.PathLike[str]) -> list[str]:
 
 def _work_folder(name: str) -> str:
     return name + ".build"
-
-
-def reader_of(
-    paths: Source, include: Sequence[str], exclude: Sequence[str], leave_out: Sequence[str]
-) -> Reader:
-    """A function that reads the documents; it can be called again, stdin and pipes included."""
-    entries: Any = one_or_more(paths)
-    if entries and all(isinstance(entry, Document) for entry in entries):
-        return lambda report: _count(entries, report)
-    options: Any = {"include": include, "exclude": exclude, "leave_out": leave_out}
-    read_documents(entries, **options)  # checks the paths, reads nothing
-    if not any(map(_once, entries)):
-        return lambda report: read_documents(entries, **options, report=report)
-    kept: dict[Any, tuple[list[Document], ReadReport]] = {}
-
-    def read(report: ReadReport) -> Iterator[Document]:
-        for entry in entries:
-            if not _once(entry):
-                yield from read_documents(entry, **options, report=report)
-                continue
-            if entry not in kept:
-                own = ReadReport()
-                kept[entry] = list(read_documents(entry, report=own)), own
-            documents, own = kept[entry]
-            report.add(own)
-            yield from _count(documents, report)
-
-    return read
-
-
-def _once(path: str | os.PathLike[str]) -> bool:
-    """Whether it can be read but once: stdin, or a pipe."""
-    return path == "-" or not (os.path.isfile(path) or os.path.isdir(path))
-
-
-def _count(documents: Iterable[Document], report: ReadReport) -> Iterator[Document]:
-    for document in documents:
-        if not document.text.strip():
-            report.skip("empty", document.title)
-            continue
-        try:
-            size = len(document.text.encode())
-        except UnicodeEncodeError:
-            report.skip(LONE_SURROGATES, document.title)
-            continue
-        report.documents += 1
-        report.text_bytes += size
-        yield document
 
 
 def _unique(

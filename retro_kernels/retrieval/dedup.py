@@ -28,10 +28,9 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, document_hash, one_or_more
+from retro_kernels.data.corpus import Document, document_hash, one_or_more, reader_of
 from retro_kernels.data.text import Text, progress_bar, taken_up
 from retro_kernels.data.words import terms
-from retro_kernels.retrieval.build import reader_of
 from retro_kernels.retrieval.writing import Journal, check_no_folder, journal
 
 N = 13

@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from retro_kernels.config import InputError
-from retro_kernels.data.corpus import Document, Fingerprint, ReadReport, document_hash, one_or_more
+from retro_kernels.data.corpus import (
+    Document,
+    Fingerprint,
+    ReadReport,
+    Source,
+    document_hash,
+    one_or_more,
+    reader_of,
+)
 from retro_kernels.ops._backend import pick_device
 from retro_kernels.retrieval import store as files
 from retro_kernels.retrieval.build import (
@@ -26,13 +34,11 @@ from retro_kernels.retrieval.build import (
     Builder,
     Corpus,
     Options,
-    Source,
     Start,
     build_from,
     check_factory_of,
     measure_exact,
     own_folders,
-    reader_of,
 )
 from retro_kernels.retrieval.embedder import TextEmbedder, embedder_in_words, load_described
 from retro_kernels.retrieval.index import EXACT, Index, check_factory, check_recall

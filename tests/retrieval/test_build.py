@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from retro_kernels.config import InputError
 from retro_kernels.data import text as text_module
-from retro_kernels.data.corpus import Document, ReadReport
+from retro_kernels.data.corpus import Document, ReadReport, reader_of
 from retro_kernels.data.tokenizer import Tokenizer
 from retro_kernels.retrieval import build as build_module
 from retro_kernels.retrieval import embedder as embedder_module
@@ -197,7 +197,7 @@ def test_a_pipe_is_read_once(tmp_path):
     file.write_text("more text")
     writer = threading.Thread(target=pipe.write_text, args=("piped text",), daemon=True)
     writer.start()
-    reader = build_module.reader_of([pipe, file], (), (), ())
+    reader = reader_of([pipe, file], (), (), ())
     found = [[(d.title, d.text) for d in reader(ReadReport())] for _ in range(2)]
     assert found[0] == found[1] == [("pipe", "piped text"), ("a.txt", "more text")]
     writer.join()
@@ -208,7 +208,7 @@ def test_the_first_that_was_left_out_is_named(tmp_path, monkeypatch):
     (tmp_path / "empty.txt").write_text(" ")
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b" ")))
     report = ReadReport()
-    assert not list(build_module.reader_of([tmp_path, "-"], (), (), ())(report))
+    assert not list(reader_of([tmp_path, "-"], (), (), ())(report))
     assert report.skipped == {"empty": 2} and report.examples == {"empty": str(tmp_path / "empty.txt")}
 
 
