@@ -81,6 +81,9 @@ from retro_kernels.retrieval.writing import (
 )
 
 SHARD_CHUNKS = 1024  # ten seconds of a slow processor: what an interrupted build loses at most
+_CUT_SHARDS = (
+    16  # as many are cut in a second, and six files brought to the disk would take a good part of each
+)
 _UNSORTED = 1 << 16  # hashes of documents that are kept aside before they are sorted
 _EXACT_FALLBACK = 1_000_000  # vectors: 15 ms of a core for a query (bench/results/retrieval.json)
 _EXACT_SAMPLE = 1 << 16  # vectors among which the speed of an exact search is measured
@@ -656,7 +659,7 @@ class Builder:
         tokenizer: Tokenizer,
         chunk_size: int,
     ) -> None:
-        """Documents → rows of `chunk_size` tokens, saved every `shard_chunks` rows."""
+        """Documents → rows of `chunk_size` tokens, saved every few shards of them."""
         state = self.state()
         if state.done:
             return
@@ -674,7 +677,7 @@ class Builder:
                     continue
                 writer.add(text_hash, _title(document), document.text, tokenizer)
                 state.read = number + 1
-                if state.chunks - saved >= self.shard_chunks:
+                if state.chunks - saved >= _CUT_SHARDS * self.shard_chunks:
                     writer.save()
                     save_json(self.journal, vars(state))
                     saved = state.chunks

@@ -48,6 +48,7 @@ KILLED_EVERYWHERE = """
     import retro_kernels.retrieval.index, sentencepiece, faiss, torch
 
     folder, model = Path(sys.argv[1]), sys.argv[2]
+    build_module._CUT_SHARDS = 1
     corpus, other = documents(5, 16), documents(6, 5)
     steps = 0
 
@@ -712,6 +713,16 @@ def test_a_part_with_a_trained_index_is_taken_up(model, tmp_path, expected, monk
     assert contents(tmp_path / "set") == contents(tmp_path / "direct")
     build(CORPUS, tmp_path / "other", tokenizer=model, index="IVF2,SQfp16")  # what was taken is not taken up
     assert contents(tmp_path / "other") == expected
+
+
+def test_cutting_is_saved_every_few_shards(model, tmp_path, expected, monkeypatch):
+    saves, save = [], writing.ChunkWriter.save
+    monkeypatch.setattr(
+        writing.ChunkWriter, "save", lambda self: saves.append(self.state.chunks) or save(self)
+    )
+    build(CORPUS, tmp_path / "set", tokenizer=model, shard_chunks=2, index="IVF2,SQfp16")
+    assert contents(tmp_path / "set") == expected
+    assert saves and all(b - a >= 32 for a, b in zip([0, *saves], saves, strict=False))
 
 
 def test_what_was_trained_for_another_index_is_not_taken(model, tmp_path, expected, monkeypatch):
