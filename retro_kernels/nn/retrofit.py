@@ -340,15 +340,10 @@ class RetroFitted(Retrieving):
                 f"RetroFitted: base is {type(self.base).__name__}, which gives no logits; take the model that "
                 "AutoModelForCausalLM gives."
             )
-        if some:
-            result.logits = result.logits[:, kept]
-        elif lead:
-            result.logits, first = result.logits[:, 1:], result.logits[:, 0].clone()
-            result.logits[:, 0] = torch.where(tokens[:, :1] == 0, first, result.logits[:, 0])
-        if pad := self.config.pad_id:
-            first, logits = result.logits[..., 0].clone(), result.logits
-            logits[..., 0] = logits[..., pad]
-            logits[..., pad] = first
+        logits, starts = result.logits, tokens[:, :1] == 0 if lead and not some else None
+        if starts is not None or self.config.pad_id:
+            logits = _InOurIds.apply(logits, self.config.pad_id, starts)
+        result.logits = logits[:, kept if some else slice(lead, None)]
         return result
 
     def _turn(self) -> threading.RLock:
@@ -419,6 +414,39 @@ class RetroFitted(Retrieving):
         if hasattr(output, "_replace"):  # a named tuple
             return output._replace(**{output._fields[0]: attended})
         return type(output)((attended, *output[1:]))
+
+
+class _InOurIds(torch.autograd.Function):
+    """The base's logits [B, N, V], written in place: those of token 0 and token `pad` change places, and where `starts`
+    [B, 1] says that a row's first token is no text, the logits behind it are those behind the base's own before it.
+
+    Of what is written in place autograd copies the whole gradient, time and again; here it is copied once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, pad: int, starts: Tensor | None) -> Tensor:
+        ctx.mark_dirty(logits)
+        ctx.pad, ctx.starts = pad, starts
+        if starts is not None:
+            logits[:, 1] = torch.where(starts, logits[:, 0], logits[:, 1])
+        return _exchange(logits, pad)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        gradient = _exchange(gradient.clone(memory_format=torch.contiguous_format), ctx.pad)
+        if ctx.starts is not None:
+            gradient[:, 0] += gradient[:, 1].masked_fill(~ctx.starts, 0)
+            gradient[:, 1] = gradient[:, 1].masked_fill(ctx.starts, 0)
+        return gradient, None, None
+
+
+def _exchange(logits: Tensor, pad: int) -> Tensor:
+    """Those of tokens 0 and `pad`, in place."""
+    if pad:
+        first = logits[..., 0].clone()
+        logits[..., 0] = logits[..., pad]
+        logits[..., pad] = first
+    return logits
 
 
 _OF_THE_BASE = ("vocab_size", "dim", "num_layers")

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from retro_kernels import InputError, NeighbourBatch, RetroFitted
 from retro_kernels.config import default_cca_layers
@@ -352,6 +353,51 @@ def test_end_of_text_and_zero_are_exchanged(seed: int) -> None:
     narrow = neighbours._replace(tokens=neighbours.tokens.to(torch.uint16))
     assert torch.equal(model(x.to(torch.uint8), narrow), model(x, neighbours))
     model(x, neighbours).sum().backward()
+
+
+class _Made(TorchDispatchMode):
+    """Counts the tensors made with at least `size` elements; views are none."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and made.numel() >= self.size:
+            self.count += made.untyped_storage().data_ptr() not in given
+        return made
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+@pytest.mark.parametrize("bos", [None, 5])
+def test_gradients_of_logits_in_our_ids(seed: int, bos: int | None, kept: int) -> None:
+    """Those of the base's logits, moved with them; all are copied once, and once more where one comes before them."""
+    base, end = base_model("Llama, grouped heads").double(), 57
+    model = fitted(base, bos_id=bos, pad_id=end, freeze=False)
+    x = torch.randint(1, V, (64, 14))
+    x[0, 0], x[:, 5] = 0, end
+    order = torch.arange(V)
+    order[[0, end]] = torch.tensor([end, 0])
+    lead = x.new_full((64, int(bos is not None)), bos or 0)
+    theirs = base(torch.cat((lead, order[x]), 1)).logits[..., order]
+    if bos is not None:
+        first = torch.where(x[:, :1, None] == 0, theirs[:, :1], theirs[:, 1:2])
+        theirs = torch.cat((first, theirs[:, 2:]), 1)
+    theirs = theirs[:, -kept:]
+    given = torch.randn_like(theirs)
+    before, weights = given.clone(), list(base.parameters())
+    expected = torch.autograd.grad(theirs, weights, given)
+    logits = model(x, logits_to_keep=kept)
+    torch.testing.assert_close(logits, theirs)
+    torch.testing.assert_close(torch.autograd.grad(logits, weights, given), expected)
+    assert torch.equal(given, before)
+    logits = model(x)
+    given = torch.randn_like(logits)
+    with _Made(logits.numel()) as copies:
+        torch.autograd.grad(logits, base.lm_head.weight, given)
+    assert copies.count == (1 if bos is None else 2)
 
 
 @all_kinds
