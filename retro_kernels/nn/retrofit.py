@@ -111,7 +111,9 @@ class RetroFitted(Retrieving):
             nn.init.zeros_(self._cca(number)[1].o_proj.weight)
         like = self.input_embedding().weight
         for part in (self.added, self.encoder):
-            _cast_parameters(part.to(like.device), like.dtype)
+            if torch.get_default_device().type != "meta":  # of `from_pretrained`, or of who fills it himself
+                part.to(like.device)
+            _cast_parameters(part, like.dtype)
 
     def forward(
         self,
@@ -289,10 +291,10 @@ class RetroFitted(Retrieving):
             _cast_parameters(base, dtype)
         _check_same_base(saved, _description(base), folder)
         fields = {name: value for name, value in config.to_dict().items() if name not in _OF_THE_BASE}
-        model = cls(base, freeze=not owned, bos_id=saved.get("bos_id"), backend=backend, **fields)
+        with torch.device("meta"):
+            model = cls(base, freeze=not owned, bos_id=saved.get("bos_id"), backend=backend, **fields)
         device_of_base = model.input_embedding().weight.device
-        weights = saving.read_weights(folder, model._added_weights(), device_of_base, dtype)
-        model.load_state_dict(weights, strict=False, assign=True)
+        saving.load_weights(model, folder, device_of_base, dtype, model._added_weights())
         return model.to(device=device).eval()
 
     @staticmethod
@@ -663,6 +665,7 @@ def _sites(base: Any, layers: dict[int, nn.Module]) -> dict[int, _Site]:
 
                 hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         hooks.enter_context(torch.autocast(device.type, enabled=False))  # sums are compared to the last bit
+        hooks.enter_context(device)  # where the base makes masks and positions, whatever is the default
         base.eval()
         try:
             base(input_ids=torch.arange(1, 5, device=device)[None], use_cache=False)

@@ -164,10 +164,16 @@ def read_weights(
 
 
 def load_weights(
-    model: nn.Module, directory: Path, device: torch.device | str, dtype: torch.dtype | None
+    model: nn.Module,
+    directory: Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    wanted: dict[str, Tensor] | None = None,
 ) -> None:
-    """Fills `model`, which stands on the meta device, so that no weight is ever held twice or drawn at random."""
-    model.load_state_dict(read_weights(directory, model.state_dict(), device, dtype), assign=True)
+    """Fills `model`, or what of it is `wanted`, which stands on the meta device, so that no weight is ever held twice
+    or drawn at random."""
+    wanted = model.state_dict() if wanted is None else wanted
+    model.load_state_dict(read_weights(directory, wanted, device, dtype), strict=False, assign=True)
     for module in model.modules():
         if isinstance(module, DistanceTable):  # not in the file, and empty on the meta device
             module.reset_parameters(device)

@@ -537,7 +537,10 @@ def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
     model.save_pretrained(tmp_path / "fitted")
     assert (tmp_path / "fitted" / "base").exists() != freeze
     x, neighbours = random_input()
+    drawn = torch.get_rng_state()
     again = RetroFitted.from_pretrained(tmp_path / "fitted")
+    assert torch.equal(torch.get_rng_state(), drawn)  # no weight at random, to be replaced
+    assert not any(value.is_meta for value in (*again.parameters(), *again.buffers()))
     assert not again.training and again.config == model.config
     assert torch.equal(again(x, neighbours), model(x, neighbours))
     assert len(again.trainable_parameters()) == len(model.trainable_parameters())
