@@ -18,7 +18,6 @@ import pytest
 from retro_kernels import cli
 from retro_kernels.data import corpus
 from retro_kernels.data.corpus import Document
-from retro_kernels.retrieval import build as build_module
 
 CHUNK, SEQUENCE = 16, 64
 MODEL = [
@@ -132,16 +131,16 @@ class Reading:
 
 
 def watch_reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
-    reading = Reading()
+    reading, read = Reading(), corpus.read_documents
 
     def watching(*args: Any, **options: Any) -> Iterator[Document]:
-        for document in corpus.read_documents(*args, **options):
+        for document in read(*args, **options):
             made = Watched(document.title, document.text)
             reading.alive.add(made)
             reading.most = max(reading.most, len(reading.alive))
             yield made
 
-    monkeypatch.setattr(build_module, "read_documents", watching)
+    monkeypatch.setattr(corpus, "read_documents", watching)
     return reading
 
 

@@ -43,12 +43,12 @@ def test_demo(
     steps: list[int] = []
     forward = Retro.forward
 
-    def watched(model: Retro, *args: Any) -> torch.Tensor:
+    def watched(model: Retro, *args: Any, **options: Any) -> torch.Tensor:
         if model.training:
             steps.append(1)
             if len(steps) == 1:
                 os.kill(os.getpid(), signal.SIGINT)
-        return forward(model, *args)
+        return forward(model, *args, **options)
 
     monkeypatch.setattr(Retro, "forward", watched)
     words = ["demo", "--corpus", world.train, "--out", tmp_path / "d", "--embedder", "hashing:64"]
