@@ -529,6 +529,16 @@ def test_block_sizes_of_other_gpus(seed, monkeypatch, keys_first):
     compare("triton", torch.float32, batch=1, heads=1, chunk=32, length=64, size=32, tokens=64)
 
 
+@pytest.mark.parametrize(("chunk", "keys", "parts"), [(32, 32, 2), (16, 64, 2), (64, 16, 2), (128, 64, 6)])
+def test_a_window_in_parts(seed, monkeypatch, chunk, keys, parts):
+    """As a kernel with few registers makes it: each part sheared by itself, and put in its place of the tile."""
+    made, window_slice = [], tiles.window_slice
+    monkeypatch.setattr(tiles, "forward_config", lambda *_: tiles.Config(keys, 4, 2, narrow=True))
+    monkeypatch.setattr(tiles, "window_slice", lambda *given: made.append(window_slice(*given)) or made[-1])
+    compare("triton", torch.float16, batch=1, heads=1, chunk=chunk, length=64, size=16, tokens=2 * chunk)
+    assert -(-(chunk + keys - 1) // (made[0] // 2)) == parts
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype", "biased", "sets", "keys", "expected"),
     [

@@ -241,6 +241,7 @@ def _cca_bwd_kernel(
                     HAS_BIAS,
                     KEYS_FIRST,
                     FLAT,
+                    False,
                     PRECISION,
                     TMA,
                 )

@@ -79,6 +79,7 @@ def _cca_fwd_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     FLAT: tl.constexpr,
+    PARTS: tl.constexpr,
     TMA: tl.constexpr,
     RELOAD: tl.constexpr,
     STAGES: tl.constexpr,
@@ -148,6 +149,7 @@ def _cca_fwd_kernel(
                 HAS_BIAS,
                 False,
                 FLAT,
+                PARTS,
                 PRECISION,
                 TMA,
             )  # [BM, BN]
@@ -329,6 +331,8 @@ class _Forward:
             )
         flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=False)
         slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat)
+        parts = config.narrow and flat and slice_ >= 32
+        slice_ = slice_ // 2 if parts else slice_
         self._lse_shape = (g.blocks, g.num_heads, block)
         self.launches = [
             launch.Launch(
@@ -373,12 +377,14 @@ class _Forward:
                     "DROPOUT": dropout_p > 0.0,
                     "PRECISION": tiles.precision(query.dtype),
                     "FLAT": flat,
+                    "PARTS": parts,
                     "TMA": tma,
                     "RELOAD": tiles.reload(arch, query.dtype, content_bias, num_sets, num_keys, config.keys),
                     "STAGES": config.stages,
                 },
                 num_warps=config.warps,
                 num_stages=config.stages,
+                **({"maxnreg": tiles.NARROW} if config.narrow else {}),
             )
         ]
 

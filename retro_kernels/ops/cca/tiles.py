@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+NARROW = 128
+"""Registers of a thread: four programs of four warps fill a multiprocessor."""
 SLICE = 32
 """Distance columns that are sheared back at a time: a whole window would not fit into registers beside the rest."""
 
@@ -219,6 +221,18 @@ def _shear(
 
 
 @triton.jit
+def _shear_part(
+    x, OFFSET: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, X: tl.constexpr, Y: tl.constexpr
+):
+    """As a flat `_shear` of keys first, [X, BM] to rows first, [BM, Y], without a mask: whatever is read in place of
+    what lies outside of x is of no use."""
+    flat = tl.reshape(tl.permute(tl.reshape(x, (X, BM // 8, 8)), (1, 0, 2)), (BM * X,))
+    index = _linear_index(BM, Y, 8 * X + 64, 9, -64, -8) + (SHIFT - OFFSET) * 8
+    index = tl.minimum(tl.maximum(index, 0), BM * X - 1)
+    return tl.reshape(tl.gather(flat, index, 0), (BM, Y))
+
+
+@triton.jit
 def _column_sums(
     x,
     BM: tl.constexpr,
@@ -279,12 +293,14 @@ def _position_tile(
     HAS_BIAS: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     FLAT: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """What positions add to the logits of query rows o_i … and keys o_c …, in base 2; the same for every neighbour.
 
-    The query is loaded again rather than kept, since its biased copy would take registers through the hot loop.
+    The query is loaded again rather than kept, since its biased copy would take registers through the hot loop. PARTS:
+    with rows first and FLAT, the window is made in parts, of products with keys first, whose query takes no registers.
     """
     COLUMNS: tl.constexpr = TQ + TK - 1
     W: tl.constexpr = 2 * (BM if BM > BN else BN)  # no call of max, which makes no constant in Triton 3.5
@@ -336,7 +352,7 @@ def _position_tile(
             b_rel = _load_tile(
                 rel_key, i_head, first, 0, COLUMNS * D, D, COLUMNS, m_column, WS, DW, D, True, TMA
             )  # [WS, DW]
-            if KEYS_FIRST:
+            if KEYS_FIRST or PARTS:
                 by_distance = tl.dot(b_rel, tl.trans(b_q0), input_precision=PRECISION)  # [WS, BM]
             else:
                 by_distance = tl.dot(b_q0, tl.trans(b_rel), input_precision=PRECISION)  # [BM, WS]
@@ -348,7 +364,13 @@ def _position_tile(
                     by_distance = tl.dot(b_rel, tl.trans(b_q1), by_distance, input_precision=PRECISION)
                 else:
                     by_distance = tl.dot(b_q1, tl.trans(b_rel), by_distance, input_precision=PRECISION)
-            if WHOLE:
+            if PARTS:
+                part = _shear_part(by_distance, o_t, BN - 1, BM, WS, BN)
+                if o_t > 0:
+                    at = _linear_index(BM, BN, 8, 1, -8, -1) + (BN - 1 - o_t)
+                    part = tl.where(tl.reshape(at >= 0, (BM, BN)), part, tile)
+                tile = part
+            elif WHOLE:
                 tile = _shear(by_distance, 0, BN - 1, BM, WS, BN, KEYS_FIRST, False, FLAT)
             else:
                 tile += _shear(by_distance, o_t, BN - 1, BM, WS, BN, KEYS_FIRST, True, FLAT)
@@ -414,6 +436,9 @@ class Config(NamedTuple):
     """Backward: the head dimension is worked on in so many panels, which halves the live parts of dK and dV."""
     keys_first: bool = False
     """Backward: logits as [BN, BM], so that 8 warps split the keys; with rows first, 4 warps split 64 rows."""
+    narrow: bool = False
+    """Forward: at most 128 registers a thread, and of distances half a window at a time, which leaves enough of them
+    for products that overlap."""
 
 
 def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:

@@ -167,6 +167,8 @@ def candidates(direction: str, padded_dim: int) -> Iterator[Config]:
     for keys, warps, stages in itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3)):
         if direction == "forward":
             yield Config(keys, warps, stages)
+            if warps == 4 and keys >= 32:
+                yield Config(keys, warps, stages, narrow=True)
             continue
         for panels, first in itertools.product((1, 2) if padded_dim >= 64 else (1,), (False, True)):
             yield Config(keys, warps, stages, panels, first)
