@@ -21,7 +21,7 @@ from .copying import heads_needed, start_copying
 from .encoder import NeighbourEncoder
 from .layers import FeedForward, RMSNorm, TokenEmbedding, initialise
 from .positions import DistanceTable, causal_sinusoids
-from .retrieving import DecodingStep, Retrieving, cross_attention, last
+from .retrieving import DecodingStep, Retrieving, cross_attention, kept_tokens
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -151,7 +151,7 @@ class Retro(Retrieving):
         or no such tuple.
         """
         found = self.fitting_neighbours(tokens, neighbours)
-        kept = last(type(self).__name__, logits_to_keep)
+        kept = kept_tokens(type(self).__name__, logits_to_keep)
         run: Callable[..., Tensor] = self._checkpointed if self.gradient_checkpointing else _call
         x = self.dropout(self.embedding(tokens.long()))
         relative = self.config.self_attention == "relative"
@@ -191,7 +191,7 @@ class Retro(Retrieving):
         Any split of a sequence into calls gives the logits of `forward`; `logits_to_keep` as there. A chunk's
         neighbours are encoded and projected once. Raises ValueError as `forward`, before the cache is touched.
         """
-        kept = last(type(self).__name__, logits_to_keep)
+        kept = kept_tokens(type(self).__name__, logits_to_keep)
         step = DecodingStep(self, tokens, cache, neighbours)
         x = self.dropout(self.embedding(tokens.long()))
         for number, layer in self._numbered():

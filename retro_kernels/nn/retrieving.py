@@ -35,7 +35,7 @@ def cross_attention(config: RetroConfig, backend: str | None) -> tuple[RMSNorm, 
     return RMSNorm(config.dim, eps=config.norm_eps), cca
 
 
-def last(name: str, logits_to_keep: int) -> slice:
+def kept_tokens(name: str, logits_to_keep: int) -> slice:
     """Of a sequence's tokens those whose logits are asked for, checked; 0: all."""
     if logits_to_keep < 0:
         raise InputError(

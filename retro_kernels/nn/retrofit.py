@@ -28,7 +28,7 @@ from .attention import ChunkedCrossAttention
 from .cache import DecodingCache
 from .encoder import NeighbourEncoder
 from .layers import initialise, is_quantised
-from .retrieving import DecodingStep, Retrieving, cross_attention, last
+from .retrieving import DecodingStep, Retrieving, cross_attention, kept_tokens
 
 if TYPE_CHECKING:
     from ..ops import NeighbourBatch
@@ -321,7 +321,7 @@ class RetroFitted(Retrieving):
         **options: Any,
     ) -> Any:
         """The base's result with logits of `tokens` [B, N], at the beginning of a text or behind what was read."""
-        kept = last("RetroFitted", logits_to_keep)
+        kept = kept_tokens("RetroFitted", logits_to_keep)
         _refuse_compiled((self.base, *self._layers.values()))
         if not tokens.numel():
             raise InputError(

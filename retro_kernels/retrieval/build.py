@@ -81,9 +81,8 @@ from retro_kernels.retrieval.writing import (
 )
 
 SHARD_CHUNKS = 1024  # ten seconds of a slow processor: what an interrupted build loses at most
-_CUT_SHARDS = (
-    16  # as many are cut in a second, and six files brought to the disk would take a good part of each
-)
+# as many are cut in a second; to bring six files to the disk for each would take a good part of that
+_CUT_SHARDS = 16
 _UNSORTED = 1 << 16  # hashes of documents that are kept aside before they are sorted
 _EXACT_FALLBACK = 1_000_000  # vectors: 15 ms of a core for a query (bench/results/retrieval.json)
 _EXACT_SAMPLE = 1 << 16  # vectors among which the speed of an exact search is measured
