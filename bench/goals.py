@@ -82,6 +82,9 @@ def share(**fields: Any) -> Callable[[list[Row]], Found]:
     return extra("share_of_floor", **fields)
 
 
+_ABSENT = " (without "
+
+
 def over(best_of: tuple[str, ...], **fields: Any) -> Callable[[list[Row]], Found]:
     """How many times faster than the best row of these cases in the same group. Which of them has no row there, not
     even one that says why, is named: the best of fewer is less."""
@@ -92,7 +95,7 @@ def over(best_of: tuple[str, ...], **fields: Any) -> Callable[[list[Row]], Found
             there = {r["case"]: r.get("median_s") for r in rows if r["group"] == ours["group"]}
             peers = [there[name] for name in best_of if there.get(name) is not None]
             absent = [name for name in best_of if name not in there]
-            where = " ".join([_where(ours), f"(without {'; '.join(absent)})"] if absent else [_where(ours)])
+            where = f"{_where(ours)}{_ABSENT}{'; '.join(absent)})" if absent else _where(ours)
             if peers:
                 found.append((min(peers) / ours["median_s"], where))
         return found
@@ -466,14 +469,17 @@ def report(result: dict[str, Any]) -> tuple[str, int]:
 
 
 def beside(results: dict[str, dict[str, Any]]) -> str:
-    """The goals of GPUs, and what each GPU, by its name, made of them."""
+    """The goals of GPUs, and what each GPU, by its name, made of them, without which opponents, if any were absent."""
     lines = [
         "| " + " | ".join(["goal", "at least", "aim", *results]) + " |",
         "|---|---:|---:" + "|---:" * len(results) + "|",
     ]
     for goal in GPU_GOALS:
         verdicts = [goal.verdict(result["results"]) for result in results.values()]
-        cells = [f"{value}, {word}" if value else word for value, _, word in verdicts]
+        cells = [
+            f"{value}, {word}{''.join(where.partition(_ABSENT)[1:])}" if value else word
+            for value, where, word in verdicts
+        ]
         lines.append("| " + " | ".join([goal.name, *goal.limits(), *cells]) + " |")
     return "\n".join(lines)
 

@@ -608,6 +608,14 @@ def test_goals_of_gpus_beside_one_another() -> None:
     assert sum(line.endswith("| not measured | not measured |") for line in lines) == len(goals.GPU_GOALS) - 1
 
 
+def test_a_goal_over_opponents_names_those_that_were_absent() -> None:
+    some = [row(1.0, **{"pass": "forward"}), row(2.0, "SDPA efficient"), row(9.0, "SDPA math")]
+    every = [*some, row(1.5, "SDPA cudnn")]
+    lines = goals.beside({"X200": result("a", every), "X100": result("a", some)}).splitlines()
+    name = "over the best masked SDPA: forward"
+    assert f"| {name} | ≥ 1.4× | 2× | 1.5×, met | 2×, aim (without SDPA cudnn) |" in lines
+
+
 def test_an_unpacked_faiss_has_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         raise run.metadata.PackageNotFoundError(name)
