@@ -237,6 +237,28 @@ def test_slices_change_nothing(backend: str, seed: int, monkeypatch: pytest.Monk
         torch.testing.assert_close(sliced_grads[name], whole_grads[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunk", "length", "rows"), [(64, 128, 32), (64, 16, 256), (1024, 2, 16)])
+def test_a_tile_of_short_neighbours_is_one_that_triton_takes(
+    chunk: int, length: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from retro_kernels.ops.cca import absorbed_softmax
+
+    found: dict[str, Any] = {}
+    kernel = {(chunk * 8 // rows,): lambda *_, **sizes: found.update(sizes)}
+    monkeypatch.setattr(absorbed_softmax, "_cca_absorbed_softmax_bwd_kernel", kernel)
+    weights, rel = torch.empty(1, chunk * 8, length), torch.empty(1, chunk * 8, chunk + length - 1)
+    sizes: dict[str, Any] = {
+        "first": 0,
+        "block": chunk,
+        "heads": 8,
+        "neighbour_len": length,
+        "dropout_p": 0.0,
+    }
+    absorbed_softmax.softmax_backward_triton(weights, weights, rel, None, **sizes)
+    assert found["ROWS"] == rows and rows * found["BG"] <= 2**20
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_run_is_the_same(backend: str, seed: int) -> None:
     tensors = make(1, 21, 4, 2, 16, 8, 2, 16, 24, torch.float32)

@@ -175,6 +175,11 @@ def _cca_absorbed_softmax_bwd_kernel(
         tl.store(p_row + o_g, zero, mask=m_row[:, None] & outside & (o_g < GP))
 
 
+_MOST_ZEROED = 2**15
+"""Rows of a program times columns of T, of which those that a row does not read are set to 0: with very short
+neighbours a program has many rows, and Triton would compile for minutes, or refuse a tile so large."""
+
+
 def tile(rows: int, neighbour_len: int) -> dict[str, Any]:
     """Rows of a program and its warps: 4,096 logits for 128 threads, so that nothing spills and rows stay in the L1
     between the two passes."""
@@ -246,6 +251,8 @@ def softmax_backward_triton(
     if blocks > 0:
         sizes = tile(rows, neighbour_len)
         columns = 1 if grad_rel is None else grad_rel.shape[-1]
+        zeroed = triton.next_power_of_2(columns)
+        sizes["ROWS"] = min(sizes["ROWS"], max(_MOST_ZEROED // zeroed, 1))
         _cca_absorbed_softmax_bwd_kernel[(blocks * triton.cdiv(rows, sizes["ROWS"]),)](
             weights,
             grad,
@@ -259,7 +266,7 @@ def softmax_backward_triton(
             1.0 / (1.0 - dropout_p),
             M=block,
             R=neighbour_len,
-            BG=triton.next_power_of_2(columns),
+            BG=zeroed,
             GRAD_REL=grad_rel is not None,
             DROPOUT=dropout_p > 0.0,
             THRESHOLD=dropout_threshold(dropout_p),
