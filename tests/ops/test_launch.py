@@ -133,6 +133,16 @@ def test_what_cannot_be_walked_by_strides_is_copied():
     assert seen[5].is_contiguous() and torch.equal(seen[5], table)
 
 
+def test_what_tma_can_walk():
+    x = torch.empty(2, 6, 64, dtype=torch.float16)
+    for walked in (x, x[:, ::2], x.transpose(0, 1)):
+        assert tiles.can_use_tma(90, 64, 64, (x, walked))
+    narrow, spread = torch.empty(2, 6, 68, dtype=torch.float16)[..., :64], x[:1].expand(2, 6, 64)
+    for other in (narrow, x.flatten()[4:-60].view(1, -1, 64), spread):
+        assert not tiles.can_use_tma(90, 64, 64, (x, other))
+    assert not tiles.can_use_tma(80, 64, 64, (x,)) and not tiles.can_use_tma(90, 48, 64, (x,))
+
+
 @pytest.mark.parametrize("_", range(200))
 def test_slices_keep_ds_where_nothing_is_yet(seed, monkeypatch, _):
     """Every block is in one slice; dS lie in the dK of later blocks, or need little memory of their own."""

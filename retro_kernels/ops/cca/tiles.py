@@ -566,10 +566,11 @@ def architecture(device: torch.device) -> int:
 
 
 def can_use_tma(arch: int, head_dim: int, padded_dim: int, tensors: tuple[Tensor, ...]) -> bool:
-    """TMA needs sm_90, 16-byte aligned bases and strides; a padded head would run into its neighbour's columns."""
+    """TMA needs sm_90, 16-byte aligned bases and strides; a padded head would run into its neighbour's columns. A
+    stride of 0, as of an expanded tensor, is none that CUDA's documentation allows."""
     if 0 < arch < 90 or head_dim != padded_dim:
         return False
     return all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])
         for x in tensors
     )
