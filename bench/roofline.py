@@ -1,10 +1,12 @@
-"""The least time that each shape can take: bytes over bandwidth or operations over rate, whichever is longer.
+"""The floor of each shape: bytes over bandwidth or operations over rate, whichever is longer.
 
     python bench/roofline.py            # floors of this machine, with its own two ceilings measured now
     python bench/roofline.py --write    # results/predictions.json: floors and predicted times of an H200
 
 Bytes count each input read once and each output written once; operations count matrix products (a multiply and an add
-are two). Ceilings are measured in the same run as the times that are compared with them.
+are two). Ceilings are measured in the same run as the times that are compared with them. They are what a copy and a
+large product reached then, no bounds: what mostly reads can be faster than a copy, which writes as much, and on a
+machine that others use the ceilings may have met a worse moment than the times did.
 
 P attending chunks · M chunk size · K·R keys of a chunk · H heads · D head dimension · G = M + R − 1 · e bytes of an
 element.

@@ -1,7 +1,8 @@
 """How a call is timed on either kind of machine, and what else is measured about it.
 
-On a GPU: CUDA events, the median of at least 50 calls after a warm-up, over buffer sets that together exceed the L2
-several times, with the queue filled ahead so that the launches' CPU time (measured apart) leaves no gaps.
+On a GPU: CUDA events, the median of 50 calls (of 10 or more where one takes 20 ms, or as many as a case says) after a
+warm-up, over buffer sets that together exceed the L2 several times, with the queue filled ahead so that the launches'
+CPU time (measured apart) leaves no gaps.
 On a CPU: wall time.
 """
 

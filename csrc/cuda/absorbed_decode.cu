@@ -516,7 +516,8 @@ void with_grid(const AbsorbedDecode& d, cudaStream_t stream, Made made) {
                                 " wide; 512, 768, 896 and 1024 are allowed.");
 }
 
-// Of what architecture the machine code is that runs here (80, 90, …); 0 where there is none.
+// For what architecture the code that runs here was compiled to PTX (80, 90, …), which is what __CUDA_ARCH__ was then; 0
+// where there is none.
 int architecture() {
   cudaFuncAttributes code;
   if (cudaFuncGetAttributes(&code, absorbed_decode_kernel<__half, 4, 1>) == cudaSuccess) return code.ptxVersion;
