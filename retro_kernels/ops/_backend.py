@@ -165,6 +165,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, not {str(dtype)[6:]}"
     if device.type == "cuda":
+        if torch.version.hip is not None:  # whose numbers of architectures mean something else
+            return "the kernels are for NVIDIA GPUs, and this PyTorch is for AMD's"
         if INTERPRETING:
             return "TRITON_INTERPRET=1 is set, which is for tests on a CPU"
         # torch.compile folds the properties into a constant, unlike get_device_capability

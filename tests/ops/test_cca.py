@@ -529,6 +529,12 @@ def test_block_sizes_of_other_gpus(seed, monkeypatch, keys_first):
     compare("triton", torch.float32, batch=1, heads=1, chunk=32, length=64, size=32, tokens=64)
 
 
+def test_gpus_of_amd_are_refused(monkeypatch):
+    """Of which an architecture's number, 9.4 say, would pass for that of NVIDIA's."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "AMD's" in str(_backend.why_not_triton(torch.device("cuda"), torch.bfloat16))
+
+
 @pytest.mark.parametrize(("chunk", "keys", "parts"), [(32, 32, 2), (16, 64, 2), (64, 16, 2), (128, 64, 6)])
 def test_a_window_in_parts(seed, monkeypatch, chunk, keys, parts):
     """As a kernel with few registers makes it: each part sheared by itself, and put in its place of the tile."""

@@ -540,7 +540,7 @@ def _in_chain(
 ) -> tuple[bool, bool, dict[str, Any]]:
     """Of a launch of a chain, where they overlap: whether it waits for the one before it, whether it lets the next one
     begin, and Triton's options."""
-    if torch.version.hip is not None or attention_tiles.architecture(device) < 90:
+    if attention_tiles.architecture(device) < 90:
         return False, False, {}
     return not first, not last, {} if first else {"launch_pdl": True}
 

@@ -26,7 +26,7 @@ REL_SLICE = 64
 
 REL_SLOTS = 132
 """Programs of that kernel that a GPU is taken to run at a time: one for each multiprocessor of an H100. The same for
-every GPU, since the order of the sums, and with it every bit, is to depend on shapes alone."""
+every GPU: into how many parts the sums are cut, and so their order, is to depend on shapes alone."""
 
 MOST_WAVES = 4
 """Of such programs, where a single one would leave the last wave half empty. Each writes a partial sum of its own."""
