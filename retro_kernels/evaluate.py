@@ -539,7 +539,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += [f"{'RETRO ' + mode:<24}{value:>14.4f}" for mode, value in result["bits_per_byte"].items()]
     lines += [
-        f"RETRO on is better than {mode} in {count:,} of the documents"
+        f"RETRO on is better than {mode} in {count:,} of {result['documents']:,} documents"
         for mode, count in result.get("better_on", {}).items()
     ]
     if result["filtered_off"]:
@@ -549,6 +549,9 @@ def table(result: dict[str, Any]) -> str:
             lines.append(
                 f"{'r ≤ ' + alpha:<24}" + "".join(f"{'–' if x is None else f'{x:.4f}':>14}" for x in cells)
             )
+        lines.append(
+            "r: the longest run of tokens that a chunk shares with ten neighbours, as a part of the chunk"
+        )
     return "\n".join(lines)
 
 

@@ -145,6 +145,10 @@ def test_a_processor_with_bf16(world: World, tmp_path: Path, monkeypatch: pytest
         scores[dtype] = result["bits_per_byte"]
         assert result["dtype"] == said and set(seen) == {pick_dtype(said, torch.device("cpu"))}
         assert f"computed in {said}, 2 neighbours (dense)" in table(result)
+        assert f"better than off in {result['better_on']['off']} of {result['documents']} doc" in table(
+            result
+        )
+        assert table(result).splitlines()[-1].startswith("r: the longest run of tokens that a chunk shares")
     assert scores["auto"] == scores["fp32"] != scores["bf16"]
     assert scores["bf16"] == pytest.approx(scores["fp32"], rel=0.02)
     made = generate(loaded, "lomi ka " * 12, max_tokens=3, ignore_end=True, device="cpu")
