@@ -439,12 +439,17 @@ def _read_file(path: Path, title: str, report: ReadReport, *, in_folder: bool) -
             yield from _parquet_rows(file, title, str(path), report)
         elif _is_json_lines(path, file):
             yield from _json_lines(file, title, str(path), report)
-        elif in_folder and b"\0" in file.read(_SNIFF_BYTES):
+        elif in_folder and _is_binary(file.read(_SNIFF_BYTES)):
             report.skip("binary", str(path))
         else:
             if in_folder:
                 file.seek(0)
             yield from _one_document(file, title, str(path), report)
+
+
+def _is_binary(head: bytes) -> bool:
+    """UTF-16 has a NUL in every other byte, too: it is text, to be counted as what can be converted."""
+    return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
 
 def _one_document(file: IO[bytes] | Any, title: str, where: str, report: ReadReport) -> Iterator[Document]:

@@ -271,6 +271,8 @@ def test_a_pipe_is_read_to_its_end(tmp_path):
 
 def test_what_is_no_text_is_counted(tmp_path, caplog):
     (tmp_path / "latin.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 10)
+    for order in ("le", "be"):
+        (tmp_path / f"notepad-{order}.txt").write_bytes("\ufeffplain".encode(f"utf-16-{order}"))
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "blank.txt").write_bytes(b" \n\t ")
     (tmp_path / "library.so").write_bytes(b"\x7fELF\0\0")
@@ -291,7 +293,7 @@ def test_what_is_no_text_is_counted(tmp_path, caplog):
     documents, report = read(tmp_path)
     assert [text for _, text in documents] == ["fine", "good"]
     assert report.skipped == {
-        "not UTF-8": 2,
+        "not UTF-8": 4,
         "with lone surrogates": 1,
         "empty": 3,
         "binary": 1,
@@ -300,9 +302,9 @@ def test_what_is_no_text_is_counted(tmp_path, caplog):
         'without a "text"': 3,
     }
     assert r"with lone surrogates (first:" in report.warning() and r"line 6, \ud800" in report.warning()
-    assert "latin.txt, byte 3" in report.warning() and "Documents left out: 15" in report.warning()
+    assert "latin.txt, byte 3" in report.warning() and "Documents left out: 17" in report.warning()
     assert len(list(read_documents(tmp_path))) == 2
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "left out: 15" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and "left out: 17" in caplog.text
 
 
 LATER = 3 * _SNIFF_BYTES
