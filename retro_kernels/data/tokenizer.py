@@ -30,7 +30,7 @@ import numpy as np
 
 from retro_kernels.config import InputError, as_integer, write_whole
 
-from .tokenizer_json import TokenizerJson
+from .tokenizer_json import ANOTHER, TokenizerJson
 
 DEFAULT_VOCAB_SIZE = 16_384
 MAX_VOCAB_SIZE = 131_072
@@ -109,7 +109,7 @@ class Tokenizer:
         ):
             raise InputError(
                 f"Tokenizer: {self._source} loses characters or white space. A model is needed that was trained with "
-                "identity normalisation, without dummy prefix and with white space kept. Or train one on your own text."
+                f"identity normalisation, without dummy prefix and with white space kept. {ANOTHER}"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:  # workers of a DataLoader get the model itself, not a path
@@ -241,7 +241,9 @@ class _SentencePiece:
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
-            raise InputError(f"Tokenizer: {source} is not a SentencePiece model, or is damaged.") from None
+            raise InputError(
+                f"Tokenizer: {source} is not a SentencePiece model and no tokenizer.json, or is damaged. {ANOTHER}"
+            ) from None
         self._processor: Any = processor
         ids = range(processor.vocab_size())
         broken = None
@@ -250,7 +252,7 @@ class _SentencePiece:
         elif sum(map(processor.is_byte, ids)) != 256:
             broken = "it has no byte fallback (training option --byte_fallback)"
         if broken:
-            raise InputError(f"Tokenizer: {source} cannot be used: {broken}. Or train one on your own text.")
+            raise InputError(f"Tokenizer: {source} cannot be used: {broken}. {ANOTHER}")
         self.bos_id, self.eos_id, self.unk_id = processor.bos_id(), processor.eos_id(), processor.unk_id()
         self.pieces = [self._piece(i) for i in ids]
         byte_ids = {self.pieces[i][0]: i for i in ids if processor.is_byte(i)}

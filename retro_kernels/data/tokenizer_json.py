@@ -24,6 +24,9 @@ _SEGMENT_CHARS = 1 << 18  # tokenizers takes 200 bytes a character
 _BORDER = re.compile(r"[^\W\d_](?=[ \n][^\W\d_])")  # where a word ends, before another one
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
 
+ANOTHER = "Give another, or none: then one is trained on your own text."
+"""What to do about a tokenizer that cannot be used."""
+
 
 class TokenizerJson:
     """The backend of a `Tokenizer`: `pieces`, the bytes of each id (none for special ones), and `encode`."""
@@ -70,7 +73,7 @@ class TokenizerJson:
         elif any(token["lstrip"] or token["rstrip"] for token in added if not token["special"]):
             broken = "it has tokens that swallow white space"
         if broken:
-            raise InputError(f"Tokenizer: {source} cannot be used: {broken}. Or train one on your own text.")
+            raise InputError(f"Tokenizer: {source} cannot be used: {broken}. {ANOTHER}")
         self.file_pad_id: int = ends[0]
         self.pieces = [b""] * (max(vocabulary.values()) + 1)
         for token, i in vocabulary.items():

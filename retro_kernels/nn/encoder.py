@@ -101,7 +101,8 @@ class NeighbourEncoder(nn.Module):
         if tokens.ndim != 3 + len(row) or list(tokens.shape[3:]) != row or list(hidden.shape) != expected:
             raise ValueError(
                 f"NeighbourEncoder: tokens is {list(tokens.shape)} and hidden {list(hidden.shape)}; they must be "
-                f"[B, L, K, {', '.join(map(str, row))}] and [B, L, {config.chunk_size}, {config.dim}]."
+                f"[B, L, K, {', '.join(map(str, row))}] and [B, L, {config.chunk_size}, {config.dim}], of the same "
+                "sequences and chunks."
             )
         if lengths is not None and lengths.shape != tokens.shape[:3]:
             raise ValueError(

@@ -280,7 +280,9 @@ def test_files_that_are_no_tokenizer(tmp_path):
     with pytest.raises(InputError, match="empty"):
         Tokenizer(path)
     path.write_bytes(b"certainly not a protobuf" * 100)
-    with pytest.raises(InputError, match="not a SentencePiece model"):
+    with pytest.raises(
+        InputError, match="not a SentencePiece model and no tokenizer.json.*Give another, or none"
+    ):
         Tokenizer(path)
     with pytest.raises(InputError, match=r"Is a directory\.$"):
         Tokenizer(tmp_path)
