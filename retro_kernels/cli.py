@@ -442,14 +442,15 @@ def _add_train(parser: _Parser) -> None:
         aliases = (
             ["-k"] if entry.name == "num_neighbours" else ["--lr"] if entry.name == "learning_rate" else []
         )
-        required = entry.default is dataclasses.MISSING
+        # a run that goes on has its data noted
+        required = entry.default is dataclasses.MISSING and entry.name != "data"
         parser.add_argument(
             flag, *aliases, dest=entry.name, required=required, default=argparse.SUPPRESS, **options
         )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in RUN from its checkpoint; start where there is none",
+        help="continue the run in RUN from its checkpoint, with its own text and options; start where there is none",
     )
     parser.add_argument(
         "--stop-after", type=_COUNT, metavar="N", help="stop with a checkpoint after N steps of this call"
@@ -737,6 +738,10 @@ def _train(args: argparse.Namespace) -> None:
         folder = Path(args.out)
         if (folder / SETTINGS).exists():  # what is given is to make sense together with what the run has
             given = resumed(folder, given)
+    if "data" not in given:
+        raise InputError(
+            "train: --data is missing. Give folders or files of text; only a run that --resume continues has its own."
+        )
     config = TrainConfig.from_dict(given)
     # of what was given alone: a plain decoder's run has a number noted, too
     if counted and not config.set:

@@ -277,6 +277,8 @@ def resumed(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {
         name: now(config[name]) for name in ("tokenizer", "neighbours") if config.get(name)
     }
+    if config.get("data"):
+        changes["data"] = [now(path) for path in config["data"]]
     if config.get("retrofit") and "retrofit" not in given:
         changes["retrofit"] = _base(settings, folder, "--retrofit")
     if config["set"] is not None:

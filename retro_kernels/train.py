@@ -929,4 +929,4 @@ def _resume_command(config: TrainConfig, ranks: Ranks) -> str:
         # several machines meet as they did before
         alone = ["--standalone"] if here == str(ranks.world) else []
         program = ["torchrun", *alone, "--nproc-per-node", here, "-m", "retro_kernels"]
-    return shlex.join([*program, "train", "--data", *config.data, "--out", config.out, "--resume"])
+    return shlex.join([*program, "train", "--out", config.out, "--resume"])

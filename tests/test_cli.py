@@ -104,6 +104,9 @@ def test_each_option_is_explained_with_its_default() -> None:
         (["train", "--data", "x", "--out", "y", "--steps", "-3"], "'-3' is not an integer of at least 0"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps is 0"),
         (["train", "--data", "/nowhere", "--out", "{tmp}/y"], "/nowhere does not exist"),
+        (["train", "--out", "{tmp}/y"], "train: --data is missing"),
+        (["train", "--out", "{tmp}/y", "--resume"], "train: --data is missing"),
+        (["train", "--out", "{tmp}/y", "--dat", "x"], "did you mean --data?"),
         (
             ["train", "--data", "{tmp}", "--out", "{tmp}/y", "--model", "wide=3"],
             "'wide=3' is not FIELD=VALUE",

@@ -1196,6 +1196,8 @@ def test_data_that_has_moved(
     for other in ("-", tmp_path / "text"):  # neither stdin nor more of it is another place of what there was
         assert run(*words, other, *[tmp_path / "text"][: other != "-"]) == 2
         assert "cannot be continued: data was" in capfd.readouterr().err
+    assert run(*words[:-1]) == 2
+    assert f"{root / 'corpus'} does not exist" in capfd.readouterr().err
     assert run(*words, tmp_path / "text") == 0
 
 
