@@ -163,7 +163,11 @@ class _Plain:
 
 @dataclass(frozen=True)
 class RetroConfig(_Plain):
-    """Architecture of one model. `cca_layers=()` is the plain decoder: no encoder, no cross-attention."""
+    """Architecture of one model. `cca_layers=()` is the plain decoder: no encoder, no cross-attention.
+
+    The defaults are those of the paper's smallest model. Of another width, heads and feed-forward networks stay as wide
+    as they are there: begin with a preset (`retro_tiny`, `retro_small`), or give them too.
+    """
 
     vocab_size: int = 128_000
     """Entries of the tokenizer, and of the (tied) embedding."""

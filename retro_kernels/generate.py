@@ -61,7 +61,7 @@ def generate(
     *,
     set: str | os.PathLike[str] | Retriever | None = None,
     max_tokens: int = 200,
-    temperature: float = 1.0,
+    temperature: float = 0.8,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
