@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none here"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def seed() -> int:
     """A new one in every run, shown with a failure. RETRO_SEED=… repeats a run."""
     value = int(os.environ.get("RETRO_SEED", random.SystemRandom().randrange(2**31)))

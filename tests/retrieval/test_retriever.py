@@ -168,8 +168,9 @@ def test_widening_ends_with_what_is_sought(seed: int, monkeypatch: pytest.Monkey
     finds at most, beyond which all are compared."""
     monkeypatch.setattr("retro_kernels.retrieval.search._FIRST_FETCH", 1)
     monkeypatch.setattr("retro_kernels.retrieval.search._GROWTH", 2)
+    rng = np.random.default_rng(seed)
     for most_wanted in (2, 30) * 20:
-        table = DocumentTable(np.sort(np.random.default_rng().integers(0, 6, 60)), 6)
+        table = DocumentTable(np.sort(rng.integers(0, 6, 60)), 6)
         exclude, k = torch.randint(-1, 9, (8, 5)), int(torch.randint(1, most_wanted, ()))
         everything = torch.rand(8, 60).sort(dim=1)
         most = limit or table.num_chunks
