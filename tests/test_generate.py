@@ -179,8 +179,10 @@ def test_sampling_keeps_what_it_should(seed: int) -> None:
     logits[3] = -torch.inf  # as what stands for no text
     assert set(drawn(temperature=1e300)) == {0, 1, 2, 4}
     logits[3] = probabilities[3].log()
-    assert abs(drawn()[1] / 400 - 0.4) < 0.15
-    assert drawn(temperature=0.25)[1] > 300
+    for temperature in (1.0, 0.25):
+        share = probabilities[1] ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
+        wrong = drawn(temperature=temperature)[1] - 400 * share
+        assert abs(wrong) < 6 * (400 * share * (1 - share)).sqrt()  # six standard deviations
 
 
 def test_the_end_of_the_document(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import queue
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -330,26 +332,24 @@ def test_a_loop_may_end_on_its_own_thread(retriever: Retriever) -> None:
 
 
 def test_the_stall_is_what_the_loop_waited(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = retriever(torch.ones(1, M, dtype=torch.int64))
-    monkeypatch.setattr(
-        Retriever, "__call__", lambda *args, **options: found
-    )  # whose time depends on the machine
+    """By a clock that goes on while the loop waits for a batch, as long as said here, and in its steps."""
+    now, waits = 0.0, [4.0, 0.5, 0.0, 2.0, 64.0] * 2  # the last wait is for the end
 
-    def loader(pause: float) -> Iterator[Tensor]:
-        for _ in range(4):
-            time.sleep(pause)
-            yield torch.ones(1, M, dtype=torch.int64)
+    class Queue(queue.Queue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            nonlocal now
+            now += waits.pop(0)
+            return super().get(block, timeout)
 
-    hidden = retriever.prefetch(loader(0.15))
-    for _ in hidden:
-        time.sleep(0.25)  # the step
-    open_ = retriever.prefetch(loader(0.05))
-    for _ in open_:
-        pass
-    assert hidden.first_seconds >= 0.15
-    assert hidden.stall_seconds - hidden.first_seconds < 0.2  # of 0.45; a busy machine may add a little
-    assert open_.stall_seconds >= 4 * 0.05 * 0.9
-    assert open_.stall_seconds - open_.first_seconds >= 2 * 0.05  # the first of the four waits alone
+    monkeypatch.setattr(prefetch, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(prefetch, "queue", SimpleNamespace(Queue=Queue, Full=queue.Full))
+    prefetcher = retriever.prefetch(batches(4))
+    for steps in (4, 8):
+        for _ in prefetcher:
+            now += 16.0  # the step
+        # what nothing can hide is the wait for the first batch of each loop
+        assert (prefetcher.steps, prefetcher.first_seconds) == (steps, steps)
+        assert prefetcher.stall_seconds == steps / 4 * 6.5
 
 
 def test_bad_depth(retriever: Retriever) -> None:
