@@ -217,7 +217,6 @@ def test_comparison_with_committed() -> None:
     ]
 
 
-@compiles
 def with_triton(code: str) -> None:
     """Runs `code` in a process that does not interpret kernels, with bench/static.py imported."""
     root = Path(static.__file__).resolve().parents[1]
@@ -230,6 +229,7 @@ def with_triton(code: str) -> None:
     )
 
 
+@compiles
 def test_launches_come_from_the_library() -> None:
     """Another choice in the library's table is another launch here."""
     with_triton(
@@ -242,6 +242,7 @@ def test_launches_come_from_the_library() -> None:
     )
 
 
+@compiles
 def test_which_launches_of_decoding_overlap() -> None:
     """From sm_90 on, one that may begin early waits for the one before it, and the first may not: what it reads may
     still be written. Nobody behind the last one is let in early."""
