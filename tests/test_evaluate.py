@@ -78,14 +78,20 @@ def test_bits_per_byte_is_its_definition(
     assert result["filtered_off"]["1"] == pytest.approx(result["bits_per_byte"]["off"], rel=1e-12)
 
 
-def test_logits_are_made_of_what_is_scored(world: World) -> None:
-    """Windows overlap by half, and of all but a document's first one the first half is there to be read only."""
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_logits_are_made_of_what_is_scored(world: World, batch_size: int) -> None:
+    """Windows overlap by half, and of all but a document's first one the first half is there to be read only: the first
+    ones of the three documents are a batch of their own."""
     loaded, made, needed = load_run(world.plain), [], 1  # after the lone pad
     loaded.model.norm.register_forward_hook(lambda module, args, output: made.append(output[..., 0].numel()))
-    evaluate(loaded, [world.held_out], batch_size=1, device="cpu", progress=False)
+    evaluate(loaded, [world.held_out], batch_size=batch_size, device="cpu", progress=False)
     lengths = [len(loaded.tokenizer.encode(document.text)) for document in read_documents([world.held_out])]
-    for w in (w for length in lengths for w in windows(length, SEQUENCE, SEQUENCE // 2)):
-        needed += -(-(w.stop - w.start) // CHUNK) * CHUNK - (w.scored - w.start)
+    every = [w for length in lengths for w in windows(length, SEQUENCE, SEQUENCE // 2)]
+    every.sort(key=lambda w: w.start - w.stop)
+    for some in ([w for w in every if not w.start], [w for w in every if w.start]):
+        for batch in (some[i : i + batch_size] for i in range(0, len(some), batch_size)):
+            size, read = batch[0].stop - batch[0].start, batch[0].scored - batch[0].start
+            needed += len(batch) * (-(-size // CHUNK) * CHUNK - read)
     assert sum(made) == needed
 
 

@@ -544,11 +544,14 @@ def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
     assert not again.training and again.config == model.config
     assert torch.equal(again(x, neighbours), model(x, neighbours))
     assert len(again.trainable_parameters()) == len(model.trainable_parameters())
+    other = copy.deepcopy(base).bfloat16()
+    other.transformer.h[
+        0
+    ].register_forward_pre_hook(  # as a base that makes a mask where tensors are made unasked
+        lambda _, states: (states[0] + torch.zeros(1, dtype=torch.bfloat16), *states[1:])
+    )
     given = RetroFitted.from_pretrained(
-        tmp_path / "fitted",
-        base=copy.deepcopy(base).bfloat16(),
-        dtype=torch.bfloat16,
-        backend="reference",
+        tmp_path / "fitted", base=other, dtype=torch.bfloat16, backend="reference"
     )
     assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
     assert {part.backend for part in given.modules() if hasattr(part, "backend")} == {"reference"}
