@@ -555,35 +555,38 @@ def test_reader_that_left(world: World) -> None:
     assert done.returncode == 141 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+_ONE_AFTER_ANOTHER = """
+import json, sys
+from retro_kernels import cli
+
+for words in json.loads(sys.argv[1]):
+    sys.stdout.reconfigure(errors="strict")  # as it was before the first
+    assert cli.main(words) == 0
+    print("the next command:", flush=True)
+"""
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_terminal_that_lacks_characters(world: World, encoding: str) -> None:
-    for words, shown in (
-        (["search", "naïve 文字", "--set", world.set, "-k", "2"], "1. train-"),
-        (["eval", "--run", world.run, "--data", world.held_out], "leakage filter"),
-        (
-            [
-                "generate",
-                "naïve 文字 🙂 lomi ka " * 2,
-                "--run",
-                world.run,
-                "--show-neighbours",
-                "--max-tokens",
-                "9",
-                "--ignore-end",
-            ],
-            "chunk 0",
-        ),
-        (["generate", "--help"], "usage: "),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "retro_kernels", *map(str, words)],
-            capture_output=True,
-            env={**os.environ, "PYTHONIOENCODING": encoding},
-        )
-        text = done.stdout.decode(encoding)
-        assert done.returncode == 0 and shown in text, done.stderr
-        if words[1].startswith("naïve") and words[0] == "generate":
-            assert ("文字 🙂" in text) == (encoding == "utf-8")
+    """In one process, since most of each command's time is taken by imports."""
+    prompt = "naïve 文字 🙂 lomi ka " * 2
+    generated = ["--run", world.run, "--show-neighbours", "--max-tokens", 9, "--ignore-end"]
+    commands: list[list[Any]] = [
+        ["search", "naïve 文字", "--set", world.set, "-k", 2],
+        ["eval", "--run", world.run, "--data", world.held_out],
+        ["generate", prompt, *generated],
+        ["generate", "--help"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_ANOTHER, json.dumps([[*map(str, words)] for words in commands])],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+    )
+    assert done.returncode == 0, done.stderr
+    *texts, behind = done.stdout.decode(encoding).split("the next command:")
+    for text, shown in zip(texts, ("1. train-", "leakage filter", "chunk 0", "usage: "), strict=True):
+        assert shown in text
+    assert ("文字 🙂" in texts[2]) == (encoding == "utf-8") and not behind.strip()
 
 
 @pytest.mark.parametrize(
