@@ -156,7 +156,7 @@ def test_likeliest_come_first(seed: int, monkeypatch: pytest.MonkeyPatch) -> Non
         assert torch.equal(found, expected) and torch.equal(order, places)
 
 
-def test_sampling_keeps_what_it_should(seed: int) -> None:
+def test_sampling_keeps_what_it_should(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     probabilities = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
     logits = probabilities.log()
     generator = torch.Generator().manual_seed(seed)
@@ -179,10 +179,17 @@ def test_sampling_keeps_what_it_should(seed: int) -> None:
     logits[3] = -torch.inf  # as what stands for no text
     assert set(drawn(temperature=1e300)) == {0, 1, 2, 4}
     logits[3] = probabilities[3].log()
+    given: list[torch.Tensor] = []
+    multinomial = torch.multinomial
+    monkeypatch.setattr(
+        torch, "multinomial", lambda x, *a, **o: (given.append(x), multinomial(x, *a, **o))[1]
+    )
     for temperature in (1.0, 0.25):
-        share = probabilities[1] ** (1 / temperature) / (probabilities ** (1 / temperature)).sum()
-        wrong = drawn(temperature=temperature)[1] - 400 * share
-        assert abs(wrong) < 6 * (400 * share * (1 - share)).sqrt()  # six standard deviations
+        shares = probabilities ** (1 / temperature)
+        shares /= shares.sum()
+        wrong = drawn(temperature=temperature)[1] - 400 * shares[1]
+        assert abs(wrong) < 6 * (400 * shares[1] * (1 - shares[1])).sqrt()  # six standard deviations
+        torch.testing.assert_close(given[-1], shares.sort(descending=True).values)
 
 
 def test_the_end_of_the_document(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
