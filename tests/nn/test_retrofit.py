@@ -545,11 +545,11 @@ def test_round_trip(seed: int, tmp_path: Path, freeze: bool) -> None:
     assert torch.equal(again(x, neighbours), model(x, neighbours))
     assert len(again.trainable_parameters()) == len(model.trainable_parameters())
     other = copy.deepcopy(base).bfloat16()
-    other.transformer.h[
-        0
-    ].register_forward_pre_hook(  # as a base that makes a mask where tensors are made unasked
-        lambda _, states: (states[0] + torch.zeros(1, dtype=torch.bfloat16), *states[1:])
-    )
+
+    def masked(_: Any, states: Any) -> Any:  # as by a base that makes a mask where tensors are made unasked
+        return states[0] + torch.zeros(1, dtype=torch.bfloat16), *states[1:]
+
+    other.transformer.h[0].register_forward_pre_hook(masked)
     given = RetroFitted.from_pretrained(
         tmp_path / "fitted", base=other, dtype=torch.bfloat16, backend="reference"
     )
