@@ -78,7 +78,8 @@ class Variant(NamedTuple):
     """The states' width, where `part` is about states; tokens of a chunk in a gather."""
     dtype: str
     mode: str
-    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows. About
+    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows; narrow:
+    relative, by the kernel of few registers, which the library launches only where it was tuned to. About
     states: softmax; decode (of 8 sequences, each cut into many parts), decode-many (of 64, cut into few). Of a gather:
     tokens, embeddings."""
 
@@ -113,7 +114,7 @@ def variants(every: bool = False) -> list[Variant]:
 
 
 def _further() -> list[Variant]:
-    found = []
+    found = [Variant(90, "forward", 64, "bf16", "narrow")]
     for arch in ARCHITECTURES:
         for dim in (64, 128):
             for dtype in ("bf16", "fp16"):
@@ -191,7 +192,7 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
     batch, chunks, heads, M, K, R, tokens = (1, 1, 1, 1, 1, 16, 1) if ones else (8, 32, 16, 64, 2, 128, 2048)
     with _recording(variant.arch) as found:
         if variant.part in ("forward", "backward"):
-            from retro_kernels.ops.cca import backward, forward
+            from retro_kernels.ops.cca import backward, forward, tiles
 
             if mode == "encoder":  # the neighbours' rows attend to the chunk that found them
                 block, keys, shift, repeat = R, M, 0, K
@@ -203,7 +204,7 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
                 query = empty(batch, tokens, heads, dim)
                 key = empty(batch * chunks, K, R, heads, dim)
                 lengths = empty(batch * chunks, K, dtype=int32)
-            relative = mode in ("relative", "encoder")
+            relative = mode in ("relative", "encoder", "narrow")
             columns = block + keys - 1
             terms = (
                 empty(heads, columns, dim) if relative else None,
@@ -215,7 +216,8 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
             )
             last = (block, shift, repeat, dim**-0.5, 0.0)
             if variant.part == "forward":
-                forward.forward(query, key, key, *terms, *last)
+                config = tiles.Config(64, 4, 2, narrow=True) if mode == "narrow" else None
+                forward.forward(query, key, key, *terms, *last, config=config)
             else:
                 blocks = key.shape[0] * repeat
                 lse = empty(blocks, heads, block, dtype=fp32)
@@ -425,6 +427,11 @@ def overwritten_operands(lines: list[tuple[int, str, str]]) -> int:
     return len(found)
 
 
+def _by_kind(ops: list[str], kinds: tuple[str, ...]) -> dict[str, int]:
+    """How many there are of each of `kinds`, which are there."""
+    return dict(sorted(Counter(x for x in (op.split(".")[0] for op in ops) if x in kinds).items()))
+
+
 def _narrow(op: str) -> bool:
     return op.split(".")[0] in ("LDG", "LDGSTS") and ".128" not in op
 
@@ -450,11 +457,9 @@ def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
     hot = max(bodies, key=lambda body: _count(body, *work), default=[])
     return {
         "instructions": len(ops),
-        "matrix": dict(sorted(Counter(x for x in (op.split(".")[0] for op in ops) if x in MATRIX).items())),
-        "matrix_hot": dict(
-            sorted(Counter(x for x in (op.split(".")[0] for op in hot) if x in MATRIX).items())
-        ),
-        "tma_hot": dict(sorted(Counter(x for x in (op.split(".")[0] for op in hot) if x in TMA).items())),
+        "matrix": _by_kind(ops, MATRIX),
+        "matrix_hot": _by_kind(hot, MATRIX),
+        "tma_hot": _by_kind(hot, TMA),
         # of a kernel that is hot as a whole, most would be those of its beginning
         "narrow_hot": 0 if inner == [everywhere] else sum(map(_narrow, hot)),
         "spills": _count(ops, "LDL", "STL"),

@@ -135,7 +135,6 @@ class DecodingStep:
         self._model, self._cache, self._completed = model, cache, completed
         self._first_row = start % size + 1  # of the rows of the chunk attended to so far
         self._encoded: Tensor | None = None
-        self._lengths: Tensor | None = None
         self._last_states: Tensor | None = None
 
     def contribution(self, number: int, norm: nn.Module, cca: ChunkedCrossAttention, x: Tensor) -> Tensor:
@@ -164,7 +163,7 @@ class DecodingStep:
         begun, between, rest = x.tensor_split((cut, cut + whole * size), 1)
         parts = [attended(before, begun, self._first_row)]
         if whole and self._encoded is not None:
-            lengths = None if self._lengths is None else self._lengths[:, :-1]
+            lengths = self._lengths_of(slice(None, -1))
             parts.append(
                 cca(F.pad(between, (0, 0, size - 1, 0)), self._encoded[:, :-1], lengths)[:, size - 1 :]
             )
@@ -179,16 +178,20 @@ class DecodingStep:
         held = x if cache.conditioning is None else torch.cat((cache.conditioning, x), 1)
         cache.conditioning = held[:, read:].clone()
         if self._found is not None:
-            found, self._lengths = self._found
-            self._encoded = self._model.encode(found, held, self._lengths)
+            self._encoded = self._model.encode(self._found[0], held, self._found[1])
+            self._last_states = self._encoded[:, -1].clone()  # which all layers share
+
+    def _lengths_of(self, chunks: int | slice) -> Tensor | None:
+        """Of the neighbours of these chunks; None: all are whole, or there are none."""
+        lengths = None if self._found is None else self._found[1]
+        return None if lengths is None else lengths[:, chunks]
 
     def _last(self, cca: ChunkedCrossAttention) -> ChunkNeighbours | None:
         """Of the last chunk that these tokens complete. It keeps no other chunk's memory alive."""
-        if self._encoded is None:
+        states, lengths = self._last_states, self._lengths_of(-1)
+        if states is None:
             return None
-        if self._last_states is None:  # which all layers share
-            self._last_states = self._encoded[:, -1].clone()
-        states, lengths = self._last_states, None if self._lengths is None else self._lengths[:, -1].clone()
+        lengths = None if lengths is None else lengths.clone()
         if cca.absorbs(states.shape[1], states.device, decoding_batch=states.shape[0]):
             return ChunkNeighbours(states, None, lengths)
         return ChunkNeighbours(*cca.keys_and_values(states), lengths)

@@ -331,7 +331,7 @@ class _Forward:
             )
         flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=False)
         slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat)
-        parts = config.narrow and flat and slice_ >= 32
+        parts = config.narrow and flat
         slice_ = slice_ // 2 if parts else slice_
         self._lse_shape = (g.blocks, g.num_heads, block)
         self.launches = [
