@@ -1,9 +1,10 @@
 """Compile every Triton kernel as the library launches it, for GPUs that need not be here, and guard the machine code.
 
-The library's own launch functions run on meta tensors for sm_80, sm_90 and sm_100; their launches are recorded instead
-of run, so block sizes, warps, stages and the attributes of the arguments (a pointer or stride divisible by 16) are
-those of a real launch, whatever `tiles.py` and its likes choose. Each kernel is then compiled, and its machine code
-read with the `cuobjdump` that comes with Triton.
+The library's own launch functions run on meta tensors for the GPUs of data centres, sm_80, sm_90 and sm_100, and for
+two of workstations, sm_89 and sm_120; their launches are recorded instead of run, so block sizes, warps, stages and
+the attributes of the arguments (a pointer or stride divisible by 16) are those of a real launch, whatever `tiles.py`
+and its likes choose. Each kernel is then compiled, and its machine code read with the `cuobjdump` that comes with
+Triton.
 
 What is guarded, and what it has caught or would catch:
 
@@ -52,6 +53,8 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static.json"
 ARCHITECTURES = (80, 90, 100)
+SMALL = (89, 120)
+"""Of less shared memory: a few of their kernels are compiled each time, most with --all."""
 LIMITS = {
     "compile_s": 10.0,
     "instructions": 300,
@@ -63,9 +66,12 @@ LIMITS = {
 }
 # bytes of shared memory: of one program, and of a multiprocessor (CUDA C++ programming guide, compute capabilities)
 SHARED = {80: (163 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # A100, H200, B200: decoding splits its keys by them
+SHARED |= dict.fromkeys(SMALL, (99 * 1024, 100 * 1024))
+# A100, RTX 4090, H200, B200, RTX 5090: decoding splits its keys by them
+MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 MATRIX = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 TMA = ("UTMALDG", "UTMASTG")
+MAIN = ("_cca_fwd_kernel", "_cca_bwd_kernel")
 ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UTMAREDG|SUATOM|SURED)(\.|$)|ATOMS(?!\.(AND|OR|XOR))")
 
 
@@ -78,10 +84,10 @@ class Variant(NamedTuple):
     """The states' width, where `part` is about states; tokens of a chunk in a gather."""
     dtype: str
     mode: str
-    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows; narrow:
-    relative, by the kernel of few registers, which the library launches only where it was tuned to. About
-    states: softmax; decode (of 8 sequences, each cut into many parts), decode-many (of 64, cut into few). Of a gather:
-    tokens, embeddings."""
+    """Positions: none, bias, biasgrad (with its gradient), relative; encoder: relative, blocks of 128 rows; single:
+    relative, of one neighbour, over which Triton makes no loop; narrow: relative, by the kernel of few registers, which
+    the library launches only where it was tuned to. About states: softmax; decode (of 8 sequences, each cut into many
+    parts), decode-many (of 64, cut into few). Of a gather: tokens, embeddings."""
 
     @property
     def name(self) -> str:
@@ -97,6 +103,9 @@ def variants(every: bool = False) -> list[Variant]:
             found += [
                 Variant(arch, "backward", dim, "bf16", mode) for mode in ("none", "biasgrad", "relative")
             ]
+    for arch in SMALL:
+        for dim in (64, 128):
+            found += [Variant(arch, part, dim, "bf16", "relative") for part in ("forward", "backward")]
     for dtype in ("fp16", "fp32"):
         found += [Variant(90, part, 64, dtype, "relative") for part in ("forward", "backward")]
     found += [
@@ -115,29 +124,36 @@ def variants(every: bool = False) -> list[Variant]:
 
 def _further() -> list[Variant]:
     found = [Variant(90, "forward", 64, "bf16", "narrow")]
-    for arch in ARCHITECTURES:
+    for arch in (*ARCHITECTURES, *SMALL):
+        dtypes = ("bf16", "fp16") if arch in ARCHITECTURES else ("bf16",)
         for dim in (64, 128):
-            for dtype in ("bf16", "fp16"):
+            for dtype in dtypes:
                 found += [Variant(arch, "forward", dim, dtype, m) for m in ("none", "bias", "relative")]
                 found += [
                     Variant(arch, "backward", dim, dtype, m) for m in ("none", "bias", "biasgrad", "relative")
                 ]
-            for part in ("forward", "backward"):
-                found.append(Variant(arch, part, dim, "bf16", "encoder"))
-                # on sm_80 the library takes heads of at most 32 in fp32: wider ones would not fit its shared memory
-                found.append(Variant(arch, part, dim if arch >= 90 else 32, "fp32", "relative"))
-            found += [Variant(arch, "decode", dim, dtype, "relative") for dtype in ("bf16", "fp16", "fp32")]
-        for dim in (16, 32, 256):
-            found += [Variant(arch, part, dim, "bf16", "relative") for part in ("forward", "backward")]
+            found += [Variant(arch, "decode", dim, dtype, "relative") for dtype in (*dtypes, "fp32")]
+        for part in ("forward", "backward"):
+            found += [Variant(arch, part, dim, "bf16", "relative") for dim in (16, 32, 256)]
+            found += [Variant(arch, part, dim, "bf16", "encoder") for dim in (64, 128, 256)]
+            found += [Variant(arch, part, dim, "bf16", "single") for dim in (64, 256)]
+            # backward, heads of 256 in fp32 do not fit the shared memory of all
+            found += [
+                Variant(arch, part, dim, "fp32", "relative")
+                for dim in (32, 64, 128, 256)
+                if dim < 256 or part == "forward" or arch in ARCHITECTURES
+            ]
         found += [Variant(arch, "decode", dim, "bf16", "relative") for dim in (32, 256)]
-        found += [Variant(arch, "absorbed", 64, dtype, "softmax") for dtype in ("bf16", "fp16", "fp32")]
+        found += [Variant(arch, "absorbed", 64, dtype, "softmax") for dtype in (*dtypes, "fp32")]
         found += [Variant(arch, "absorbed", width, "bf16", "decode") for width in (256, 896, 2048)]
         found += [
             Variant(arch, "absorbed", 896, "bf16", "decode-many"),
-            Variant(arch, "absorbed", 896, "fp16", "decode"),
             Variant(arch, "absorbed", 128, "fp32", "decode"),
             Variant(arch, "absorbed", 128, "fp32", "decode-many"),
         ]
+        if arch in SMALL:
+            continue
+        found.append(Variant(arch, "absorbed", 896, "fp16", "decode"))
         found += [
             Variant(arch, "gather", 64, dtype, mode)
             for dtype in ("uint16", "int32")
@@ -157,16 +173,18 @@ def _recording(arch: int) -> Iterator[list[Launch]]:
     """Launches of Triton kernels in this block are kept, not run; the library believes to be on `arch`."""
     from triton.runtime.jit import JITFunction
 
+    from retro_kernels.ops._backend import family
     from retro_kernels.ops.cca import decode_kernel, tiles
 
     launches: list[Launch] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append(Launch(self, args, options))
+        if not warmup:  # which only compiles
+            launches.append(Launch(self, args, options))
 
     saved = JITFunction.run, tiles.architecture, decode_kernel.slots
     JITFunction.run = record
-    tiles.architecture = lambda device: arch
+    tiles.architecture = lambda device: family(*divmod(arch, 10))
     decode_kernel.slots = lambda device, resident: resident * MULTIPROCESSORS[arch]
     try:
         yield launches
@@ -190,6 +208,7 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
 
     fp32, int32, int64 = torch.float32, torch.int32, torch.int64
     batch, chunks, heads, M, K, R, tokens = (1, 1, 1, 1, 1, 16, 1) if ones else (8, 32, 16, 64, 2, 128, 2048)
+    K = 1 if mode == "single" else K
     with _recording(variant.arch) as found:
         if variant.part in ("forward", "backward"):
             from retro_kernels.ops.cca import backward, forward, tiles
@@ -204,7 +223,7 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
                 query = empty(batch, tokens, heads, dim)
                 key = empty(batch * chunks, K, R, heads, dim)
                 lengths = empty(batch * chunks, K, dtype=int32)
-            relative = mode in ("relative", "encoder", "narrow")
+            relative = mode in ("relative", "encoder", "single", "narrow")
             columns = block + keys - 1
             terms = (
                 empty(heads, columns, dim) if relative else None,
@@ -281,7 +300,7 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
 def wanted(kernel: str, arch: int, head_dim: int, warps: int, dtype: str) -> int:
     """Programs that have to be resident on a multiprocessor to keep its memory busy."""
     if kernel == "_cca_fwd_kernel" and dtype != "fp32" and warps == 4:
-        return 4 if head_dim <= 64 and arch >= 90 else 2 if head_dim <= 128 else 1
+        return 4 if head_dim <= 64 and arch in (90, 100) else 2 if head_dim <= 128 else 1
     return 2 if warps <= 4 and dtype != "fp32" else 1
 
 
@@ -488,7 +507,10 @@ def figures(variant: Variant) -> dict[str, dict[str, Any]]:
             "wanted": wanted(kernel, variant.arch, variant.head_dim, more["warps"], variant.dtype),
             "registers": registers,
             "stack": stack,
-            **read_sass(sass, variant.mode == "encoder" and kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel")),
+            **read_sass(
+                sass,
+                variant.mode in ("encoder", "single") and kernel in MAIN,
+            ),
             **more,
             "compile_s": round(more["compile_s"], 1),
         }
@@ -498,9 +520,7 @@ def figures(variant: Variant) -> dict[str, dict[str, Any]]:
 def failed(row: dict[str, Any]) -> list[str]:
     """The absolute guards that a row of figures misses, each by its name and the figures."""
     kernel, missed = row["kernel"], []
-    attends = kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel", "_cca_bwd_rel_kernel") or (
-        "decode" in kernel and "merge" not in kernel
-    )
+    attends = kernel in (*MAIN, "_cca_bwd_rel_kernel") or ("decode" in kernel and "merge" not in kernel)
     one_product = "product" in kernel or "project" in kernel
     if attends and not one_product and row["instructions"] <= LIMITS["instructions"]:
         missed.append(f"stub: {row['instructions']} instructions")
@@ -508,7 +528,7 @@ def failed(row: dict[str, Any]) -> list[str]:
         missed.append("matrix: none in the hot loop")
     if (
         row["arch"] == 90
-        and kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel")
+        and kernel in MAIN
         and row["dtype"] in ("bf16", "fp16")
         and not row["matrix_hot"].get("HGMMA")
     ):
@@ -519,7 +539,7 @@ def failed(row: dict[str, Any]) -> list[str]:
     stack = LIMITS["stack"] if "bwd" in kernel else 0
     if row["stack"] > stack:
         missed.append(f"stack: {row['stack']} bytes, allowed {stack}")
-    if kernel in ("_cca_fwd_kernel", "_cca_bwd_kernel"):
+    if kernel in MAIN:
         moves = TMA[: 2 if "bwd" in kernel else 1] if row["tma"] else ()
         missed += [
             f"TMA: {row['tma_hot'].get(x, 0)} {x} in the hot loop"
@@ -653,7 +673,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="all types and widths on every architecture")
+    parser.add_argument("--all", action="store_true", help="more types and widths on every architecture")
     parser.add_argument("--only", action="append", default=[], help="variants whose name contains this")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")

@@ -184,8 +184,9 @@ def quality_table(result: dict[str, Any]) -> str:
 STATIC_ROWS = [
     *(f"sm_{arch}/forward-{mode}-{dim}" for arch, mode, dim in [(90, "none", 64), (90, "bias", 64)]),
     *(f"sm_{arch}/forward-relative-{dim}" for arch, dim in [(90, 64), (80, 128), (90, 128), (100, 128)]),
+    "sm_120/forward-relative-128",
     *(f"sm_90/backward-{mode}-{dim}" for dim in (64, 128) for mode in ("none", "biasgrad", "relative")),
-    *(f"sm_{arch}/backward-relative-128" for arch in (80, 100)),
+    *(f"sm_{arch}/backward-relative-128" for arch in (80, 100, 120)),
     "sm_90/decode-relative-64",
     "sm_90/absorbed-decode-896",
 ]
@@ -193,10 +194,11 @@ STATIC_ROWS = [
 
 
 def programs(row: dict[str, Any]) -> int:
-    """How many of a kernel's programs a multiprocessor holds: by its registers, its shared memory, its 64 warps."""
+    """How many of a kernel's programs a multiprocessor holds: by its registers, its shared memory, its warps."""
     registers = static.LIMITS["registers"] // (-(-row["registers"] // 8) * 8 * 32 * row["warps"])
     shared = static.SHARED[row["arch"]][1] // (row["shared"] + 1024)
-    return int(min(registers, shared, 64 // row["warps"]))
+    warps = 48 if row["arch"] in static.SMALL else 64
+    return int(min(registers, shared, warps // row["warps"]))
 
 
 def static_table(result: dict[str, Any]) -> str:

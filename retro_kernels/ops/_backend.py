@@ -182,6 +182,19 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the kernels run on CUDA devices, not on {device.type}"
 
 
+SMALL = 89
+"""Of `family`: GPUs of which a program has 99 KB of shared memory."""
+
+
+def family(major: int, minor: int) -> int:
+    """Which GPUs of compute capability 8.0 on are alike in what block sizes depend on: shared memory, and how products
+    are made. 80 (A100, Orin), 89 (Ampere's and Ada's others; Blackwell's without tensor memory, 12.x), 90 (Hopper)
+    and 100 (Blackwell with tensor memory; what is newer is taken for the like)."""
+    if major == 8:
+        return 80 if minor in (0, 7) else SMALL
+    return {9: 90, 12: SMALL}.get(major, 100)
+
+
 def why_not_transformed() -> str | None:
     """The reason why an op with a backward of its own cannot run inside `torch.func` or forward-mode differentiation,
     where its tangent would be lost without a word, or None outside of them."""

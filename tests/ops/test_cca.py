@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retro_kernels import block_attention, chunked_cross_attention, use_backend
 from retro_kernels.ops import _backend
-from retro_kernels.ops.cca import native, tiles
+from retro_kernels.ops.cca import native, op, tiles
 from retro_kernels.ops.cca.reference import block_attention_reference
 
 M, R, D = 16, 32, 16
@@ -527,6 +527,46 @@ def test_block_sizes_of_other_gpus(seed, monkeypatch, keys_first):
     monkeypatch.setattr(tiles, "forward_config", lambda *_: config)
     monkeypatch.setattr(tiles, "backward_config", lambda *_: config)
     compare("triton", torch.float32, batch=1, heads=1, chunk=32, length=64, size=32, tokens=64)
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "size"),
+    [
+        *((arch, torch.float16, 64) for arch in (80, 90, 100)),
+        *((arch, dtype, 128) for arch in (89, 100) for dtype in (torch.float16, torch.float32)),
+    ],
+)
+def test_as_gpus_launch_it(seed, monkeypatch, arch, dtype, size):
+    """Rows of a program, block sizes and loads as on each kind of GPU; in fp32 a block takes several programs."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: arch)
+    chunk = 32 if dtype == torch.float32 else 64
+    compare("triton", dtype, batch=1, heads=1, chunk=chunk, length=32, size=size, tokens=chunk)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind"),
+    [((8, 0), 80), ((8, 7), 80), ((8, 6), 89), ((8, 9), 89), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100)]
+    + [((11, 0), 100), ((12, 0), 89), ((12, 1), 89), ((13, 0), 100)],
+)
+def test_which_gpus_are_alike(capability, kind, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tiles.architecture.__wrapped__(torch.device("cuda", 0)) == kind
+    assert tiles.architecture(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "capability"), [(128, (12, 0)), (256, (12, 0)), (256, (8, 6)), (256, (8, 0))]
+)
+def test_wide_heads_of_float32_on_little_shared_memory(size, capability, monkeypatch):
+    """Backward they do not fit: refused where they are asked for, else the definition takes them."""
+    found = type("Properties", (), {"major": capability[0], "minor": capability[1]})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(_backend, "INTERPRETING", False)
+    query = type("Query", (), {"device": torch.device("cuda"), "dtype": torch.float32, "is_cuda": True})()
+    query.shape = (1, 1, 1, size)
+    reason = op._candidates(query)["triton"]
+    assert (reason is None) == (size == 128 or capability == (8, 0))
+    assert reason is None or "99 KB" in reason
 
 
 def test_gpus_of_amd_are_refused(monkeypatch):

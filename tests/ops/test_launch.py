@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="triton is not installed")
 
 from retro_kernels.ops import _shortcut
-from retro_kernels.ops.cca import backward, launch, table_gradients, tiles
+from retro_kernels.ops.cca import backward, launch, table_gradients, tiles, tuning
 from retro_kernels.ops.cca.tiles import Config
 
 TABLES = ("rel_key", "content_bias", "position_bias", "rel_bias")
@@ -72,6 +74,79 @@ def test_later_launches_are_told_what_the_first_was():
     layout = ([2, 3, 64], [192, 64, 1], [1, 2, 64], "zero")
     assert described(given)[0] == (first.data_ptr(), *layout)
     assert described(later)[0] == (second.data_ptr(), *layout)
+
+
+def test_a_trap_is_never_launched(monkeypatch):
+    """What Triton makes of some kernels for sm_100; smaller blocks are tried, as where memory does not suffice."""
+    monkeypatch.setattr(tiles, "architecture", lambda device: 100)
+    monkeypatch.setattr(tuning, "_fitted", {})
+
+    class Made(Kernel):
+        __name__ = "kernel"
+
+        def __init__(self, ptx):
+            super().__init__()
+            self.ptx = ptx
+
+        def warmup(self, *given, grid, **options):
+            return type("Compiled", (), {"asm": {"ptx": self.ptx}})
+
+    class Problem(NamedTuple):
+        name: str
+        padded_dim: int = 64
+        direction: str = "backward"
+        dtype: torch.dtype = torch.bfloat16
+
+    kernels = [Made(".entry() { trap; }"), Made(".entry() { ld.param.b64 %rd1; }")]
+
+    def attempt(config):
+        tried.append(config)
+        launch.Launch(kernels[len(tried) - 1], (1,), (), (0.5,), {"CONSTANT": 3})(torch.zeros(1))
+        return "done"
+
+    tried: list[Config] = []
+    found = tuning.until_it_fits(
+        Config(64, 8, 1), attempt, functools.partial(tuning.smaller, Problem("first"))
+    )
+    assert found == "done" and tried == [Config(64, 8, 1), Config(64, 8, 1, panels=2)]
+    assert not kernels[0].compilations and len(kernels[1].compilations) == 1
+    tried.clear()
+    kernels[1:] = [Made("trap;")] * 2
+    with pytest.raises(RuntimeError, match="made into a trap by this Triton, in all blocks that were tried"):
+        tuning.until_it_fits(
+            Config(32, 8, 1, 2), attempt, functools.partial(tuning.smaller, Problem("other"))
+        )
+    assert len(tried) == 2 and not any(kernel.compilations for kernel in kernels)
+
+
+TRAPS = """
+from retro_kernels.ops.cca import backward, launch, tuning
+tiles.architecture = lambda device: 100
+Driver.get_current_target = lambda self: GPUTarget("cuda", 100, 32)
+calls, tensor = [], lambda x: x.shape
+
+def call(config):
+    meta = {"device": "meta", "dtype": torch.bfloat16}
+    q, k = torch.empty(2, 128, 4, 256, **meta), torch.empty(4, 1, 128, 4, 256, **meta)
+    lse = torch.empty(4, 4, 64, device="meta")
+    tables = torch.empty(4, 191, 256, **meta), torch.empty(4, 256, **meta), torch.empty(4, 256, **meta), None
+    backward.backward(q, q, lse, q, k, k, *tables, None, None, 64, 63, 1, 0.1, 0.0, (True,) * 4, config=config)
+
+try:
+    call(tiles.Config(32, 8, 1, panels=2))
+except launch.Trap:
+    assert not calls
+else:
+    assert not triton.__version__.startswith("3.7"), "no trap, or launched"
+call(None)
+assert len(calls) > 1
+print("the same")
+"""
+
+
+def test_what_triton_makes_a_trap(tmp_path):
+    """With 3.7, of heads of 256 and one neighbour, in other block sizes than those of the table."""
+    without_gpu.run(TRAPS, tmp_path)
 
 
 def test_a_pass_serves_its_kind_of_calls_only():
@@ -136,11 +211,13 @@ def test_what_cannot_be_walked_by_strides_is_copied():
 def test_what_tma_can_walk():
     x = torch.empty(2, 6, 64, dtype=torch.float16)
     for walked in (x, x[:, ::2], x.transpose(0, 1)):
-        assert tiles.can_use_tma(90, 64, 64, (x, walked))
+        assert tiles.can_use_tma(90, 64, 64, x.dtype, (x, walked))
     narrow, spread = torch.empty(2, 6, 68, dtype=torch.float16)[..., :64], x[:1].expand(2, 6, 64)
     for other in (narrow, x.flatten()[4:-60].view(1, -1, 64), spread):
-        assert not tiles.can_use_tma(90, 64, 64, (x, other))
-    assert not tiles.can_use_tma(80, 64, 64, (x,)) and not tiles.can_use_tma(90, 48, 64, (x,))
+        assert not tiles.can_use_tma(90, 64, 64, x.dtype, (x, other))
+    assert not tiles.can_use_tma(80, 64, 64, x.dtype, (x,))
+    assert not tiles.can_use_tma(90, 48, 64, x.dtype, (x,))
+    assert not tiles.can_use_tma(90, 64, 64, torch.float32, (x.float(),))
 
 
 @pytest.mark.parametrize("_", range(200))

@@ -546,7 +546,7 @@ def backward(
     options = (block, shift, repeat, scale, dropout_p, needs)
 
     def fitting(attempt: Callable[[tiles.Config], Any]) -> Any:
-        g = tiles.geometry(query, key, block, repeat)
+        g = tiles.geometry(query, key, block, repeat, True)
         need = Needs.of(needs, rel_key, content_bias, position_bias, rel_bias)
         tables = "relative" if rel_key is not None else "sums" if need.columns else "plain"
         arch = tiles.architecture(query.device)
@@ -601,7 +601,7 @@ class _Backward:
         config: tiles.Config,
         tma: bool | None,
     ) -> None:
-        g = tiles.geometry(query, key, block, repeat)
+        g = tiles.geometry(query, key, block, repeat, True)
         _, num_sets, num_keys, kv_heads, _ = key.shape
         arch = tiles.architecture(query.device)
         need = Needs.of(needs, rel_key, content_bias, position_bias, rel_bias)
@@ -613,7 +613,11 @@ class _Backward:
         )
         if tma is None:
             tma = block % g.rows == 0 and tiles.can_use_tma(
-                arch, g.head_dim, g.padded_dim, (q, k, v, do) if rel_key is None else (q, k, v, do, rel_key)
+                arch,
+                g.head_dim,
+                g.padded_dim,
+                query.dtype,
+                (q, k, v, do) if rel_key is None else (q, k, v, do, rel_key),
             )
         flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=g.padded_dim > 128)
         # with eight warps heads of more than 64 leave no registers for a whole window

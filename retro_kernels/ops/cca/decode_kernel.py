@@ -33,10 +33,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from retro_kernels.ops._backend import SMALL
 from retro_kernels.ops.cca import decode_native, launch
 from retro_kernels.ops.cca import tiles as attention_tiles
 from retro_kernels.ops.cca.tiles import precision
-from retro_kernels.ops.cca.tuning import until_it_fits
+from retro_kernels.ops.cca.tuning import lacks, until_it_fits
 
 
 @triton.jit
@@ -479,7 +480,7 @@ def panels(width: int) -> tuple[int, int, int]:
     return first, second, 0 if rest == 0 else max(16, triton.next_power_of_2(rest))
 
 
-# Compiled for sm_80, sm_90 and sm_100 (`bench/static.py`): no spill in the loop, and 32 KB or more under way on each
+# Compiled for GPUs from sm_80 to sm_120 (`bench/static.py`): no spill in the loop, and 32 KB or more under way on each
 # multiprocessor. For states 256 to 1,024 wide as measured on an H100.
 def decode_tile(head_dim: int, rows: int, itemsize: int) -> dict[str, int]:
     """Sizes of the kernel over keys and values for `rows` query rows that share a key head."""
@@ -505,7 +506,7 @@ def absorbed_tile(width: int, rows: int, itemsize: int, arch: int) -> dict[str, 
         "W2": covered[2],
         "BQ": 16 if rows <= 16 or wide > 1024 or (small and wide > 256) else 32,
         "BN": 32 if wide <= 1024 else 16,
-        "STAGES": 2,
+        "STAGES": 1 if wide > 1024 and arch == SMALL else 2,
         "num_warps": 4 if small else 8,
         "resident": 2 if small else 1,
     }
@@ -521,7 +522,7 @@ def project_tile(rows: int, itemsize: int, merges: bool, device: torch.device) -
     block = 64 if rows > 32 else 32 if rows > 16 else 16
     # nearly all of it is asked for at once; then one program fills a multiprocessor, and those that begin before the
     # attention has ended do not gather on the few that are free first
-    deep = 90 <= attention_tiles.architecture(device) < 120
+    deep = attention_tiles.architecture(device) >= 90
     return {"BQ": block, "BN": 32, "BE": 64, "STAGES": (10 if block == 64 else 14) if deep else 3}
 
 
@@ -561,8 +562,7 @@ def _fitting(kernel: Any, sizes: dict[str, int], attempt: Callable[[dict[str, in
                 _fitted[wanted] = {**sizes, name: sizes[name] // 2}
                 return _fitted[wanted]
         raise RuntimeError(
-            f"decoding: the kernel needs {error.required:,} of {error.name} in its smallest blocks, and this "
-            f'GPU has {error.limit:,}. Use backend="torch", or a narrower dtype.'
+            f'decoding: the kernel {lacks(error)}. Use backend="torch", or a narrower dtype.'
         ) from error
 
     return until_it_fits(_fitted.get(wanted, sizes), attempt, smaller)

@@ -283,7 +283,7 @@ def forward(
     options = (block, shift, repeat, scale, dropout_p)
 
     def fitting(attempt: Callable[[tiles.Config], Any]) -> Any:
-        g = tiles.geometry(query, key, block, repeat)
+        g = tiles.geometry(query, key, block, repeat, False)
         arch = tiles.architecture(query.device)
         tables = "plain" if rel_key is None else "relative"
         problem = tuning.Problem("forward", arch, g.padded_dim, query.dtype, g.rows, tables)
@@ -320,14 +320,18 @@ class _Forward:
         config: tiles.Config,
         tma: bool | None,
     ) -> None:
-        g = tiles.geometry(query, key, block, repeat)
+        g = tiles.geometry(query, key, block, repeat, False)
         _, num_sets, num_keys, kv_heads, _ = key.shape
         arch = tiles.architecture(query.device)
         out = torch.empty(query.shape, dtype=query.dtype, device="meta")
         q, k, v, o = (launch.flat_rows(x) for x in (query, key, value, out))
         if tma is None:
             tma = block % g.rows == 0 and tiles.can_use_tma(
-                arch, g.head_dim, g.padded_dim, (q, k, v) if rel_key is None else (q, k, v, rel_key)
+                arch,
+                g.head_dim,
+                g.padded_dim,
+                query.dtype,
+                (q, k, v) if rel_key is None else (q, k, v, rel_key),
             )
         flat = tiles.flat_shear(arch, query.dtype, g.rows, wide=False)
         slice_ = tiles.window_slice(g.rows, config.keys, config.warps, flat)

@@ -14,11 +14,24 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from retro_kernels.ops import _shortcut
 from retro_kernels.ops._shortcut import Recent, keep, kind, note
+from retro_kernels.ops.cca import tiles
 from retro_kernels.ops.cca.launcher import launcher
+
+
+class Trap(OutOfResources):  # type: ignore[misc]
+    """What Triton 3.7 makes of a kernel in some block sizes for sm_100, without an error: an instruction that stops the
+    GPU. In others there is a kernel, as where shared memory does not suffice."""
+
+    def __init__(self, kernel: Any) -> None:
+        super().__init__(1, 0, kernel.__name__)
+
+    def __str__(self) -> str:
+        return "is made into a trap by this Triton, in all blocks that were tried"
 
 
 class Window:
@@ -74,7 +87,14 @@ class Launch:
         if self._run is not None:
             self._run(*tensors)
             return
-        made = self._kernel[self._grid](*self._described(tensors), **self._options)
+        given = self._described(tensors)
+        if tiles.architecture(tensors[0].device) >= 100:  # type: ignore[union-attr]
+            only_made = self._kernel.warmup(*given, grid=self._grid, **self._options)
+            if (
+                only_made is not None and "ld.param" not in only_made.asm["ptx"]
+            ):  # a kernel reads its arguments
+                raise Trap(self._kernel)
+        made = self._kernel[self._grid](*given, **self._options)
         if made is not None:  # an interpreter makes nothing
             self._run = self._launcher(made, tensors)
 

@@ -25,7 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retro_kernels.ops._backend import FLOATS, casts, pick_backend, why_not_transformed, why_not_triton
+from retro_kernels.ops._backend import (
+    FLOATS,
+    SMALL,
+    casts,
+    family,
+    pick_backend,
+    why_not_transformed,
+    why_not_triton,
+)
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember, with_gradient
 from retro_kernels.ops.cca import flops
@@ -516,13 +524,13 @@ def _candidates(query: Tensor) -> dict[str, str | None]:
     triton = why_not_triton(query.device, query.dtype) or transformed
     if triton is None and query.shape[-1] > 256:
         triton = f"the kernels hold a head in registers, at most 256 wide; this one has {query.shape[-1]}"
-    if triton is None and query.is_cuda and query.dtype == torch.float32:
+    if triton is None and query.is_cuda and query.dtype == torch.float32 and query.shape[-1] > 128:
         # the backward's operands, split in two for tf32x3; smaller blocks of keys do not change that
         properties = torch.cuda.get_device_properties(query.device)
-        if properties.major not in (9, 10) and query.shape[-1] > 32:
+        if family(properties.major, properties.minor) == SMALL:
             triton = (
-                "in float32 heads wider than 32 need more shared memory than GPUs other than sm_90 and sm_100 have; "
-                "take bfloat16 or float16"
+                "in float32 heads wider than 128 need more shared memory than this GPU's 99 KB; take bfloat16 or "
+                "float16"
             )
     if query.device.type != "cpu":
         return {"triton": triton, "torch": "it is the fast path of CPUs", "reference": None}

@@ -513,12 +513,11 @@ def _rel_blocks(
 ) -> tuple[int, int, int]:
     """Warps, stages and distance columns of a program of the kernel for rel_key.
 
-    On sm_90 as measured there. On sm_80 the tiles to come take registers, and 128 rows of 128 dimensions would spill in
-    the loop; two stages of 256 dimensions in fp32 exceed what any GPU has.
+    On sm_90 as measured there. Two stages of 256 dimensions in fp32 exceed what any GPU has.
     """
     wide = g.padded_dim > 64
     if tiles.hopper(arch) and dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
         return 8, 3, 2 * REL_SLICE if window % (2 * REL_SLICE) == 0 else REL_SLICE
-    tight = (arch < 90 and wide and g.rows >= 128) or (dtype == torch.float32 and g.padded_dim > 128)
-    columns = min(REL_SLICE, tiles.FP32_ROWS) if dtype == torch.float32 else REL_SLICE
+    tight = dtype == torch.float32 and g.padded_dim > 128
+    columns = min(REL_SLICE, 32) if dtype == torch.float32 else REL_SLICE
     return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2, columns

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from retro_kernels.ops._backend import SMALL, family
+
 NARROW = 128
 """Registers of a thread: four programs of four warps fill a multiprocessor."""
 SLICE = 32
@@ -442,19 +444,22 @@ class Config(NamedTuple):
 
 
 def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:
-    """By what compiles for sm_80, sm_90 and sm_100 with fewest spills; `tables`: "relative" with relative keys.
+    """By what compiles for every `architecture` with fewest spills; `tables`: "relative" with relative keys.
 
     Chosen from machine code: `bench/results/static.json` has registers and spills of each kernel and, under `known`,
     which of them miss a guard.
     """
-    warps = 8 if rows >= 128 else 4
-    if dtype == torch.float32:
-        # tf32x3 splits every operand in two, which costs registers
-        return Config(32 if padded_dim <= 64 else 16, 8 if padded_dim > 64 or hopper(arch) else warps, 1)
+    if (
+        dtype == torch.float32
+    ):  # of the warps that do not repeat each other's products, as many as spill nothing
+        return Config(16, 8, 1) if padded_dim > 128 else Config(32, 4, 1)
     if padded_dim > 128:
         return Config(32, 8, 1) if arch < 90 else Config(64, 8, 1 if tables == "relative" else 2)
-    # tensor memory holds the products on sm_100: there 8 warps repeat none of them
-    return Config(64, 8 if tables == "relative" and arch >= 100 else warps, 2)
+    # tensor memory holds the products on sm_100: there 8 warps repeat none of them. Below sm_90 a query of 128
+    # dimensions and its positions take the registers of 8, and two programs with it more than the 99 KB of sm_89
+    crowded = tables == "relative" if arch >= 100 or (arch < 90 and padded_dim > 64) else False
+    crowded |= arch == SMALL and padded_dim > 64
+    return Config(64, 8 if rows >= 128 or crowded else 4, 2)
 
 
 def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, tables: str) -> Config:
@@ -462,21 +467,23 @@ def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, t
 
     For sm_90 chosen from times, of RETRO's chunks on an H100 (`bench/results/gpu_block_sizes.json`): programs of four
     warps, of which a multiprocessor holds two or three, hide each other's waiting. With 8 warps and two panels Triton
-    3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys first, at 256 with 64 keys.
+    3.7 turns some into a trap on sm_100, without an error: at 128 dimensions with keys first, at 256 with rows first.
     """
     warps = 8 if rows >= 128 else 4
-    if dtype == torch.float32 and hopper(arch) and padded_dim > 64:
-        return Config(16, 8, 1, panels=2, keys_first=padded_dim > 128)
     if dtype == torch.float32:
-        return Config(32 if padded_dim <= 64 else 16, 8, 1, keys_first=padded_dim <= 64)
+        wide = padded_dim > (64 if rows >= 32 else 128)
+        return Config(16 if padded_dim > 128 else 32, 8, 1, panels=2 if wide else 1)
     if padded_dim > 128:
-        return Config(32, 8, 1, panels=2)
+        return Config(16, 8, 1, panels=2, keys_first=True)
     if rows == 64 and hopper(arch):
         if padded_dim <= 64:
             return Config(64, 4, 3)
         return Config(64, 4, 2, panels=2, keys_first=tables == "sums")
+    if rows == 64 and padded_dim > 64 and arch < 90:
+        return Config(32, 8, 1, keys_first=True)
     if rows == 64 and (tables != "plain" or arch < 90):
-        return Config(64, 4 if padded_dim <= 64 and tables == "plain" else 8, 1, keys_first=True)
+        several = padded_dim <= 64 and tables == "plain" and arch != SMALL
+        return Config(64, 4 if several else 8, 1, keys_first=True)
     if rows >= 128 and arch < 90:
         # without tensor memory or products from shared memory, 64 keys of 128 rows spill hundreds of values
         return Config(32, 8, 1, panels=2 if padded_dim >= 64 else 1)
@@ -486,7 +493,7 @@ def backward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, t
 
 
 class Geometry(NamedTuple):
-    """Sizes of one call, worked out once for both directions."""
+    """Sizes of one direction of a call."""
 
     num_seqs: int
     num_rows: int
@@ -501,17 +508,30 @@ class Geometry(NamedTuple):
     """BD"""
 
 
-FP32_ROWS = 32
-"""Most rows of a product of fp32 on sm_90, too few for its warpgroup products: ptxas 12.8 (of Triton 3.5 to 3.7) makes
-some of those read past the shared memory, where a tile takes dozens of them."""
+def most_rows(arch: int, padded_dim: int, dtype: torch.dtype, backward: bool) -> int:
+    """Of a program, which keeps their query: as many as spill nothing.
+
+    In fp32 at most 32, too few for the warpgroup products of sm_90: ptxas 12.8 (of Triton 3.5 to 3.7) makes some of
+    those read past the shared memory, where a tile takes dozens of them. Backward, each further program for the same
+    keys writes gradients of its own, so 32 rows of 128 dimensions are taken where the shared memory holds them.
+    """
+    if arch == 0:
+        return 128
+    if dtype == torch.float32:
+        return 32 if padded_dim <= (128 if backward and arch != SMALL else 64) else 16
+    if padded_dim > 128:
+        return 32 if backward and arch == SMALL else 64
+    if padded_dim > 64 and arch < 90:
+        return 64
+    return 64 if backward and arch >= 100 else 128  # of 128, Triton 3.7 makes traps
 
 
-def geometry(query: Tensor, key: Tensor, block: int, repeat: int) -> Geometry:
+def geometry(query: Tensor, key: Tensor, block: int, repeat: int, backward: bool) -> Geometry:
     num_seqs, num_rows, num_heads, head_dim = query.shape
     blocks = key.shape[0] * repeat
-    fp32_on_hopper = query.dtype == torch.float32 and hopper(architecture(query.device))
-    rows = min(max(16, triton.next_power_of_2(block)), FP32_ROWS if fp32_on_hopper else 128)
     padded = max(16, triton.next_power_of_2(head_dim))
+    most = most_rows(architecture(query.device), padded, query.dtype, backward)
+    rows = min(max(16, triton.next_power_of_2(block)), most)
     return Geometry(
         num_seqs, num_rows, num_heads, head_dim, blocks, blocks // num_seqs, -(-block // rows), rows, padded
     )
@@ -558,17 +578,17 @@ def hopper(arch: int) -> bool:
 
 @functools.lru_cache
 def architecture(device: torch.device) -> int:
-    """80 for sm_80 and so on; 0 in the interpreter, which takes every path."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
+    """By what the block sizes are chosen, see `family`; 0 in the interpreter, which takes every path."""
+    return family(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else 0
 
 
-def can_use_tma(arch: int, head_dim: int, padded_dim: int, tensors: tuple[Tensor, ...]) -> bool:
+def can_use_tma(
+    arch: int, head_dim: int, padded_dim: int, dtype: torch.dtype, tensors: tuple[Tensor, ...]
+) -> bool:
     """TMA needs sm_90, 16-byte aligned bases and strides; a padded head would run into its neighbour's columns. A
-    stride of 0, as of an expanded tensor, is none that CUDA's documentation allows."""
-    if 0 < arch < 90 or head_dim != padded_dim:
+    stride of 0, as of an expanded tensor, is none that CUDA's documentation allows. Tiles of fp32 that came by TMA
+    are taken into registers early, where hundreds of values spill."""
+    if 0 < arch < 90 or (arch and dtype == torch.float32) or head_dim != padded_dim:
         return False
     return all(
         x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:2])

@@ -78,11 +78,20 @@ def smaller(problem: Problem, config: Config, error: OutOfResources) -> Config:
     else:
         raise RuntimeError(
             f"chunked_cross_attention: the {problem.direction} kernel for heads {problem.padded_dim} wide in "
-            f"{str(problem.dtype)[6:]} needs {error.required:,} of {error.name} in its smallest blocks, and this GPU "
-            f'has {error.limit:,}. Use narrower heads, bfloat16 or float16, or backend="reference".'
+            f"{str(problem.dtype)[6:]} {lacks(error)}. Use narrower heads, bfloat16 or float16, or "
+            'backend="reference".'
         ) from error
     _fitted[problem] = found
     return found
+
+
+def lacks(error: OutOfResources) -> str:
+    """Of a kernel that does not run in its smallest blocks."""
+    if isinstance(error, launch.Trap):
+        return str(error)
+    return (
+        f"needs {error.required:,} of {error.name} in its smallest blocks, and this GPU has {error.limit:,}"
+    )
 
 
 def fitting(problem: Problem, config: Config | None, attempt: Callable[[Config], Any]) -> Any:
@@ -222,13 +231,12 @@ def tune(
     terms = terms if relative else [None, None, None, draw(num_heads, columns)]
     last = (None, None, chunk_size, chunk_size - 1, 1, head_dim**-0.5, 0.0)
     arguments = (query, key, value, *terms, *last)
-    g = tiles.geometry(query, key, chunk_size, 1)
     arch = tiles.architecture(query.device)
-
-    problems = {
-        direction: Problem(direction, arch, g.padded_dim, dtype, g.rows, "relative" if relative else tables)
-        for direction, tables in (("forward", "plain"), ("backward", "sums"))
-    }
+    problems: dict[str, Problem] = {}
+    for direction, tables in (("forward", "plain"), ("backward", "sums")):
+        g = tiles.geometry(query, key, chunk_size, 1, direction == "backward")
+        tables = "relative" if relative else tables
+        problems[direction] = Problem(direction, arch, g.padded_dim, dtype, g.rows, tables)
 
     def by_table(direction: str, call: Callable[..., Any]) -> Any:
         # not by what was tuned before: it may be wrong, or its file damaged
@@ -248,7 +256,7 @@ def tune(
         problem = problems[direction]
         expected, own = by_table(direction, call), _table(problem)
         times: dict[Config, float] = {}
-        for config in dict.fromkeys((own, *candidates(direction, g.padded_dim))):
+        for config in dict.fromkeys((own, *candidates(direction, problem.padded_dim))):
             try:
                 right = _close(call(config=config), expected)
                 if right:
