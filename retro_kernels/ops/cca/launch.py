@@ -88,7 +88,7 @@ class Launch:
             self._run(*tensors)
             return
         given = self._described(tensors)
-        if tiles.architecture(tensors[0].device) >= 100:  # type: ignore[union-attr]
+        if tiles.architecture(next(x.device for x in tensors if x is not None)) >= 100:
             only_made = self._kernel.warmup(*given, grid=self._grid, **self._options)
             if (
                 only_made is not None and "ld.param" not in only_made.asm["ptx"]
