@@ -145,7 +145,8 @@ def _further() -> list[Variant]:
             ]
         found += [Variant(arch, "decode", dim, "bf16", "relative") for dim in (32, 256)]
         found += [Variant(arch, "absorbed", 64, dtype, "softmax") for dtype in (*dtypes, "fp32")]
-        found += [Variant(arch, "absorbed", width, "bf16", "decode") for width in (256, 896, 2048)]
+        widest = 2048 if arch in ARCHITECTURES else 1024
+        found += [Variant(arch, "absorbed", width, "bf16", "decode") for width in (256, 896, widest)]
         found += [
             Variant(arch, "absorbed", 896, "bf16", "decode-many"),
             Variant(arch, "absorbed", 128, "fp32", "decode"),

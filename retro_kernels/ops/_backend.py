@@ -195,6 +195,15 @@ def family(major: int, minor: int) -> int:
     return {9: 90, 12: SMALL}.get(major, 100)
 
 
+def is_small(device: torch.device) -> bool:
+    """Whether it is a GPU of family SMALL."""
+    if device.type != "cuda":
+        return False
+    # torch.compile folds the properties into a constant, unlike get_device_capability
+    properties = torch.cuda.get_device_properties(device)
+    return family(properties.major, properties.minor) == SMALL
+
+
 def why_not_transformed() -> str | None:
     """The reason why an op with a backward of its own cannot run inside `torch.func` or forward-mode differentiation,
     where its tangent would be lost without a word, or None outside of them."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retro_kernels.ops._backend import casts, pick_backend, why_not_transformed, why_not_triton
+from retro_kernels.ops._backend import casts, is_small, pick_backend, why_not_transformed, why_not_triton
 from retro_kernels.ops._register import register, without_autograd
 from retro_kernels.ops._shortcut import look_up, remember
 from retro_kernels.ops.cca import flops
@@ -189,7 +189,7 @@ def absorbed_decode(
         key_weight, value_weight: [Hkv * D, E], as of `torch.nn.Linear`; key_bias (which has no effect) and value_bias
             [Hkv * D], as in `absorbed_cross_attention`.
         rows and everything else: as in `chunked_cross_attention_decode`. The kernel takes E up to 2,048
-            (128 in float32).
+            (1,024 on a GPU with 99 KB of shared memory; 128 in float32).
 
     Returns:
         [B, T, H, D] in the query's dtype.
@@ -255,9 +255,8 @@ def absorbed_decode(
     gradient = _needs_gradient(
         query, states, key_weight, value_weight, value_bias, rel_key, content_bias, position_bias, rel_bias
     )
-    limit = (
-        128 if query.dtype == torch.float32 else 2048
-    )  # the accumulator of 16 rows has to stay in the registers
+    # the accumulator of 16 rows has to stay in the registers, and tiles of states in the shared memory
+    limit = 128 if query.dtype == torch.float32 else 1024 if is_small(query.device) else 2048
     too_wide = (
         f"it takes states up to {limit:,} wide in {query.dtype}, not {width:,}" if width > limit else None
     )

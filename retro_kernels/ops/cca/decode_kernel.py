@@ -33,7 +33,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from retro_kernels.ops._backend import SMALL
 from retro_kernels.ops.cca import decode_native, launch
 from retro_kernels.ops.cca import tiles as attention_tiles
 from retro_kernels.ops.cca.tiles import precision
@@ -506,7 +505,7 @@ def absorbed_tile(width: int, rows: int, itemsize: int, arch: int) -> dict[str, 
         "W2": covered[2],
         "BQ": 16 if rows <= 16 or wide > 1024 or (small and wide > 256) else 32,
         "BN": 32 if wide <= 1024 else 16,
-        "STAGES": 1 if wide > 1024 and arch == SMALL else 2,
+        "STAGES": 2,
         "num_warps": 4 if small else 8,
         "resident": 2 if small else 1,
     }

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from retro_kernels.ops._backend import (
     FLOATS,
-    SMALL,
     casts,
-    family,
+    is_small,
     pick_backend,
     why_not_transformed,
     why_not_triton,
@@ -524,14 +523,12 @@ def _candidates(query: Tensor) -> dict[str, str | None]:
     triton = why_not_triton(query.device, query.dtype) or transformed
     if triton is None and query.shape[-1] > 256:
         triton = f"the kernels hold a head in registers, at most 256 wide; this one has {query.shape[-1]}"
-    if triton is None and query.is_cuda and query.dtype == torch.float32 and query.shape[-1] > 128:
+    if query.dtype == torch.float32 and query.shape[-1] > 128 and is_small(query.device):
         # the backward's operands, split in two for tf32x3; smaller blocks of keys do not change that
-        properties = torch.cuda.get_device_properties(query.device)
-        if family(properties.major, properties.minor) == SMALL:
-            triton = (
-                "in float32 heads wider than 128 need more shared memory than this GPU's 99 KB; take bfloat16 or "
-                "float16"
-            )
+        triton = triton or (
+            "in float32 heads wider than 128 need more shared memory than this GPU's 99 KB; take bfloat16 or "
+            "float16"
+        )
     if query.device.type != "cpu":
         return {"triton": triton, "torch": "it is the fast path of CPUs", "reference": None}
     missing = transformed if _HAS_CPU_PATH else "it is not part of this installation"
