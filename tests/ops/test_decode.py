@@ -190,6 +190,25 @@ def test_without_terms(backend: str, kept: tuple[str, ...], seed: int) -> None:
         torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "small", "limit"),
+    [(torch.float32, False, 128), (torch.float16, False, 2048), (torch.float16, True, 1024)],
+)
+def test_states_that_are_too_wide_for_the_kernel(
+    dtype: torch.dtype, small: bool, limit: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused where the kernel is asked for, else PyTorch decodes them; less where there is little shared memory."""
+    monkeypatch.setattr(decode, "is_small", lambda device: small)
+    wider = make(1, 1, 1, 1, 16, 8, 1, 16, limit + 16, dtype=dtype)
+    with pytest.raises(ValueError, match=f"it takes states up to {limit:,} wide in {dtype}"):
+        absorbed_decode(**wider, backend="triton")
+    torch.testing.assert_close(absorbed_decode(**wider), absorbed_decode(**wider, backend="torch"))
+    if limit < 2048:
+        widest = make(1, 1, 1, 1, 16, 8, 1, 16, limit, dtype=dtype)
+        assert absorbed_decode(**widest, backend="triton").shape == (1, 1, 1, 16)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_attend_to(backend: str, split: None, seed: int) -> None:
     tensors = make(*SIZES[0], dtype=torch.float32)
