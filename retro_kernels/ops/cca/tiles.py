@@ -520,7 +520,7 @@ def most_rows(arch: int, padded_dim: int, dtype: torch.dtype, backward: bool) ->
     if dtype == torch.float32:
         return 32 if padded_dim <= (128 if backward and arch != SMALL else 64) else 16
     if padded_dim > 128:
-        return 32 if backward and arch == SMALL else 64
+        return 32 if backward and arch < 90 else 64
     if padded_dim > 64 and arch < 90:
         return 64
     return 64 if backward and arch >= 100 else 128  # of 128, Triton 3.7 makes traps
