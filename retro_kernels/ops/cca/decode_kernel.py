@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
+from retro_kernels.ops._backend import SMALL
 from retro_kernels.ops.cca import decode_native, launch
 from retro_kernels.ops.cca import tiles as attention_tiles
 from retro_kernels.ops.cca.tiles import precision
@@ -503,8 +504,8 @@ def absorbed_tile(width: int, rows: int, itemsize: int, arch: int) -> dict[str, 
         "W0": covered[0],
         "W1": covered[1],
         "W2": covered[2],
-        "BQ": 16 if rows <= 16 or wide > 1024 or (small and wide > 256) else 32,
-        "BN": 32 if wide <= 1024 else 16,
+        "BQ": 16 if rows <= 16 or wide > (512 if arch == SMALL else 1024) or (small and wide > 256) else 32,
+        "BN": 32 if wide <= (896 if arch == SMALL else 1024) else 16,
         "STAGES": 2,
         "num_warps": 4 if small else 8,
         "resident": 2 if small else 1,
@@ -514,14 +515,16 @@ def absorbed_tile(width: int, rows: int, itemsize: int, arch: int) -> dict[str, 
 def project_tile(rows: int, itemsize: int, merges: bool, device: torch.device) -> dict[str, int]:
     """Sizes of the product with W_V of `rows` query rows: enough programs to fill a GPU, though each reads its rows of
     the weight anew; `merges`: several parts."""
+    arch = attention_tiles.architecture(device)
     if merges or itemsize == 4:
         block = 16 if rows <= 32 else 32 if rows <= 64 or itemsize == 4 else 64
         wide = block > 16 and itemsize < 4
-        return {"BQ": block, "BN": 64 if wide else 32, "BE": 64 if itemsize < 4 else 32, "STAGES": 3}
+        stages = 2 if arch == SMALL and block == 64 else 3  # a tile of 16 KB for each part
+        return {"BQ": block, "BN": 64 if wide else 32, "BE": 64 if itemsize < 4 else 32, "STAGES": stages}
     block = 64 if rows > 32 else 32 if rows > 16 else 16
     # nearly all of it is asked for at once; then one program fills a multiprocessor, and those that begin before the
     # attention has ended do not gather on the few that are free first
-    deep = attention_tiles.architecture(device) >= 90
+    deep = arch >= 90
     return {"BQ": block, "BN": 32, "BE": 64, "STAGES": (10 if block == 64 else 14) if deep else 3}
 
 
