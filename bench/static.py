@@ -31,6 +31,8 @@ Triton; with another the absolute guards remain, and what is known is excused wh
 python bench/static.py [--only PART]     a table (with --all of more types and widths)
 python bench/static.py --write           bench/results/static.json, of all
 python bench/static.py --check [--all]   compare with it; exit status 1 if a guard fails
+python bench/static.py --random COUNT    so many calls in any shape: none may be a trap, have operands overwritten or
+                                         atomics, or take more shared memory than a GPU has
 """
 
 from __future__ import annotations
@@ -41,13 +43,14 @@ import datetime
 import json
 import multiprocessing
 import os
+import random
 import re
 import resource
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +75,8 @@ MULTIPROCESSORS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}
 MATRIX = ("HGMMA", "HMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "IMMA")
 TMA = ("UTMALDG", "UTMASTG")
 MAIN = ("_cca_fwd_kernel", "_cca_bwd_kernel")
+WIDEST = {"bf16": 2048, "fp16": 2048, "fp32": 128}
+"""States that a kernel takes; 1,024 where shared memory is small."""
 ATOMIC = re.compile(r"(ATOM|ATOMG|RED|REDG|UTMAREDG|SUATOM|SURED)(\.|$)|ATOMS(?!\.(AND|OR|XOR))")
 
 
@@ -193,11 +198,32 @@ def _recording(arch: int) -> Iterator[list[Launch]]:
         JITFunction.run, tiles.architecture, decode_kernel.slots = saved
 
 
-def launches(variant: Variant, ones: bool = False) -> list[Launch]:
-    """What a call of the library launches: RETRO's shape (chunks of 64, two neighbours of 128), 16 heads.
+class Shape(NamedTuple):
+    """Of one call; as it stands, RETRO's."""
 
-    `ones`: everything that can be 1 is, which Triton compiles into the code as a constant of Python.
-    """
+    batch: int = 8
+    chunks: int = 32
+    tokens: int = 1
+    """At a time, of a sequence that is decoded."""
+    heads: int = 16
+    kv_heads: int = 16
+    head_dim: int = 128
+    """Where the variant's is the width of states."""
+    chunk: int = 64
+    neighbours: int = 2
+    neighbour_len: int = 128
+    dropout: bool = False
+    left_out: frozenset[str] = frozenset()
+    """Of the optional arguments that the variant has: content_bias, position_bias, lengths."""
+
+
+RETRO = Shape()
+ONES = Shape(1, 1, 1, 1, 1, 128, 1, 1, 16)
+"""What can be 1 is, which Triton compiles into the code as a constant of Python."""
+
+
+def launches(variant: Variant, shape: Shape = RETRO) -> list[Launch]:
+    """What a call of the library launches."""
     import torch
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -207,83 +233,75 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    def optional(name: str, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor | None:
+        return None if name in left_out else empty(*shape, dtype=dtype)
+
     fp32, int32, int64 = torch.float32, torch.int32, torch.int64
-    batch, chunks, heads, M, K, R, tokens = (1, 1, 1, 1, 1, 16, 1) if ones else (8, 32, 16, 64, 2, 128, 2048)
+    batch, chunks, T, H, kv_heads, D, M, K, R, dropout, left_out = shape
     K = 1 if mode == "single" else K
+    scale, seed = (0.1, empty(1, dtype=int64)) if dropout else (0.0, None)
     with _recording(variant.arch) as found:
         if variant.part in ("forward", "backward"):
             from retro_kernels.ops.cca import backward, forward, tiles
 
             if mode == "encoder":  # the neighbours' rows attend to the chunk that found them
                 block, keys, shift, repeat = R, M, 0, K
-                query = empty(batch * chunks * K, R, heads, dim)
-                key = empty(batch * chunks, 1, M, heads, dim)
+                query = empty(batch * chunks * K, R, H, dim)
+                key = empty(batch * chunks, 1, M, kv_heads, dim)
                 lengths = None
             else:
                 block, keys, shift, repeat = M, R, M - 1, 1
-                query = empty(batch, tokens, heads, dim)
-                key = empty(batch * chunks, K, R, heads, dim)
-                lengths = empty(batch * chunks, K, dtype=int32)
+                query = empty(batch, chunks * M, H, dim)
+                key = empty(batch * chunks, K, R, kv_heads, dim)
+                lengths = optional("lengths", batch * chunks, K, dtype=int32)
             relative = mode in ("relative", "encoder", "single", "narrow")
             columns = block + keys - 1
             terms = (
-                empty(heads, columns, dim) if relative else None,
-                empty(heads, dim) if relative else None,
-                empty(heads, dim) if relative else None,
-                empty(heads, columns, dtype=fp32) if mode in ("bias", "biasgrad") else None,
+                empty(H, columns, dim) if relative else None,
+                optional("content_bias", H, dim) if relative else None,
+                optional("position_bias", H, dim) if relative else None,
+                empty(H, columns, dtype=fp32) if mode in ("bias", "biasgrad") else None,
                 lengths,
-                None,  # no dropout
+                seed,
             )
-            last = (block, shift, repeat, dim**-0.5, 0.0)
+            last = (block, shift, repeat, dim**-0.5, scale)
             if variant.part == "forward":
                 config = tiles.Config(64, 4, 2, narrow=True) if mode == "narrow" else None
                 forward.forward(query, key, key, *terms, *last, config=config)
             else:
                 blocks = key.shape[0] * repeat
-                lse = empty(blocks, heads, block, dtype=fp32)
+                lse = empty(blocks, H, block, dtype=fp32)
                 backward.backward(query, query, lse, query, key, key, *terms, *last, (mode != "bias",) * 4)
-        elif variant.part == "decode":
-            from retro_kernels.ops.cca.decode_kernel import decode_triton
+        elif variant.part == "decode" or (variant.part == "absorbed" and mode != "softmax"):
+            from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton, decode_triton
 
-            decode_triton(
-                empty(batch, 1, heads, dim),
-                empty(batch, K, R, heads, dim),
-                empty(batch, K, R, heads, dim),
-                empty(batch, 1, dtype=int32),
-                empty(heads, M + R - 1, dim),
-                empty(heads, dim),
-                empty(heads, dim),
+            over_states = variant.part == "absorbed"
+            batch *= 8 if mode == "decode-many" else 1
+            D = D if over_states else dim
+            terms = (
+                empty(batch, T, dtype=int32),
+                empty(H, M + R - 1, D),
+                optional("content_bias", H, D),
+                optional("position_bias", H, D),
                 None,
-                empty(batch, K, dtype=int32),
-                dim**-0.5,
+                optional("lengths", batch, K, dtype=int32),
+                D**-0.5,
             )
-        elif variant.part == "absorbed" and mode != "softmax":
-            from retro_kernels.ops.cca.decode_kernel import absorbed_decode_triton
-
-            if mode == "decode-many" and not ones:
-                batch *= 8
-            absorbed_decode_triton(
-                empty(batch, 1, heads, 128),
-                empty(batch, K, R, dim),
-                empty(heads * 128, dim),
-                empty(heads * 128, dim),
-                empty(batch, 1, dtype=int32),
-                empty(heads, M + R - 1, 128),
-                empty(heads, 128),
-                empty(heads, 128),
-                None,
-                empty(batch, K, dtype=int32),
-                0.125,
-            )
+            if over_states:
+                weight = empty(kv_heads * D, dim)
+                absorbed_decode_triton(empty(batch, T, H, D), empty(batch, K, R, dim), weight, weight, *terms)
+            else:
+                key = empty(batch, K, R, kv_heads, D)
+                decode_triton(empty(batch, T, H, D), key, key, *terms)
         elif variant.part == "absorbed":
             from retro_kernels.ops.cca.absorbed_softmax import softmax_backward_triton, softmax_triton
 
-            blocks, rows = batch * chunks, M * heads
+            blocks, rows = batch * chunks, M * H
             logits, rel = empty(blocks, rows, K * R), empty(blocks, rows, M + R)
-            lengths = empty(blocks, K, dtype=int32)
-            sizes = {"first": 0, "block": M, "neighbour_len": R, "dropout_p": 0.0}
-            softmax_triton(logits, rel, None, lengths, None, heads=heads, **sizes)
-            softmax_backward_triton(logits, logits, rel, None, heads=heads, **sizes)
+            lengths = optional("lengths", blocks, K, dtype=int32)
+            sizes = {"first": 0, "block": M, "neighbour_len": R, "dropout_p": scale}
+            softmax_triton(logits, rel, None, lengths, seed, heads=H, **sizes)
+            softmax_backward_triton(logits, logits, rel, seed, heads=H, **sizes)
         else:
             from retro_kernels.ops.gather.kernel import gather_embeddings_triton, gather_triton
 
@@ -295,6 +313,53 @@ def launches(variant: Variant, ones: bool = False) -> list[Launch]:
                 gather_embeddings_triton(
                     store, ids, continuation, empty(32_000, 896, dtype=torch.bfloat16), 0
                 )
+    return found
+
+
+def drawn(rng: random.Random) -> tuple[Variant, Shape]:
+    """A call that the library takes, in whatever shape: compilers do to one what they do not to another."""
+    arch = rng.choice((*ARCHITECTURES, *SMALL))
+    part, dtype = (
+        rng.choice(("forward", "backward", "backward", "decode", "absorbed")),
+        rng.choice(tuple(WIDEST)),
+    )
+    mode = rng.choice(("none", "bias", "biasgrad", "relative", "relative", "encoder"))
+    dim = rng.choice((16, 24, 32, 48, 64, 80, 96, 128, 160, 192, 256))
+    if part in ("forward", "backward"):
+        dim = min(dim, 128) if dtype == "fp32" and arch in SMALL else dim
+    elif part == "decode":
+        mode = "relative"
+    else:
+        mode = rng.choice(("decode", "decode", "decode-many", "softmax"))
+        widest = min(WIDEST[dtype], 1024) if arch in SMALL else WIDEST[dtype]
+        dim = rng.choice([x for x in (64, 128, 256, 512, 640, 896, 1024, 1280, 2048) if x <= widest])
+    heads = rng.choice((4, 12, 16, 32))
+    shape = Shape(
+        batch=rng.choice((1, 2, 8)),
+        tokens=rng.choice((1, 1, 3, 17)),
+        heads=heads,
+        kv_heads=rng.choice((heads, heads, 4, 1)),
+        head_dim=rng.choice((32, 64, 128, 256)),
+        chunk=rng.choice((16, 32, 48, 64, 64, 96, 128)),
+        neighbours=rng.choice((1, 1, 2, 5, 10)),
+        neighbour_len=rng.choice((16, 32, 64, 96, 128, 128, 256)),
+        dropout=rng.random() < 0.3,
+        left_out=frozenset(x for x in ("content_bias", "position_bias", "lengths") if rng.random() < 0.4),
+    )
+    return Variant(arch, part, dim, dtype, mode), shape
+
+
+def wrong(row: dict[str, Any]) -> list[str]:
+    """What a kernel may be in no shape: other than its source, or too large for the GPU."""
+    found = []
+    if row["instructions"] <= 60:
+        found.append(f"a trap: {row['instructions']} instructions")
+    if row["overwritten"]:
+        found.append(f"overwritten operands: of {row['overwritten']} products")
+    if row["atomics"]:
+        found.append(f"atomics: {row['atomics']}")
+    if row["shared"] > SHARED[row["arch"]][0]:
+        found.append(f"shared memory: {row['shared']} bytes, of {SHARED[row['arch']][0]}")
     return found
 
 
@@ -489,10 +554,10 @@ def read_sass(sass: str, whole: bool = False) -> dict[str, Any]:
     }
 
 
-def figures(variant: Variant) -> dict[str, dict[str, Any]]:
+def figures(variant: Variant, shape: Shape = RETRO) -> dict[str, dict[str, Any]]:
     """Of every kernel that the variant launches."""
     found = {}
-    calls = launches(variant)
+    calls = launches(variant, shape)
     first = {
         launch.kernel: launch for launch in reversed(calls)
     }  # of those for several slices, which are alike
@@ -633,19 +698,29 @@ def _compile_into(cache: str) -> None:
 
 def with_sizes_of_one(variant: Variant) -> list[str]:
     """A line for every kernel that compiles so."""
-    found = launches(variant, ones=True)
+    found = launches(variant, ONES)
     for launch in found:
         compile_launch(launch, variant.arch)
     return [f"{variant.name}: {launch.kernel.__name__} compiles with sizes of 1" for launch in found]
 
 
-def compile_all(work: Callable[[Variant], Any], which: list[Variant], processes: int) -> Iterator[Any]:
-    """What `work` finds of every variant, with an empty cache, so that the compiler's time is a cold one."""
+def compile_all(work: Callable[[Any], Any], which: Sequence[Any], processes: int) -> Iterator[Any]:
+    """What `work` finds of each, with an empty cache, so that the compiler's time is a cold one."""
     with (
         tempfile.TemporaryDirectory() as cache,
         multiprocessing.get_context("spawn").Pool(processes, _compile_into, (cache,)) as pool,
     ):
         yield from pool.imap(work, which)
+
+
+def wrong_of_drawn(call: tuple[Variant, Shape]) -> list[tuple[str, str]]:
+    """Every kernel of the call, and what is wrong with it."""
+    variant, shape = call
+    try:
+        rows = figures(variant, shape)
+    except Exception as error:  # whatever a compiler fails with
+        return [(f"{variant.name}, {shape}", f"{type(error).__name__}: {error}")]
+    return [(f"{name}, {shape}", "; ".join(wrong(row))) for name, row in rows.items()]
 
 
 def save(rows: dict[str, dict[str, Any]], known: dict[str, Any], version: str) -> None:
@@ -679,6 +754,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--check", action="store_true", help=f"compare with {RESULTS.name}")
     parser.add_argument("--ones", action="store_true", help="only see that sizes of 1 compile")
+    parser.add_argument("--random", type=int, metavar="COUNT", help="so many calls in shapes drawn at random")
+    parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: here it compiles
@@ -696,6 +773,15 @@ def main() -> int:
         for lines in compile_all(with_sizes_of_one, list(one_of_each.values()), args.processes):
             print("\n".join(lines), flush=True)
         return 0
+    if args.random:
+        seed = random.randrange(2**32) if args.seed is None else args.seed
+        print(f"seed {seed}", flush=True)
+        rng = random.Random(seed)
+        calls = [drawn(rng) for _ in range(args.random)]
+        found = [x for lines in compile_all(wrong_of_drawn, calls, args.processes) for x in lines]
+        bad = [f"{name}: {text}" for name, text in found if text]
+        print("\n".join(bad) or f"nothing is wrong with {len(found)} kernels")
+        return 1 if bad else 0
     header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
     print(header, flush=True)
 

@@ -70,6 +70,32 @@ def test_a_check_of_nothing_holds_nothing() -> None:
 
 
 @compiles
+def test_calls_in_any_shape(seed: int) -> None:
+    """Of which no kernel is a trap, or too large for the GPU."""
+    done = compiled("--random", "8", "--seed", str(seed))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"nothing is wrong with \d+ kernels", done.stdout), done.stdout
+
+
+@compiles
+def test_what_is_wrong_with_a_kernel() -> None:
+    """A trap as Triton made it of blocks that the table had once."""
+    with_triton(
+        "from retro_kernels.ops.cca import tiles\n"
+        "tiles.backward_config = lambda *a: tiles.Config(32, 8, 1, panels=2)\n"
+        "call = static.Variant(100, 'backward', 256, 'bf16', 'single'), static.Shape(left_out=frozenset({'lengths'}))\n"
+        "found = static.wrong_of_drawn(call)\n"
+        "import triton\n"
+        "assert not triton.__version__.startswith('3.7') or 'a trap: 16 instructions' in found[0][1], found\n"
+        "tiles.backward_config = None\n"
+        "(name, text), = static.wrong_of_drawn(call)\n"
+        "assert 'TypeError' in text and 'sm_100/backward-single-256-bf16' in name, (name, text)\n"
+    )
+    small = row(sass(HOT), arch=120, shared=128 * 1024, atomics=2, overwritten=1)
+    assert len(static.wrong(small)) == 3 and static.wrong(row(sass(HOT))) == []
+
+
+@compiles
 def test_sizes_of_one() -> None:
     """Triton makes an argument that is 1 a constant, which has fewer methods; interpreted kernels do not show it."""
     done = compiled("--ones")
