@@ -778,9 +778,13 @@ def main() -> int:
         print(f"seed {seed}", flush=True)
         rng = random.Random(seed)
         calls = [drawn(rng) for _ in range(args.random)]
-        found = [x for lines in compile_all(wrong_of_drawn, calls, args.processes) for x in lines]
-        bad = [f"{name}: {text}" for name, text in found if text]
-        print("\n".join(bad) or f"nothing is wrong with {len(found)} kernels")
+        fine = bad = 0
+        for found in compile_all(wrong_of_drawn, calls, args.processes):
+            for name, text in found:
+                fine, bad = fine + (not text), bad + bool(text)
+                if text:
+                    print(f"{name}: {text}", flush=True)
+        print(f"something is wrong with {bad} kernels, nothing with {fine}")
         return 1 if bad else 0
     header = f"{'kernel':58s}  reg war   hot/spills stack  KiB   instr matrix, hot loop        at  comp"
     print(header, flush=True)
