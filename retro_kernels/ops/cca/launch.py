@@ -90,9 +90,8 @@ class Launch:
         given = self._described(tensors)
         if tiles.architecture(next(x.device for x in tensors if x is not None)) >= 100:
             only_made = self._kernel.warmup(*given, grid=self._grid, **self._options)
-            if (
-                only_made is not None and "ld.param" not in only_made.asm["ptx"]
-            ):  # a kernel reads its arguments
+            # what reads none of its arguments is no kernel
+            if only_made is not None and "ld.param" not in only_made.asm["ptx"]:
                 raise Trap(self._kernel)
         made = self._kernel[self._grid](*given, **self._options)
         if made is not None:  # an interpreter makes nothing

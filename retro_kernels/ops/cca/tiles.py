@@ -449,16 +449,15 @@ def forward_config(arch: int, padded_dim: int, dtype: torch.dtype, rows: int, ta
     Chosen from machine code: `bench/results/static.json` has registers and spills of each kernel and, under `known`,
     which of them miss a guard.
     """
-    if (
-        dtype == torch.float32
-    ):  # of the warps that do not repeat each other's products, as many as spill nothing
+    # four warps repeat few of each other's products; with 256 dimensions they would spill
+    if dtype == torch.float32:
         return Config(16, 8, 1) if padded_dim > 128 else Config(32, 4, 1)
     if padded_dim > 128:
         return Config(32, 8, 1) if arch < 90 else Config(64, 8, 1 if tables == "relative" else 2)
     # tensor memory holds the products on sm_100: there 8 warps repeat none of them. Below sm_90 a query of 128
     # dimensions and its positions take the registers of 8, and two programs with it more than the 99 KB of sm_89
-    crowded = tables == "relative" if arch >= 100 or (arch < 90 and padded_dim > 64) else False
-    crowded |= arch == SMALL and padded_dim > 64
+    wide = arch < 90 and padded_dim > 64
+    crowded = (tables == "relative" and (wide or arch >= 100)) or (wide and arch == SMALL)
     return Config(64, 8 if rows >= 128 or crowded else 4, 2)
 
 
