@@ -79,6 +79,7 @@ def test_later_launches_are_told_what_the_first_was():
 def test_a_trap_is_never_launched(monkeypatch):
     """What Triton makes of some kernels for sm_100; smaller blocks are tried, as where memory does not suffice."""
     monkeypatch.setattr(tiles, "architecture", lambda device: 100)
+    monkeypatch.setattr(launch, "INTERPRETING", False)
     monkeypatch.setattr(tuning, "_fitted", {})
 
     class Made(Kernel):
@@ -136,6 +137,8 @@ try:
     call(tiles.Config(32, 8, 1, panels=2))
 except launch.Trap:
     assert not calls
+except RuntimeError:  # of the compiler of 3.5, which says so
+    assert triton.__version__.startswith("3.5") and not calls
 else:
     assert not triton.__version__.startswith("3.7"), "no trap, or launched"
 call(None)

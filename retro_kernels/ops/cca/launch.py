@@ -18,6 +18,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from retro_kernels.ops import _shortcut
+from retro_kernels.ops._backend import INTERPRETING
 from retro_kernels.ops._shortcut import Recent, keep, kind, note
 from retro_kernels.ops.cca import tiles
 from retro_kernels.ops.cca.launcher import launcher
@@ -88,7 +89,8 @@ class Launch:
             self._run(*tensors)
             return
         given = self._described(tensors)
-        if tiles.architecture(next(x.device for x in tensors if x is not None)) >= 100:
+        device = next(x.device for x in tensors if x is not None)
+        if tiles.architecture(device) >= 100 and not INTERPRETING:
             only_made = self._kernel.warmup(*given, grid=self._grid, **self._options)
             # what reads none of its arguments is no kernel
             if only_made is not None and "ld.param" not in only_made.asm["ptx"]:
