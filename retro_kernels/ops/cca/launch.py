@@ -24,15 +24,15 @@ from retro_kernels.ops.cca import tiles
 from retro_kernels.ops.cca.launcher import launcher
 
 
-class Trap(OutOfResources):  # type: ignore[misc]
-    """What Triton 3.7 makes of a kernel in some block sizes for sm_100, without an error: an instruction that stops the
-    GPU. In others there is a kernel, as where shared memory does not suffice."""
+class NotCompiled(OutOfResources):  # type: ignore[misc]
+    """For sm_100 Triton 3.7 makes of a kernel in some block sizes, without an error, an instruction that stops the GPU,
+    and 3.5 fails. In others there is a kernel, as where shared memory does not suffice."""
 
     def __init__(self, kernel: Any) -> None:
         super().__init__(1, 0, kernel.__name__)
 
     def __str__(self) -> str:
-        return "is made into a trap by this Triton, in all blocks that were tried"
+        return "is not compiled by this Triton in any blocks that were tried"
 
 
 class Window:
@@ -91,10 +91,13 @@ class Launch:
         given = self._described(tensors)
         device = next(x.device for x in tensors if x is not None)
         if tiles.architecture(device) >= 100 and not INTERPRETING:
-            only_made = self._kernel.warmup(*given, grid=self._grid, **self._options)
-            # what reads none of its arguments is no kernel
+            try:
+                only_made = self._kernel.warmup(*given, grid=self._grid, **self._options)
+            except RuntimeError as error:
+                raise NotCompiled(self._kernel) from error
+            # what reads none of its arguments is a trap
             if only_made is not None and "ld.param" not in only_made.asm["ptx"]:
-                raise Trap(self._kernel)
+                raise NotCompiled(self._kernel)
         made = self._kernel[self._grid](*given, **self._options)
         if made is not None:  # an interpreter makes nothing
             self._run = self._launcher(made, tensors)

@@ -87,7 +87,7 @@ def smaller(problem: Problem, config: Config, error: OutOfResources) -> Config:
 
 def lacks(error: OutOfResources) -> str:
     """Of a kernel that does not run in its smallest blocks."""
-    if isinstance(error, launch.Trap):
+    if isinstance(error, launch.NotCompiled):
         return str(error)
     return (
         f"needs {error.required:,} of {error.name} in its smallest blocks, and this GPU has {error.limit:,}"
