@@ -126,30 +126,30 @@ tiles.architecture = lambda device: 100
 Driver.get_current_target = lambda self: GPUTarget("cuda", 100, 32)
 calls, tensor = [], lambda x: x.shape
 
-def call(dim, config):
+def call(dim, neighbours, config):
     meta = {"device": "meta", "dtype": torch.bfloat16}
-    q, k = torch.empty(2, 128, 4, dim, **meta), torch.empty(4, 1, 128, 4, dim, **meta)
+    q, k = torch.empty(2, 128, 4, dim, **meta), torch.empty(4, neighbours, 128, 4, dim, **meta)
     lse = torch.empty(4, 4, 64, device="meta")
     tables = torch.empty(4, 191, dim, **meta), torch.empty(4, dim, **meta), torch.empty(4, dim, **meta), None
     backward.backward(q, q, lse, q, k, k, *tables, None, None, 64, 63, 1, 0.1, 0.0, (True,) * 4, config=config)
 
 try:
-    call(256, tiles.Config(32, 8, 1, panels=2))
+    call(256, 1, tiles.Config(32, 8, 1, panels=2))
 except launch.NotCompiled:
     assert not calls
 else:
     assert not triton.__version__.startswith("3.7"), "no trap, or launched"
 calls.clear()
-if triton.__version__.startswith("3.5"):  # cannot do it at all
+if triton.__version__.startswith("3.5"):  # which cannot do it without a loop over neighbours
     try:
-        call(256, None)
+        call(256, 1, None)
     except RuntimeError as error:
         assert "not compiled by this Triton in any blocks" in str(error) and not calls
 else:
-    call(256, None)
+    call(256, 1, None)
     assert len(calls) > 1
 calls.clear()
-call(64, None)
+call(64, 2, None)
 assert len(calls) > 1
 print("the same")
 """
