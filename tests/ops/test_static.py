@@ -72,6 +72,10 @@ def test_a_check_of_nothing_holds_nothing() -> None:
 @compiles
 def test_calls_in_any_shape(seed: int) -> None:
     """Of which no kernel is a trap, or too large for the GPU."""
+    import triton
+
+    if triton.__version__.startswith("3.5."):
+        pytest.skip("Triton 3.5 does not compile all of them for sm_100")
     done = compiled("--random", "5", "--seed", str(seed))
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"wrong with 0 kernels, nothing with [1-9]", done.stdout), done.stdout
