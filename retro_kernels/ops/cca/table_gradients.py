@@ -519,5 +519,6 @@ def _rel_blocks(
     if tiles.hopper(arch) and dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
         return 8, 3, 2 * REL_SLICE if window % (2 * REL_SLICE) == 0 else REL_SLICE
     tight = dtype == torch.float32 and g.padded_dim > 128
-    columns = min(REL_SLICE, 32) if dtype == torch.float32 else REL_SLICE
+    # those of float32 are too few for products of warpgroups, as are its rows (`tiles.most_rows`)
+    columns = REL_SLICE // 2 if dtype == torch.float32 else REL_SLICE
     return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2, columns
