@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -606,7 +607,8 @@ def test_streams_that_are_closed(tmp_path: Path, words: str, closed: str, status
     text.write_text(
         "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
     )
-    command = f"{sys.executable} -m retro_kernels {words.format(text=text, out=out)} {closed}"
+    words = words.format(text=shlex.quote(str(text)), out=shlex.quote(str(out)))
+    command = f"{shlex.quote(sys.executable)} -m retro_kernels {words} {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
     if not status:
@@ -619,7 +621,7 @@ def test_a_file_does_not_take_the_place_of_a_closed_stream(tmp_path: Path) -> No
         "import os, sys; from retro_kernels import cli; cli.main(['--version']);"
         "print(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2)"
     )
-    command = f'exec {sys.executable} -c "{code}" {tmp_path / "new"} <&- 2>&-'
+    command = shlex.join([sys.executable, "-c", code, str(tmp_path / "new")]) + " <&- 2>&-"
     assert subprocess.run(["sh", "-c", command], capture_output=True, text=True).stdout.endswith("True\n")
 
 

@@ -458,8 +458,42 @@ def test_gradients_are_the_same_in_slices(seed, monkeypatch, waves):
     monkeypatch.setattr(tables, "REL_SLOTS", 10**6)
     monkeypatch.setattr(tables, "slices", lambda *sizes: cut.append(slices(*sizes)) or cut[-1])
     compare("triton", torch.float32, batch=1, tokens=5 * M + 3)
-    compare("triton", torch.float16, batch=1, tokens=6 * M, kv_heads=1, tables=("rel_key",))
+    compare("triton", torch.float16, batch=1, tokens=6 * M, tables=("rel_key",))
     assert len(cut) == 2 and all(len(x) > 2 for x in cut)
+
+
+@pytest.mark.parametrize("tables", [("rel_bias",), TABLES])
+def test_shares_of_the_same_keys_are_summed_in_slices(seed, monkeypatch, tables):
+    """Of grouped heads, and of blocks with the same keys: the same bits as all at once, dropout's too."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from retro_kernels.ops.cca import backward, launch
+
+    cut, slices = [], backward.slices_of_shares
+    monkeypatch.setattr(backward, "slices_of_shares", lambda *sizes: cut.append(slices(*sizes)) or cut[-1])
+    tensors, options = inputs(batch=1, tokens=5 * M + 3, kv_heads=1, neighbours=1, tables=tables)
+    blocks = [
+        tensors[0][:, : 4 * M].reshape(4, M, 2, D),
+        *(x[0, :2].repeat(1, 1, 1, 2, 1) for x in tensors[1:]),
+    ]
+    of_blocks = {name: x for name, x in options.items() if name != "neighbour_lengths"}
+    fixed = {"backend": "triton", "dropout_p": 0.2}
+    found = []
+    for own, waiting in ((backward.OWN_SHARES, 1), (0, 4), (0, 1)):
+        monkeypatch.setattr(backward, "OWN_SHARES", own)
+        monkeypatch.setattr(backward, "MOST_WAITING", waiting)
+        launch.forget()
+        torch.manual_seed(seed)
+        ours = run(chunked_cross_attention, tensors, options, tensors[0], chunk_size=M, **fixed)
+        encoders = run(block_attention, blocks, of_blocks, blocks[0], key_repeat=2, **fixed)
+        found.append({**ours, **{f"encoder's {name}": x for name, x in encoders.items()}})
+    assert [len(x) for x in cut] == [1, 1, 3, 2, 5, 2]
+    whole, *others = found
+    for other in others:
+        for name in whole:
+            if "rel" in name or "bias" in name:  # cut in other parts
+                torch.testing.assert_close(other[name], whole[name], rtol=1e-4, atol=1e-5, msg=name)
+            else:
+                assert torch.equal(other[name], whole[name]), name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -308,15 +308,13 @@ def test_a_backward_pass_is_a_few_launches(monkeypatch, tables, expected):
     assert {x.partition(".")[0] for x in operations.names} <= {"new_empty", "empty", "view", "detach"}
 
 
-@pytest.mark.parametrize("neighbours", [2, 10])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("positions", ["bias", "relative"])
-def test_memory_beyond_the_gradients_is_two_percent(monkeypatch, positions, head_dim, neighbours):
-    """Of inputs, outputs and gradients, for 256 chunks of 64 tokens and neighbours of 128, 16 heads, in bf16."""
+def memory(monkeypatch, batch, neighbours, head_dim, positions, dtype=torch.bfloat16, kv_heads=16):
+    """Bytes that a backward pass on Hopper takes besides the gradients, and those of inputs, outputs and gradients: for
+    sequences of 32 chunks of 64 tokens, neighbours of 128, 16 heads."""
     monkeypatch.setattr(tiles, "architecture", lambda device: 90)
-    meta = {"device": "meta", "dtype": torch.bfloat16}
-    query = torch.empty(8, 2048, 16, head_dim, **meta)
-    key, value = (torch.empty(256, neighbours, 128, 16, head_dim, **meta) for _ in "kv")
+    meta = {"device": "meta", "dtype": dtype}
+    query = torch.empty(batch, 2048, 16, head_dim, **meta)
+    key, value = (torch.empty(32 * batch, neighbours, 128, kv_heads, head_dim, **meta) for _ in "kv")
     tables = [
         torch.empty(16, 191, head_dim, **meta),
         *(torch.empty(16, head_dim, **meta) for _ in "uv"),
@@ -324,25 +322,42 @@ def test_memory_beyond_the_gradients_is_two_percent(monkeypatch, positions, head
     ]
     if positions == "bias":
         tables = [None, None, None, torch.empty(16, 191, device="meta")]
-    lse = torch.empty(256, 16, 64, device="meta")
+    lse = torch.empty(32 * batch, 16, 64, device="meta")
     given = (query, query, lse, query, key, value, *tables, None, None)
-    kernels = []
     grads, operations = launched(
         monkeypatch,
-        kernels,
+        [],
         lambda: backward.backward(*given, 64, 63, 1, head_dim**-0.5, 0.0, (True,) * 4),
     )
 
     def size(tensors):
         return sum(math.prod(x.shape) * x.element_size() for x in tensors if x is not None)
 
-    # layouts are worked out on tensors without memory, which count here too: those of the query and of the keys
-    layouts = size([query, key])
-    beyond = operations.bytes("meta") - layouts - size(grads)
-    everything = size(
-        [query, query, query, lse, key, value, *tables, *grads]
-    )  # grad_out, out and query are three
-    assert 0 <= beyond <= 0.02 * everything, (beyond, everything)
+    # layouts are worked out on tensors without memory, which count here too: that of the query
+    beyond = operations.bytes("meta") - size([query]) - size(grads)
+    # grad_out, out and query are three
+    return beyond, size([query, query, query, lse, key, value, *tables, *grads]), size([key])
+
+
+@pytest.mark.parametrize("neighbours", [2, 10])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("positions", ["bias", "relative"])
+def test_memory_beyond_the_gradients_is_two_percent(monkeypatch, positions, head_dim, neighbours):
+    """Of inputs, outputs and gradients, in bf16."""
+    beyond, everything, layout = memory(monkeypatch, 8, neighbours, head_dim, positions)
+    assert 0 <= beyond - layout <= 0.02 * everything, (beyond - layout, everything)
+
+
+@pytest.mark.parametrize("neighbours", [2, 10])
+@pytest.mark.parametrize("positions", ["bias", "relative"])
+@pytest.mark.parametrize(
+    "shared", [{"kv_heads": 4, "head_dim": 64}, {"dtype": torch.float32, "head_dim": 128}]
+)
+def test_memory_for_shares_of_the_same_keys_does_not_grow(monkeypatch, shared, positions, neighbours):
+    """Of grouped heads, and of rows for which a program has no registers."""
+    few, of_few, _ = memory(monkeypatch, 8, neighbours, positions=positions, **shared)
+    many, of_many, _ = memory(monkeypatch, 16, neighbours, positions=positions, **shared)
+    assert 0 < few and 0 <= many - few <= 0.02 * (of_many - of_few), (few, many, of_few, of_many)
 
 
 TRITONS_OWN = """

@@ -8,8 +8,8 @@ the dK and dV that it writes, keeps dQ in registers, and needs no atomics. With 
 dS is summed over the neighbours in registers before it is sheared to distance columns, since positions do not depend
 on the neighbour; what the tables get of it is in `table_gradients.py`.
 
-Where several programs read the same keys (grouped heads, key_repeat, more than 128 query rows) each writes its own
-dK and dV, and they are summed in a fixed order.
+Where several programs read the same keys (grouped heads, key_repeat, more query rows than a program takes) each writes
+its own dK and dV, and they are summed in a fixed order, slice by slice of the blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from retro_kernels.ops.cca import launch, tiles, tuning
 from retro_kernels.ops.cca.reference import dropout_threshold
-from retro_kernels.ops.cca.table_gradients import Needs, TableGradients
+from retro_kernels.ops.cca.table_gradients import Needs, Slice, TableGradients
 from retro_kernels.ops.cca.tiles import (
     _bias_tile,
     _bias_window,
@@ -43,6 +43,14 @@ from retro_kernels.ops.cca.tiles import (
 
 Gradients = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", "Tensor | None", "Tensor | None"]
 """Of query, key, value, rel_key, content_bias, position_bias and rel_bias."""
+
+
+OWN_SHARES = 2**25
+"""Values of the programs' own dK, and as many of dV, where those are to be summed: blocks are worked on in slices that
+have no more, so that the shares of large calls take little memory beside the sums."""
+
+MOST_WAITING = 528
+"""Programs that a slice has all the same, if there are as many: four for each multiprocessor of an H100."""
 
 
 # what differs between the launches of one call makes no machine code of its own
@@ -109,6 +117,7 @@ def _cca_bwd_kernel(
     NEED_COLUMNS: tl.constexpr,
     NEED_DS: tl.constexpr,
     NEED_ROWS: tl.constexpr,
+    OF_SLICE: tl.constexpr,
     DROPOUT: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     FLAT: tl.constexpr,
@@ -292,7 +301,7 @@ def _cca_bwd_kernel(
                     MASK_KEYS,
                     TMA,
                 )  # [BN, DW]
-            i_out = pid // num_heads * num_sets + j
+            i_out = (tl.program_id(0) if OF_SLICE else pid) // num_heads * num_sets + j
 
             if KEYS_FIRST:
                 s = tl.dot(b_k0, tl.trans(b_q0), input_precision=PRECISION)  # [BN, BM]
@@ -605,7 +614,13 @@ class _Backward:
         _, num_sets, num_keys, kv_heads, _ = key.shape
         arch = tiles.architecture(query.device)
         need = Needs.of(needs, rel_key, content_bias, position_bias, rel_bias)
-        own_shape = (g.blocks * g.row_tiles, num_sets, num_keys, g.num_heads, g.head_dim)
+        writers = g.num_heads // kv_heads * repeat * g.row_tiles
+        keys_each = g.row_tiles * num_sets * num_keys * g.num_heads * g.head_dim
+        cut, most = None, g.blocks
+        if writers > 1:
+            cut = slices_of_shares(g.blocks, repeat, g.row_tiles * g.num_heads, keys_each)
+            most = max(part.last - part.first for part in cut)
+        own_shape = (most * g.row_tiles, num_sets, num_keys, g.num_heads, g.head_dim)
         q, k, v, o, do = (launch.flat_rows(x) for x in (query, key, value, out, grad_out))
         dq, dk = (
             launch.flat_rows(torch.empty(shape, dtype=query.dtype, device="meta"))
@@ -625,10 +640,10 @@ class _Backward:
         slice_ = tiles.window_slice(g.rows, config.keys, config.warps, whole)
         small = tiles.SLICE if not flat or arch < 90 else 2 * tiles.SLICE
         width = g.padded_dim // config.panels
-        self._own_shape, self._blocks_each = own_shape, repeat * g.row_tiles
+        self._own_shape, self._shared = own_shape, writers > 1
+        self._repeat, self._row_tiles, self._group = repeat, g.row_tiles, g.num_heads // kv_heads
         # in a later call of the kind, the blocks may have an axis for the batch too
         self._key_shape = key.shape
-        self._writers = g.num_heads // kv_heads * self._blocks_each
         self._tables = TableGradients(
             need,
             q,
@@ -639,7 +654,8 @@ class _Backward:
             num_keys=num_keys,
             scale=scale,
             flat=flat,
-            keys_each=math.prod(own_shape) // g.blocks,
+            cut=cut,
+            keys_each=keys_each,
             has_rel=rel_key is not None,
             has_position=position_bias is not None,
         )
@@ -700,6 +716,7 @@ class _Backward:
                     "NEED_COLUMNS": self._tables.by_program,
                     "NEED_DS": need.rel,
                     "NEED_ROWS": need.content,
+                    "OF_SLICE": most < g.blocks,
                     "DROPOUT": dropout_p > 0.0,
                     "KEYS_FIRST": config.keys_first,
                     "FLAT": flat,
@@ -737,6 +754,9 @@ class _Backward:
     ) -> Gradients:
         grad_query = query.new_empty(query.shape)
         own_key, own_value = (query.new_empty(self._own_shape) for _ in "kv")
+        grad_key, grad_value = own_key, own_value
+        if self._shared:
+            grad_key, grad_value = (query.new_empty(self._key_shape) for _ in "kv")
         scratch = self._tables.scratch(query)
         for i, (part, main) in enumerate(zip(self._tables.slices, self._main, strict=True)):
             ds = scratch.ds if part.tile is None else own_key
@@ -763,12 +783,28 @@ class _Backward:
                 scratch.rows,
             )
             self._tables.add(i, query, ds, scratch, position_bias)
+            if self._shared:
+                self._sum_shares(own_key, grad_key, part)
+                self._sum_shares(own_value, grad_value, part)
         tables = self._tables.finish(scratch, (rel_key, content_bias, position_bias, rel_bias))
-        if self._writers > 1:
-            own_key, own_value = (self._sum_writers(x) for x in (own_key, own_value))
-        return grad_query, own_key.view(key.shape), own_value.view(key.shape), *tables
+        return grad_query, grad_key.view(key.shape), grad_value.view(key.shape), *tables
 
-    def _sum_writers(self, own: Tensor) -> Tensor:
-        """[P · tiles, J, TK, H, D] → [G, J, TK, Hkv, D]: the shares of the programs that read the same keys."""
-        groups, num_sets, num_keys, kv_heads, head_dim = self._key_shape
-        return own.view(groups, self._blocks_each, num_sets, num_keys, kv_heads, -1, head_dim).sum((1, 5))
+    def _sum_shares(self, own: Tensor, grad: Tensor, part: Slice) -> None:
+        """own [P · tiles, J, TK, H, D] → grad [G, J, TK, Hkv, D], of these blocks."""
+        groups = slice(part.first // self._repeat, part.last // self._repeat)
+        summed = grad[groups]
+        shares = own[: (part.last - part.first) * self._row_tiles]
+        num, num_sets, num_keys, kv_heads, head_dim = summed.shape
+        torch.sum(
+            shares.view(num, -1, num_sets, num_keys, kv_heads, self._group, head_dim), (1, 5), out=summed
+        )
+
+
+def slices_of_shares(blocks: int, repeat: int, programs_each: int, keys_each: int) -> list[Slice]:
+    """Cuts the blocks, of which `repeat` read the same keys, into slices of about one size; see OWN_SHARES.
+
+    A block has `programs_each` programs, which write `keys_each` values of dK."""
+    groups = blocks // repeat
+    most = max(1, OWN_SHARES // (keys_each * repeat), -(-MOST_WAITING // (programs_each * repeat)))
+    each = -(-groups // -(-groups // most)) * repeat
+    return [Slice(first, min(first + each, blocks), None) for first in range(0, blocks, each)]

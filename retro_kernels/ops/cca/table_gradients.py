@@ -284,12 +284,13 @@ class Needs(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Blocks that are worked on together where dS is kept."""
+    """Blocks that are worked on together."""
 
     first: int
     last: int
     tile: int | None
-    """Where their dS go: from this tile on in the memory of dK, which later blocks are to fill; None: in its own."""
+    """Where dS that is kept goes: from this tile on in the memory of dK, which later blocks are to fill; None: in its
+    own."""
 
 
 def slices(blocks: int, tiles_each: int, tile_size: int, keys_each: int) -> list[Slice]:
@@ -330,7 +331,8 @@ class Scratch(NamedTuple):
 class TableGradients:
     """The launches that follow the main kernel, for one kind of call.
 
-    q: the query's rows [S, N, H * D]. keys_each: values of a block's dK. has_position: there is a position bias.
+    q: the query's rows [S, N, H * D]. cut: how the blocks are worked on, if that is settled; else dS decides.
+    keys_each: values of a block's dK. has_position: there is a position bias.
     """
 
     def __init__(
@@ -345,6 +347,7 @@ class TableGradients:
         num_keys: int,
         scale: float,
         flat: bool,
+        cut: list[Slice] | None,
         keys_each: int,
         has_rel: bool,
         has_position: bool,
@@ -361,12 +364,13 @@ class TableGradients:
         self._blocks = {"BD": g.padded_dim, "BM": g.rows, "BN": config.keys}
         self._scale = scale
 
-        self.slices = [Slice(0, g.blocks, None)]
+        self.slices = cut or [Slice(0, g.blocks, None)]
         self._splits = g.blocks
         self._rel: list[launch.Launch] = []
         if need.rel:
-            tiles_each = self._programs_each * self._key_tiles
-            self.slices = slices(g.blocks, tiles_each, g.rows * config.keys, keys_each)
+            if cut is None:
+                tiles_each = self._programs_each * self._key_tiles
+                self.slices = slices(g.blocks, tiles_each, g.rows * config.keys, keys_each)
             self._rel = self._rel_launches(q, config, shift, flat, has_position)
         columns = block + num_keys - 1
         each = 8 if need.rel else 16
@@ -471,7 +475,8 @@ class TableGradients:
         g, need = self._g, self.need
         ds = columns = rows = partial = None
         if need.rel:
-            kept = (g.blocks - self.slices[-1].first) * self._programs_each * self._key_tiles
+            most = max(part.last - part.first for part in self.slices if part.tile is None)
+            kept = most * self._programs_each * self._key_tiles
             ds = like.new_empty((kept, g.rows, self._blocks["BN"]))
             shape = (self._splits, g.num_heads, g.row_tiles, self._key_tiles, self._window)
             partial = like.new_empty((*shape, g.head_dim), dtype=torch.float32)
