@@ -1,4 +1,4 @@
-"""`ChunkedCrossAttention` with its projections, beside the same module on SDPA and on einsum.
+"""`ChunkedCrossAttention` with its projections, beside the same module on SDPA and on einsum, also compiled.
 
 Shapes are those on which other implementations were measured: small (width 256) and medium (width 1,024). "SDPA with
 bias" materialises the additive bias and has its gradient; "SDPA without positions" computes less than any RETRO does.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,14 @@ ROWS: dict[Positions, tuple[tuple[str, Positions], ...]] = {
         ("SDPA with bias", "bias"),
         ("SDPA without positions", "none"),
         ("einsum", "bias"),
+        ("einsum, compiled", "bias"),
     ),
-    "relative": ((OURS, "relative"), ("SDPA with bias", "bias"), ("SDPA without positions", "none")),
+    "relative": (
+        (OURS, "relative"),
+        ("SDPA with bias", "bias"),
+        ("SDPA without positions", "none"),
+        ("einsum, compiled", "relative"),
+    ),
     "none": ((OURS, "none"), ("SDPA without positions", "none")),
 }
 """Which formulations stand in the table of a module with these positions, and which positions they have themselves."""
@@ -109,10 +116,15 @@ class Module:
         self.neighbours = torch.randn(states, **made).requires_grad_()
         self.grad_out = torch.randn(self.x.shape, **made)
         self.wanted = [self.x, self.neighbours, *self.layer.parameters()]
+        self.run = (
+            torch.compile(self.layer, dynamic=False, fullgraph=True)
+            if "compiled" in self.name
+            else self.layer
+        )
 
     def forward(self) -> Tensor:
-        with formulation(self.name.split()[0]):
-            return self.layer(self.x, self.neighbours)
+        with formulation(re.split(r"\W", self.name)[0]):
+            return self.run(self.x, self.neighbours)
 
     def call(self, which: Pass) -> Callable[[], Any]:
         if which == "forward":
@@ -149,6 +161,7 @@ def seconds(
     shape: Shape, which: Pass, threads: int
 ) -> dict[tuple[str, Positions], tuple[list[float], float]]:
     """Samples of every formulation, taken in turn, and its operations."""
+    torch._dynamo.reset()  # of one layer only so many graphs are kept
     others = [row for row in _others(shape) if why_not(row[0]) is None]
     modules = {row: Module(*row, shape) for row in (*FORMULATIONS, *others)}
     for (name, positions), module in modules.items():

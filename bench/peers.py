@@ -145,7 +145,7 @@ def _position_logits(case: Case, b: Blocks, dtype: torch.dtype) -> Tensor | None
     return added
 
 
-def _einsum(case: Case, b: Blocks) -> Attend:
+def _einsum(case: Case, b: Blocks | None = None) -> Attend:
     scale = case.shape.head_dim**-0.5
 
     def attend(b: Blocks) -> Tensor:
@@ -158,6 +158,11 @@ def _einsum(case: Case, b: Blocks) -> Attend:
         return torch.einsum("phmk,pkhd->pmhd", weights, b.value)
 
     return attend
+
+
+@functools.cache
+def _einsum_in_one_graph(case: Case) -> Attend:
+    return torch.compile(_einsum(case), dynamic=False, fullgraph=True)
 
 
 def _sdpa(*backends: SDPBackend, positions: bool = True) -> Callable[[Case, Blocks], Attend]:
@@ -331,6 +336,7 @@ _SDPA = {
 
 PEERS: tuple[Peer, ...] = (
     Peer("einsum", _einsum, _never),
+    Peer("einsum, compiled", lambda case, b: _einsum_in_one_graph(case), _never),
     *(Peer(f"SDPA {name}", _sdpa(backend), _sdpa_why_not(backend)) for name, backend in _SDPA.items()),
     Peer("FlexAttention, chunks as batch", _flex(True), _flex_why_not, as_written=True),
     Peer("FlexAttention, chunks as batch, tiles 64x64", _flex(True, options=_TILES_W4), _flex_why_not),
