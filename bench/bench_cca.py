@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,25 +112,42 @@ class Module:
             self.layer = ChunkedCrossAttention(width, s.heads, position=self.positions, **made)
         if self.positions == "bias":
             torch.nn.init.normal_(self.layer.rel_bias)
-        self.x = torch.randn(s.batch, s.tokens, width, **made).requires_grad_()
-        states = (s.batch, s.chunks, s.neighbours, s.neighbour_len, width)
-        self.neighbours = torch.randn(states, **made).requires_grad_()
-        self.grad_out = torch.randn(self.x.shape, **made)
-        self.wanted = [self.x, self.neighbours, *self.layer.parameters()]
+        tokens, states = (s.batch, s.tokens, width), (s.batch, s.chunks, s.neighbours, s.neighbour_len, width)
+        count = timing.sets_to_rotate(DTYPE.itemsize * (2 * math.prod(tokens) + math.prod(states)))
+        self.sets = [
+            (
+                torch.randn(tokens, **made).requires_grad_(),
+                torch.randn(states, **made).requires_grad_(),
+                torch.randn(tokens, **made),
+            )
+            for _ in range(count)
+        ]
         self.run = (
             torch.compile(self.layer, dynamic=False, fullgraph=True)
             if "compiled" in self.name
             else self.layer
         )
 
-    def forward(self) -> Tensor:
+    def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
         with formulation(re.split(r"\W", self.name)[0]):
-            return self.run(self.x, self.neighbours)
+            return self.run(x, neighbours)
 
-    def call(self, which: Pass) -> Callable[[], Any]:
+    def first(self) -> Tensor:
+        return self.forward(*self.sets[0][:2])
+
+    def wanted(self, x: Tensor, neighbours: Tensor) -> list[Tensor]:
+        return [x, neighbours, *self.layer.parameters()]
+
+    def calls(self, which: Pass) -> list[Callable[[], Any]]:
+        """One for each buffer set."""
+
+        def both(x: Tensor, neighbours: Tensor, grad_out: Tensor) -> Any:
+            return torch.autograd.grad(self.forward(x, neighbours), self.wanted(x, neighbours), grad_out)
+
         if which == "forward":
-            return torch.no_grad()(self.forward)
-        return lambda: torch.autograd.grad(self.forward(), self.wanted, self.grad_out)
+            forward = torch.no_grad()(self.forward)
+            return [functools.partial(forward, x, neighbours) for x, neighbours, _ in self.sets]
+        return [functools.partial(both, *one) for one in self.sets]
 
     def flops(self, which: Pass) -> float:
         """Of the four projections and the core; twice as much again for the projections' backward."""
@@ -166,12 +184,12 @@ def seconds(
     modules = {row: Module(*row, shape) for row in (*FORMULATIONS, *others)}
     for (name, positions), module in modules.items():
         if name not in OTHERS:
-            peers.same(module.forward(), modules[OURS, positions].forward(), f"{name}, {positions}")
-    calls = {row: module.call(which) for row, module in modules.items()}
+            peers.same(module.first(), modules[OURS, positions].first(), f"{name}, {positions}")
+    calls = {row: module.calls(which) for row, module in modules.items()}
     if ON_GPU:
-        samples = {row: timing.samples([call]) for row, call in calls.items()}
+        samples = {row: timing.samples(of_row) for row, of_row in calls.items()}
     else:
-        samples = timing.in_turn(calls)
+        samples = timing.in_turn({row: of_row[0] for row, of_row in calls.items()})
     return {row: (samples[row], module.flops(which)) for row, module in modules.items()}
 
 
@@ -179,7 +197,7 @@ def seconds(
 def saved(row: tuple[str, Positions], shape: Shape) -> int:
     """Bytes kept for the backward beyond inputs, parameters and output."""
     module = Module(*row, shape)
-    return timing.saved_bytes(module.forward, module.wanted)
+    return timing.saved_bytes(module.first, module.wanted(*module.sets[0][:2]))
 
 
 def _parameters() -> list[Any]:
