@@ -99,13 +99,13 @@ build() {
     [ -n "$REHEARSE" ] || cp "$SCRATCH"/built/retro_kernels/_C.*.so retro_kernels/
 }
 
-# FlexAttention's compilations, in several processes and into the disk cache, while nothing is timed.
+# Compilations of FlexAttention and einsum, in several processes and into the disk cache, while nothing is timed.
 warm() {
     local shards=8 i code status=0 running=()
     [ -n "$REHEARSE" ] && shards=1
     for ((i = 0; i < shards; i++)); do
         RETRO_BENCH_SHARD=$i/$shards TORCHINDUCTOR_COMPILE_THREADS=2 "$PYTHON" -m pytest bench/bench_kernels.py -q \
-            -o python_files='bench_*.py' -p no:cacheprovider --benchmark-disable -k "test_cca and Flex and not autotune" &
+            -o python_files='bench_*.py' -p no:cacheprovider --benchmark-disable -k "test_cca and (Flex or compiled) and not autotune" &
         running+=($!)
     done
     for i in "${running[@]}"; do
