@@ -285,6 +285,12 @@ class Retriever:
     candidates: str = "custom"
     """What decides the neighbours that it finds in a set, before a re-ranking; a file of neighbours is known by it."""
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name}, {self.num_chunks:,} chunks of {self.num_documents:,} documents in "
+            f"{self.store.path}, {self.device})"
+        )
+
     @property
     def tokenizer(self) -> Any:
         return self.store.tokenizer
