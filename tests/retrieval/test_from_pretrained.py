@@ -52,7 +52,10 @@ def folder(documents: list[Document], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("kind", RETRIEVERS)
 def test_every_kind_excludes_and_fills(folder: Path, documents: list[Document], kind: str) -> None:
     retriever = Retriever.from_pretrained(folder, retriever=kind, rerank_fetch=8)
-    assert repr(retriever) == f"Retriever({kind}, {retriever.num_chunks:,} chunks of 40 documents in {folder}, cpu)"
+    assert (
+        repr(retriever)
+        == f"Retriever({kind}, {retriever.num_chunks:,} chunks of 40 documents in {folder}, cpu)"
+    )
     tokens = [
         retriever.tokenizer.encode(document.text)[:48] for document in documents if len(document.text) > 400
     ][:5]

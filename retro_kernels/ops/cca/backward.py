@@ -217,6 +217,8 @@ def _cca_bwd_kernel(
         b_lse = lse[:, None]
         b_delta = delta[:, None]
 
+    # dK and dV begin with those of the slice's first block
+    first_out = first_program // num_heads * num_sets if OF_SLICE else 0
     for o_c in tl.range(0, num_keys if RELOAD == 2 else TK, BN, num_stages=1):
         if FROM_SHARED:
             b_bias = _bias_window(p_rel_bias, i_head, o_i - o_c + TK - BN, TQ + TK - 1, WB)
@@ -301,7 +303,7 @@ def _cca_bwd_kernel(
                     MASK_KEYS,
                     TMA,
                 )  # [BN, DW]
-            i_out = (tl.program_id(0) if OF_SLICE else pid) // num_heads * num_sets + j
+            i_out = pid // num_heads * num_sets + j - first_out
 
             if KEYS_FIRST:
                 s = tl.dot(b_k0, tl.trans(b_q0), input_precision=PRECISION)  # [BN, BM]
