@@ -6,7 +6,7 @@ the dK and dV that it writes, keeps dQ in registers, and needs no atomics. With 
     dV = pᵀ dO,   dS = p ∘ (dO Vᵀ − Σ dO ∘ O),   dK = scale · dSᵀ (q + u),   dQ = scale · (dS K + shear(Σⱼ dS) rel_key)
 
 dS is summed over the neighbours in registers before it is sheared to distance columns, since positions do not depend
-on the neighbour; what the tables get of it is in `table_gradients.py`.
+on the neighbour; what the tables get of it, sheared, is in `table_gradients.py`.
 
 Where several programs read the same keys (grouped heads, key_repeat, more query rows than a program takes) each writes
 its own dK and dV, and they are summed in a fixed order, slice by slice of the blocks.
@@ -66,6 +66,7 @@ def _cca_bwd_kernel(
     grad_query,
     grad_key,
     grad_value,
+    sheared,
     p_grad_query,
     p_lse,
     p_content_bias,
@@ -74,7 +75,6 @@ def _cca_bwd_kernel(
     p_lengths,
     p_seed,
     p_columns,
-    p_ds,
     p_rows,
     stride_qs,
     stride_qn,
@@ -115,7 +115,7 @@ def _cca_bwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     NEED_COLUMNS: tl.constexpr,
-    NEED_DS: tl.constexpr,
+    NEED_SHEARED: tl.constexpr,
     NEED_ROWS: tl.constexpr,
     OF_SLICE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -132,7 +132,7 @@ def _cca_bwd_kernel(
     MASK_KEYS: tl.constexpr = TK % BN != 0
     DW: tl.constexpr = BD // PANELS
     WB: tl.constexpr = 2 * (BM if BM > BN else BN)
-    SUM_DS: tl.constexpr = HAS_REL or NEED_COLUMNS or NEED_DS
+    SUM_DS: tl.constexpr = HAS_REL or NEED_COLUMNS or NEED_SHEARED
     FROM_SHARED: tl.constexpr = HAS_BIAS and not HAS_REL
     pid = tl.program_id(0) + first_program
     i_head = pid % num_heads
@@ -418,14 +418,6 @@ def _cca_bwd_kernel(
                 dq1 = tl.dot(ds_rows, b_k1, dq1, input_precision=PRECISION)
 
         i_tile = pid.to(tl.int64) * KEY_TILES + o_c // BN
-        if NEED_DS:
-            i_stored = i_tile - tl.cast(first_program, tl.int64) * KEY_TILES + first_tile
-            p_tile = p_ds + i_stored * (BM * BN)
-            if KEYS_FIRST:
-                p_tile += n[:, None] * BM + a[None, :]
-            else:
-                p_tile += a[:, None] * BN + n[None, :]
-            tl.store(p_tile, ds_sum.to(p_ds.dtype.element_ty))
         if NEED_COLUMNS:
             columns = _column_sums(ds_sum, BM, BN, WC, WARPS, KEYS_FIRST)  # [WC]
             tl.store(p_columns + i_tile * WC + tl.arange(0, WC), columns)
@@ -434,10 +426,48 @@ def _cca_bwd_kernel(
                 by_distance = _shear(
                     ds_sum, o_t, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT
                 )  # [WS, BM] or [BM, WS]
+                if FLAT and WS == BN:
+                    # never, but so both have one layout: that of a product, whose operand it then is without a detour
+                    # through shared memory
+                    by_distance = tl.where(num_rows < 0, ds_sum, by_distance)
                 first = o_i - o_c + TK - BN + o_t
                 column = first + tl.arange(0, WS)
                 m_column = (column >= 0) & (column < TQ + TK - 1)
                 by_distance_low = by_distance.to(b_q0.dtype)
+                if NEED_SHEARED:
+                    i_stored = (pid - first_program) * KEY_TILES + o_c // BN + first_tile
+                    if KEYS_FIRST:
+                        _store_tile(
+                            sheared,
+                            by_distance_low,
+                            i_stored,
+                            o_t,
+                            0,
+                            BM * W,
+                            BM,
+                            m_row,
+                            WS,
+                            BM,
+                            BM,
+                            False,
+                            TMA,
+                        )
+                    else:
+                        _store_tile(
+                            sheared,
+                            by_distance_low,
+                            i_stored,
+                            0,
+                            o_t,
+                            BM * W,
+                            W,
+                            m_row,
+                            BM,
+                            WS,
+                            WS,
+                            False,
+                            TMA,
+                        )
                 if KEYS_FIRST:
                     by_distance_low = tl.trans(by_distance_low)
                 b_rel = _load_tile(
@@ -655,7 +685,7 @@ class _Backward:
             shift=shift,
             num_keys=num_keys,
             scale=scale,
-            flat=flat,
+            window=triton.cdiv(g.rows + config.keys - 1, small) * small,
             cut=cut,
             keys_each=keys_each,
             has_rel=rel_key is not None,
@@ -677,6 +707,7 @@ class _Backward:
                     launch.Window(dq, g.rows, width, tma),
                     launch.Window(dk, config.keys, width, tma),
                     launch.Window(dk, config.keys, width, tma),
+                    self._tables.sheared(part, dk, small, tma),
                 ),
                 (
                     *q.stride()[:2],
@@ -706,7 +737,7 @@ class _Backward:
                     "PANELS": config.panels,
                     "BM": g.rows,
                     "BN": config.keys,
-                    "W": triton.cdiv(g.rows + config.keys - 1, small) * small,
+                    "W": self._tables.window,
                     "WC": self._tables.column_window,
                     "WP": slice_,
                     "WS": small,
@@ -716,7 +747,7 @@ class _Backward:
                     "HAS_BIAS": rel_bias is not None,
                     "HAS_LENGTHS": lengths is not None,
                     "NEED_COLUMNS": self._tables.by_program,
-                    "NEED_DS": need.rel,
+                    "NEED_SHEARED": need.rel,
                     "NEED_ROWS": need.content,
                     "OF_SLICE": most < g.blocks,
                     "DROPOUT": dropout_p > 0.0,
@@ -761,7 +792,7 @@ class _Backward:
             grad_key, grad_value = (query.new_empty(self._key_shape) for _ in "kv")
         scratch = self._tables.scratch(query)
         for i, (part, main) in enumerate(zip(self._tables.slices, self._main, strict=True)):
-            ds = scratch.ds if part.tile is None else own_key
+            sheared = scratch.sheared if part.tile is None else own_key
             main(
                 query,
                 key,
@@ -773,6 +804,7 @@ class _Backward:
                 grad_query,
                 own_key,
                 own_value,
+                sheared,
                 grad_query,
                 lse,
                 content_bias,
@@ -781,10 +813,9 @@ class _Backward:
                 lengths,
                 seed,
                 scratch.columns if self._tables.by_program else None,
-                ds,
                 scratch.rows,
             )
-            self._tables.add(i, query, ds, scratch, position_bias)
+            self._tables.add(i, query, sheared, scratch)
             if self._shared:
                 self._sum_shares(own_key, grad_key, part)
                 self._sum_shares(own_value, grad_value, part)

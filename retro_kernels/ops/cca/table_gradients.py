@@ -1,12 +1,12 @@
 r"""Gradients of the position tables and biases of block attention, from what the main backward kernel writes down.
 
-    d rel_bias[g] = Σ shear(dS)[·, g]            partials by program, or by split
-    d rel_key     = scale · shear(dS)ᵀ (q + v)   a kernel over the stored, neighbour-summed dS
+    d rel_bias[g] = Σ shear(dS)[·, g]                          partials by program, or by split
+    d rel_key     = scale · (shear(dS)ᵀ q + d rel_bias ⊗ v)    a kernel over the stored, neighbour-summed shear(dS)
     d position_bias = scale · d rel_bias · rel_key
     d content_bias  = Σ_rows dQ − d position_bias
 
-Two small kernels sum the partials in a fixed order: one by distance, one for the two biases. Where dS would take much
-memory, blocks are worked on in a few slices, and dS waits in the memory of dK that is not written yet.
+Two small kernels sum the partials in a fixed order: one by distance, one for the two biases. Where shear(dS) would take
+much memory, blocks are worked on in a few slices, and it waits in the memory of dK that is not written yet.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from retro_kernels.ops.cca import launch, tiles
-from retro_kernels.ops.cca.tiles import _query_tile, _shear
+from retro_kernels.ops.cca.tiles import _load_tile
 
 REL_SLICE = 64
-"""Distance columns of one program of the kernel for rel_key, or twice as many: windows are multiples of it."""
+"""Distance columns of one program of the kernel for rel_key, or twice as many; fewer if a window is no multiple."""
 
 REL_SLOTS = 132
 """Programs of that kernel that a GPU is taken to run at a time: one for each multiprocessor of an H100. The same for
@@ -31,20 +31,19 @@ every GPU: into how many parts the sums are cut, and so their order, is to depen
 MOST_WAVES = 4
 """Of such programs, where a single one would leave the last wave half empty. Each writes a partial sum of its own."""
 
-MOST_SLICES = 8
+MOST_SLICES = 10
 """Each is two launches more. Narrow heads with few keys and many blocks would need hundreds to stay within OWN_DS."""
 
 OWN_DS = 2**21
-"""Values of dS that get memory of their own; what is more waits in the memory of dK for the kernel for rel_key."""
+"""Values of shear(dS) with memory of their own; what is more waits in that of dK for the kernel for rel_key."""
 
 
 @triton.jit(do_not_specialize=["first_tile", "first_block", "last_block", "per_split"])
 def _cca_bwd_rel_kernel(
     query,
-    p_ds,
+    p_sheared,
     p_partial,
     p_columns,
-    p_position_bias,
     stride_qs,
     stride_qn,
     num_rows,
@@ -63,15 +62,13 @@ def _cca_bwd_rel_kernel(
     BN: tl.constexpr,
     W: tl.constexpr,
     WS: tl.constexpr,
-    HAS_POSITION: tl.constexpr,
     NEED_COLUMNS: tl.constexpr,
+    BY_PRODUCT: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
-    FLAT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """shear(dS)ᵀ (q + v) for WS distance columns of one head and one tile, over a fixed share of the blocks from
-    first_block to last_block, added to what earlier launches found; with NEED_COLUMNS also the sums of shear(dS) over
-    the rows."""
+    """shear(dS)ᵀ q for WS distance columns of one head and one tile, over a fixed share of the blocks from first_block
+    to last_block, added to what earlier launches found; with NEED_COLUMNS also the sums of shear(dS) over the rows."""
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
     KEY_TILES: tl.constexpr = (TK + BN - 1) // BN
     SLICES: tl.constexpr = W // WS
@@ -82,23 +79,22 @@ def _cca_bwd_rel_kernel(
     i_head = pid // (SLICES * KEY_TILES * ROW_TILES) % num_heads
     i_split = pid // (SLICES * KEY_TILES * ROW_TILES) // num_heads
     a = tl.arange(0, BM)
-    n = tl.arange(0, BN)
+    t = tl.arange(0, WS)
     o_d = tl.arange(0, BD)
     o_i = i_row_tile * BM
 
     acc = tl.zeros([WS, BD], tl.float32)
-    if NEED_COLUMNS:
-        if KEYS_FIRST:
-            total = tl.zeros([WS, BM], tl.float32)
-        else:
-            total = tl.zeros([BM, WS], tl.float32)
+    if NEED_COLUMNS and BY_PRODUCT:
+        ones = tl.full([BM, 16], 1.0, query.dtype.element_ty)
+        total = tl.zeros([WS, 16], tl.float32)
+    elif NEED_COLUMNS:
+        total = tl.zeros([WS, BM], tl.float32)
     begin = first_block + i_split * per_split
     for i_block in tl.range(begin, tl.minimum(last_block, begin + per_split)):
         o_row = i_block % per_seq * TQ + SHIFT + o_i
         m_row = (o_i + a < TQ) & (o_row + a < num_rows)
-        b_q = _query_tile(
+        b_q = _load_tile(
             query,
-            p_position_bias,
             i_block // per_seq,
             o_row,
             i_head * D,
@@ -109,38 +105,36 @@ def _cca_bwd_rel_kernel(
             BM,
             BD,
             D,
-            HAS_POSITION,
+            True,
             False,
         )  # [BM, BD]
         i_tile = (tl.cast(i_block - first_block, tl.int64) * ROW_TILES + i_row_tile) * num_heads + i_head
-        p_tile = p_ds + (i_tile * KEY_TILES + i_key_tile + first_tile) * (BM * BN)
+        p_tile = p_sheared + (i_tile * KEY_TILES + i_key_tile + first_tile) * (BM * W)
         if KEYS_FIRST:
-            ds = tl.load(p_tile + n[:, None] * BM + a[None, :]).to(tl.float32)  # [BN, BM]
+            by_distance = tl.load(p_tile + (i_slice * WS + t)[:, None] * BM + a[None, :])  # [WS, BM]
         else:
-            ds = tl.load(p_tile + a[:, None] * BN + n[None, :]).to(tl.float32)  # [BM, BN]
-        by_distance = _shear(ds, i_slice * WS, BN - 1, BM, BN, WS, KEYS_FIRST, True, FLAT)
-        if NEED_COLUMNS:
-            total += by_distance
-        by_distance = by_distance.to(b_q.dtype)
-        if not KEYS_FIRST:
-            by_distance = tl.trans(by_distance)
+            by_distance = tl.trans(tl.load(p_tile + a[:, None] * W + (i_slice * WS + t)[None, :]))
         acc = tl.dot(by_distance, b_q, acc, input_precision=PRECISION)  # [WS, BD]
+        if NEED_COLUMNS and BY_PRODUCT:
+            total = tl.dot(by_distance, ones, total, input_precision=PRECISION)
+        elif NEED_COLUMNS:
+            total += by_distance
     later = tl.zeros([WS], tl.int32) + first_block > 0
     m_d = (o_d < D)[None, :]
-    p_acc = p_partial + (pid.to(tl.int64) * WS + tl.arange(0, WS))[:, None] * D + o_d[None, :]
+    p_acc = p_partial + (pid.to(tl.int64) * WS + t)[:, None] * D + o_d[None, :]
     tl.store(p_acc, acc + tl.load(p_acc, mask=m_d & later[:, None], other=0.0), mask=m_d)
     if NEED_COLUMNS:
-        if KEYS_FIRST:
-            columns = tl.sum(total, 1)
-        else:
-            columns = tl.sum(total, 0)
-        p_sum = p_columns + pid.to(tl.int64) * WS + tl.arange(0, WS)
+        p_sum = p_columns + pid.to(tl.int64) * WS + t
+        columns = tl.sum(total, 1)
+        if BY_PRODUCT:
+            columns /= 16
         tl.store(p_sum, columns + tl.load(p_sum, mask=later, other=0.0))
 
 
 @triton.jit(do_not_specialize=["splits"])
 def _cca_bwd_columns_kernel(
     rel_key,
+    p_position_bias,
     p_partial,
     p_columns,
     p_grad_rel,
@@ -163,6 +157,7 @@ def _cca_bwd_columns_kernel(
     BC: tl.constexpr,
     BS: tl.constexpr,
     NEED_REL: tl.constexpr,
+    HAS_POSITION: tl.constexpr,
     NEED_COLUMNS: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     NEED_SHARE: tl.constexpr,
@@ -170,7 +165,7 @@ def _cca_bwd_columns_kernel(
     """Gradients of BC distance columns of one head, from what `splits` parts of the blocks found in the windows of the
     tiles, which overlap.
 
-    p_partial: shear(dS)ᵀ (q + v) [splits, H, row tiles, key tiles, W, D]. p_columns: sums of shear(dS) over the rows
+    p_partial: shear(dS)ᵀ q [splits, H, row tiles, key tiles, W, D]. p_columns: sums of shear(dS) over the rows
     [.., W]. p_share [H, programs, D]: Σ d rel_bias · rel_key over these columns.
     """
     ROW_TILES: tl.constexpr = (TQ + BM - 1) // BM
@@ -210,7 +205,11 @@ def _cca_bwd_columns_kernel(
     columns = tl.sum(columns, 0)  # [BC]
     at = (i_head * (TQ + TK - 1) + g)[:, None] * D + o_d[None, :]
     if NEED_REL:
-        tl.store(p_grad_rel + at, (tl.sum(grad_rel, 0) * scale).to(p_grad_rel.dtype.element_ty), mask=m_rel)
+        grad_rel = tl.sum(grad_rel, 0)  # [BC, BD]
+        if HAS_POSITION:
+            bias = tl.load(p_position_bias + i_head * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            grad_rel += columns[:, None] * bias[None, :]
+        tl.store(p_grad_rel + at, (grad_rel * scale).to(p_grad_rel.dtype.element_ty), mask=m_rel)
     if NEED_BIAS:
         p = p_grad_bias + i_head * (TQ + TK - 1) + g
         tl.store(p, columns.to(p_grad_bias.dtype.element_ty), mask=m_column)
@@ -289,16 +288,16 @@ class Slice(NamedTuple):
     first: int
     last: int
     tile: int | None
-    """Where dS that is kept goes: from this tile on in the memory of dK, which later blocks are to fill; None: in its
-    own."""
+    """Where their shear(dS) goes, if it is kept: from this tile on in the memory of dK, which later blocks are to fill;
+    None: in its own."""
 
 
 def slices(blocks: int, tiles_each: int, tile_size: int, keys_each: int) -> list[Slice]:
-    """Cuts the blocks so that what is kept of dS for the gradient of rel_key needs little memory of its own.
+    """Cuts the blocks so that the shear(dS) kept for the gradient of rel_key needs little memory of its own.
 
-    A block's dS take `tiles_each` tiles of `tile_size` values, its dK `keys_each` values. While they are more than
-    OWN_DS together, and not yet MOST_SLICES, the dS of as many blocks as fit there lie in the dK of those that are not
-    yet reached.
+    Of a block it takes `tiles_each` tiles of `tile_size` values, dK `keys_each` values. While they are more than OWN_DS
+    together, and not yet MOST_SLICES, those of as many blocks as fit there lie in the dK of blocks that are not yet
+    reached.
     """
     found, first = [], 0
     while (blocks - first) * tiles_each * tile_size > OWN_DS and len(found) < MOST_SLICES - 1:
@@ -317,22 +316,22 @@ def slices(blocks: int, tiles_each: int, tile_size: int, keys_each: int) -> list
 class Scratch(NamedTuple):
     """What the kernels leave to each other, beside the gradients."""
 
-    ds: Tensor | None
-    """[tiles, BM, BN] of the slice that has memory of its own; with keys first [tiles, BN, BM]"""
+    sheared: Tensor | None
+    """shear(dS) of a slice that has no place in dK: [tiles, BM, W]; with keys first [tiles, W, BM]"""
     columns: Tensor | None
     """sums of shear(dS) over the rows: by program [P, row tiles, H, key tiles, W], or by split [.., H, row tiles,
     key tiles, W]"""
     rows: Tensor | None
     """sums of dQ over the rows of each program: [programs, D]"""
     partial: Tensor | None
-    """shear(dS)ᵀ (q + v): [splits, H, row tiles, key tiles, W, D]"""
+    """shear(dS)ᵀ q: [splits, H, row tiles, key tiles, W, D]"""
 
 
 class TableGradients:
     """The launches that follow the main kernel, for one kind of call.
 
-    q: the query's rows [S, N, H * D]. cut: how the blocks are worked on, if that is settled; else dS decides.
-    keys_each: values of a block's dK. has_position: there is a position bias.
+    q: the query's rows [S, N, H * D]. window: W of the tiles of shear(dS). cut: how the blocks are worked on, if that
+    is settled; else shear(dS) decides. keys_each: values of a block's dK. has_position: there is a position bias.
     """
 
     def __init__(
@@ -346,7 +345,7 @@ class TableGradients:
         shift: int,
         num_keys: int,
         scale: float,
-        flat: bool,
+        window: int,
         cut: list[Slice] | None,
         keys_each: int,
         has_rel: bool,
@@ -356,7 +355,8 @@ class TableGradients:
         self._dtype, self._g = q.dtype, g
         self._key_tiles = triton.cdiv(num_keys, config.keys)
         self.column_window = triton.next_power_of_2(g.rows + config.keys - 1)
-        self._window = triton.cdiv(g.rows + config.keys - 1, REL_SLICE) * REL_SLICE
+        self.window, self._keys_first = window, config.keys_first
+        self._columns = need.columns or (need.rel and has_position)
         self.by_program = need.columns and not need.rel
         """the main kernel makes the sums by distance; else the one for rel_key does"""
         self._programs_each = g.row_tiles * g.num_heads
@@ -370,24 +370,23 @@ class TableGradients:
         if need.rel:
             if cut is None:
                 tiles_each = self._programs_each * self._key_tiles
-                self.slices = slices(g.blocks, tiles_each, g.rows * config.keys, keys_each)
-            self._rel = self._rel_launches(q, config, shift, flat, has_position)
+                self.slices = slices(g.blocks, tiles_each, g.rows * window, keys_each)
+            self._rel = self._rel_launches(q, config, shift)
         columns = block + num_keys - 1
         each = 8 if need.rel else 16
         self._share_shape: tuple[int, ...] | None = None
         if (need.position or need.content) and has_rel:
             self._share_shape = (g.num_heads, triton.cdiv(columns, each), g.head_dim)
+        self._has_position = has_position
         self._sums = self._sums_launch(each, columns) if need.rel or need.columns else None
         self._biases = self._biases_launch() if need.position or need.content else None
         self.launches = [*self._rel, *(x for x in (self._sums, self._biases) if x is not None)]
 
-    def _rel_launches(
-        self, q: Tensor, config: tiles.Config, shift: int, flat: bool, has_position: bool
-    ) -> list[launch.Launch]:
+    def _rel_launches(self, q: Tensor, config: tiles.Config, shift: int) -> list[launch.Launch]:
         g = self._g
         arch = tiles.architecture(q.device)
-        warps, stages, columns_each = _rel_blocks(arch, self._dtype, g, config.keys, self._window)
-        parts = self._programs_each * self._key_tiles * (self._window // columns_each)
+        warps, stages, columns_each = _rel_blocks(arch, self._dtype, g, config.keys, self.window)
+        parts = self._programs_each * self._key_tiles * (self.window // columns_each)
         most = max(1, min(triton.cdiv(g.blocks, 4), MOST_WAVES * REL_SLOTS // parts))
         self._splits = launch.splits(parts, g.blocks, REL_SLOTS, most)
         return [
@@ -409,12 +408,12 @@ class TableGradients:
                     "SHIFT": shift,
                     **self._tile,
                     **self._blocks,
-                    "W": self._window,
+                    "W": self.window,
                     "WS": columns_each,
-                    "HAS_POSITION": has_position,
-                    "NEED_COLUMNS": self.need.columns,
+                    "NEED_COLUMNS": self._columns,
+                    # by one with ones, whose operand is in shared memory already; elsewhere it is in registers
+                    "BY_PRODUCT": arch >= 90 and self._dtype != torch.float32 and g.padded_dim <= 128,
                     "KEYS_FIRST": config.keys_first,
-                    "FLAT": flat,
                     "PRECISION": tiles.precision(self._dtype),
                 },
                 num_warps=warps,
@@ -425,7 +424,7 @@ class TableGradients:
 
     def _sums_launch(self, each: int, columns: int) -> launch.Launch:
         g, rel = self._g, self.need.rel
-        window = self._window if rel else self.column_window
+        window = self.window if rel else self.column_window
         steps = self._key_tiles * window
         # of the sums by distance: from split to split, row tile to row tile, head to head
         strides = (
@@ -445,7 +444,8 @@ class TableGradients:
                 "BC": each,
                 "BS": 4 if rel else 256,
                 "NEED_REL": rel,
-                "NEED_COLUMNS": self.need.columns,
+                "HAS_POSITION": rel and self._has_position,
+                "NEED_COLUMNS": self._columns,
                 "NEED_BIAS": self.need.bias,
                 "NEED_SHARE": self._share_shape is not None,
             },
@@ -471,29 +471,40 @@ class TableGradients:
             num_warps=4,
         )
 
+    def sheared(self, part: Slice, dk: Tensor, columns: int, tma: bool) -> launch.Window | None:
+        """The window of `columns` distances into what the main kernel writes of shear(dS) for a slice. dk: as dK lies
+        in memory."""
+        if not self.need.rel:
+            return None
+        rows = self._g.rows
+        count = self._own_tiles() if part.tile is None else dk.numel() // (rows * self.window)
+        if self._keys_first:
+            return launch.Window(dk.new_empty((count, self.window, rows)), columns, rows, tma)
+        return launch.Window(dk.new_empty((count, rows, self.window)), rows, columns, tma)
+
+    def _own_tiles(self) -> int:
+        most = max(part.last - part.first for part in self.slices if part.tile is None)
+        return most * self._programs_each * self._key_tiles
+
     def scratch(self, like: Tensor) -> Scratch:
         g, need = self._g, self.need
-        ds = columns = rows = partial = None
+        sheared = columns = rows = partial = None
         if need.rel:
-            most = max(part.last - part.first for part in self.slices if part.tile is None)
-            kept = most * self._programs_each * self._key_tiles
-            ds = like.new_empty((kept, g.rows, self._blocks["BN"]))
-            shape = (self._splits, g.num_heads, g.row_tiles, self._key_tiles, self._window)
+            sheared = like.new_empty((self._own_tiles(), g.rows, self.window))
+            shape = (self._splits, g.num_heads, g.row_tiles, self._key_tiles, self.window)
             partial = like.new_empty((*shape, g.head_dim), dtype=torch.float32)
-            columns = like.new_empty(shape, dtype=torch.float32) if need.columns else None
+            columns = like.new_empty(shape, dtype=torch.float32) if self._columns else None
         elif need.columns:
             shape = (g.blocks, g.row_tiles, g.num_heads, self._key_tiles, self.column_window)
             columns = like.new_empty(shape, dtype=torch.float32)
         if need.content:
             rows = like.new_empty((g.blocks * self._programs_each, g.head_dim), dtype=torch.float32)
-        return Scratch(ds, columns, rows, partial)
+        return Scratch(sheared, columns, rows, partial)
 
-    def add(
-        self, i_slice: int, query: Tensor, ds: Tensor | None, scratch: Scratch, position_bias: Tensor | None
-    ) -> None:
+    def add(self, i_slice: int, query: Tensor, sheared: Tensor | None, scratch: Scratch) -> None:
         """After the main kernel's launch for a slice."""
         if self._rel:
-            self._rel[i_slice](query, ds, scratch.partial, scratch.columns, position_bias)
+            self._rel[i_slice](query, sheared, scratch.partial, scratch.columns)
 
     def finish(
         self, scratch: Scratch, tables: tuple[Tensor | None, ...]
@@ -507,7 +518,7 @@ class TableGradients:
         if self._share_shape is not None and tables[0] is not None:
             share = tables[0].new_empty(self._share_shape, dtype=torch.float32)
         if self._sums is not None:
-            self._sums(tables[0], scratch.partial, scratch.columns, grad_rel, grad_bias, share)
+            self._sums(tables[0], tables[2], scratch.partial, scratch.columns, grad_rel, grad_bias, share)
         if self._biases is not None:
             self._biases(share, scratch.rows, grad_content, grad_position)
         return grad_rel, grad_content, grad_position, grad_bias
@@ -518,12 +529,16 @@ def _rel_blocks(
 ) -> tuple[int, int, int]:
     """Warps, stages and distance columns of a program of the kernel for rel_key.
 
-    On sm_90 as measured there. Two stages of 256 dimensions in fp32 exceed what any GPU has.
+    On sm_90 as measured there, when it sheared dS itself. Two stages of 256 dimensions in fp32 exceed what any GPU has.
     """
     wide = g.padded_dim > 64
-    if tiles.hopper(arch) and dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
-        return 8, 3, 2 * REL_SLICE if window % (2 * REL_SLICE) == 0 else REL_SLICE
-    tight = dtype == torch.float32 and g.padded_dim > 128
     # those of float32 are too few for products of warpgroups, as are its rows (`tiles.most_rows`)
     columns = REL_SLICE // 2 if dtype == torch.float32 else REL_SLICE
-    return 8 if wide or max(g.rows, keys) >= 128 else 4, 1 if tight else 2, columns
+    if tiles.hopper(arch) and dtype != torch.float32 and g.padded_dim <= 128 and max(g.rows, keys) <= 64:
+        warps, stages, columns = 8, 3, 2 * REL_SLICE
+    else:
+        warps = 8 if wide or max(g.rows, keys) >= 128 else 4
+        stages = 1 if dtype == torch.float32 and g.padded_dim > 128 else 2
+    while window % columns:
+        columns //= 2
+    return warps, stages, columns
