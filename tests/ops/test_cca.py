@@ -480,7 +480,7 @@ def test_shares_of_the_same_keys_are_summed_in_slices(seed, monkeypatch, tables)
     found = []
     for own, waiting in ((backward.OWN_SHARES, 1), (0, 4), (0, 1)):
         monkeypatch.setattr(backward, "OWN_SHARES", own)
-        monkeypatch.setattr(backward, "MOST_WAITING", waiting)
+        monkeypatch.setattr(backward, "LEAST_PROGRAMS", waiting)
         launch.forget()
         torch.manual_seed(seed)
         ours = run(chunked_cross_attention, tensors, options, tensors[0], chunk_size=M, **fixed)

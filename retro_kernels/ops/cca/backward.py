@@ -49,8 +49,8 @@ OWN_SHARES = 2**25
 """Values of the programs' own dK, and as many of dV, where those are to be summed: blocks are worked on in slices that
 have no more, so that the shares of large calls take little memory beside the sums."""
 
-MOST_WAITING = 528
-"""Programs that a slice has all the same, if there are as many: four for each multiprocessor of an H100."""
+LEAST_PROGRAMS = 528
+"""Programs that a slice has all the same, where there are as many: four for each multiprocessor of an H100."""
 
 
 # what differs between the launches of one call makes no machine code of its own
@@ -838,6 +838,6 @@ def slices_of_shares(blocks: int, repeat: int, programs_each: int, keys_each: in
 
     A block has `programs_each` programs, which write `keys_each` values of dK."""
     groups = blocks // repeat
-    most = max(1, OWN_SHARES // (keys_each * repeat), -(-MOST_WAITING // (programs_each * repeat)))
+    most = max(1, OWN_SHARES // (keys_each * repeat), -(-LEAST_PROGRAMS // (programs_each * repeat)))
     each = -(-groups // -(-groups // most)) * repeat
     return [Slice(first, min(first + each, blocks), None) for first in range(0, blocks, each)]
