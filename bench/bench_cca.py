@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +128,7 @@ class Module:
         )
 
     def forward(self, x: Tensor, neighbours: Tensor) -> Tensor:
-        with formulation(re.split(r"\W", self.name)[0]):
+        with formulation(self.name.split()[0].strip(",")):
             return self.run(x, neighbours)
 
     def first(self) -> Tensor:

@@ -178,7 +178,7 @@ def merged(
             )
             continue
         if "commit" not in row and before["commit"] != now["commit"]:
-            row = {**row, "commit": before["commit"]}
+            row = {**row, "commit": before["commit"], "date": before["date"]}
         other = _differences({**before, **row.get("environment", {})}, before, now)
         row = {name: value for name, value in row.items() if name != "environment"}
         kept.append({**row, "environment": other} if other else row)

@@ -34,14 +34,18 @@ def conditions(result: dict[str, Any]) -> str:
     """A few words that say what a table's figures belong to."""
     environment, ceilings = result["environment"], result.get("ceilings")
     versions = ", ".join(_versions(result))
+    made = dict.fromkeys(_made(row, environment) for row in result["results"])
+    of_file = _made(environment, environment)
+    alone = bool(made) and of_file not in made
     line = (
         f"{environment['device']}, {environment['torch_threads']} threads, Python {environment['python']}, {versions}; "
-        f"commit {environment['commit']}, {environment['date']}. Median; ratio to the first row of its group."
+        f"commit {'; '.join(sorted(made)) if alone else of_file}. Median; ratio to the first row of its group."
     )
     said = dict.fromkeys(row.get("extra", {}).get("conditions") for row in result["results"])
     for text in filter(None, said):
         line += f" {text[0].upper()}{text[1:]}{'' if len(said) == 1 else ' in some rows'}."
-    if earlier := sorted({row["commit"] for row in result["results"] if "commit" in row}):
+    earlier = sorted({row["commit"] for row in result["results"] if "commit" in row})
+    if earlier and not alone:
         line += f" Some rows are of {', '.join(earlier)} (the file says which)."
     if ceilings and any("share_of_floor" in row.get("extra", {}) for row in result["results"]):
         line += (
@@ -49,6 +53,14 @@ def conditions(result: dict[str, Any]) -> str:
             f"copy {ceilings['bandwidth'] / 1e9:,.0f} GB/s, matrix product {ceilings['matmul'] / 1e12:,.2f} TFLOP/s."
         )
     return line
+
+
+def _made(row: dict[str, Any], environment: dict[str, Any]) -> str:
+    """A row's commit and day, which are the file's where it names no commit; earlier rows may not know their day."""
+    commit, date = (
+        (row["commit"], row.get("date")) if "commit" in row else (environment["commit"], environment["date"])
+    )
+    return commit + (f", {date}" if date else "")
 
 
 def _versions(result: dict[str, Any]) -> list[str]:

@@ -565,6 +565,20 @@ def test_tables_show_ratios_to_the_first_row_and_why_a_row_is_missing(tmp_path: 
     assert text.count("retro_kernels") == 1  # the second table is of another group
 
 
+def test_a_table_of_earlier_rows_alone_has_their_commits(tmp_path: Path) -> None:
+    rows = [{**row(1e-3), "commit": "b", "date": "2020-01-02"}, {**row(2e-3, "other"), "commit": "c"}]
+    document = "<!-- bench:cpu g -->\n<!-- /bench -->"
+    for given, said, other in (
+        (rows, "commit b, 2020-01-02; c. ", "Some rows"),
+        ([*rows, row(3e-3, "new")], "Some rows are of b, c", "; c."),
+    ):
+        found = result("a", given)
+        (tmp_path / "cpu.json").write_text(json.dumps(found))
+        text = tables.rendered(document, tmp_path)
+        assert said in text and other not in text
+        assert (f"commit a, {found['environment']['date']}" in text) == (len(given) == 3)
+
+
 def test_a_gpus_report_sets_each_shape_against_the_fastest_of_each_kind(tmp_path: Path) -> None:
     core = {"what": "core", "positions": "bias", "pass": "backward", "table_grad": True, "lengths": False}
     core |= {"H": 16, "D": 64, "K": 2}

@@ -417,8 +417,8 @@ def _cca_bwd_kernel(
             if PANELS == 2:
                 dq1 = tl.dot(ds_rows, b_k1, dq1, input_precision=PRECISION)
 
-        i_tile = pid.to(tl.int64) * KEY_TILES + o_c // BN
         if NEED_COLUMNS:
+            i_tile = pid.to(tl.int64) * KEY_TILES + o_c // BN
             columns = _column_sums(ds_sum, BM, BN, WC, WARPS, KEYS_FIRST)  # [WC]
             tl.store(p_columns + i_tile * WC + tl.arange(0, WC), columns)
         if HAS_REL:
@@ -673,7 +673,7 @@ class _Backward:
         small = tiles.SLICE if not flat or arch < 90 else 2 * tiles.SLICE
         width = g.padded_dim // config.panels
         self._own_shape, self._shared = own_shape, writers > 1
-        self._repeat, self._row_tiles, self._group = repeat, g.row_tiles, g.num_heads // kv_heads
+        self._repeat, self._row_tiles = repeat, g.row_tiles
         # in a later call of the kind, the blocks may have an axis for the batch too
         self._key_shape = key.shape
         self._tables = TableGradients(
@@ -828,9 +828,8 @@ class _Backward:
         summed = grad[groups]
         shares = own[: (part.last - part.first) * self._row_tiles]
         num, num_sets, num_keys, kv_heads, head_dim = summed.shape
-        torch.sum(
-            shares.view(num, -1, num_sets, num_keys, kv_heads, self._group, head_dim), (1, 5), out=summed
-        )
+        each = self._repeat * self._row_tiles
+        torch.sum(shares.view(num, each, num_sets, num_keys, kv_heads, -1, head_dim), (1, 5), out=summed)
 
 
 def slices_of_shares(blocks: int, repeat: int, programs_each: int, keys_each: int) -> list[Slice]:
